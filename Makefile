@@ -1,0 +1,40 @@
+# make quickstart   fine-tune a real chat model in 4 bits, in about four minutes
+# make test         every check and every quick test
+# The rest: setup, check, test-slow, bench, clean.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup quickstart test test-slow check bench clean
+
+setup: $(STAMP)
+	@$(BIN)/halfbyte doctor --line
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	touch $@
+
+quickstart: setup
+	$(BIN)/python examples/quickstart.py
+
+test: check
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/halfbyte bench kernels
+
+clean:
+	rm -rf $(VENV) build

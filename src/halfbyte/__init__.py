@@ -1,0 +1,1 @@
+"""halfbyte: QLoRA as a finished system, on the machine you have."""

@@ -1,0 +1,28 @@
+"""The kernels: 4-bit and 8-bit operations as torch functions with gradients.
+
+``reference`` states each formula once, ``native`` carries them out in C++, ``provider`` chooses, and
+``operations`` is what everybody else calls. Codebooks come in as arguments; this package knows none.
+"""
+
+from halfbyte.kernels.operations import (
+    dequantize_4bit,
+    dequantize_8bit,
+    matmul_4bit,
+    quantize_4bit,
+    quantize_8bit,
+)
+from halfbyte.kernels.provider import provider_for, providers, use_provider
+from halfbyte.kernels.statistics import Nested, Statistics
+
+__all__ = [
+    "Nested",
+    "Statistics",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "matmul_4bit",
+    "provider_for",
+    "providers",
+    "quantize_4bit",
+    "quantize_8bit",
+    "use_provider",
+]

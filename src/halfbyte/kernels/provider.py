@@ -1,0 +1,73 @@
+"""Who carries out an operation: the native kernels on a CPU, the torch reference elsewhere.
+
+A provider is a module with the functions of :class:`Provider`; it may take its arguments for granted, since
+:mod:`halfbyte.kernels.operations` has checked them.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import InputError, nearest
+from halfbyte.kernels import native, reference
+from halfbyte.kernels.statistics import Statistics
+
+
+class Provider(Protocol):
+    """The operations; formulas, shapes and dtypes are in :mod:`halfbyte.kernels.reference`."""
+
+    def quantize_8bit(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
+
+    def dequantize_8bit(
+        self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Tensor: ...
+
+    def quantize_4bit(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
+
+    def dequantize_4bit(self, packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor: ...
+
+    def matmul_4bit(
+        self, x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
+    ) -> Tensor: ...
+
+    def matmul_4bit_dx(
+        self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]
+    ) -> Tensor: ...
+
+
+_forced: ContextVar[str | None] = ContextVar("halfbyte_provider", default=None)
+
+
+def providers() -> dict[str, Provider]:
+    """Return the providers that this installation has, by name."""
+    return {"native": native, "reference": reference} if native.available() else {"reference": reference}
+
+
+def provider_for(device: torch.device) -> Provider:
+    """Return the provider in force for tensors on ``device``."""
+    known = providers()
+    forced = _forced.get()
+    if forced is not None:
+        return known[forced]
+    return known["native"] if device.type == "cpu" and "native" in known else known["reference"]
+
+
+@contextlib.contextmanager
+def use_provider(name: str) -> Iterator[None]:
+    """Carry out every operation in this context with the provider ``name``.
+
+    Raises:
+        InputError: this installation has no such provider.
+    """
+    known = providers()
+    if name not in known:
+        raise InputError(f"There is no provider {name!r} here{nearest(name, known)}; there is {', '.join(known)}.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
