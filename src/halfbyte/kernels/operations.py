@@ -93,7 +93,12 @@ class _Matmul4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, bias: Tensor | None, packed: Tensor, statistics: Statistics, shape: tuple[int, int]
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        packed: Tensor,
+        statistics: Statistics,
+        shape: tuple[int, int],
     ) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.statistics, ctx.shape = statistics, shape
@@ -144,7 +149,12 @@ def _check_bytes(name: str, x: Tensor, size: int) -> None:
 
 def _check_absmax(absmax: Tensor, dtype: torch.dtype, n: int, blocksize: int, device: torch.device) -> None:
     blocks = -(-n // blocksize)
-    if absmax.dtype != dtype or absmax.shape != (blocks,) or absmax.device != device or not absmax.is_contiguous():
+    if (
+        absmax.dtype != dtype
+        or absmax.shape != (blocks,)
+        or absmax.device != device
+        or not absmax.is_contiguous()
+    ):
         raise ValueError(
             f"absmax is {absmax.dtype} {tuple(absmax.shape)} on {absmax.device}; {n} values in blocks of {blocksize} "
             f"need {dtype} ({blocks},) on {device}"

@@ -1,0 +1,27 @@
+"""The paper's number formats: codebooks, block-wise quantization, double quantization, and the 4-bit weight."""
+
+from halfbyte.quant.blockwise import (
+    Affine,
+    Blockwise,
+    dequantize_affine,
+    dequantize_blockwise,
+    quantize_affine,
+    quantize_blockwise,
+)
+from halfbyte.quant.codebooks import codebook, normal_float
+from halfbyte.quant.double_quant import quantize_statistics
+from halfbyte.quant.weight import QuantizedWeight, quantize_4bit
+
+__all__ = [
+    "Affine",
+    "Blockwise",
+    "QuantizedWeight",
+    "codebook",
+    "dequantize_affine",
+    "dequantize_blockwise",
+    "normal_float",
+    "quantize_4bit",
+    "quantize_affine",
+    "quantize_blockwise",
+    "quantize_statistics",
+]
