@@ -45,9 +45,7 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return provider_for(x.device).quantize_4bit(x.contiguous(), code, blocksize)
 
 
-def dequantize_4bit(
-    packed: Tensor, statistics: Statistics, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
+def dequantize_4bit(packed: Tensor, statistics: Statistics, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_4bit`, as ``dtype`` in ``shape``."""
     n = torch.Size(shape).numel()
     _check_dtype(dtype)
@@ -77,13 +75,9 @@ def matmul_4bit(
     if x.device != packed.device:
         raise TypeError(f"x is on {x.device} and the weight on {packed.device}; both must be on one device")
     if x.ndim == 0 or x.shape[-1] != shape[1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but a weight of shape {tuple(shape)} needs [..., {shape[1]}]"
-        )
+        raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {tuple(shape)} needs [..., {shape[1]}]")
     if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias is {bias.dtype} {tuple(bias.shape)}, but this product needs {x.dtype} ({shape[0]},)"
-        )
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, but this product needs {x.dtype} ({shape[0]},)")
     y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
     return y
 
@@ -149,12 +143,7 @@ def _check_bytes(name: str, x: Tensor, size: int) -> None:
 
 def _check_absmax(absmax: Tensor, dtype: torch.dtype, n: int, blocksize: int, device: torch.device) -> None:
     blocks = -(-n // blocksize)
-    if (
-        absmax.dtype != dtype
-        or absmax.shape != (blocks,)
-        or absmax.device != device
-        or not absmax.is_contiguous()
-    ):
+    if absmax.dtype != dtype or absmax.shape != (blocks,) or absmax.device != device or not absmax.is_contiguous():
         raise ValueError(
             f"absmax is {absmax.dtype} {tuple(absmax.shape)} on {absmax.device}; {n} values in blocks of {blocksize} "
             f"need {dtype} ({blocks},) on {device}"

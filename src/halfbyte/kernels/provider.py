@@ -28,17 +28,13 @@ class Provider(Protocol):
 
     def quantize_4bit(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
 
-    def dequantize_4bit(
-        self, packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype
-    ) -> Tensor: ...
+    def dequantize_4bit(self, packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor: ...
 
     def matmul_4bit(
         self, x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
     ) -> Tensor: ...
 
-    def matmul_4bit_dx(
-        self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]
-    ) -> Tensor: ...
+    def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
 
 
 _forced: ContextVar[str | None] = ContextVar("halfbyte_provider", default=None)
@@ -67,9 +63,7 @@ def use_provider(name: str) -> Iterator[None]:
     """
     known = providers()
     if name not in known:
-        raise InputError(
-            f"There is no provider {name!r} here{nearest(name, known)}; there is {', '.join(known)}."
-        )
+        raise InputError(f"There is no provider {name!r} here{nearest(name, known)}; there is {', '.join(known)}.")
     token = _forced.set(name)
     try:
         yield

@@ -69,9 +69,7 @@ def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return nearest_code(scaled, code).to(torch.uint8), absmax
 
 
-def dequantize_8bit(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_8bit`: ``code[codes] * absmax`` as ``dtype`` ``[n]``."""
     return unscale_blocks(code[codes.reshape(-1).long()], absmax, blocksize).to(dtype)
 
@@ -97,8 +95,7 @@ def expand_absmax(statistics: Statistics) -> Tensor:
         return statistics.absmax
     nested = statistics.nested
     return (
-        dequantize_8bit(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32)
-        + nested.offset
+        dequantize_8bit(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32) + nested.offset
     )
 
 
@@ -106,9 +103,7 @@ def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch
     """Inverse of :func:`quantize_4bit`: the ``n`` values ``code[q] * absmax`` as ``dtype`` ``[n]``."""
     packed = packed.reshape(-1)
     q = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
-    return unscale_blocks(statistics.code[q.long()], expand_absmax(statistics), statistics.blocksize).to(
-        dtype
-    )
+    return unscale_blocks(statistics.code[q.long()], expand_absmax(statistics), statistics.blocksize).to(dtype)
 
 
 def matmul_4bit(

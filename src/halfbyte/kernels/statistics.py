@@ -44,6 +44,4 @@ class Statistics:
         nested = self.nested and dataclasses.replace(
             self.nested, absmax=self.nested.absmax.to(device), code=self.nested.code.to(device)
         )
-        return dataclasses.replace(
-            self, absmax=self.absmax.to(device), code=self.code.to(device), nested=nested
-        )
+        return dataclasses.replace(self, absmax=self.absmax.to(device), code=self.code.to(device), nested=nested)

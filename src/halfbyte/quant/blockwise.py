@@ -64,9 +64,7 @@ def quantize_affine(tensor: Tensor, blocksize: int | None = None) -> Affine:
     return Affine(codes.view(-1)[: tensor.numel()].view(tensor.shape), scale, minimum)
 
 
-def dequantize_affine(
-    quantized: Affine, blocksize: int | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantize_affine(quantized: Affine, blocksize: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Inverse of :func:`quantize_affine`: ``codes * scale + minimum``, as ``dtype`` in the shape of the codes."""
     codes = quantized.codes
     values = _blocks(codes.float(), blocksize) * quantized.scale[:, None] + quantized.minimum[:, None]

@@ -115,7 +115,5 @@ def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:
         InputError: there is no such codebook.
     """
     if name not in CODEBOOKS:
-        raise InputError(
-            f"There is no codebook {name!r}{nearest(name, CODEBOOKS)}; there is {', '.join(CODEBOOKS)}."
-        )
+        raise InputError(f"There is no codebook {name!r}{nearest(name, CODEBOOKS)}; there is {', '.join(CODEBOOKS)}.")
     return CODEBOOKS[name]().to(device)
