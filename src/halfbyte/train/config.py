@@ -1,0 +1,159 @@
+"""Every option of a training run, once: its name, type, bounds, default and meaning.
+
+The defaults are the paper's recipe (QLoRA, arXiv 2305.14314, appendix B.2, for models up to 13B): LoRA with rank 64
+and alpha 16 on every linear layer, dropout 0.1, NF4 with double quantization, a constant learning rate of 2e-4, 16
+sequences a step grouped by length, Adam with beta2 0.999, gradients clipped to norm 0.3, paged optimizer state.
+A preset changes defaults; what is given explicitly wins over it.
+
+Command-line flags and documentation are made from the fields below. Importing this module imports no torch.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from halfbyte.errors import InputError, nearest
+from halfbyte.files import write_text
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "quick": {
+        "rank": 16,
+        "lora_dropout": 0.0,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "linear",
+        "epochs": 1,
+        "batch_size": 16,
+        "gradient_accumulation_steps": 1,
+    },
+}
+
+RUN_OPTIONS = ("resume", "overwrite")
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("must be a power of two")
+    return value
+
+
+class TrainConfig(BaseModel):
+    """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = Field(description="Folder or hub id of the base model, in 16 or in 4 bits.")
+    data: str = Field(description="Training data: a .jsonl, .json or .csv file.")
+    output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
+    preset: Literal["paper", "quick"] = Field(
+        "paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
+    )
+
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format of the base weights.")
+    blocksize: Annotated[int, AfterValidator(_power_of_two)] = Field(
+        64, ge=32, le=4096, description="Weights that share one absmax; a power of two."
+    )
+    double_quant: bool = Field(True, description="Quantize the absmax values too.")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Type of activations and of weights while they are multiplied."
+    )
+
+    rank: int = Field(64, ge=1, description="Rank of the LoRA matrices.")
+    lora_alpha: float = Field(16, gt=0, description="LoRA scale: updates are multiplied by lora_alpha / rank.")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the input of the LoRA matrices.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="Layers that get LoRA: all-linear, a list of names, or a regular expression."
+    )
+
+    epochs: float = Field(3, gt=0, description="Passes over the data.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; takes the place of epochs.")
+    batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="Forward passes per optimizer step.")
+    max_length: int = Field(512, ge=2, description="Tokens per sequence; longer ones are cut at the end.")
+    group_by_length: bool = Field(True, description="Put sequences of similar length into one batch.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = Field(
+        "paged_adamw_8bit", description="AdamW by the bits of its state and whether that can be paged to disk."
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warm-up; linear and cosine fall to zero."
+    )
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
+    max_grad_norm: float = Field(0.3, ge=0, description="Gradients are scaled down to this norm; 0 leaves them.")
+
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the adapter's first values, data order and dropout.")
+    save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    resume: bool = Field(False, description="Go on from the last checkpoint in the run folder.")
+    overwrite: bool = Field(False, description="Replace the run that the run folder holds.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(values.get("preset"), str):
+            return PRESETS.get(values["preset"], {}) | dict(values)
+        return values
+
+    @model_validator(mode="after")
+    def _resume_or_overwrite(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other; choose one")
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read the options in the file at ``path`` (none if ``None``); those in ``overrides`` win.
+
+        Raises:
+            InputError: the file cannot be read or is not a YAML mapping, or an option is unknown, missing or wrong.
+        """
+        written = {} if path is None else _read_mapping(Path(path))
+        given = written | dict(overrides or {})
+        place = {key: f"{path}: " for key in written if key not in (overrides or {})}
+        for key in given:
+            if key not in cls.model_fields:
+                raise InputError(f"{place.get(key, '')}unknown option {key!r}{nearest(str(key), cls.model_fields)}.")
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise InputError(_sentence(error, place)) from None
+
+    def save(self, path: Path) -> None:
+        """Write every option but ``resume`` and ``overwrite`` to ``path``, as :meth:`from_yaml` reads it."""
+        values = self.model_dump(mode="json", exclude=set(RUN_OPTIONS))
+        write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise InputError(f"{path}: this is not YAML{line}; write one 'option: value' per line.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected 'option: value' lines, found {type(values).__name__}.")
+    return values
+
+
+def _sentence(error: ValidationError, place: Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    if not first["loc"]:
+        return f"{first['ctx']['error']}."
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"option {key!r} is missing: {TrainConfig.model_fields[key].description}"
+    problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{place.get(key, '')}option {key!r}: {first['input']!r} is wrong, it {problem}."
