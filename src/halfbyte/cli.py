@@ -1,0 +1,311 @@
+"""The command line: parse, call, print.
+
+Standard output gets what was asked for, standard error everything else, so that ``halfbyte generate`` can be piped.
+Exit codes: 0; 2 with one sentence for bad input or a full disk; 130 after an interrupt. Any other error is a bug
+and keeps its traceback. ``train`` has a flag for each field of :class:`halfbyte.train.config.TrainConfig`, made from
+it. torch and the libraries over it take seconds to import, so each command imports what it needs.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import inspect
+import shlex
+import shutil
+import sys
+import types
+import typing
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from halfbyte.errors import InputError
+from halfbyte.train.config import TrainConfig
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="QLoRA on the machine you have: fine-tune language models in 4 bits, and talk to them.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+notes = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    try:
+        code = app(standalone_mode=False)
+    except (InputError, typer.TyperException) as error:
+        code = _fail(error.format_message() if isinstance(error, typer.TyperException) else str(error))
+    except (OSError, safetensors.SafetensorError) as error:
+        if not _disk_full(error):
+            raise
+        code = _fail(f"The disk is full: {error}. Free some space and try again.")
+    if code == INTERRUPTED:
+        typer.echo("Interrupted.", err=True)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"halfbyte {importlib.metadata.version('halfbyte')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _train(**options: Any) -> None:
+    """Fine-tune a model with QLoRA: from flags, from a YAML file, or both (flags win).
+
+    Interrupted with Ctrl-C, it saves a checkpoint first; --resume goes on from there.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    config = TrainConfig.from_yaml(given.pop("config", None), given)
+    _quiet()
+    from halfbyte.train import fine_tune
+    from halfbyte.train.display import TerminalDisplay
+
+    fine_tune(config, TerminalDisplay())
+    folder = str(config.output)
+    typer.echo(f"The adapter is in {folder}. Next:")
+    typer.echo(f"  {_command('chat', folder)}")
+    typer.echo(f"  {_command('generate', folder, '--prompt', 'your question')}")
+
+
+def _train_signature() -> inspect.Signature:
+    """Return the parameters of ``train``: the configuration file, and a flag for each option, absent unless given."""
+    config = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the options below.")]
+    annotations: dict[str, Any] = {"config": config}
+    for name, field in TrainConfig.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
+        option = typer.Option(help=f"{field.description}{default}")
+        annotations[name] = Annotated[_flag_type(field.annotation) | None, option]
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in annotations.items()
+        ]
+    )
+
+
+def _flag_type(annotation: Any) -> Any:
+    """Return what a flag for a field of this type takes: the first member of a union."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return typing.get_args(annotation)[0]
+    return annotation
+
+
+_train.__signature__ = _train_signature()  # type: ignore[attr-defined]
+app.command("train")(_train)
+
+
+Model = Annotated[str, typer.Argument(help="Run folder, adapter folder, model folder or hub id.")]
+System = Annotated[str | None, typer.Option(help="System prompt, put before the conversation.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Greatest length of an answer in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; more varies the answers.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this probability.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed, to draw the same answers again.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    seed: Seed = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
+    loaded, tokenizer = _load(model, seed, trust_remote_code)
+    from halfbyte.deploy.chat import stream_reply
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing and history)
+    opening = _opening(system)
+    messages = list(opening)
+    notes.print("Ctrl-C stops an answer; /reset forgets the conversation; /quit or Ctrl-D ends.", style="dim")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            notes.print("\n/quit or Ctrl-D ends.", style="dim")
+            continue
+        if line == "/quit":
+            break
+        if line == "/reset":
+            messages = list(opening)
+            notes.print("The conversation is forgotten.", style="dim")
+            continue
+        if line.startswith("/"):
+            notes.print(f"There is no {line}; there is /reset and /quit.", style="dim", markup=False)
+            continue
+        if not line:
+            continue
+        question = {"role": "user", "content": line}
+        reply = stream_reply(
+            loaded,
+            tokenizer,
+            [*messages, question],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        try:
+            answer = _print_stream(reply)
+        except InputError as error:
+            _fail(str(error))
+            continue
+        if answer:
+            messages += [question, {"role": "assistant", "content": answer}]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The question; - reads it from standard input.")],
+    system: System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Go on with the prompt as it stands, without a template.")] = False,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Answer one prompt on standard output."""
+    if raw and system is not None:
+        raise InputError("--raw takes the prompt as it stands, without --system; give one of the two.")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded, tokenizer = _load(model, seed, trust_remote_code)
+    from halfbyte.deploy.chat import stream_reply
+
+    for piece in stream_reply(
+        loaded,
+        tokenizer,
+        text if raw else [*_opening(system), {"role": "user", "content": text}],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    ):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model in 16 or 32 bits.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the 4-bit model.")],
+    quant_type: Annotated[Literal["nf4", "fp4"], typer.Option(help="4-bit number format.")] = "nf4",
+    double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+) -> None:
+    """Write a model in 4 bits, in the format that transformers and bitsandbytes read; tensor by tensor, any size."""
+    _quiet()
+    from halfbyte import HalfbyteConfig
+    from halfbyte.hf import quantize_checkpoint
+
+    columns = TextColumn("Quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
+    with Progress(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task("")
+        quantize_checkpoint(
+            model,
+            output,
+            HalfbyteConfig(quant_type=quant_type, double_quant=double_quant),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            overwrite=overwrite,
+        )
+    typer.echo(f"The 4-bit model is in {output}. Next:")
+    typer.echo(f"  {_command('chat', str(output))}")
+
+
+@app.command()
+def doctor(
+    line: Annotated[bool, typer.Option("--line", help="Only one line: version, kernels and threads.")] = False,
+) -> None:
+    """Show what is installed, what this machine offers, and what to do about what is missing."""
+    from halfbyte.plan import doctor as plan_doctor
+
+    if line:
+        typer.echo(plan_doctor.line())
+        return
+    for finding in plan_doctor.report():
+        typer.echo(f"{finding.name:16} {finding.value}")
+        if finding.hint:
+            typer.echo(f"{'':16} → {finding.hint}")
+
+
+def _load(path: str, seed: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    with notes.status(f"Loading {path}"):
+        _quiet()
+        import transformers
+
+        import halfbyte
+        from halfbyte.hf import load_tokenizer
+
+        if seed is not None:
+            transformers.set_seed(seed)
+        model = halfbyte.load(path, trust_remote_code=trust_remote_code)
+        return model, load_tokenizer(path, trust_remote_code=trust_remote_code)
+
+
+def _opening(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _print_stream(pieces: typing.Iterator[str]) -> str:
+    """Print the pieces as they come, until the end or Ctrl-C; return what was printed."""
+    printed = ""
+    try:
+        for piece in pieces:
+            printed += piece
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        notes.print(" (stopped)", style="dim", end="")
+    typer.echo()
+    return printed
+
+
+def _quiet() -> None:
+    """Silence the libraries' log lines and bars, but for downloads."""
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.enable_progress_bars()
+
+
+def _command(*arguments: str) -> str:
+    """Return a command line for the user to type, as this program was started."""
+    started = sys.argv[0]
+    program = started if Path(started).name == "halfbyte" and shutil.which("halfbyte") != started else "halfbyte"
+    return shlex.join([program, *arguments])
+
+
+def _disk_full(error: Exception) -> bool:
+    """Whether the error says so; safetensors raises one of its own, which has the number in its text alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
+
+
+def _fail(sentence: str) -> int:
+    typer.echo(f"Error: {sentence}", err=True)
+    return 2

@@ -1,0 +1,120 @@
+"""Answers as they are generated: transformers' ``generate`` in a thread, its text as an iterator.
+
+Each new token decodes the whole answer again and yields what it added, but for an unfinished character at the
+end. That costs little beside generating the token, and the joined pieces are the decoded answer exactly;
+transformers' own ``TextIteratorStreamer`` decodes line by line, which loses a space of indentation at the
+start of a line with SentencePiece tokenizers. The cache of keys and values is not kept between two turns.
+"""
+
+import contextvars
+import functools
+import queue
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from halfbyte.data import encode_prompt
+from halfbyte.errors import InputError
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+def stream_reply(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[dict[str, Any]] | str,
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Iterator[str]:
+    """Generate the answer to a conversation and yield its text piece by piece.
+
+    Closing the iterator, or an interrupt, stops the generation after the token in work. An error in the
+    generation is raised here.
+
+    Args:
+        model: a model that generates text, in evaluation mode.
+        tokenizer: its tokenizer.
+        prompt: the conversation so far (dictionaries with ``role`` and ``content``), or a plain text to go on
+            with as it stands.
+        max_new_tokens: the answer's greatest length in tokens.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn by torch's global generator.
+        top_p: tokens are drawn from the likeliest ones that together have this probability.
+
+    Raises:
+        InputError: the model does not generate text, or the prompt is longer than it can attend to.
+    """
+    if not model.can_generate():
+        raise InputError(f"{type(model).__name__} does not generate text; give a causal language model.")
+    ids = encode_prompt(prompt, tokenizer)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and len(ids) >= limit:
+        raise InputError(f"The prompt has {len(ids)} tokens, but the model attends to {limit}; shorten it.")
+    listener = _Listener()
+    generate = functools.partial(
+        model.generate,
+        input_ids=torch.tensor([ids], device=model.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
+        streamer=listener,
+        stopping_criteria=StoppingCriteriaList([listener]),
+        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)),
+        num_beams=1,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
+    )
+    with ThreadPoolExecutor(1) as thread:
+        generation = thread.submit(contextvars.copy_context().run, generate)
+        generation.add_done_callback(lambda _: listener.tokens.put(None))
+        try:
+            yield from _decode(listener, tokenizer)
+        finally:
+            listener.stopped = True
+        generation.result()
+
+
+class _Listener(BaseStreamer, StoppingCriteria):
+    """Gets each token from ``generate`` and tells it when to stop."""
+
+    def __init__(self) -> None:
+        self.tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.stopped = False
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_seen:
+            self.tokens.put(int(value))
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
+
+
+def _decode(listener: _Listener, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    ids: list[int] = []
+    shown = text = ""
+    while (token := listener.tokens.get()) is not None:
+        ids.append(token)
+        text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        if len(text) > len(shown) and not text.endswith(UNFINISHED):
+            yield text[len(shown) :]
+            shown = text
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def _stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the model's own stop tokens and the tokenizer's, which a fine-tuned answer ends with."""
+    own = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(stops)

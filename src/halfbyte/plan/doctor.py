@@ -1,0 +1,146 @@
+"""What is installed here, what this machine offers, and what to do about what is missing.
+
+The memory limit of a container is read from its control groups, version 2 (``memory.max``) and version 1
+(``memory.limit_in_bytes``), since ``psutil`` reports the machine's memory whatever the container may use.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path, PurePosixPath
+
+import huggingface_hub.constants
+import psutil
+import torch
+
+from halfbyte.kernels import native, provider_for
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        value: what was found.
+        hint: what to do about it; empty if there is nothing to do.
+    """
+
+    name: str
+    value: str
+    hint: str = ""
+
+
+def report() -> list[Finding]:
+    """Look at this installation and this machine.
+
+    Raises:
+        InputError: ``HALFBYTE_ISA`` asks for an instruction-set tier that is not there.
+    """
+    return [
+        Finding("halfbyte", importlib.metadata.version("halfbyte")),
+        Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        *_kernels(),
+        _threads(),
+        _memory(),
+        *(Finding(name, importlib.metadata.version(name)) for name in LIBRARIES),
+        _bitsandbytes(),
+        _cuda(),
+        _cache(),
+    ]
+
+
+def line() -> str:
+    """Return one line that names the version, the provider and the instruction-set tier in force."""
+    name = _provider()
+    tier = f" ({native.tier()})" if name == "native" else ""
+    return f"halfbyte {importlib.metadata.version('halfbyte')}: {name} kernels{tier}, {torch.get_num_threads()} threads"
+
+
+def cgroup_memory_limit(membership: str, root: Path) -> int | None:
+    """Return the lowest memory limit in bytes of the control groups that a process is in, or None.
+
+    Args:
+        membership: the text of ``/proc/<pid>/cgroup``.
+        root: where the control groups are mounted, ``/sys/fs/cgroup``.
+    """
+    limits = []
+    for entry in membership.splitlines():
+        _, controllers, path = entry.split(":", 2)
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            if controllers == "":
+                limits.append(root / folder / "memory.max")
+            elif "memory" in controllers.split(","):
+                limits.append(root / "memory" / folder / "memory.limit_in_bytes")
+    texts = [file.read_text().strip() for file in limits if file.is_file()]
+    return min((int(text) for text in texts if text != "max"), default=None)
+
+
+def _provider() -> str:
+    return provider_for(torch.device("cpu")).__name__.rpartition(".")[2]
+
+
+def _kernels() -> list[Finding]:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if native.available():
+        tiers = ", ".join(native.tiers())
+        return [
+            Finding("kernels", _provider()),
+            Finding("instruction set", f"{native.tier()} (of {tiers}; HALFBYTE_ISA chooses)"),
+            Finding("C++ compiler", compiler or "none (the kernels are built)"),
+        ]
+    step = "reinstall halfbyte" if compiler else "install a C++ compiler (g++ or clang++), then reinstall halfbyte"
+    return [
+        Finding("kernels", _provider(), f"To get the fast native kernels, {step}."),
+        Finding("C++ compiler", compiler or "none"),
+    ]
+
+
+def _threads() -> Finding:
+    used, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS")
+    value = f"{used} of {cores} cores, OMP_NUM_THREADS {asked or 'not set'}"
+    if asked is not None and used < cores:
+        return Finding("threads", value, f"Unset OMP_NUM_THREADS to use all {cores} cores.")
+    return Finding("threads", value)
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    value = f"{_gib(memory.total)}, {_gib(memory.available)} available"
+    membership = Path("/proc/self/cgroup")
+    if membership.is_file():
+        limit = cgroup_memory_limit(membership.read_text(), Path("/sys/fs/cgroup"))
+        if limit is not None and limit < memory.total:
+            value += f", {_gib(limit)} allowed to this container"
+    return Finding("memory", value)
+
+
+def _bitsandbytes() -> Finding:
+    try:
+        return Finding("bitsandbytes", importlib.metadata.version("bitsandbytes"))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("bitsandbytes", "none (optional)")
+
+
+def _cuda() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("CUDA", "none (the CPU is used)")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Finding("CUDA", f"{torch.version.cuda}, {', '.join(names)}")
+
+
+def _cache() -> Finding:
+    folder = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return Finding("model cache", f"{folder} ({_gib(shutil.disk_usage(there).free)} free; HF_HOME moves it)")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
