@@ -1,1 +1,59 @@
-"""halfbyte: QLoRA as a finished system, on the machine you have."""
+"""halfbyte: QLoRA as a finished system, on the machine you have.
+
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=halfbyte.HalfbyteConfig())
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = halfbyte.prepare_for_training(model)
+    optimizer = halfbyte.optim.AdamW(model.parameters(), lr=2e-4, state_bits=8, paged=True)
+
+Names are imported when they are first used, so that ``import halfbyte`` costs nothing. Using any name of ``hf``
+registers the quantizer with transformers; nothing else of any library is touched.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte import optim
+    from halfbyte.errors import InputError
+    from halfbyte.hf import HalfbyteConfig, load, load_tokenizer, prepare_for_training, unprepare
+    from halfbyte.nn import Linear4bit
+    from halfbyte.quant import QuantizedWeight, quantize_4bit
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HalfbyteConfig": "halfbyte.hf",
+    "InputError": "halfbyte.errors",
+    "Linear4bit": "halfbyte.nn",
+    "QuantizedWeight": "halfbyte.quant",
+    "load": "halfbyte.hf",
+    "load_tokenizer": "halfbyte.hf",
+    "optim": "halfbyte.optim",
+    "prepare_for_training": "halfbyte.hf",
+    "quantize_4bit": "halfbyte.quant",
+    "unprepare": "halfbyte.hf",
+}
+
+__all__ = [
+    "HalfbyteConfig",
+    "InputError",
+    "Linear4bit",
+    "QuantizedWeight",
+    "load",
+    "load_tokenizer",
+    "optim",
+    "prepare_for_training",
+    "quantize_4bit",
+    "unprepare",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    return home if home.__name__ == f"halfbyte.{name}" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -130,7 +130,7 @@ def _check_code(code: Tensor, sizes: range, device: torch.device) -> None:
     if code.dtype != torch.float32 or code.ndim != 1 or len(code) not in sizes or code.device != device:
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         raise ValueError(
-            f"code is {code.dtype} {tuple(code.shape)} on {code.device}; it must be float32 of length {size} on {device}"
+            f"code is {code.dtype} {tuple(code.shape)} on {code.device}; it must be float32 ({size},) on {device}"
         )
 
 

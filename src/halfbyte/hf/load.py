@@ -1,0 +1,140 @@
+"""Open any model: a 16-bit folder or hub id (quantized while it is read), a 4-bit folder (mapped), an adapter folder.
+
+A folder already in bitsandbytes' 4 bits opens without a copy: transformers maps the safetensors file, and the packed
+weights stay views of the mapping, which the operating system pages in and out and which processes share.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.errors import InputError
+from halfbyte.hf.adapters import prepare_for_training
+from halfbyte.hf.config import HalfbyteConfig
+
+ADAPTER = "adapter_config.json"
+
+
+def load(
+    path: str | Path,
+    *,
+    quantization_config: HalfbyteConfig | None = None,
+    auto_class: Any = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """Open the model at ``path`` in 4 bits.
+
+    Args:
+        path: a folder or a hub id: a 16-bit or 32-bit model, a model in bitsandbytes' 4-bit format, or a LoRA adapter
+            (a run's folder is one), which is put on its base model.
+        quantization_config: how to quantize; None takes the defaults. For a folder already in 4 bits only its
+            ``compute_dtype`` counts; None keeps the folder's.
+        auto_class: the transformers class to open it with; None takes the one that the model's architecture names,
+            so that encoders and sequence-to-sequence models open too.
+        trust_remote_code: run code that comes with the model.
+        **kwargs: handed to transformers' ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode; with an adapter, a PEFT model ready to run.
+
+    Raises:
+        InputError: there is no such folder, or nothing in it that can be opened.
+    """
+    path = str(path)
+    if (Path(path) / ADAPTER).is_file():
+        base = _adapter_base(Path(path))
+        model = load(
+            base,
+            quantization_config=quantization_config,
+            auto_class=auto_class,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+        return prepare_for_training(PeftModel.from_pretrained(model, path)).eval()
+    config = _read_config(path, trust_remote_code)
+    held = getattr(config, "quantization_config", None)
+    if held is not None:
+        ours = HalfbyteConfig.from_bitsandbytes(held if isinstance(held, dict) else held.to_dict())
+        if quantization_config is not None:
+            ours.compute_dtype = quantization_config.compute_dtype
+        # transformers refuses another quantizer's object on a quantized folder, so ours goes where it looks.
+        config.quantization_config = ours.in_memory()
+        quantization_config = None
+    else:
+        quantization_config = quantization_config or HalfbyteConfig()
+    model_class = auto_class or _model_class(config)
+    try:
+        return model_class.from_pretrained(
+            path,
+            config=config,
+            quantization_config=quantization_config,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **kwargs,
+        )
+    except OSError as error:
+        raise InputError(_first_sentence(f"The model {path} cannot be opened: {error}")) from error
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a model folder, hub id, or adapter folder (its own, or else its base model's).
+
+    Raises:
+        InputError: there is none.
+    """
+    path = str(path)
+    folder = Path(path)
+    if (folder / ADAPTER).is_file() and not (folder / "tokenizer_config.json").is_file():
+        path = _adapter_base(folder)
+    if not Path(path).is_dir():
+        _read_config(path, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(_first_sentence(f"The tokenizer of {path} cannot be opened: {error}")) from error
+
+
+def _adapter_base(folder: Path) -> str:
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder / ADAPTER} does not name a base model ({error}): it is not a PEFT adapter."
+        ) from error
+    return str(base)
+
+
+def _read_config(path: str, trust_remote_code: bool) -> Any:
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{path} is a file; give the folder of a model, an adapter or a run.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"The folder {path} holds neither config.json nor {ADAPTER}: there is no model in it.")
+    if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
+        raise InputError(f"There is no folder {path}; give the folder of a model, an adapter or a run, or a hub id.")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(_first_sentence(f"The model {path} cannot be opened: {error}")) from error
+
+
+def _model_class(config: Any) -> Any:
+    """Return the class that the configuration's architecture names, or else the auto class of its bare model."""
+    if config.auto_map if hasattr(config, "auto_map") else None:
+        return transformers.AutoModelForCausalLM
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModel
+
+
+def _first_sentence(text: str) -> str:
+    """Return ``text`` on one line, without the advice that libraries append after a line break."""
+    return text.strip().split("\n")[0].strip()

@@ -1,0 +1,190 @@
+"""How transformers builds a model with 4-bit linear layers: ours as a quantizer of its registry.
+
+transformers (5.23) makes the model on the meta device, lets the quantizer replace modules, and hands over each tensor
+as it is read: a dense one is quantized at once (peak memory: the 4-bit model and one tensor), and the tensors of a
+4-bit checkpoint are put together as they are, so that what is mapped from the file stays mapped.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from halfbyte.errors import InputError
+from halfbyte.hf.config import QUANT_METHOD, SAVEABLE, HalfbyteConfig
+from halfbyte.nn import Linear4bit
+from halfbyte.quant import QuantizedWeight, quantize_4bit
+
+
+@register_quantizer(QUANT_METHOD)
+class HalfbyteQuantizer(HfQuantizer):
+    """Holds no model and no tensor: transformers copies it deeply for every weight."""
+
+    quantization_config: HalfbyteConfig
+
+    # The tensors that one 4-bit weight takes in a file, by the name of the parameter that they become.
+    serialized_names = {  # noqa: RUF012 (an instance attribute in transformers' eyes)
+        "weight": [
+            "weight",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_map",
+            "weight.absmax",
+            *(f"weight.quant_state.bitsandbytes__{name}" for name in SAVEABLE),
+        ]
+    }
+
+    def __init__(self, quantization_config: HalfbyteConfig, **kwargs: Any) -> None:
+        # A copy: what is learned about one model is not written into the user's object.
+        super().__init__(copy.copy(quantization_config), **kwargs)
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per value, for device maps."""
+        return 0.5
+
+    def is_serializable(self) -> bool:
+        """Whether bitsandbytes' format has a name for the codebook."""
+        return self.quantization_config.quant_type in SAVEABLE
+
+    @property
+    def is_trainable(self) -> bool:
+        """LoRA adapters can be trained over the model."""
+        return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What stays dense takes the compute dtype: an fp32 folder must not leave fp32 norms and residuals."""
+        return self.quantization_config.compute_dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Without a wish: the GPU if there is one."""
+        if device_map is not None:
+            return device_map
+        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether ``param_name`` is the weight of a layer that was chosen for 4 bits."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        if not self.pre_quantized and config.skip_modules is None:
+            skip = sorted({*skip, *heads(model)})
+            # Recorded, so that whoever opens the saved model makes the same choice.
+            config.skip_modules = skip
+        replace_linears(model, skip, config.compute_dtype)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # transformers would try to reverse our reading of 4-bit weights when it saves; the layers themselves know how.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not (isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], Deserialize))
+        ]
+        return model
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that quantizes a dense weight as it is read."""
+        return Quantize(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """Return the operation that puts together a 4-bit weight from a file's tensors."""
+        return {"deserialize": Deserialize}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear4bit):
+                dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                dense.weight = nn.Parameter(module.quantized_weight.dequantize(dtype))
+                dense.bias = module.bias
+                model.set_submodule(name, dense)
+        return model
+
+
+class Quantize(ConversionOps):
+    """Dense weight in, 4-bit weight out."""
+
+    def __init__(self, hf_quantizer: HalfbyteQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantize the one tensor of ``input_dict``, by its full name."""
+        config = self.hf_quantizer.quantization_config
+        result = {}
+        for name, value in input_dict.items():
+            layer, _ = get_module_from_name(model, name)
+            dense = value[0] if isinstance(value, list) else value
+            dense = dense.T if layer.transposed else dense
+            layer.set_quantized_weight(quantize_4bit(dense, config.quant_type, config.blocksize, config.double_quant))
+            result[name] = layer.weight
+        return result
+
+
+class Deserialize(ConversionOps):
+    """The tensors of one 4-bit weight in, the weight out."""
+
+    def __init__(self, hf_quantizer: HalfbyteQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: PreTrainedModel, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Put together the weight of layer ``full_layer_name``; a single dense tensor takes its dtype in the model."""
+        layer, _ = get_module_from_name(model, full_layer_name)
+        if (len(input_dict) > 1) != isinstance(layer, Linear4bit):
+            held, chosen = ("dense", "4-bit") if len(input_dict) == 1 else ("4-bit", "dense")
+            raise InputError(
+                f"{full_layer_name} is {held} in the checkpoint, but its configuration makes it {chosen}: "
+                "llm_int8_skip_modules in config.json does not fit the weights."
+            )
+        state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        if len(state) == 1:
+            keep_in_fp32 = not should_convert_module(full_layer_name, model._keep_in_fp32_modules or [])
+            dtype = torch.float32 if keep_in_fp32 else layer.weight.dtype
+            return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+        layer.set_quantized_weight(QuantizedWeight.from_state_dict(state, "weight"))
+        return {"weight": layer.weight}
+
+
+def replace_linears(model: nn.Module, skip: list[str], compute_dtype: torch.dtype) -> list[str]:
+    """Put an empty :class:`Linear4bit` in the place of every linear layer (``nn.Linear``, ``Conv1D``) not in ``skip``.
+
+    Returns:
+        The names of the layers.
+    """
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if (type(module) is not nn.Linear and not isinstance(module, Conv1D)) or not should_convert_module(name, skip):
+            continue
+        transposed = isinstance(module, Conv1D)
+        out_features, in_features = reversed(module.weight.shape) if transposed else module.weight.shape
+        layer = Linear4bit(
+            in_features, out_features, module.bias is not None, compute_dtype=compute_dtype, device="meta"
+        )
+        layer.bias = module.bias
+        layer.transposed = transposed
+        layer.requires_grad_(False)
+        model.set_submodule(name, layer)
+        replaced.append(name)
+    return replaced
+
+
+def heads(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers outside the base model: task heads, which are often new and to be trained."""
+    if model.base_model is model:
+        return []
+    inside = {id(module) for module in model.base_model.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside
+    ]

@@ -1,0 +1,170 @@
+"""The frozen 4-bit linear layer: ``y = x Wᵀ + b`` with ``W`` in 4 bits (QLoRA, arXiv 2305.14314, equation 5, left term).
+
+The packed codes are the parameter ``weight`` (uint8, frozen); the statistics are a plain attribute beside it, neither
+parameters nor buffers, so that they follow the weight to a device but no cast can round them and nothing sends them
+between processes. The layer is an ``nn.Linear`` to whoever looks for one (PEFT's ``all-linear`` does), it is the same
+in training and in evaluation, and its state dict is bitsandbytes' (:mod:`halfbyte.quant.weight`).
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte import kernels
+from halfbyte.errors import InputError
+from halfbyte.kernels import Statistics
+from halfbyte.quant import QuantizedWeight, quantize_4bit
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer over a frozen weight in 4 bits, differentiable in its input and its bias.
+
+    A new layer has no weight yet: it comes from :meth:`from_linear`, :meth:`set_quantized_weight` or a state dict.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one; it stays dense.
+        compute_dtype: dtype of the product, and of ``W`` while it lasts; None takes that of the input.
+        device: of the empty weight and the bias.
+        dtype: of the bias.
+    """
+
+    statistics: Statistics | None
+    # Whether dense checkpoints hold the weight as [in_features, out_features] (transformers' Conv1D).
+    transposed = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        packed = torch.empty(-(-in_features * out_features // 2), 1, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.statistics = None
+        self.quant_type = ""
+        self.weight_dtype = torch.float32
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Quantize ``linear``, which stays as it is; arguments as for :func:`halfbyte.quant.quantize_4bit`."""
+        # Without a bias in the constructor: the new layer takes a copy of the old one's.
+        layer = cls(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype)
+        layer.bias = copy.deepcopy(linear.bias)
+        layer.set_quantized_weight(quantize_4bit(linear.weight, quant_type, blocksize, double_quant))
+        return layer.train(linear.training)
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight, ``[out_features, in_features]``; it shares the layer's memory."""
+        return QuantizedWeight(
+            self.weight.detach(),
+            self._loaded_statistics(),
+            self.quant_type,
+            torch.Size((self.out_features, self.in_features)),
+            self.weight_dtype,
+        )
+
+    def set_quantized_weight(self, weight: QuantizedWeight) -> None:
+        """Take ``weight`` as it is, without a copy.
+
+        Raises:
+            InputError: its shape is not ``[out_features, in_features]``.
+        """
+        if weight.shape != (self.out_features, self.in_features):
+            raise InputError(
+                f"A 4-bit weight of shape {tuple(weight.shape)} does not fit a layer of shape "
+                f"({self.out_features}, {self.in_features})."
+            )
+        self.weight = nn.Parameter(weight.packed, requires_grad=False)
+        self.statistics = weight.statistics
+        self.quant_type = weight.quant_type
+        self.weight_dtype = weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
+        dtype = self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        shape = (self.out_features, self.in_features)
+        return kernels.matmul_4bit(x.to(dtype), self.weight, self._loaded_statistics(), shape, bias).to(x.dtype)
+
+    def dequantize(self) -> Tensor:
+        """Return the dense weight, ``[out_features, in_features]``, in the dtype that it had before."""
+        return self.quantized_weight.dequantize()
+
+    @property
+    def W_q(self) -> Tensor:
+        """PEFT 0.21 asks a layer that has ``W_q`` to dequantize itself where it needs the dense weight (DoRA)."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """Return what :func:`repr` shows."""
+        quantization = ""
+        if self.statistics:
+            double = ", double_quant" if self.statistics.nested else ""
+            quantization = f", {self.quant_type}, blocksize={self.statistics.blocksize}{double}"
+        return f"{super().extra_repr()}, compute_dtype={self.compute_dtype}{quantization}"
+
+    def _loaded_statistics(self) -> Statistics:
+        if self.statistics is None:
+            raise RuntimeError("This Linear4bit has no weight yet: load a state dict or call set_quantized_weight.")
+        return self.statistics
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.statistics is not None and self.statistics.absmax.device != self.weight.device:
+            self.statistics = self.statistics.to(self.weight.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.statistics is not None:
+            state = self.quantized_weight.state_dict(f"{prefix}weight")
+            del state[f"{prefix}weight"]
+            destination.update(state)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        own = {name: state_dict.pop(name) for name in list(state_dict) if name == key or name.startswith(f"{key}.")}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not own:
+            return
+        if strict:
+            missing_keys.remove(key)
+        if not local_metadata.get("assign_to_params_buffers", False):
+            own = {name: tensor.to(self.weight.device, copy=True) for name, tensor in own.items()}
+        try:
+            self.set_quantized_weight(QuantizedWeight.from_state_dict(own, key))
+        except InputError as error:
+            error_msgs.append(str(error))
