@@ -10,10 +10,10 @@ Command-line flags and documentation are made from the fields below. Importing t
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import write_text
@@ -34,12 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 RUN_OPTIONS = ("resume", "overwrite")
 
 
-def _power_of_two(value: int) -> int:
-    if value & (value - 1):
-        raise ValueError("must be a power of two")
-    return value
-
-
 class TrainConfig(BaseModel):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
@@ -52,10 +46,10 @@ class TrainConfig(BaseModel):
         "paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
     )
 
-    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format of the base weights.")
-    blocksize: Annotated[int, AfterValidator(_power_of_two)] = Field(
-        64, ge=32, le=4096, description="Weights that share one absmax; a power of two."
+    quant_type: Literal["nf4", "fp4", "e2m1", "e3m0", "int4"] = Field(
+        "nf4", description="4-bit number format of the base weights."
     )
+    blocksize: int = Field(64, ge=32, le=4096, description="Weights that share one absmax.")
     double_quant: bool = Field(True, description="Quantize the absmax values too.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="Type of activations and of weights while they are multiplied."

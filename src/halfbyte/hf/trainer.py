@@ -1,0 +1,215 @@
+"""TRL's SFT trainer without pickle, and with a resume that gives the same bits.
+
+What differs from ``trl.SFTTrainer`` (1.16, over transformers 5.23), whose loop, schedules and callbacks stay:
+
+- A checkpoint is a folder of safetensors and JSON, complete or absent: the adapter as PEFT saves it, the tokenizer,
+  ``state.safetensors`` (optimizer tensors, torch's random state), ``state.json`` (the optimizer's numbers, the
+  schedule, Python's and NumPy's random state) and ``trainer_state.json``. Transformers pickles the four middle ones
+  and its arguments. The last two checkpoints are kept.
+- The data order is a function of the seed and the epoch alone. Transformers draws it from the global random state
+  when lengths are grouped, so a run resumed within an epoch would go on through another order.
+- The output head is evaluated at trained positions only. TRL does so on GPUs; elsewhere its head, though chunked,
+  covers every position, which for short answers is most of the head's time.
+- The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers takes
+  the mean of the micro-batches' means where a model's ``forward`` has no ``**kwargs``.
+- A step whose gradient is not finite stops the run before it touches the weights.
+- Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
+
+Left out: evaluation within the loop, and checkpoints of more than one process.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trl
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from halfbyte.errors import InputError
+from halfbyte.files import whole_folder
+
+CHECKPOINTS_KEPT = 2
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """``trl.SFTTrainer`` for a PEFT model: same arguments, see this file's head for what differs.
+
+    Attributes:
+        trained_tokens: tokens with a label that this process has trained on.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trained_tokens = 0
+        # Without these two, Trainer counts the step's tokens only for models whose forward takes **kwargs and whose
+        # loss is ForCausalLMLoss; TRL's head, which computes our loss, takes the count from any model.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.remove_callback(PrinterCallback)
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate, which nobody reads, walks through all parameters for every batch.
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        targets = inputs["labels"][:, 1:]
+        trained = targets != -100
+        self.trained_tokens += int(trained.sum())
+
+        def keep_trained(module: Any, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[:, :-1][trained].unsqueeze(0)
+            return output
+
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        hook = self.model.get_base_model().base_model.register_forward_hook(keep_trained)
+        try:
+            return super().compute_loss(
+                model, rest | {"shift_labels": targets[trained].unsqueeze(0)}, return_outputs, num_items_in_batch
+            )
+        finally:
+            hook.remove()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not torch.as_tensor(norm).isfinite():
+            raise InputError(
+                f"Training diverged: the gradient of step {self.state.global_step + 1} is not finite. The checkpoints "
+                f"before it are kept; use a lower learning_rate than {self._get_learning_rate():g}."
+            )
+        return norm
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(lengths, batch if grouped else None, self.args.seed)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = checkpoint_folder(Path(self.args.output_dir), self.state.global_step)
+        with whole_folder(folder) as part:
+            self._save(str(part))
+            tensors, numbers = _flatten(self.optimizer.state_dict())
+            numbers["scheduler"] = self.lr_scheduler.state_dict()
+            random_tensors, numbers["random"] = _random_state()
+            save_file(tensors | random_tensors, part / "state.safetensors")
+            (part / "state.json").write_text(json.dumps(numbers))
+            self.state.save_to_json(str(part / TRAINER_STATE_NAME))
+        for old in checkpoints(Path(self.args.output_dir))[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink()  # PEFT's card, a form that nobody has filled in
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        expected = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+            raise InputError(f"{resume_from_checkpoint}: this adapter is not one of the model that is to be trained.")
+        set_peft_model_state_dict(self.model, weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, numbers = _read_state(Path(checkpoint))
+            self.optimizer.load_state_dict(_unflatten(tensors, numbers))
+            self.lr_scheduler.load_state_dict(numbers["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, numbers = _read_state(Path(checkpoint))
+            _set_random_state(tensors, numbers["random"])
+
+
+class EpochSampler(Sampler[int]):
+    """A shuffled order of the rows, given by the seed and the epoch.
+
+    Args:
+        lengths: tokens of each row.
+        group: rows per optimizer step, among which lengths are to be similar; ``None`` does not look at lengths.
+        seed: of the run, below 2**32.
+    """
+
+    def __init__(self, lengths: list[int], group: int | None, seed: int) -> None:
+        self.lengths = lengths
+        self.group = group
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        if self.group:
+            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader before each pass."""
+        self.epoch = epoch
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after ``step`` optimizer steps of the run in ``run``."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of the run in ``run``, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state dict: its tensors as ``index.name``, everything else as it is."""
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for index, entries in optimizer["state"].items():
+        state[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        tensors |= {f"{index}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+    return tensors, {"state": state, "param_groups": optimizer["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
+    state = {int(index): dict(entries) for index, entries in numbers["state"].items()}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        if index != "random":
+            state[int(index)][name] = tensor
+    return {"state": state, "param_groups": numbers["param_groups"]}
+
+
+def _read_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return load_file(checkpoint / "state.safetensors"), json.loads((checkpoint / "state.json").read_text())
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"random.cpu": torch.get_rng_state()}
+    tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    return tensors, {"python": random.getstate(), "numpy": numpy}
+
+
+def _set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    version, internal, gauss = numbers["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(numbers["numpy"])
+    torch.set_rng_state(tensors["random.cpu"])
+    for i in range(torch.cuda.device_count()):
+        torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
