@@ -10,6 +10,7 @@ import contextlib
 import errno
 import importlib.metadata
 import inspect
+import logging
 import shlex
 import shutil
 import sys
@@ -284,14 +285,15 @@ def _print_stream(pieces: typing.Iterator[str]) -> str:
 
 def _quiet() -> None:
     """Silence the libraries' log lines and bars, but for downloads."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
-    import huggingface_hub.utils
     import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    huggingface_hub.utils.enable_progress_bars()
+    enable_progress_bars()
 
 
 def _command(*arguments: str) -> str:

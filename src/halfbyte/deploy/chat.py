@@ -6,20 +6,22 @@ transformers' own ``TextIteratorStreamer`` decodes line by line, which loses a s
 start of a line with SentencePiece tokenizers. The cache of keys and values is not kept between two turns.
 """
 
+import contextlib
 import contextvars
 import functools
 import queue
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jinja2
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from halfbyte.data import encode_prompt
+from halfbyte.data import Chat, chat_template, tokenize
 from halfbyte.errors import InputError
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -53,7 +55,7 @@ def stream_reply(
     """
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} does not generate text; give a causal language model.")
-    ids = encode_prompt(prompt, tokenizer)
+    ids = _encode(prompt, tokenizer)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"The prompt has {len(ids)} tokens, but the model attends to {limit}; shorten it.")
@@ -80,8 +82,22 @@ def stream_reply(
         generation.result()
 
 
-class _Listener(BaseStreamer, StoppingCriteria):
-    """Gets each token from ``generate`` and tells it when to stop."""
+def _encode(prompt: list[dict[str, Any]] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    try:
+        text = tokenizer.apply_chat_template(
+            prompt, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(f"The model's chat template refuses this conversation: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+class _Listener:
+    """Gets each token from ``generate``, as its streamer, and tells it when to stop, as a stopping criterion."""
 
     def __init__(self) -> None:
         self.tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -114,7 +130,10 @@ def _decode(listener: _Listener, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def _stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the model's own stop tokens and the tokenizer's, which a fine-tuned answer ends with."""
+    """Return the stop tokens of the model, of its tokenizer, and the one that an answer in training ends with."""
     own = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    question, answer = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}
+    with contextlib.suppress(InputError):  # then nothing was trained with this tokenizer
+        stops.add(tokenize([Chat("", [question, answer])], tokenizer, max_length=sys.maxsize).rows[-1]["labels"][-1])
     return sorted(stops)
