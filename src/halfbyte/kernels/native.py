@@ -1,55 +1,186 @@
 """The native kernels (``csrc/``) as torch functions: the only importer of the extension.
 
-Without a C++ compiler the package installs without the extension; :func:`available` tells.
+The instruction-set tier is the best that this chip and this build have, or the one that the environment variable
+``HALFBYTE_ISA`` names; it is looked up at every call, as is torch's thread count. The kernels run on the OpenMP threads
+that torch has already: this module asks the dynamic linker which ``GOMP_parallel`` torch is bound to. Without a C++
+compiler the package installs without the extension; :func:`available` tells.
+
+Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`, and so are the bytes, bit for bit, on every
+tier and for any number of threads (where a result is NaN, its payload is not promised). A matrix product dequantizes
+and leaves the rest to torch.
 """
+
+import ctypes
+import functools
+import importlib.util
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from halfbyte.errors import InputError, nearest
 from halfbyte.kernels.statistics import Statistics
+
+_AVAILABLE = importlib.util.find_spec("halfbyte._native") is not None
+if _AVAILABLE:
+    from halfbyte import _native
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Type in csrc/contract.h
 
 
 def available() -> bool:
-    """Whether this installation has the extension."""
-    return False
+    """Return whether this installation has the extension."""
+    return _AVAILABLE
 
 
 def tiers() -> list[str]:
-    """Return the tiers that this build and this chip have, best first."""
-    return []
+    """Return the instruction-set tiers that this build and this chip have, best first."""
+    return _native.tiers() if _AVAILABLE else []
 
 
 def tier() -> str:
-    """Return the tier in force."""
-    raise NotImplementedError
+    """Return the tier in force.
+
+    Raises:
+        InputError: ``HALFBYTE_ISA`` names one that this build or this chip lacks.
+    """
+    return tiers()[_tier()]
 
 
 def threads() -> int:
-    """Return the number of threads that the kernels run on."""
+    """Return the number of threads that the kernels run on: torch's."""
     return torch.get_num_threads()
 
 
 def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    """Block-wise 8-bit quantization; ``code`` must be ascending."""
+    n = x.numel()
+    code = code.contiguous()
+    codes = torch.empty(n, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
+    _native.quantize_8bit(
+        _tier(),
+        threads(),
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        n,
+        blocksize,
+        code.data_ptr(),
+        len(code),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+    )
+    return codes, absmax
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    raise NotImplementedError
+    """Inverse of :func:`quantize_8bit`."""
+    code = code.contiguous()
+    out = torch.empty(codes.numel(), dtype=dtype, device="cpu")
+    _native.dequantize_8bit(
+        _tier(),
+        threads(),
+        codes.data_ptr(),
+        code.data_ptr(),
+        len(code),
+        absmax.data_ptr(),
+        codes.numel(),
+        blocksize,
+        out.data_ptr(),
+        _TYPES[dtype],
+    )
+    return out
 
 
 def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    """Block-wise 4-bit quantization."""
+    n = x.numel()
+    code = code.contiguous()
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
+    _native.quantize_4bit(
+        _tier(),
+        threads(),
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        n,
+        blocksize,
+        code.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+    )
+    return packed, absmax
 
 
 def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
-    raise NotImplementedError
+    """Inverse of :func:`quantize_4bit`."""
+    code = statistics.code.contiguous()
+    nested = statistics.nested
+    nested_code = None if nested is None else nested.code.contiguous()
+    out = torch.empty(n, dtype=dtype, device="cpu")
+    _native.dequantize_4bit(
+        _tier(),
+        threads(),
+        packed.data_ptr(),
+        code.data_ptr(),
+        statistics.absmax.data_ptr(),
+        0 if nested is None else nested.absmax.data_ptr(),
+        0 if nested_code is None else nested_code.data_ptr(),
+        0 if nested is None else nested.blocksize,
+        0.0 if nested is None else nested.offset,
+        n,
+        statistics.blocksize,
+        out.data_ptr(),
+        _TYPES[dtype],
+    )
+    return out
 
 
 def matmul_4bit(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
-    raise NotImplementedError
+    """The 4-bit linear product ``y = x Wᵀ + bias``."""
+    weight = dequantize_4bit(packed, statistics, shape[0] * shape[1], x.dtype).view(shape)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
-    raise NotImplementedError
+    """The gradient of :func:`matmul_4bit` with respect to ``x``."""
+    return dy @ dequantize_4bit(packed, statistics, shape[0] * shape[1], dy.dtype).view(shape)
+
+
+def _tier() -> int:
+    return _tier_named(os.environ.get("HALFBYTE_ISA"))
+
+
+@functools.cache
+def _tier_named(name: str | None) -> int:
+    """Return the index among :func:`tiers` of the one called ``name``, or of the best."""
+    known = tiers()
+    if not name:
+        return 0
+    if name not in known:
+        raise InputError(
+            f"HALFBYTE_ISA is {name!r}, a tier that this chip or this build lacks{nearest(name, known)}; "
+            f"set it to {' or '.join(known)}, or unset it."
+        )
+    return known.index(name)
+
+
+def _gomp_parallel() -> int:
+    """Return the address of the ``GOMP_parallel`` that torch is bound to, or 0 if there is none.
+
+    The dynamic linker's own order: first what every library shares, then what torch's depends on.
+    """
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        try:
+            function = ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+if _AVAILABLE:
+    _native.use_openmp(_gomp_parallel())

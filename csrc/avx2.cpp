@@ -1,0 +1,298 @@
+// The AVX2 tier (with F16C): eight values at a time.
+//
+// The search trees' upper levels lie in registers and are read by permutes, whose lanes ignore the upper bits of an
+// index; the lower levels of an 8-bit tree are gathered. Dequantizing 4 bits: a block has only sixteen different values,
+// so they are made once per block, already scaled and rounded, and looked up; 16-bit ones as two tables of bytes. Block
+// sizes that are not a multiple of 32, and a short last block, go to `scalar`.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "contract.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+
+namespace halfbyte {
+namespace {
+
+const __m128i* at(const void* base, int64_t byte) {
+    return reinterpret_cast<const __m128i*>(static_cast<const char*>(base) + byte);
+}
+__m128i* at(void* base, int64_t byte) { return reinterpret_cast<__m128i*>(static_cast<char*>(base) + byte); }
+
+// Sixteen lanes of 32 bits, as bytes (of values up to 32767, the low eight bits of which count).
+__m128i low_bytes(__m256i a, __m256i b) {
+    const __m256i mask = _mm256_set1_epi32(255);
+    const __m256i words = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+}
+
+// Eight lanes of 32 bits, each below 2^16, as words.
+__m128i low_words(__m256i a) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+}
+
+// Eight values of each storage type, from and to fp32; `round` gives the stored bits.
+struct Fp32 {
+    static __m256 load(const void* x, int64_t i) {
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(at(x, 4 * i)));
+    }
+    static void store(void* out, int64_t i, __m256 value) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(at(out, 4 * i)), value);
+    }
+};
+
+struct Bf16 {
+    static __m256 load(const void* x, int64_t i) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at(x, 2 * i))), 16));
+    }
+    static __m128i round(__m256 value) {
+        const __m256i bits = _mm256_castps_si256(value);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+        const __m256i high = _mm256_srli_epi32(rounded, 16);
+        return low_words(_mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), nan));
+    }
+    static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
+};
+
+struct Fp16 {
+    static __m256 load(const void* x, int64_t i) { return _mm256_cvtph_ps(_mm_loadu_si128(at(x, 2 * i))); }
+    static __m128i round(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+    static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
+};
+
+// One step down the tree: node = 2 node + not (midpoint >= value).
+__m256i descend(__m256i node, __m256 midpoint, __m256 value) {
+    const __m256 right = _mm256_cmp_ps(midpoint, value, _CMP_NGE_UQ);  // -1 where it holds
+    return _mm256_sub_epi32(_mm256_add_epi32(node, node), _mm256_castps_si256(right));
+}
+
+// The first four steps: nodes 1 to 7 in one register, 8 to 15 in the other.
+__m256i descend4(__m256 value, __m256 top, __m256 bottom) {
+    __m256i node = _mm256_set1_epi32(1);
+    for (int step = 0; step < 3; ++step) node = descend(node, _mm256_permutevar8x32_ps(top, node), value);
+    return descend(node, _mm256_permutevar8x32_ps(bottom, node), value);
+}
+
+struct Searcher4 {
+    __m256 top, bottom;
+    __m128i code;
+
+    explicit Searcher4(const Search4& search)
+        : top(_mm256_loadu_ps(search.midpoint)),
+          bottom(_mm256_loadu_ps(search.midpoint + 8)),
+          code(_mm_loadu_si128(at(search.code, 0))) {}
+
+    void quantize(__m256 value0, __m256 value1, uint8_t* codes, int64_t i) const {
+        const __m128i node = low_bytes(descend4(value0, top, bottom), descend4(value1, top, bottom));
+        const __m128i rank = _mm_and_si128(node, _mm_set1_epi8(15));
+        const __m128i pairs = _mm_maddubs_epi16(_mm_shuffle_epi8(code, rank), _mm_set1_epi16(0x0110));  // 16 even + odd
+        _mm_storel_epi64(at(codes, i / 2), _mm_packus_epi16(pairs, pairs));
+    }
+};
+
+struct Searcher8 {
+    __m256 top, bottom;
+    __m256i largest;
+    const float* tree;
+
+    explicit Searcher8(const Search8& search)
+        : top(_mm256_loadu_ps(search.midpoint)),
+          bottom(_mm256_loadu_ps(search.midpoint + 8)),
+          largest(_mm256_set1_epi32(256 + search.last)),
+          tree(search.midpoint) {}
+
+    __m256i node(__m256 value) const {
+        __m256i node = descend4(value, top, bottom);
+        for (int step = 4; step < 8; ++step) node = descend(node, _mm256_i32gather_ps(tree, node, 4), value);
+        return _mm256_min_epi32(node, largest);
+    }
+
+    void quantize(__m256 value0, __m256 value1, uint8_t* codes, int64_t i) const {
+        _mm_storeu_si128(at(codes, i), low_bytes(node(value0), node(value1)));
+    }
+};
+
+// The largest magnitude of a block: magnitudes are ordered as their bits are, NaN on top.
+template <class T>
+float largest_magnitude(const void* x, int64_t begin, int64_t end) {
+    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    __m256i largest = _mm256_setzero_si256();
+    for (int64_t i = begin; i < end; i += 8) {
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(T::load(x, i)), mask));
+    }
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(most));
+}
+
+// Scaled and clamped to [-1, 1]; min and max return their second operand where either is NaN.
+__m256 scale(__m256 value, __m256 reciprocal) {
+    const __m256 below = _mm256_min_ps(_mm256_set1_ps(1.0f), _mm256_mul_ps(value, reciprocal));
+    return _mm256_max_ps(_mm256_set1_ps(-1.0f), below);
+}
+
+template <class T, class Searcher, class Arguments>
+void quantize(const Arguments& a, int64_t first, int64_t last) {
+    const Searcher searcher(a.search);
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * a.blocksize, end = begin + a.blocksize;
+        const float absmax = largest_magnitude<T>(a.x, begin, end);
+        a.absmax[block] = absmax;
+        const __m256 reciprocal = _mm256_set1_ps(1.0f / (absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax));
+        for (int64_t i = begin; i < end; i += 16) {
+            searcher.quantize(scale(T::load(a.x, i), reciprocal), scale(T::load(a.x, i + 8), reciprocal), a.codes, i);
+        }
+    }
+}
+
+// The codes of sixteen bytes, in order: 32 of them, a byte each.
+struct Codes32 {
+    __m128i first, second;
+
+    explicit Codes32(__m128i bytes) {
+        const __m128i mask = _mm_set1_epi8(15);
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask), low = _mm_and_si128(bytes, mask);
+        first = _mm_unpacklo_epi8(high, low);
+        second = _mm_unpackhi_epi8(high, low);
+    }
+};
+
+template <class T>
+struct Lookup4 {
+    __m128i low, high;  // the low and the high bytes of the sixteen values
+
+    Lookup4(__m256 values0, __m256 values1) {
+        const __m128i a = T::round(values0), b = T::round(values1), mask = _mm_set1_epi16(255);
+        low = _mm_packus_epi16(_mm_and_si128(a, mask), _mm_and_si128(b, mask));
+        high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+    }
+
+    void store(void* out, int64_t i, __m128i codes) const {
+        const __m128i lows = _mm_shuffle_epi8(low, codes), highs = _mm_shuffle_epi8(high, codes);
+        _mm_storeu_si128(at(out, 2 * i), _mm_unpacklo_epi8(lows, highs));
+        _mm_storeu_si128(at(out, 2 * i + 16), _mm_unpackhi_epi8(lows, highs));
+    }
+};
+
+template <>
+struct Lookup4<Fp32> {
+    __m256 low, high;  // the first and the last eight values
+
+    Lookup4(__m256 values0, __m256 values1) : low(values0), high(values1) {}
+
+    void store8(void* out, int64_t i, __m128i codes) const {
+        const __m256i index = _mm256_cvtepu8_epi32(codes);
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // the sign: code 8 and above
+        const __m256 value0 = _mm256_permutevar8x32_ps(low, index), value1 = _mm256_permutevar8x32_ps(high, index);
+        Fp32::store(out, i, _mm256_blendv_ps(value0, value1, upper));
+    }
+
+    void store(void* out, int64_t i, __m128i codes) const {
+        store8(out, i, codes);
+        store8(out, i + 8, _mm_srli_si128(codes, 8));
+    }
+};
+
+template <class T>
+void dequantize(const Dequantize4bit& a, int64_t first, int64_t last) {
+    const __m256 code0 = _mm256_loadu_ps(a.code), code1 = _mm256_loadu_ps(a.code + 8);
+    ScaleReader scales(a.scales, first);
+    for (int64_t block = first; block < last; ++block) {
+        const __m256 scale = _mm256_set1_ps(scales.next());
+        const Lookup4<T> lookup(_mm256_mul_ps(code0, scale), _mm256_mul_ps(code1, scale));
+        const int64_t begin = block * a.blocksize;
+        for (int64_t i = begin; i < begin + a.blocksize; i += 32) {
+            const Codes32 codes(_mm_loadu_si128(at(a.codes, i / 2)));
+            lookup.store(a.out, i, codes.first);
+            lookup.store(a.out, i + 16, codes.second);
+        }
+    }
+}
+
+template <class T>
+void dequantize(const Dequantize8bit& a, int64_t first, int64_t last) {
+    ScaleReader scales(a.scales, first);
+    for (int64_t block = first; block < last; ++block) {
+        const __m256 scale = _mm256_set1_ps(scales.next());
+        const int64_t begin = block * a.blocksize;
+        for (int64_t i = begin; i < begin + a.blocksize; i += 8) {
+            const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(at(a.codes, i)));
+            T::store(a.out, i, _mm256_mul_ps(_mm256_i32gather_ps(a.code, index, 4), scale));
+        }
+    }
+}
+
+void quantize_4bit(const Quantize4bit& a, int64_t first, int64_t last) {
+    const int64_t whole = whole_blocks(a, first, last);
+    switch (a.type) {
+        case Type::fp32: quantize<Fp32, Searcher4>(a, first, whole); break;
+        case Type::bf16: quantize<Bf16, Searcher4>(a, first, whole); break;
+        case Type::fp16: quantize<Fp16, Searcher4>(a, first, whole); break;
+    }
+    scalar.quantize_4bit(a, whole, last);
+}
+
+void quantize_8bit(const Quantize8bit& a, int64_t first, int64_t last) {
+    const int64_t whole = whole_blocks(a, first, last);
+    switch (a.type) {
+        case Type::fp32: quantize<Fp32, Searcher8>(a, first, whole); break;
+        case Type::bf16: quantize<Bf16, Searcher8>(a, first, whole); break;
+        case Type::fp16: quantize<Fp16, Searcher8>(a, first, whole); break;
+    }
+    scalar.quantize_8bit(a, whole, last);
+}
+
+void dequantize_4bit(const Dequantize4bit& a, int64_t first, int64_t last) {
+    const int64_t whole = whole_blocks(a, first, last);
+    switch (a.type) {
+        case Type::fp32: dequantize<Fp32>(a, first, whole); break;
+        case Type::bf16: dequantize<Bf16>(a, first, whole); break;
+        case Type::fp16: dequantize<Fp16>(a, first, whole); break;
+    }
+    scalar.dequantize_4bit(a, whole, last);
+}
+
+void dequantize_8bit(const Dequantize8bit& a, int64_t first, int64_t last) {
+    const int64_t whole = whole_blocks(a, first, last);
+    switch (a.type) {
+        case Type::fp32: dequantize<Fp32>(a, first, whole); break;
+        case Type::bf16: dequantize<Bf16>(a, first, whole); break;
+        case Type::fp16: dequantize<Fp16>(a, first, whole); break;
+    }
+    scalar.dequantize_8bit(a, whole, last);
+}
+
+}  // namespace
+}  // namespace halfbyte
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace halfbyte {
+namespace {
+
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+
+}  // namespace
+
+const Tier avx2 = {
+    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit,
+};
+
+}  // namespace halfbyte
+
+#endif

@@ -1,0 +1,115 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace halfbyte {
+namespace {
+
+// The ranges are handed out one after the other, so any number of threads that come finish the work.
+class Job {
+  public:
+    Job(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body)
+        : count_(count), grain_(grain), body_(body) {}
+
+    void work() {
+        for (;;) {
+            const int64_t first = next_.fetch_add(grain_, std::memory_order_relaxed);
+            if (first >= count_) return;
+            body_(first, std::min(first + grain_, count_));
+        }
+    }
+
+  private:
+    const int64_t count_, grain_;
+    const std::function<void(int64_t, int64_t)>& body_;
+    std::atomic<int64_t> next_{0};
+};
+
+class Pool {
+  public:
+    // One job at a time; who comes meanwhile, from another thread, works alone.
+    void run(Job& job, int threads) {
+        const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+        if (!turn.owns_lock()) return job.work();
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            grow(threads - 1);
+            job_ = &job;
+            wanted_ = threads - 1;
+        }
+        start_.notify_all();
+        job.work();
+        std::unique_lock<std::mutex> lock(mutex_);
+        wanted_ = 0;
+        done_.wait(lock, [this] { return working_ == 0; });
+    }
+
+  private:
+    void grow(int workers) {
+        try {
+            for (; workers_ < workers; ++workers_) std::thread([this] { serve(); }).detach();
+        } catch (const std::system_error&) {  // no more threads to be had: those that are there do the work
+        }
+    }
+
+    [[noreturn]] void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            start_.wait(lock, [this] { return wanted_ > 0; });
+            --wanted_;
+            ++working_;
+            Job& job = *job_;
+            lock.unlock();
+            job.work();
+            lock.lock();
+            if (--working_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable start_, done_;
+    Job* job_ = nullptr;
+    int workers_ = 0, wanted_ = 0, working_ = 0;
+};
+
+std::atomic<OpenMP> openmp{nullptr};
+std::atomic<Pool*> pool{nullptr};  // never destroyed: its threads sleep in it until the process ends
+
+void after_fork() {
+    openmp = nullptr;
+    pool = nullptr;
+}
+
+const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+
+Pool& current_pool() {
+    if (Pool* existing = pool) return *existing;
+    Pool* created = new Pool;
+    Pool* existing = nullptr;
+    if (pool.compare_exchange_strong(existing, created)) return *created;
+    delete created;
+    return *existing;
+}
+
+}  // namespace
+
+void use_openmp(OpenMP parallel) { openmp = parallel; }
+
+void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
+    if (count <= grain || threads <= 1) return body(0, count);
+    Job job(count, grain, body);
+    if (const OpenMP parallel = openmp) {
+        parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+    } else {
+        current_pool().run(job, threads);
+    }
+}
+
+}  // namespace halfbyte

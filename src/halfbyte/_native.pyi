@@ -1,0 +1,58 @@
+"""The extension built from csrc/bindings.cpp: addresses as integers, `isa` a place in tiers(), types as in contract.h."""
+
+def tiers() -> list[str]: ...
+def use_openmp(parallel: int) -> None: ...
+def quantize_4bit(
+    isa: int,
+    threads: int,
+    x: int,
+    type: int,
+    n: int,
+    blocksize: int,
+    code: int,
+    packed: int,
+    absmax: int,
+    /,
+) -> None: ...
+def quantize_8bit(
+    isa: int,
+    threads: int,
+    x: int,
+    type: int,
+    n: int,
+    blocksize: int,
+    code: int,
+    size: int,
+    codes: int,
+    absmax: int,
+    /,
+) -> None: ...
+def dequantize_4bit(
+    isa: int,
+    threads: int,
+    packed: int,
+    code: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_code: int,
+    nested_blocksize: int,
+    offset: float,
+    n: int,
+    blocksize: int,
+    out: int,
+    type: int,
+    /,
+) -> None: ...
+def dequantize_8bit(
+    isa: int,
+    threads: int,
+    codes: int,
+    code: int,
+    size: int,
+    absmax: int,
+    n: int,
+    blocksize: int,
+    out: int,
+    type: int,
+    /,
+) -> None: ...
