@@ -5,6 +5,8 @@
 """
 
 from halfbyte.kernels.operations import (
+    adamw_8bit,
+    adamw_32bit,
     dequantize_4bit,
     dequantize_8bit,
     matmul_4bit,
@@ -17,6 +19,8 @@ from halfbyte.kernels.statistics import Nested, Statistics
 __all__ = [
     "Nested",
     "Statistics",
+    "adamw_8bit",
+    "adamw_32bit",
     "dequantize_4bit",
     "dequantize_8bit",
     "matmul_4bit",

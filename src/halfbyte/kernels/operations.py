@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import reference
 from halfbyte.kernels.provider import provider_for
 from halfbyte.kernels.statistics import Statistics
 
@@ -80,6 +81,69 @@ def matmul_4bit(
         raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, but this product needs {x.dtype} ({shape[0]},)")
     y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
     return y
+
+
+def adamw_32bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step over many tensors of one device, in place, with fp32 moments.
+
+    See :func:`halfbyte.kernels.reference.adamw_32bit`.
+    """
+    for i, (param, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        _check_step(i, param, grad)
+        for name, x in (("exp_avgs", m), ("exp_avg_sqs", v)):
+            _check_like(f"{name}[{i}]", x, torch.float32, param)
+    reference.adamw_32bit(
+        params, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+    )
+
+
+def adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[tuple[Tensor, Tensor]],
+    exp_avg_sqs: list[tuple[Tensor, Tensor]],
+    code: Tensor,
+    code_unsigned: Tensor,
+    blocksize: int,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step over many tensors of one device, in place, with block-wise 8-bit moments.
+
+    See :func:`halfbyte.kernels.reference.adamw_8bit`.
+    """
+    if not params:
+        return
+    device = params[0].device
+    _check_blocksize(blocksize)
+    for table in (code, code_unsigned):
+        _check_code(table, range(256, 257), device)
+    for i, (param, grad, first, second) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        _check_step(i, param, grad)
+        for name, (codes, absmax) in (("exp_avgs", first), ("exp_avg_sqs", second)):
+            _check_like(f"{name}[{i}]", codes, torch.uint8, param)
+            _check_absmax(absmax, torch.float32, param.numel(), blocksize, device)
+    provider = provider_for(device)
+    reference.adamw_8bit(
+        params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize,
+        step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+        quantize=provider.quantize_8bit, dequantize=provider.dequantize_8bit,
+    )  # fmt: skip
 
 
 class _Matmul4bit(torch.autograd.Function):
@@ -162,3 +226,16 @@ def _check_weight(packed: Tensor, statistics: Statistics, n: int) -> None:
         _check_blocksize(nested.blocksize)
         _check_code(nested.code, range(256, 257), packed.device)
         _check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, packed.device)
+
+
+def _check_step(i: int, param: Tensor, grad: Tensor) -> None:
+    _check_floating(f"params[{i}]", param)
+    _check_floating(f"grads[{i}]", grad)
+    _check_like(f"grads[{i}]", grad, grad.dtype, param)
+
+
+def _check_like(name: str, x: Tensor, dtype: torch.dtype, param: Tensor) -> None:
+    if x.dtype != dtype or x.device != param.device or not x.is_contiguous() or not param.is_contiguous():
+        raise TypeError(f"{name} is {x.dtype} on {x.device}; it must be {dtype} on {param.device}, and both contiguous")
+    if x.shape != param.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; its parameter has {tuple(param.shape)}")

@@ -12,6 +12,9 @@ two oddities: full blocks are multiplied by the reciprocal of ``absmax`` while a
 divided by it, and only the short block's ``absmax`` is raised to 1e-38 in the result.
 """
 
+from collections.abc import Callable
+from math import sqrt
+
 import torch
 from torch import Tensor
 
@@ -130,3 +133,95 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     """The gradient of :func:`matmul_4bit` with respect to ``x``: ``dx = dy W``, ``[..., N]`` to ``[..., K]``."""
     rows, columns = shape
     return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
+
+
+def adamw_32bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step (arXiv 1711.05101, algorithm 2) over many tensors in place, with fp32 moments.
+
+        m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
+        p = (1 - lr weight_decay) p - lr / (1 - beta1^step)  m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+
+    These are torch 2.13's own operations in the order of its ``_multi_tensor_adam``: fp32 parameters and moments are
+    bitwise those of ``torch.optim.AdamW``. Others are computed in fp32 and rounded once into the parameter.
+
+    Args:
+        params: fp32, bf16 or fp16, any shapes.
+        grads: of the same shapes.
+        exp_avgs: ``m``, fp32 of the same shapes.
+        exp_avg_sqs: ``v``, fp32 of the same shapes.
+        step: 1 for the first step of these tensors.
+    """
+    beta1, beta2 = betas
+    p, g = [x.float() for x in params], [x.float() for x in grads]
+    if weight_decay != 0:
+        torch._foreach_mul_(p, 1 - lr * weight_decay)
+    torch._foreach_lerp_(exp_avgs, g, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, g, g, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(p, exp_avgs, denominators, -(lr / (1 - beta1**step)))
+    torch._foreach_copy_(params, p)
+
+
+def adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[tuple[Tensor, Tensor]],
+    exp_avg_sqs: list[tuple[Tensor, Tensor]],
+    code: Tensor,
+    code_unsigned: Tensor,
+    blocksize: int,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    quantize: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = quantize_8bit,
+    dequantize: Callable[[Tensor, Tensor, Tensor, int, torch.dtype], Tensor] = dequantize_8bit,
+) -> None:
+    """The step of :func:`adamw_32bit` with block-wise 8-bit moments (arXiv 2110.02861), in place.
+
+    Each tensor's moments are dequantized, updated, used, and quantized again, all in fp32. A gradient whose square is
+    not finite leaves its parameter alone and sets its moments to zero, as in bitsandbytes' CUDA kernel: through
+    ``absmax`` it would spoil its whole block.
+
+    Args:
+        params: fp32, bf16 or fp16, any shapes, contiguous.
+        grads: of the same shapes.
+        exp_avgs: ``m`` as :func:`quantize_8bit` returns it, ``(codes, absmax)``: uint8 in the shape of the parameter
+            and fp32 ``[ceil(n / blocksize)]``.
+        exp_avg_sqs: ``v`` in the same form.
+        code: the table of ``m``, fp32 ``[256]``.
+        code_unsigned: the table of ``v``, fp32 ``[256]``.
+        step: 1 for the first step of these tensors.
+        quantize, dequantize: a provider's, which are bitwise those of this module.
+    """
+    beta1, beta2 = betas
+    for param, grad, first, second in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        p, g = param.reshape(-1).float(), grad.reshape(-1).float()
+        square = g * g
+        finite = square.isfinite()
+        m = beta1 * dequantize(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
+        v = beta2 * dequantize(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
+        m, v = m.where(finite, 0.0), v.where(finite, 0.0)
+        denominator = v.sqrt() / sqrt(1 - beta2**step) + eps
+        updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**step)) * m / denominator
+        param.copy_(updated.where(finite, p).view_as(param))
+        for moment, (codes, absmax), table in ((m, first, code), (v, second, code_unsigned)):
+            new_codes, new_absmax = quantize(moment, table, blocksize)
+            codes.copy_(new_codes.view_as(codes))
+            absmax.copy_(new_absmax)

@@ -1,0 +1,44 @@
+"""AdamW with 32-bit or block-wise 8-bit state, in memory or paged to disk.
+
+:func:`create` makes one by the name that transformers gives it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halfbyte.errors import InputError, nearest
+from halfbyte.optim.adamw import AdamW
+
+KINDS: dict[str, dict[str, Any]] = {
+    "adamw_torch": {"state_bits": 32, "paged": False},
+    "adamw_8bit": {"state_bits": 8, "paged": False},
+    "paged_adamw_32bit": {"state_bits": 32, "paged": True},
+    "paged_adamw_8bit": {"state_bits": 8, "paged": True},
+}
+NAMES = tuple(KINDS)
+
+
+def create(
+    name: str,
+    params: Iterable[Tensor] | Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    page_dir: Path | None = None,
+) -> AdamW:
+    """Return the optimizer that transformers calls ``name``, one of :data:`NAMES`; the rest as in :class:`AdamW`.
+
+    Raises:
+        InputError: there is no such optimizer.
+    """
+    if name not in KINDS:
+        raise InputError(f"There is no optimizer {name!r}{nearest(name, NAMES)}; there is {', '.join(NAMES)}.")
+    return AdamW(params, lr, betas, eps, weight_decay, page_dir=page_dir, **KINDS[name])
+
+
+__all__ = ["NAMES", "AdamW", "create"]

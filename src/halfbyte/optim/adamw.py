@@ -1,0 +1,228 @@
+"""AdamW (arXiv 1711.05101) whose moments take 32 bits or block-wise 8 bits (arXiv 2110.02861), in memory or paged.
+
+32 bits: the moments are fp32 whatever the parameter's dtype; over fp32 parameters each step is bitwise that of
+``torch.optim.AdamW``. 8 bits: bitsandbytes' format (0.50.2): blocks of 256, its signed dynamic map for the first
+moment and its unsigned one for the second, and 32 bits for tensors under 4096 elements, which cost little and need it
+most; 2.03 bytes a parameter instead of 8. The formulas are in :mod:`halfbyte.kernels.reference`.
+
+Where bitsandbytes disagrees with itself:
+
+- Weight decay comes before the update, as in the paper, in torch and in bitsandbytes on a CPU (its 8-bit CUDA kernel
+  decays after), so that 32 and 8 bits mean the same.
+- Moments take the nearest code. Its CPU library looks codes up in a table of 65,536 even steps instead, which turns a
+  zero moment into 2e-5 of its block's largest; its CUDA kernel then moves a first moment that rounding took across
+  zero to the smallest code of its old sign.
+- A NaN or infinite gradient: over 8 bits the element is skipped and its moments start anew, as in its CUDA kernel;
+  over 32 bits it spoils that element, as in torch.
+
+State of a parameter: ``step`` (an int), ``exp_avg`` and ``exp_avg_sq`` (torch's names; fp32 or uint8 in the shape of
+the parameter), and over 8 bits ``exp_avg_absmax`` and ``exp_avg_sq_absmax`` (fp32, one per block). The tables are not
+part of it. 32-bit state goes to and from ``torch.optim.AdamW``. Left out: amsgrad, maximize, sparse gradients, tensor
+learning rates, and paging on a GPU.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from halfbyte import kernels
+from halfbyte.errors import InputError
+from halfbyte.optim import paged as paging
+from halfbyte.quant import codebook
+
+BLOCKSIZE = 256
+SMALLEST_8BIT = 4096
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+Layout = dict[str, tuple[torch.dtype, torch.Size]]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with a choice of where, and in how many bits, its state lives.
+
+    Args:
+        params: contiguous fp32, bf16 or fp16 parameters, or groups of them as in any torch optimizer.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; each group may have its own.
+        state_bits: 32 or 8.
+        paged: whether the state is a mapped file, which the operating system may evict (CPU only).
+        page_dir: the folder of that file; where it lies in memory (tmpfs), or none is given, the temporary folder or
+            ``/var/tmp``. The attribute ``page_dir`` tells which was taken.
+
+    Raises:
+        InputError: an argument is out of range, or a parameter is not of the kind above.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        state_bits: int = 32,
+        paged: bool = False,
+        page_dir: Path | str | None = None,
+    ) -> None:
+        if state_bits not in (8, 32):
+            raise InputError(f"state_bits is {state_bits}; it must be 8 or 32.")
+        self.state_bits = state_bits
+        self.page_dir = paging.choose_folder(Path(page_dir) if page_dir is not None else None) if paged else None
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; options that it does not name are the optimizer's own."""
+        first = sum(len(group["params"]) for group in self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise InputError(f"{name} is {group[name]}; it must be 0 or more.")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise InputError(f"betas are {group['betas']}; both must be at least 0 and below 1.")
+        for index, param in enumerate(group["params"], first):
+            if param.dtype not in FLOATING or not param.is_contiguous():
+                raise InputError(
+                    f"Parameter {index} is {param.dtype} {tuple(param.shape)} with strides {param.stride()}; AdamW "
+                    "steps contiguous float32, bfloat16 or float16 parameters."
+                )
+            if self.page_dir is not None and param.device.type != "cpu":
+                raise InputError(
+                    f"Parameter {index} is on {param.device}, and optimizer state is paged on a CPU only; "
+                    "use an optimizer that is not paged."
+                )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns its loss, which is passed on.
+
+        Raises:
+            InputError: a gradient is sparse, or paged state does not fit on the disk.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        new = [p for p in chain.from_iterable(moved) if not self.state[p]]
+        self.state.update(zip(new, self._zero_states(new), strict=True))
+        for group, params in zip(self.param_groups, moved, strict=True):
+            self._step_group(group, params)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state and the options of ``state_dict``, bit for bit; paged state is paged again.
+
+        Raises:
+            InputError: it belongs to other parameters or to another kind of optimizer. Nothing has changed then.
+        """
+        params = self._parameters()
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in state_dict["param_groups"]]
+        if ours != theirs:
+            raise InputError(
+                f"The saved optimizer state is of groups of {theirs} parameters, and this optimizer has {ours}; "
+                "resume with the model and the optimizer that wrote it."
+            )
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        saved = {i: state_dict["state"][key] for i, key in enumerate(keys) if state_dict["state"].get(key)}
+        for i, state in saved.items():
+            found = {name: (value.dtype, value.shape) for name, value in state.items() if name != "step"}
+            if found != self._layout(params[i]) or "step" not in state:
+                raise InputError(
+                    f"The saved optimizer state of parameter {i} is {_describe(found)}, but this optimizer needs "
+                    f"{_describe(self._layout(params[i]))}; resume with the model and the optimizer that wrote it."
+                )
+        states = self._zero_states([params[i] for i in saved])
+        for state, old in zip(states, saved.values(), strict=True):
+            state["step"] = int(old["step"])
+            for name in state.keys() - {"step"}:
+                state[name].copy_(old[name])
+        super().load_state_dict({**state_dict, "state": {}})  # with state, it would cast that to the parameters' dtype
+        self.state.update(zip([params[i] for i in saved], states, strict=True))
+
+    def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Step ``params`` in as few calls as their devices, step counts and kinds of state allow."""
+        alike = defaultdict(list)
+        for p in params:
+            state = self.state[p]
+            state["step"] += 1
+            alike[p.device, state["step"], state["exp_avg"].dtype].append(p)
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        for (device, step, dtype), batch in alike.items():
+            grads, states = [self._gradient(p) for p in batch], [self.state[p] for p in batch]
+            if dtype == torch.float32:
+                kernels.adamw_32bit(
+                    batch,
+                    grads,
+                    [s["exp_avg"] for s in states],
+                    [s["exp_avg_sq"] for s in states],
+                    step=step,
+                    **options,
+                )
+            else:
+                kernels.adamw_8bit(
+                    batch,
+                    grads,
+                    [(s["exp_avg"], s["exp_avg_absmax"]) for s in states],
+                    [(s["exp_avg_sq"], s["exp_avg_sq_absmax"]) for s in states],
+                    codebook("dynamic", device),
+                    codebook("dynamic_unsigned", device),
+                    BLOCKSIZE,
+                    step=step,
+                    **options,
+                )
+
+    def _gradient(self, param: Tensor) -> Tensor:
+        grad = param.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            index = next(i for i, p in enumerate(self._parameters()) if p is param)
+            raise InputError(f"The gradient of parameter {index} is sparse; AdamW needs a dense one (sparse=False).")
+        return grad.contiguous()
+
+    def _parameters(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _layout(self, param: Tensor) -> Layout:
+        """Return dtype and shape of each tensor of a parameter's state."""
+        if self.state_bits == 32 or param.numel() < SMALLEST_8BIT:
+            return {name: (torch.float32, param.shape) for name in ("exp_avg", "exp_avg_sq")}
+        blocks = torch.Size([-(-param.numel() // BLOCKSIZE)])
+        return {
+            "exp_avg": (torch.uint8, param.shape),
+            "exp_avg_absmax": (torch.float32, blocks),
+            "exp_avg_sq": (torch.uint8, param.shape),
+            "exp_avg_sq_absmax": (torch.float32, blocks),
+        }
+
+    def _zero_states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Return the state before the first step of each of ``params``; if paged, in one file together."""
+        layouts = [self._layout(p) for p in params]
+        if self.page_dir is not None:
+            zeros = paging.zeros([entry for layout in layouts for entry in layout.values()], self.page_dir)
+        else:
+            zeros = [
+                torch.zeros(shape, dtype=dtype, device=p.device)
+                for p, layout in zip(params, layouts, strict=True)
+                for dtype, shape in layout.values()
+            ]
+        ordered = iter(zeros)
+        return [{"step": 0} | {name: next(ordered) for name in layout} for layout in layouts]
+
+
+def _describe(layout: Layout) -> str:
+    return ", ".join(f"{name} {dtype} {tuple(shape)}".replace("torch.", "") for name, (dtype, shape) in layout.items())
