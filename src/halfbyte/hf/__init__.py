@@ -1,8 +1,9 @@
 """Everything that knows the internals of transformers, peft and trl."""
 
 from halfbyte.hf.adapters import LoraLinear4bit, count_parameters, prepare_for_training, unprepare
+from halfbyte.hf.checkpoint import quantize_checkpoint
 from halfbyte.hf.config import HalfbyteConfig
-from halfbyte.hf.load import load, load_tokenizer
+from halfbyte.hf.loader import load, load_tokenizer
 from halfbyte.hf.quantizer import HalfbyteQuantizer
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "load",
     "load_tokenizer",
     "prepare_for_training",
+    "quantize_checkpoint",
     "unprepare",
 ]

@@ -21,13 +21,14 @@ class LoraLinear4bit(LoraLinear):
     """PEFT's ``lora.Linear`` with our forward for plain LoRA; variants (DoRA and others) run as PEFT wrote them."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``y = x dequant(W)ᵀ + b + Σ s (dropout(x) Aᵀ) Bᵀ`` over the active adapters, ``[..., in]`` to ``[..., out]``."""
+        """``y = x dequant(W)ᵀ + b + Σ s (dropout(x) Aᵀ) Bᵀ`` over the active adapters, ``[..., out]``."""
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         plain = not (args or kwargs or self.disable_adapters or any(name in self.lora_variant for name in adapters))
         if not plain:
-            return super().forward(x, *args, **kwargs)
+            theirs: Tensor = super().forward(x, *args, **kwargs)
+            return theirs
         base: Linear4bit = self.base_layer
-        y = base(x)
+        y: Tensor = base(x)
         inner = x.to(base.compute_dtype or x.dtype)
         for name in adapters:
             a, b = self.lora_A[name], self.lora_B[name]
@@ -61,8 +62,8 @@ def prepare_for_training(model: Model) -> Model:
     ours = [layer for layer in layers if isinstance(layer.base_layer, Linear4bit)]
     if not ours:
         raise InputError(
-            f"{type(model).__name__} has no LoRA layer over a 4-bit weight: load the model with HalfbyteConfig and call "
-            "peft.get_peft_model(model, LoraConfig(target_modules='all-linear', ...)) first."
+            f"{type(model).__name__} has no LoRA layer over a 4-bit weight: load the model with HalfbyteConfig and "
+            "call peft.get_peft_model(model, LoraConfig(target_modules='all-linear', ...)) first."
         )
     for layer in ours:
         layer.__class__ = LoraLinear4bit

@@ -6,11 +6,12 @@ as it is read: a dense one is quantized at once (peak memory: the 4-bit model an
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
@@ -21,6 +22,11 @@ from halfbyte.errors import InputError
 from halfbyte.hf.config import QUANT_METHOD, SAVEABLE, HalfbyteConfig
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
+
+logger = logging.getLogger(__name__)
+
+# Linear layers whose weight the model multiplies by hand (Mamba), so that it has to stay dense.
+READ_DIRECTLY = ("dt_proj",)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -78,10 +84,13 @@ class HalfbyteQuantizer(HfQuantizer):
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         if not self.pre_quantized and config.skip_modules is None:
-            skip = sorted({*skip, *heads(model)})
+            skip = sorted({*skip, *left_dense(model)})
             # Recorded, so that whoever opens the saved model makes the same choice.
             config.skip_modules = skip
-        replace_linears(model, skip, config.compute_dtype)
+        if not replace_linears(model, skip, config.compute_dtype):
+            logger.warning(
+                f"{type(model).__name__} has no plain linear layer to hold in 4 bits; all of it stays dense."
+            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers would try to reverse our reading of 4-bit weights when it saves; the layers themselves know how.
@@ -148,11 +157,20 @@ class Deserialize(ConversionOps):
             )
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         if len(state) == 1:
-            keep_in_fp32 = not should_convert_module(full_layer_name, model._keep_in_fp32_modules or [])
-            dtype = torch.float32 if keep_in_fp32 else layer.weight.dtype
+            dtype = dense_dtype(model, full_layer_name, self.hf_quantizer.quantization_config.compute_dtype)
             return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
         layer.set_quantized_weight(QuantizedWeight.from_state_dict(state, "weight"))
         return {"weight": layer.weight}
+
+
+def dense_dtype(model: PreTrainedModel, name: str, compute_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that transformers (5.23) wants for the dense parameter ``name``; some stay in fp32."""
+    plan = model._get_dtype_plan(compute_dtype)
+    if not plan:
+        return compute_dtype
+    patterns, by_group, _ = build_glob_alternation(list(plan))
+    match = patterns.search(name)
+    return plan[by_group[match.lastgroup]] if match else compute_dtype
 
 
 def replace_linears(model: nn.Module, skip: list[str], compute_dtype: torch.dtype) -> list[str]:
@@ -178,13 +196,14 @@ def replace_linears(model: nn.Module, skip: list[str], compute_dtype: torch.dtyp
     return replaced
 
 
-def heads(model: PreTrainedModel) -> list[str]:
-    """Return the names of linear layers outside the base model: task heads, which are often new and to be trained."""
-    if model.base_model is model:
-        return []
+def left_dense(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers to leave dense besides what transformers leaves.
+
+    Task heads (all that is outside the base model) are often new and to be trained; some weights are read directly.
+    """
     inside = {id(module) for module in model.base_model.modules()}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside
+        if isinstance(module, nn.Linear | Conv1D) and (id(module) not in inside or name.endswith(READ_DIRECTLY))
     ]

@@ -1,4 +1,4 @@
-"""The frozen 4-bit linear layer: ``y = x Wᵀ + b`` with ``W`` in 4 bits (QLoRA, arXiv 2305.14314, equation 5, left term).
+"""The frozen 4-bit linear layer: ``y = x Wᵀ + b`` with ``W`` in 4 bits (QLoRA, arXiv 2305.14314, equation 5).
 
 The packed codes are the parameter ``weight`` (uint8, frozen); the statistics are a plain attribute beside it, neither
 parameters nor buffers, so that they follow the weight to a device but no cast can round them and nothing sends them
@@ -53,7 +53,8 @@ class Linear4bit(nn.Linear):
         self.compute_dtype = compute_dtype
         packed = torch.empty(-(-in_features * out_features // 2), 1, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        dense_bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", dense_bias)
         self.statistics = None
         self.quant_type = ""
         self.weight_dtype = torch.float32
@@ -131,7 +132,7 @@ class Linear4bit(nn.Linear):
         return self.statistics
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.statistics is not None and self.statistics.absmax.device != self.weight.device:
             self.statistics = self.statistics.to(self.weight.device)
         return self

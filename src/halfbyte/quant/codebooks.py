@@ -62,13 +62,13 @@ def minifloat(exponent_bits: int, mantissa_bits: int) -> Tensor:
     subnormal = [m / steps for m in range(steps)]
     normal = [2.0 ** (e - 1) * (1 + m / steps) for e in range(1, 2**exponent_bits) for m in range(steps)]
     values = torch.tensor(subnormal + normal, dtype=torch.float64)
-    return (torch.cat([values, 0 - values]) / values.max()).float()
+    return torch.cat([values, 0 - values]).div(values.max()).float()
 
 
 def integer(bits: int) -> Tensor:
     """Two's-complement integers in ascending order, over the largest: fp32 ``[2 ** bits]``."""
     largest = 2 ** (bits - 1) - 1
-    return torch.arange(-largest - 1, largest + 1, dtype=torch.float32) / largest
+    return torch.arange(-largest - 1, largest + 1, dtype=torch.float32).div(largest)
 
 
 def dynamic_map(signed: bool) -> Tensor:

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
@@ -58,7 +57,7 @@ def load(
             **kwargs,
         )
         return prepare_for_training(PeftModel.from_pretrained(model, path)).eval()
-    config = _read_config(path, trust_remote_code)
+    config = read_config(path, trust_remote_code)
     held = getattr(config, "quantization_config", None)
     if held is not None:
         ours = HalfbyteConfig.from_bitsandbytes(held if isinstance(held, dict) else held.to_dict())
@@ -69,9 +68,8 @@ def load(
         quantization_config = None
     else:
         quantization_config = quantization_config or HalfbyteConfig()
-    model_class = auto_class or _model_class(config)
     try:
-        return model_class.from_pretrained(
+        return (auto_class or model_class(config)).from_pretrained(
             path,
             config=config,
             quantization_config=quantization_config,
@@ -94,7 +92,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     if (folder / ADAPTER).is_file() and not (folder / "tokenizer_config.json").is_file():
         path = _adapter_base(folder)
     if not Path(path).is_dir():
-        _read_config(path, trust_remote_code)
+        read_config(path, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -111,7 +109,12 @@ def _adapter_base(folder: Path) -> str:
     return str(base)
 
 
-def _read_config(path: str, trust_remote_code: bool) -> Any:
+def read_config(path: str, trust_remote_code: bool) -> Any:
+    """Read the configuration of the model folder or hub id ``path``.
+
+    Raises:
+        InputError: there is none.
+    """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{path} is a file; give the folder of a model, an adapter or a run.")
@@ -125,9 +128,9 @@ def _read_config(path: str, trust_remote_code: bool) -> Any:
         raise InputError(_first_sentence(f"The model {path} cannot be opened: {error}")) from error
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """Return the class that the configuration's architecture names, or else the auto class of its bare model."""
-    if config.auto_map if hasattr(config, "auto_map") else None:
+    if hasattr(config, "auto_map"):
         return transformers.AutoModelForCausalLM
     for name in config.architectures or []:
         if hasattr(transformers, name):
