@@ -8,7 +8,6 @@ it. torch and the libraries over it take seconds to import, so each command impo
 
 import contextlib
 import errno
-import importlib.metadata
 import inspect
 import logging
 import shlex
@@ -20,11 +19,13 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import rich.filesize
 import safetensors
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from halfbyte import __version__
 from halfbyte.errors import InputError
 from halfbyte.train.config import TrainConfig
 
@@ -63,7 +64,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"halfbyte {importlib.metadata.version('halfbyte')}")
+        typer.echo(f"halfbyte {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -79,8 +80,19 @@ def _train(**options: Any) -> None:
     from halfbyte.train import fine_tune
     from halfbyte.train.display import TerminalDisplay
 
-    fine_tune(config, TerminalDisplay())
+    try:
+        summary = fine_tune(config, TerminalDisplay(notes)).summary
+    except KeyboardInterrupt as interrupt:
+        typer.echo(str(interrupt) or "Interrupted.", err=True)
+        if any(config.output.glob("checkpoints/step-*")):
+            resume = _command("train", "--config", str(config.output / "config.yaml"), "--resume")
+            typer.echo(f"Go on with:\n  {resume}", err=True)
+        sys.exit(INTERRUPTED)
     folder = str(config.output)
+    typer.echo(
+        f"Trained {summary.steps} steps in {summary.seconds:.0f} s: loss {summary.loss:.3f}, "
+        f"{summary.trained_tokens_per_second:,.0f} trained tokens/s, {_size(summary.peak_memory_bytes)} peak memory."
+    )
     typer.echo(f"The adapter is in {folder}. Next:")
     typer.echo(f"  {_command('chat', folder)}")
     typer.echo(f"  {_command('generate', folder, '--prompt', 'your question')}")
@@ -216,11 +228,12 @@ def quantize(
     quant_type: Annotated[Literal["nf4", "fp4"], typer.Option(help="4-bit number format.")] = "nf4",
     double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model in 4 bits, in the format that transformers and bitsandbytes read; tensor by tensor, any size."""
     _quiet()
-    from halfbyte import HalfbyteConfig
-    from halfbyte.hf import quantize_checkpoint
+    from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
+    from halfbyte.plan.size import checkpoint_size
 
     columns = TextColumn("Quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
     with Progress(*columns, console=notes, transient=True) as bar:
@@ -231,7 +244,13 @@ def quantize(
             HalfbyteConfig(quant_type=quant_type, double_quant=double_quant),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
         )
+    before, after = checkpoint_size(model), checkpoint_size(output)
+    typer.echo(
+        f"{_size(before.bytes)} became {_size(after.bytes)}: "
+        f"{8 * after.bytes / before.elements:.2f} bits for each of {before.elements:,} parameters."
+    )
     typer.echo(f"The 4-bit model is in {output}. Next:")
     typer.echo(f"  {_command('chat', str(output))}")
 
@@ -257,13 +276,12 @@ def _load(path: str, seed: int | None, trust_remote_code: bool) -> tuple[Any, An
         _quiet()
         import transformers
 
-        import halfbyte
-        from halfbyte.hf import load_tokenizer
+        from halfbyte.hf import load, load_tokenizer
 
         if seed is not None:
             transformers.set_seed(seed)
-        model = halfbyte.load(path, trust_remote_code=trust_remote_code)
-        return model, load_tokenizer(path, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        return load(path, trust_remote_code=trust_remote_code), tokenizer
 
 
 def _opening(system: str | None) -> list[dict[str, str]]:
@@ -294,6 +312,10 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     enable_progress_bars()
+
+
+def _size(count: int) -> str:
+    return rich.filesize.decimal(count)
 
 
 def _command(*arguments: str) -> str:

@@ -84,7 +84,8 @@ def writing(model, ids):
 def test_the_pieces_make_up_what_greedy_generate_decodes_to(tokenizer, seed):
     model = make_model(seed)
     ids = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    whole = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    whole = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=stops, pad_token_id=0)
     pieces = list(stream_reply(model, tokenizer, HELLO, max_new_tokens=40))
     assert "".join(pieces) == tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
     assert len(pieces) > 1

@@ -15,7 +15,8 @@ import huggingface_hub.constants
 import psutil
 import torch
 
-from halfbyte.kernels import native, provider_for
+from halfbyte import __version__
+from halfbyte.kernels import native, provider_for, providers
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 COMPILERS = ("c++", "g++", "clang++")
@@ -43,7 +44,7 @@ def report() -> list[Finding]:
         InputError: ``HALFBYTE_ISA`` asks for an instruction-set tier that is not there.
     """
     return [
-        Finding("halfbyte", importlib.metadata.version("halfbyte")),
+        Finding("halfbyte", __version__),
         Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         *_kernels(),
         _threads(),
@@ -59,7 +60,7 @@ def line() -> str:
     """Return one line that names the version, the provider and the instruction-set tier in force."""
     name = _provider()
     tier = f" ({native.tier()})" if name == "native" else ""
-    return f"halfbyte {importlib.metadata.version('halfbyte')}: {name} kernels{tier}, {torch.get_num_threads()} threads"
+    return f"halfbyte {__version__}: {name} kernels{tier}, {torch.get_num_threads()} threads"
 
 
 def cgroup_memory_limit(membership: str, root: Path) -> int | None:
@@ -83,7 +84,8 @@ def cgroup_memory_limit(membership: str, root: Path) -> int | None:
 
 
 def _provider() -> str:
-    return provider_for(torch.device("cpu")).__name__.rpartition(".")[2]
+    chosen = provider_for(torch.device("cpu"))
+    return next(name for name, provider in providers().items() if provider is chosen)
 
 
 def _kernels() -> list[Finding]:
