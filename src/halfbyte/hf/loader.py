@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import InputError
@@ -77,8 +78,13 @@ def load(
             use_safetensors=True,
             **kwargs,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(_first_sentence(f"The model {path} cannot be opened: {error}")) from error
+    except RuntimeError as error:
+        # transformers has logged a table of what did not fit, and says so in its error.
+        if "conversion of the weights" not in str(error) and "mismatch" not in str(error):
+            raise
+        raise InputError(f"The model {path} cannot be opened: its weights do not fit its configuration.") from error
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

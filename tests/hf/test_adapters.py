@@ -1,0 +1,177 @@
+"""LoRA over 4-bit weights against PEFT over a dense fp32 model that holds the dequantized weights."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import halfbyte
+from halfbyte.errors import InputError
+from halfbyte.hf import LoraLinear4bit, count_parameters
+
+IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+# Bound of the relative error of loss-gradients against fp32, per compute dtype.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def lora(**options: object) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)  # type: ignore[arg-type]
+
+
+def pair(folder: Path, dtype: torch.dtype, **options: object) -> tuple[PeftModel, PeftModel]:
+    """A prepared model over 4-bit weights, and PEFT's own over a dense fp32 copy, with the same random adapters."""
+    torch.manual_seed(0)
+    base = halfbyte.load(folder, quantization_config=halfbyte.HalfbyteConfig(compute_dtype=dtype))
+    dense = copy.deepcopy(base).dequantize(torch.float32).float()
+    ours = halfbyte.prepare_for_training(get_peft_model(base, lora(**options)))
+    for name, parameter in ours.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    theirs = get_peft_model(dense, lora(**options))
+    adapters = {name: value for name, value in ours.state_dict().items() if "lora_" in name}
+    assert not theirs.load_state_dict(adapters, strict=False).unexpected_keys
+    return ours, theirs
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"lora_bias": False}])
+def test_loss_and_gradients_are_those_of_the_dense_model(
+    tiny_model_folder: Path, dtype: torch.dtype, options: dict[str, object]
+) -> None:
+    ours, theirs = pair(tiny_model_folder, dtype, **options)
+    got, expected = gradients(ours), gradients(theirs)
+    assert got.keys() == expected.keys() and len(got) >= 28
+    for name, gradient in expected.items():
+        assert got[name].dtype == torch.float32
+        error = (got[name] - gradient).norm() / gradient.norm()
+        assert error < BOUNDS[dtype], (name, error)
+
+
+def test_all_linear_layers_but_the_head_get_adapters(tiny_model_folder: Path) -> None:
+    model = halfbyte.prepare_for_training(get_peft_model(halfbyte.load(tiny_model_folder), lora()))
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLinear4bit)]
+    assert len(layers) == 2 * 7
+    assert not any("head" in name or "embed" in name for name in layers)
+
+
+def test_parameters_are_counted_truly(tiny_model_folder: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model = halfbyte.prepare_for_training(get_peft_model(halfbyte.load(tiny_model_folder), lora()))
+    # rank (in + out) for each of the seven projections of two layers of 32 channels, 16 key/value and 80 inner ones.
+    adapters = 2 * 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 80) * 3)
+    assert model.get_nb_trainable_parameters() == (adapters, adapters + dense.num_parameters())
+    assert count_parameters(model) == model.get_nb_trainable_parameters()
+
+
+def test_an_adapter_trained_here_opens_in_peft_over_the_dense_base(tiny_model_folder: Path, tmp_path: Path) -> None:
+    ours, theirs = pair(tiny_model_folder, torch.float32)
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=3e-2)
+    first = ours(input_ids=IDS, labels=IDS).loss.item()
+    for _ in range(20):
+        ours(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ours(input_ids=IDS, labels=IDS).loss.item() < first - 0.5
+    ours.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+    # Over the base that holds the dequantized weights: the same numbers, up to the order of sums.
+    dequantized = theirs.unload()
+    opened = PeftModel.from_pretrained(dequantized, tmp_path).eval()
+    logits = ours.eval()(input_ids=IDS).logits
+    assert (opened(input_ids=IDS).logits - logits).norm() / logits.norm() < 1e-4
+
+    # Over the 16-bit base itself: what quantization took away is all that differs, and what was learned is there.
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), tmp_path).eval()
+    assert opened(input_ids=IDS, labels=IDS).loss.item() < first - 0.5
+
+    # And here: from its folder alone, and by the usual script over a 4-bit base, without our classes.
+    again = halfbyte.load(tmp_path, quantization_config=halfbyte.HalfbyteConfig(compute_dtype="float32"))
+    assert torch.equal(again(input_ids=IDS).logits, logits)
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny_model_folder, quantization_config=halfbyte.HalfbyteConfig(compute_dtype="float32")
+    )
+    usual = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert (usual(input_ids=IDS).logits - logits).norm() / logits.norm() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_usual_inference_script_works(tiny_model_folder: Path, tmp_path: Path, dtype: str) -> None:
+    config = halfbyte.HalfbyteConfig(compute_dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, quantization_config=config, device_map="auto")
+    get_peft_model(base, lora()).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, quantization_config=config, device_map="auto")
+    model = PeftModel.from_pretrained(base, tmp_path).eval()
+    inputs = halfbyte.load_tokenizer(tiny_model_folder)("hello", return_tensors="pt").to(model.device)
+    assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape == (1, 9)
+
+
+def test_disabled_and_several_adapters_are_pefts(tiny_model_folder: Path) -> None:
+    ours, theirs = pair(tiny_model_folder, torch.float32)
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        model.add_adapter("second", lora(init_lora_weights=False))
+        model.set_adapter("second")
+        halfbyte.prepare_for_training(model) if model is ours else None
+    for name in ("second", "default"):
+        ours.set_adapter(name)
+        theirs.set_adapter(name)
+        torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    with ours.disable_adapter(), theirs.disable_adapter():
+        torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_applied_in_training_only(tiny_model_folder: Path) -> None:
+    ours, _ = pair(tiny_model_folder, torch.float32, lora_dropout=0.5)
+    ours.train()
+    assert not torch.equal(ours(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    ours.eval()
+    assert torch.equal(ours(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+
+
+def test_merging_is_refused_in_one_sentence(tiny_model_folder: Path) -> None:
+    ours, _ = pair(tiny_model_folder, torch.float32)
+    before = [module.weight.clone() for module in ours.modules() if isinstance(module, halfbyte.Linear4bit)]
+    for merge in (ours.merge_adapter, ours.merge_and_unload):
+        with pytest.raises(InputError, match="cannot be merged into 4-bit weights"):
+            merge()
+    after = [module.weight for module in ours.modules() if isinstance(module, halfbyte.Linear4bit)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_unprepare_undoes_prepare(tiny_model_folder: Path) -> None:
+    base = halfbyte.load(tiny_model_folder)
+    model = get_peft_model(base, lora())
+    types = [type(module) for module in model.modules()]
+    attributes = set(vars(model))
+    assert halfbyte.prepare_for_training(model) is model
+    assert any(type(module) is LoraLinear4bit for module in model.modules())
+    assert halfbyte.unprepare(model) is model
+    assert [type(module) for module in model.modules()] == types and LoraLinear in types
+    assert set(vars(model)) == attributes
+
+
+def test_a_model_without_adapters_over_4_bits_is_told(tiny_model_folder: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    for model in (halfbyte.load(tiny_model_folder), get_peft_model(dense, lora())):
+        with pytest.raises(InputError, match="has no LoRA layer over a 4-bit weight"):
+            halfbyte.prepare_for_training(model)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder: Path) -> None:
+    ours, _ = pair(tiny_model_folder, torch.bfloat16)
+    plain = gradients(ours.train())
+    ours.activation_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in gradients(ours).items():
+        assert torch.equal(gradient, plain[name])

@@ -1,0 +1,180 @@
+"""How models come in: quantized while read, mapped, refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import halfbyte
+from halfbyte.errors import InputError
+from halfbyte.hf import checkpoint, quantize_checkpoint
+
+MEASURE = """
+import re, sys
+import torch, transformers, halfbyte
+transformers.utils.logging.disable_progress_bar()
+halfbyte.load  # imports
+def anonymous():
+    return int(re.search(r"Anonymous: +(\\d+)", open("/proc/self/smaps_rollup").read())[1]) / 1024
+before = anonymous()
+model = halfbyte.load(sys.argv[1])
+packed = sum(m.weight.nbytes for m in model.modules() if isinstance(m, halfbyte.Linear4bit)) / 2**20
+print(anonymous() - before, packed)
+"""
+
+
+def test_a_4_bit_folder_is_mapped(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8, vocab_size=256
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "q")
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "q"], capture_output=True, text=True, check=True)
+    anonymous, packed = map(float, done.stdout.split())
+    assert packed == 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) / 2 / 2**20
+    # What is left are Python's objects; none of the 16 MiB of weights is among them.
+    assert anonymous < packed / 4, done.stdout
+
+
+def test_no_user_object_is_changed(tiny_model_folder: Path) -> None:
+    config = halfbyte.HalfbyteConfig()
+    before = dict(vars(config))
+    AutoModelForCausalLM.from_pretrained(tiny_model_folder, quantization_config=config)
+    assert vars(config) == before
+
+
+def test_the_model_is_never_marked_as_bitsandbytes(tiny_model_folder: Path) -> None:
+    model = halfbyte.load(tiny_model_folder)
+    assert not getattr(model, "is_loaded_in_4bit", False)
+    assert model.config.quantization_config.quant_method == "halfbyte"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compute_dtype_is_what_stays_dense(tiny_model_folder: Path, dtype: torch.dtype) -> None:
+    model = halfbyte.load(tiny_model_folder, quantization_config=halfbyte.HalfbyteConfig(compute_dtype=dtype))
+    assert {p.dtype for p in model.parameters()} == {torch.uint8, dtype}
+
+
+def test_an_fp32_4_bit_folder_leaves_no_fp32_behind(tiny_model_folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(str(tiny_model_folder), tmp_path / "q")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    wide = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in tensors.items()}
+    save_file(wide, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
+    model = halfbyte.load(tmp_path / "q")
+    assert {p.dtype for p in model.parameters()} == {torch.uint8, torch.bfloat16}
+
+
+def test_shards_are_written_and_opened(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(str(tiny_model_folder), tmp_path / "one")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8192)
+    seen: list[tuple[int, int]] = []
+    quantize_checkpoint(str(tiny_model_folder), tmp_path / "many", progress=lambda *at: seen.append(at))
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and seen[-1][0] == seen[-1][1] == len(seen)
+    merged = {key: value for file in files for key, value in load_file(file).items()}
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert merged.keys() == whole.keys() and all(torch.equal(merged[key], whole[key]) for key in whole)
+    ids = torch.arange(6)[None]
+    logits = [halfbyte.load(tmp_path / name)(input_ids=ids).logits for name in ("one", "many")]
+    assert torch.equal(*logits)
+
+
+def test_a_quantized_copy_brings_its_tokenizer(tiny_model_folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(str(tiny_model_folder), tmp_path / "q")
+    text = "<|im_start|>user\nhello<|im_end|>"
+    ours, source = (halfbyte.load_tokenizer(path) for path in (tmp_path / "q", tiny_model_folder))
+    assert ours(text).input_ids == source(text).input_ids
+    assert ours.chat_template == source.chat_template
+
+
+def test_what_cannot_be_opened_is_told(tiny_model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder, broken)
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    weightless = tmp_path / "weightless"
+    shutil.copytree(tiny_model_folder, weightless)
+    (weightless / "model.safetensors").unlink()
+    strange = tmp_path / "strange"
+    shutil.copytree(tiny_model_folder, strange)
+    (strange / "config.json").write_text("{")
+    for path, message in [
+        (tmp_path / "missing", "There is no folder"),
+        (tmp_path / "empty", "holds neither config.json nor"),
+        (tmp_path / "file", "is a file"),
+        (broken, "cannot be opened"),
+        (weightless, "cannot be opened"),
+        (strange, "cannot be opened"),
+    ]:
+        with pytest.raises(InputError, match=message) as told:
+            halfbyte.load(path)
+        assert "\n" not in str(told.value)
+
+
+def test_what_cannot_be_quantized_is_told_and_leaves_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:
+    source = str(tiny_model_folder)
+    quantize_checkpoint(source, tmp_path / "q")
+    with pytest.raises(InputError, match="is there already"):
+        quantize_checkpoint(source, tmp_path / "q")
+    with pytest.raises(InputError, match="quantized already"):
+        quantize_checkpoint(str(tmp_path / "q"), tmp_path / "r")
+    with pytest.raises(InputError, match="cannot be saved"):
+        quantize_checkpoint(source, tmp_path / "r", halfbyte.HalfbyteConfig(quant_type="int4"))
+    with pytest.raises(InputError, match="is the model's own"):
+        quantize_checkpoint(source, source, overwrite=True)
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder, broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        quantize_checkpoint(str(broken), tmp_path / "r")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "q"]
+
+
+def test_an_interrupted_quantization_leaves_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(str(tiny_model_folder), tmp_path / "q", progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwriting_replaces_the_folder(tiny_model_folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(str(tiny_model_folder), tmp_path / "q")
+    (tmp_path / "q" / "extra").write_text("x")
+    fp4 = halfbyte.HalfbyteConfig(quant_type="fp4", double_quant=False)
+    quantize_checkpoint(str(tiny_model_folder), tmp_path / "q", fp4, overwrite=True)
+    assert not (tmp_path / "q" / "extra").exists()
+    about = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert about["bnb_4bit_quant_type"] == "fp4" and about["bnb_4bit_use_double_quant"] is False
+    layer = next(m for m in halfbyte.load(tmp_path / "q").modules() if isinstance(m, halfbyte.Linear4bit))
+    assert layer.quant_type == "fp4" and not layer.quantized_weight.double_quant
+
+
+def test_a_configuration_that_does_not_fit_the_weights_is_told(tiny_model_folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(str(tiny_model_folder), tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"].append("mlp.gate_proj")
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="do not fit its configuration"):
+        halfbyte.load(tmp_path / "q")
+
+
+def test_dequantize_gives_a_dense_model(tiny_model_folder: Path) -> None:
+    model = halfbyte.load(tiny_model_folder, quantization_config=halfbyte.HalfbyteConfig(compute_dtype="float32"))
+    ids = torch.arange(6)[None]
+    logits = model(input_ids=ids).logits
+    dense = model.dequantize()
+    assert not any(isinstance(module, halfbyte.Linear4bit) for module in dense.modules())
+    torch.testing.assert_close(dense(input_ids=ids).logits, logits)
