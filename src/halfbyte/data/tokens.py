@@ -13,7 +13,8 @@ starts a row of its own:
 A template's stop token is found by rendering two answers and looking at the end that both have in common; a template
 that closes an answer with no token at all gets the tokenizer's end-of-sequence token. Labels never depend on token
 ids, so a pad token that is also the stop token does no harm. Rendered chats are tokenized as they are, since a
-template writes its own beginning-of-sequence token.
+template writes its own beginning-of-sequence token. Where a token would reach across the border of prompt and answer,
+the two are tokenized apart, as they are in use.
 
 A tokenizer without a chat template gets ``chat_template``'s plain one for conversations, while a prompt and its
 completion are put together as they are, with an end-of-sequence token; with a chat template they become a user's and
@@ -51,6 +52,10 @@ CHUNK = 1000
 
 Row = dict[str, list[int]]
 """One training sequence: ``input_ids`` and ``labels`` of equal length."""
+
+
+Offsets = list[tuple[int, int]]
+"""For each token, the characters of the text that it stands for: the first, and the one after the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,19 +249,60 @@ def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _rows(tokenizer: "PreTrainedTokenizerBase", drafts: list[_Draft]) -> Iterator[Row]:
-    encoded = tokenizer(
-        [draft.text for draft in drafts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    for draft, ids, offsets in zip(drafts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    encoded = _encode(tokenizer, [draft.text for draft in drafts])
+    for draft, (ids, offsets) in zip(drafts, encoded, strict=True):
+        if cuts := [start for start, _ in draft.spans if start and _merges(draft.text, offsets, start)]:
+            ids, offsets = _encode_pieces(tokenizer, draft.text, cuts)
         labels = [IGNORED] * len(ids)
         for start, end in draft.spans:
-            # A token's characters may lack its spaces (an all-space token's then begin at their end), or include
-            # the whitespace that a special token swallows: the span takes whatever overlaps it.
-            first = bisect.bisect_right(offsets, start, key=lambda token: token[1])
+            first = _first_behind(offsets, start)
             last = bisect.bisect_left(offsets, end, lo=first, key=lambda token: min(token[0], token[1] - 1))
             labels[first:last] = ids[first:last]
         labels = [IGNORED] * len(draft.begin) + labels
         yield {"input_ids": draft.begin + ids, "labels": [IGNORED, *labels[1:]]}
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[tuple[list[int], Offsets]]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def _first_behind(offsets: Offsets, position: int) -> int:
+    """Return the index of the first token that reaches beyond ``position``.
+
+    A token's characters may lack its leading spaces (those of an all-space token then begin at their own end), and
+    a special token's may include the whitespace that it swallows; ends can be relied on, but for those of spaces at
+    the very beginning, which may be 0.
+    """
+    return bisect.bisect_right(offsets, position, key=lambda token: token[1]) if position else 0
+
+
+def _merges(text: str, offsets: Offsets, start: int) -> bool:
+    """Tell whether a prompt that ends at ``start`` may have other tokens here than when it stands alone.
+
+    Either one token covers its end and the beginning of the answer, or it ends in several whitespace characters, of
+    which pre-tokenizers of GPT-2's kind keep the last for the word that follows.
+    """
+    first = _first_behind(offsets, start)
+    covered = offsets[first - 1][1] if first else 0
+    return covered < start or offsets[first][0] < start or text[max(start - 2, 0) : start].isspace()
+
+
+def _encode_pieces(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: list[int]) -> tuple[list[int], Offsets]:
+    """Encode the stretches between ``cuts`` on their own, as in use, where the prompt comes without the answer."""
+    ids: list[int] = []
+    offsets: Offsets = []
+    for start, end in itertools.pairwise([0, *cuts, len(text)]):
+        # Some tokenizers (Llama 2) put a space before a text; behind a newline they don't, if it stays by itself.
+        for anchor in ["\n", ""] if start else [""]:
+            [(piece, places)] = _encode(tokenizer, [anchor + text[start:end]])
+            first = _first_behind(places, len(anchor))
+            if first == len(places) or places[first][0] >= len(anchor):
+                break
+        shift = start - len(anchor)
+        ids += piece[first:]
+        offsets += [(left + shift, right + shift) for left, right in places[first:]]
+    return ids, offsets
 
 
 def _cut(where: str, rows: list[Row], max_length: int) -> list[Row]:
