@@ -10,8 +10,8 @@ What differs from ``trl.SFTTrainer`` (1.16, over transformers 5.23), whose loop,
   when lengths are grouped, so a run resumed within an epoch would go on through another order.
 - The output head is evaluated at trained positions only. TRL does so on GPUs; elsewhere its head, though chunked,
   covers every position, which for short answers is most of the head's time.
-- The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers takes
-  the mean of the micro-batches' means where a model's ``forward`` has no ``**kwargs``.
+- The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers goes by
+  what the model's class declares: some get the mean of the micro-batches' means, some a count that is too large.
 - A step whose gradient is not finite stops the run before it touches the weights.
 - Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
 
@@ -51,8 +51,9 @@ class SFTTrainer(trl.SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.trained_tokens = 0
-        # Without these two, Trainer counts the step's tokens only for models whose forward takes **kwargs and whose
-        # loss is ForCausalLMLoss; TRL's head, which computes our loss, takes the count from any model.
+        # Trainer counts a step's trained tokens only for classes that accept loss arguments (Gemma 4 says no), and
+        # leaves the first position out only where the class's name tells its loss (GPT2LMHeadModel does not). The
+        # loss is computed by TRL's head, which takes the count and shifts the labels for any class.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.remove_callback(PrinterCallback)
@@ -155,7 +156,9 @@ class EpochSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Any:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        # torch's generator on a CPU takes 32 bits, so the two numbers are hashed into as many
+        mixed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(mixed)
         if self.group:
             return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())

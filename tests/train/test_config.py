@@ -1,0 +1,109 @@
+"""Options: the paper's defaults, presets under explicit values, and one sentence for each mistake."""
+
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import halfbyte.optim
+from halfbyte.errors import InputError
+from halfbyte.quant.codebooks import FOUR_BIT
+from halfbyte.train import TrainConfig
+
+NEEDED = {"model": "m", "data": "d.jsonl", "output": "run"}
+
+
+def test_the_defaults_are_the_papers_recipe() -> None:
+    config = TrainConfig.from_yaml(None, NEEDED)
+    assert (config.rank, config.lora_alpha, config.lora_dropout, config.target_modules) == (64, 16, 0.1, "all-linear")
+    assert (config.quant_type, config.blocksize, config.double_quant) == ("nf4", 64, True)
+    assert (config.compute_dtype, config.optimizer) == ("bfloat16", "paged_adamw_8bit")
+    assert (config.learning_rate, config.lr_scheduler_type) == (2e-4, "constant")
+    assert (config.max_grad_norm, config.adam_beta2, config.weight_decay) == (0.3, 0.999, 0.0)
+    assert config.batch_size * config.gradient_accumulation_steps == 16
+    assert config.group_by_length
+
+
+def test_a_preset_changes_defaults_and_explicit_values_win_over_it() -> None:
+    config = TrainConfig.from_yaml(None, NEEDED | {"preset": "quick", "learning_rate": 1e-3})
+    assert (config.rank, config.lr_scheduler_type, config.learning_rate) == (16, "linear", 1e-3)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: d\noutput: o\nrank: 8\nlearning_rate: 2e-5\n")  # YAML reads 2e-5 as text
+    config = TrainConfig.from_yaml(file, {"rank": 4})
+    assert (config.rank, config.learning_rate) == (4, 2e-5)
+
+
+def test_a_saved_configuration_reads_back_the_same_without_run_options(tmp_path: Path) -> None:
+    values = {"preset": "quick", "target_modules": ["q_proj", "v_proj"], "max_steps": 3, "data": "ä b.jsonl"}
+    config = TrainConfig.from_yaml(None, NEEDED | values | {"overwrite": True})
+    config.save(tmp_path / "c.yaml")
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml", {"overwrite": True}) == config
+    assert "overwrite" not in (tmp_path / "c.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lerning_rate": 1}, "unknown option 'lerning_rate' (did you mean 'learning_rate'?)"),
+        ({"rank": "many"}, "option 'rank': 'many' is wrong"),
+        ({"rank": 0}, "option 'rank': 0 is wrong, it should be greater than or equal to 1"),
+        ({"quant_type": "nf5"}, "option 'quant_type': 'nf5' is wrong, it should be 'nf4'"),
+        ({"preset": "quik"}, "option 'preset': 'quik' is wrong, it should be 'paper' or 'quick'"),
+        ({"learning_rate": float("inf")}, "option 'learning_rate': inf is wrong"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"model": None}, "option 'model'"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_that_names_it(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("".join(f"{key}: {_yaml(value)}\n" for key, value in (NEEDED | values).items()))
+    for path, overrides in [(file, {}), (None, NEEDED | values)]:
+        with pytest.raises(InputError) as error:
+            TrainConfig.from_yaml(path, overrides)
+        text = str(error.value)
+        assert message in text and "\n" not in text
+        assert text.startswith(f"{file}: ") == (path is not None and "exclude" not in message)
+
+
+def _yaml(value: Any) -> str:
+    return ".inf" if value == float("inf") else "null" if value is None else str(value)
+
+
+def test_a_missing_option_is_named_with_its_meaning() -> None:
+    with pytest.raises(InputError, match="'data' is missing: Training data"):
+        TrainConfig.from_yaml(None, {"model": "m", "output": "o"})
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "- a\n- b\n", "just text", "", "\x00", b"\xff\xfe"])
+def test_a_file_that_is_not_a_yaml_mapping_is_one_sentence(text: str | bytes, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as error:
+        TrainConfig.from_yaml(file)
+    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+
+
+def test_a_configuration_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        TrainConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_every_option_says_what_it_is() -> None:
+    assert all(field.description for field in TrainConfig.model_fields.values())
+
+
+def test_the_choices_are_those_that_the_layers_below_offer() -> None:
+    choices = {name: typing.get_args(field.annotation) for name, field in TrainConfig.model_fields.items()}
+    assert set(choices["optimizer"]) == set(halfbyte.optim.NAMES)
+    assert set(choices["quant_type"]) == set(FOUR_BIT)
+
+
+def test_the_options_are_known_without_importing_torch() -> None:
+    code = "import sys; from halfbyte.train import TrainConfig; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

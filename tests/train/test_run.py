@@ -1,0 +1,345 @@
+"""Whole runs on a tiny model: what they learn, what they leave behind, how they stop and go on."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import halfbyte
+from halfbyte import data, hf
+from halfbyte.errors import InputError
+from halfbyte.train import Interrupted, TrainConfig, fine_tune
+from halfbyte.train.display import Display, StepMetrics, TerminalDisplay
+
+ANSWERS = ["yes", "no, never", "perhaps on Sunday", "ask again"]
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Thirteen questions of different lengths, four different answers."""
+    file = tmp_path / "rows.jsonl"
+    lines = [{"instruction": f"{'really ' * (i % 4)}{i}?", "output": ANSWERS[i % 4]} for i in range(13)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture
+def options(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_model_folder),
+        "data": str(rows_file),
+        "output": tmp_path / "run",
+        "preset": "quick",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+    }
+
+
+class Recorder(Display):
+    """Keeps what it is told, and interrupts the process after a step, as Ctrl-C would."""
+
+    def __init__(self, interrupt_after: int | None = None) -> None:
+        self.interrupt_after = interrupt_after
+        self.begun: list[tuple[int, int]] = []
+        self.steps: list[StepMetrics] = []
+        self.ended = 0
+
+    def begin(self, first_step: int, total_steps: int) -> None:
+        self.begun.append((first_step, total_steps))
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+        if metrics.step == self.interrupt_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def data_loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
+    """transformers' own loss, over all rows in one batch."""
+    with torch.no_grad():
+        loss: torch.Tensor = model(**data.Collator(0)(rows)).loss
+    return loss.item()
+
+
+def test_a_run_memorises_its_data_and_its_adapter_opens_with_plain_peft(options: dict[str, Any]) -> None:
+    options |= {"rank": 32, "lora_alpha": 64, "max_steps": 80, "optimizer": "adamw_torch"}
+    recorder = Recorder()
+    result = fine_tune(TrainConfig(**options), recorder)
+
+    tokenizer = hf.load_tokenizer(options["model"])
+    rows = data.tokenize(data.read_examples(options["data"]), tokenizer, 512)
+    base = AutoModelForCausalLM.from_pretrained(options["model"])
+    before = data_loss(base, rows.rows)
+    after = data_loss(PeftModel.from_pretrained(base, result.output), rows.rows)
+    ours = data_loss(halfbyte.load(result.output), rows.rows)
+    assert before > 5  # log(258) is that of a model that knows nothing
+    assert after < 0.5 * before
+    assert ours == pytest.approx(after, rel=0.1)  # 4-bit base against 16-bit base
+
+    steps = metrics(result.output)
+    assert [step["step"] for step in steps] == list(range(1, 81))
+    assert recorder.begun == [(0, 80)] and recorder.ended == 1
+    assert [step.loss for step in recorder.steps] == [step["loss"] for step in steps]
+    assert steps[0]["loss"] == pytest.approx(before, rel=0.1)
+    epochs = 80 / 4  # 7 batches of at most 2 rows: 4 steps
+    assert steps[-1]["epoch"] == epochs
+    assert result.summary.trained_tokens == steps[-1]["trained_tokens"] == epochs * rows.trained_tokens
+    assert result.summary.loss == pytest.approx(sum(step["loss"] for step in steps[-10:]) / 10)
+    assert json.loads((result.output / "summary.json").read_text()) == vars(result.summary)
+
+
+def test_lora_weights_are_saved_in_fp32_under_pefts_names(options: dict[str, Any]) -> None:
+    result = fine_tune(TrainConfig(**options, max_steps=1))
+    tensors = load_file(result.output / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert len(tensors) == 2 * 2 * 7  # A and B of seven linear layers in each of two blocks, none in the head
+    assert sum(tensor.numel() for tensor in tensors.values()) == result.summary.trained_parameters
+
+
+def test_a_finished_run_folder_holds_its_results_and_nothing_else(options: dict[str, Any]) -> None:
+    result = fine_tune(TrainConfig(**options, max_steps=2))
+    assert {path.name for path in result.output.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "config.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "summary.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (result.output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert TrainConfig.from_yaml(result.output / "config.yaml") == TrainConfig(**options, max_steps=2)
+    adapter = json.loads((result.output / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == options["model"]
+
+
+def interrupt(options: dict[str, Any], after: int, **changes: Any) -> Path:
+    """Run until the SIGINT that comes after step ``after - 1``, and return the checkpoint of step ``after``."""
+    with pytest.raises(Interrupted) as stop:
+        fine_tune(TrainConfig(**(options | changes)), Recorder(interrupt_after=after - 1))
+    assert stop.value.step == after
+    (folder,) = (stop.value.output / "checkpoints").glob(f"step-{after:06d}")
+    return folder
+
+
+@pytest.mark.parametrize("at", [4, 6])  # the end of the first epoch, the middle of the second
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch"])
+def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
+    optimizer: str, at: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    options |= {"rank": 128, "lora_dropout": 0.1, "epochs": 3, "optimizer": optimizer}  # 8-bit state from 4096 values
+    whole = interrupt(options, 10, output=tmp_path / "whole")
+    interrupt(options, at)
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    resumed = interrupt(options, 10, resume=True)
+
+    for name in ("adapter_model.safetensors", "state.safetensors"):
+        one, other = load_file(whole / name), load_file(resumed / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert (whole / "state.json").read_text() == (resumed / "state.json").read_text()
+    dtypes = {tensor.dtype for tensor in load_file(whole / "state.safetensors").values()}
+    assert dtypes == {torch.float32, torch.uint8}  # random state is uint8 in either case
+    exact = ("step", "epoch", "loss", "learning_rate", "grad_norm", "trained_tokens")
+    lines = [[{key: line[key] for key in exact} for line in metrics(run.parents[1])] for run in (whole, resumed)]
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[1]] == list(range(1, 11))
+    elapsed = [line["elapsed"] for line in metrics(resumed.parents[1])]
+    assert elapsed == sorted(elapsed)
+
+
+def test_a_resumed_run_finishes_like_any_other(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = fine_tune(TrainConfig(**(options | {"output": tmp_path / "whole"})))
+    interrupt(options, 2)
+    recorder = Recorder()
+    result = fine_tune(TrainConfig(**options, resume=True), recorder)
+    assert recorder.begun == [(2, 4)]
+    assert not (result.output / "checkpoints").exists()
+    assert (result.summary.steps, result.summary.loss) == (whole.summary.steps, whole.summary.loss)
+    assert result.summary.trained_tokens == whole.summary.trained_tokens
+    one, other = (load_file(run.output / "adapter_model.safetensors") for run in (whole, result))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resume_begins_where_there_is_nothing_to_go_on_from(options: dict[str, Any]) -> None:
+    assert fine_tune(TrainConfig(**options, max_steps=1, resume=True)).summary.steps == 1
+
+
+def test_an_interrupt_during_the_last_step_still_finishes(options: dict[str, Any]) -> None:
+    assert fine_tune(TrainConfig(**options), Recorder(interrupt_after=3)).summary.steps == 4
+
+
+def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(options: dict[str, Any]) -> None:
+    class Impatient(Recorder):
+        def step(self, metrics: StepMetrics) -> None:
+            if metrics.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fine_tune(TrainConfig(**options, save_steps=1), Impatient())
+    assert not isinstance(stop.value, Interrupted)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert sorted(path.name for path in (options["output"] / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_the_last_two_checkpoints_are_kept_and_each_is_a_peft_adapter(options: dict[str, Any]) -> None:
+    folder = interrupt(options, 4, epochs=2, save_steps=1)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["step-000003", "step-000004"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(options["model"]), folder)
+    assert model.peft_config["default"].r == 16
+
+
+def test_nothing_is_pickled(options: dict[str, Any]) -> None:
+    interrupt(options, 2)
+    suffixes = {path.suffix for path in options["output"].rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".jinja", ".jsonl", ".safetensors", ".yaml"}
+    for path in options["output"].rglob("*"):
+        assert not path.is_file() or path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(options: dict[str, Any]) -> None:
+    fine_tune(TrainConfig(**options, max_steps=1))
+    before = {path.name: path.read_bytes() for path in options["output"].iterdir()}
+    with pytest.raises(InputError, match="already holds a run; resume it, overwrite it"):
+        fine_tune(TrainConfig(**options, max_steps=2))
+    with pytest.raises(InputError, match="holds a finished run"):
+        fine_tune(TrainConfig(**options, max_steps=1, resume=True))
+    with pytest.raises(InputError, match="no data file"):
+        fine_tune(TrainConfig(**(options | {"data": "none.jsonl", "overwrite": True})))
+    assert {path.name: path.read_bytes() for path in options["output"].iterdir()} == before
+    assert fine_tune(TrainConfig(**options, max_steps=2, overwrite=True)).summary.steps == 2
+
+
+def test_other_options_cannot_resume_a_run(options: dict[str, Any]) -> None:
+    interrupt(options, 2)
+    with pytest.raises(InputError, match=r"was begun with rank 16 and cannot go on with 8"):
+        fine_tune(TrainConfig(**options, rank=8, resume=True))
+
+
+def test_a_run_does_not_write_over_files_or_models(options: dict[str, Any], rows_file: Path) -> None:
+    with pytest.raises(InputError, match="is a file"):
+        fine_tune(TrainConfig(**(options | {"output": rows_file})))
+    with pytest.raises(InputError, match="holds a model"):
+        fine_tune(TrainConfig(**(options | {"output": options["model"], "overwrite": True})))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "/nowhere/model"}, "no folder /nowhere/model"),
+        ({"target_modules": ["q_prok"]}, "q_prok"),
+        ({"max_length": 8}, "max_length 8"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_folder(
+    change: dict[str, Any], message: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        fine_tune(TrainConfig(**(options | change)))
+    assert not options["output"].exists()
+
+
+def test_an_adapter_is_not_trained_on(options: dict[str, Any], tmp_path: Path) -> None:
+    fine_tune(TrainConfig(**options, max_steps=1))
+    with pytest.raises(InputError, match="is an adapter"):
+        fine_tune(TrainConfig(**(options | {"model": str(options["output"]), "output": tmp_path / "other"})))
+
+
+def test_a_run_that_diverges_stops_before_its_weights_do(options: dict[str, Any]) -> None:
+    options |= {"learning_rate": 1e20, "lr_scheduler_type": "constant", "epochs": 9, "save_steps": 1}
+    with pytest.raises(InputError, match=r"gradient of step \d+ is not finite.*lower learning_rate than 1e\+20"):
+        fine_tune(TrainConfig(**options))
+    last = max((options["output"] / "checkpoints").iterdir())
+    assert all(tensor.isfinite().all() for tensor in load_file(last / "adapter_model.safetensors").values())
+
+
+def test_gradient_checkpointing_changes_no_bit_of_the_result(options: dict[str, Any], tmp_path: Path) -> None:
+    plain = fine_tune(TrainConfig(**options, max_steps=2, lora_dropout=0.1))
+    options |= {"output": tmp_path / "checkpointed", "gradient_checkpointing": True}
+    recomputed = fine_tune(TrainConfig(**options, max_steps=2, lora_dropout=0.1))
+    one, other = (load_file(run.output / "adapter_model.safetensors") for run in (plain, recomputed))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1]),
+        ("constant", 0.5, [0, 0.5, 1, 1]),
+        ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(
+    schedule: str, warmup: float, expected: list[float], options: dict[str, Any]
+) -> None:
+    fine_tune(TrainConfig(**options, lr_scheduler_type=schedule, warmup_ratio=warmup))
+    rates = [step["learning_rate"] for step in metrics(options["output"])]
+    assert rates == pytest.approx([rate * options["learning_rate"] for rate in expected])
+
+
+def test_the_terminal_shows_step_loss_and_rate(options: dict[str, Any]) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120)
+    fine_tune(TrainConfig(**options, max_steps=2), TerminalDisplay(console))
+    text = stream.getvalue()
+    assert "13 examples" in text and "2/2" in text and "loss 5." in text and "trained tokens/s" in text
+
+
+def test_without_a_terminal_there_are_plain_lines_and_no_other_noise(
+    options: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.StringIO()
+    fine_tune(TrainConfig(**options, max_steps=2), TerminalDisplay(Console(file=stream)))
+    lines = stream.getvalue().splitlines()
+    assert lines[-1].startswith("step 2/2  loss 5.") and "\x1b" not in stream.getvalue()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare (util-linux) to make a small disk")
+def test_a_full_disk_is_one_sentence_and_leaves_whole_files(options: dict[str, Any], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys; from pathlib import Path; from halfbyte.train import TrainConfig, fine_tune\n"
+        "try: fine_tune(TrainConfig(**json.loads(sys.argv[1])))\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+        "for file in sorted(Path(sys.argv[2]).rglob('*')): print(file.name, file.is_file() and file.stat().st_size)\n"
+    )
+    options |= {"output": str(disk / "run"), "save_steps": 1, "optimizer": "adamw_torch"}
+    mount = 'mount -t tmpfs -o size=420k none "$1" && exec "$2" "$3" "$4" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", disk, sys.executable, script, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no small disk to be had here: {done.stderr}")
+    first, *files = done.stdout.splitlines()
+    assert first.startswith("InputError") and "the disk is full" in first
+    assert "step-000001 False" in files and not [line for line in files if ".part" in line]
