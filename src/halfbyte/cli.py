@@ -150,7 +150,7 @@ def chat(
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and history)
-    opening = _opening(system)
+    opening = _opening(tokenizer, system)
     messages = list(opening)
     notes.print("Ctrl-C stops an answer; /reset forgets the conversation; /quit or Ctrl-D ends.", style="dim")
     while True:
@@ -212,7 +212,7 @@ def generate(
     for piece in stream_reply(
         loaded,
         tokenizer,
-        text if raw else [*_opening(system), {"role": "user", "content": text}],
+        text if raw else [*_opening(tokenizer, system), {"role": "user", "content": text}],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -236,7 +236,7 @@ def quantize(
     from halfbyte.plan.size import checkpoint_size
 
     columns = TextColumn("Quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
-    with Progress(*columns, console=notes, transient=True) as bar:
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("")
         quantize_checkpoint(
             model,
@@ -272,7 +272,7 @@ def doctor(
 
 
 def _load(path: str, seed: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    with notes.status(f"Loading {path}"):
+    with notes.status(f"Loading {path}") if notes.is_terminal else contextlib.nullcontext():
         _quiet()
         import transformers
 
@@ -284,7 +284,10 @@ def _load(path: str, seed: int | None, trust_remote_code: bool) -> tuple[Any, An
         return load(path, trust_remote_code=trust_remote_code), tokenizer
 
 
-def _opening(system: str | None) -> list[dict[str, str]]:
+def _opening(tokenizer: Any, system: str | None) -> list[dict[str, str]]:
+    """Return what a conversation begins with."""
+    if not tokenizer.chat_template:
+        notes.print("The model has no chat template; a plain one is used.", style="dim")
     return [] if system is None else [{"role": "system", "content": system}]
 
 
@@ -303,14 +306,13 @@ def _print_stream(pieces: typing.Iterator[str]) -> str:
 
 def _quiet() -> None:
     """Silence the libraries' log lines and bars, but for downloads."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
+    for library in ("bitsandbytes", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     import transformers
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     enable_progress_bars()
 
 

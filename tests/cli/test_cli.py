@@ -1,0 +1,324 @@
+"""The command line as its users see it: exit codes, the two streams, and that what it says to type works."""
+
+import errno
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import safetensors
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
+
+import halfbyte
+from halfbyte import cli
+from halfbyte.deploy.chat import stream_reply
+from halfbyte.plan import doctor
+from halfbyte.train.config import TrainConfig
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["halfbyte", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(f'{{"prompt": "say {n}", "completion": "it is {n}"}}\n' for n in "abcdef"))
+    return file
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model_folder):
+    """The tiny model in 4 bits and its tokenizer, as the commands open them."""
+    return halfbyte.load(tiny_model_folder), halfbyte.load_tokenizer(tiny_model_folder)
+
+
+def greedy(tiny, prompt, max_new_tokens):
+    """Return the likeliest answer to a rendered prompt, from ``generate`` in one piece."""
+    model, tokenizer = tiny
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    whole = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_parsing_imports_neither_torch_nor_transformers():
+    script = "import sys; from halfbyte import cli; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout == "set()\n"
+
+
+def test_alone_it_shows_its_commands(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert all(f"\n  {command} " in out for command in ("train", "chat", "generate", "quantize", "doctor"))
+
+
+def test_it_names_its_version(run):
+    assert run("--version") == (0, f"halfbyte {halfbyte.__version__}\n", "")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_train_has_a_flag_with_help_and_default_for_each_option(run, flag):
+    code, out, _ = run("train", flag)
+    words = "".join(out.split())
+    assert code == 0
+    for name, field in TrainConfig.model_fields.items():
+        assert re.search(rf"^  --{name.replace('_', '-')}( |$)", out, re.MULTILINE), name
+        help = field.description
+        if not field.is_required() and field.default is not None:
+            help += f"[default: {field.default}]"
+        assert "".join(help.split()) in words, name
+
+
+BAD = {
+    "unknown command": (["trian"], r"No such command 'trian'.* 'train'"),
+    "unknown flag": (["train", "--learning-rat", "1"], r"No such option: --learning-rat .*--learning-rate"),
+    "flag of another type": (["train", "--rank", "many"], r"'--rank'"),
+    "flag out of bounds": (["train", "--model", "m", "--data", "d", "--output", "o", "--rank", "0"], r"'rank'.* 0 "),
+    "unknown choice": (["quantize", "m", "o", "--quant-type", "nf5"], r"'--quant-type'.*'nf4', 'fp4'"),
+    "missing option": (["train"], r"'model' is missing"),
+    "missing argument": (["chat"], r"'\{?model\}?'"),
+    "missing configuration": (["train", "--config", "{tmp}/no.yaml"], r"no\.yaml: cannot read"),
+    "configuration that is not YAML": (["train", "--config", "{tmp}/bad.yaml"], r"bad\.yaml: .*YAML"),
+    "unknown key": (["train", "--config", "{tmp}/key.yaml"], r"key\.yaml: unknown option 'lora_alhpa'.*'lora_alpha'"),
+    "missing data": (["train", "--model", "{tiny}", "--data", "{tmp}/no", "--output", "{tmp}/o"], r"'{tmp}/no'"),
+    "missing model": (["generate", "{tmp}/no", "--prompt", "x"], r"{tmp}/no"),
+    "model to chat with missing": (["chat", "{tmp}/no"], r"{tmp}/no"),
+    "model to quantize missing": (["quantize", "{tmp}/no", "{tmp}/o"], r"{tmp}/no"),
+    "folder without a model": (["generate", "{tmp}", "--prompt", "x"], r"{tmp}"),
+    "damaged model": (["generate", "{tmp}/damaged", "--prompt", "x"], r"{tmp}/damaged"),
+    "output that is there": (["quantize", "{tiny}", "{tmp}"], r"{tmp} .*--overwrite"),
+    "raw with a system prompt": (["generate", "{tiny}", "--prompt", "x", "--raw", "--system", "s"], r"--raw.*--system"),
+    "prompt beyond the context": (["generate", "{tiny}", "--prompt", "x" * 300], r"attends to 256"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD.values(), ids=BAD.keys())
+def test_bad_input_gets_one_sentence_and_exit_code_2(run, tmp_path, tiny_model_folder, arguments, sentence):
+    (tmp_path / "bad.yaml").write_text("rank: [1\n")
+    (tmp_path / "key.yaml").write_text("lora_alhpa: 16\n")
+    (tmp_path / "damaged").mkdir()
+    for file in tiny_model_folder.iterdir():
+        (tmp_path / "damaged" / file.name).write_bytes(file.read_bytes()[:3000])
+    places = {"{tmp}": str(tmp_path), "{tiny}": str(tiny_model_folder)}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+        sentence = sentence.replace(name, re.escape(place))
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"Error: .*{sentence}.*\n", err), err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_fresh_program_says_nothing_else_while_it_imports(tmp_path):
+    script = "from halfbyte.cli import main; main()"
+    command = [sys.executable, "-c", script, "generate", str(tmp_path / "no"), "--prompt", "x"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert re.fullmatch(r"Error: [^\n]+\n", told.stderr), told.stderr
+
+
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/metrics.jsonl"),
+    safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["the system's error", "safetensors' error"])
+def test_a_full_disk_gets_one_sentence_and_exit_code_2(run, monkeypatch, error):
+    monkeypatch.setattr(doctor, "line", lambda: (_ for _ in ()).throw(error))
+    code, out, err = run("doctor", "--line")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"Error: The disk is full.*\n", err)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), PermissionError(errno.EACCES, "not allowed")])
+def test_any_other_error_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(doctor, "line", lambda: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(sys, "argv", ["halfbyte", "doctor", "--line"])
+    with pytest.raises(type(error)):
+        cli.main()
+
+
+def test_an_interrupt_elsewhere_is_told_with_exit_code_130(run, monkeypatch):
+    monkeypatch.setattr(doctor, "line", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run("doctor", "--line") == (130, "", "Interrupted.\n")
+
+
+def test_doctor_prints_each_finding(run):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for finding in doctor.report():
+        assert re.search(rf"^{re.escape(finding.name)} +", out, re.MULTILINE)
+    assert run("doctor", "--line") == (0, f"{doctor.line()}\n", "")
+
+
+def test_generate_prints_the_likeliest_answer_and_nothing_else(run, tiny, tiny_model_folder):
+    expected = greedy(tiny, "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", 24)
+    assert run("generate", tiny_model_folder, "--prompt", "hello", "--max-new-tokens", 24) == (0, f"{expected}\n", "")
+
+
+def test_generate_reads_the_prompt_from_standard_input(run, tiny_model_folder):
+    given = run("generate", tiny_model_folder, "--prompt", "hello", "--max-new-tokens", 8)
+    assert run("generate", tiny_model_folder, "--prompt", "-", "--max-new-tokens", 8, stdin="hello") == given
+
+
+def test_generate_puts_the_system_prompt_first(run, tiny, tiny_model_folder):
+    prompt = "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    options = ["--prompt", "hello", "--system", "be kind", "--max-new-tokens", 24]
+    assert run("generate", tiny_model_folder, *options)[1] == greedy(tiny, prompt, 24) + "\n"
+
+
+def test_generate_raw_goes_on_with_the_prompt_as_it_stands(run, tiny, tiny_model_folder):
+    options = ["--prompt", "hello wor", "--raw", "--max-new-tokens", 24]
+    assert run("generate", tiny_model_folder, *options)[1] == greedy(tiny, "hello wor", 24) + "\n"
+
+
+def test_generate_draws_the_same_answer_again_with_the_same_seed(run, tiny_model_folder):
+    options = ["--prompt", "hello", "--max-new-tokens", 16, "--temperature", 2]
+    one, again, other = (run("generate", tiny_model_folder, *options, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_a_model_without_a_chat_template_says_so_beside_the_answer(run, tiny_model_folder, tmp_path):
+    for file in tiny_model_folder.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    code, _, err = run("generate", tmp_path, "--prompt", "hello", "--max-new-tokens", 2)
+    assert (code, err) == (0, "The model has no chat template; a plain one is used.\n")
+    assert run("generate", tmp_path, "--prompt", "hello", "--raw", "--max-new-tokens", 2)[2] == ""
+
+
+def test_chat_remembers_the_turns_until_it_is_reset(run, tiny, tiny_model_folder):
+    def answer(*turns):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[index % 2], "content": text} for index, text in enumerate(turns)]
+        return "".join(stream_reply(*tiny, messages, max_new_tokens=12))
+
+    first = answer("hello")
+    second = answer("hello", first, "and?")
+    assert second != answer("and?")
+    code, out, err = run(
+        *("chat", tiny_model_folder, "--max-new-tokens", 12, "--temperature", 0),
+        stdin="hello\n\nand?\n/rset\n/reset\nand?\n",
+    )
+    assert (code, out) == (0, f"{first}\n{second}\n{answer('and?')}\n")
+    assert "There is no /rset" in err
+
+
+def test_chat_ends_with_quit(run, tiny_model_folder):
+    code, out, _ = run("chat", tiny_model_folder, stdin="/quit\nhello\n")
+    assert (code, out) == (0, "")
+
+
+def test_an_interrupt_in_chat_stops_the_answer_and_not_the_program(run, tiny_model_folder):
+    tokens = []
+
+    def interrupt(module, inputs, output):
+        if isinstance(module, torch.nn.Embedding):
+            tokens.append(len(tokens))
+            if len(tokens) == 5:
+                os.kill(os.getpid(), 2)
+
+    handle = register_module_forward_hook(interrupt)
+    try:
+        code, _, err = run("chat", tiny_model_folder, "--max-new-tokens", 150, stdin="hello\n/nonsense\n")
+    finally:
+        handle.remove()
+    assert code == 0
+    assert len(tokens) < 150
+    assert "(stopped)" in err
+    assert "There is no /nonsense" in err
+
+
+def test_chat_goes_on_after_a_question_that_is_too_long(run, tiny_model_folder):
+    code, out, err = run("chat", tiny_model_folder, "--max-new-tokens", 2, stdin="x" * 300 + "\nhello\n")
+    assert code == 0
+    assert "attends to 256" in err
+    assert out
+
+
+def test_quantize_says_how_small_the_model_became(run, tiny_model_folder, tmp_path):
+    code, out, err = run("quantize", tiny_model_folder, tmp_path / "out", "--quant-type", "fp4", "--no-double-quant")
+    assert (code, err) == (0, "")
+    parameters = sum(tensor.numel() for tensor in load_file(tiny_model_folder / "model.safetensors").values())
+    bits = 8 * (tmp_path / "out/model.safetensors").stat().st_size / parameters
+    assert f" {bits:.2f} bits for each of {parameters:,} parameters" in out
+    weight = halfbyte.load(tmp_path / "out").model.layers[0].mlp.up_proj.quantized_weight
+    assert weight.statistics.nested is None
+    command = shlex.split(out.splitlines()[-1])
+    assert run(*command[1:], "--max-new-tokens", 2, stdin="hello\n")[0] == 0
+
+
+def test_train_takes_a_file_and_flags_and_ends_with_commands_that_work(run, tiny_model_folder, tmp_path, data):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {tiny_model_folder}\ndata: {data}\nrank: 3\nlora_alpha: 5\nbatch_size: 2\n")
+    output = tmp_path / "a run"
+    code, out, err = run(
+        *("train", "--config", file, "--output", output, "--lora-alpha", 7, "--max-steps", 2, "--no-double-quant")
+    )
+    assert code == 0
+    assert "6 examples" in err
+    written = yaml.safe_load((output / "config.yaml").read_text())
+    given = {"rank": 3, "lora_alpha": 7, "batch_size": 2, "max_steps": 2, "double_quant": False, "blocksize": 64}
+    assert {name: written[name] for name in given} == given
+    chat, generate = (shlex.split(line)[1:] for line in out.splitlines()[-2:])
+    assert (chat[0], generate[0]) == ("chat", "generate")
+    assert run(*chat, "--max-new-tokens", 2, stdin="hello\n")[0] == 0
+    code, answer, err = run(*generate, "--max-new-tokens", 8)
+    assert (code, err) == (0, "")
+    assert answer
+    code, out, err = run("train", "--config", file, "--output", output)
+    assert (code, out) == (2, "")
+    assert "already holds a run" in err
+
+
+def test_an_interrupt_in_training_says_how_to_go_on(run, tiny_model_folder, tmp_path, data):
+    output = tmp_path / "run"
+    metrics = output / "metrics.jsonl"
+
+    def interrupt():
+        for _ in range(1000):
+            if metrics.exists() and metrics.read_text().count("\n") >= 2:
+                return os.kill(os.getpid(), 2)
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    flags = ["--rank", 2, "--max-steps", 20, "--batch-size", 1, "--gradient-accumulation-steps", 1]
+    code, out, err = run("train", "--model", tiny_model_folder, "--data", data, "--output", output, *flags)
+    watcher.join()
+    assert (code, out) == (130, "")
+    assert "interrupted" in err
+    resume = shlex.split(err.splitlines()[-1])[1:]
+    assert run(*resume)[0] == 0
+    steps = [line.split(",")[0] for line in metrics.read_text().splitlines()]
+    assert steps == [f'{{"step": {step}' for step in range(1, 21)]
+
+
+def test_the_program_is_named_as_it_was_started(run, monkeypatch, tiny_model_folder, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["venv/bin/halfbyte"])
+    assert cli._command("chat", "a b") == "venv/bin/halfbyte chat 'a b'"
+    (tmp_path / "halfbyte").write_text("#!/bin/sh\n")
+    (tmp_path / "halfbyte").chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "halfbyte")])
+    assert cli._command("chat") == "halfbyte chat"
