@@ -30,7 +30,16 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Type in
 
 
 def available() -> bool:
-    """Return whether this installation has the extension."""
+    """Return whether this installation has the extension.
+
+    Raises:
+        InputError: it has not, but ``HALFBYTE_ISA`` asks for one of its tiers.
+    """
+    if not _AVAILABLE and os.environ.get("HALFBYTE_ISA"):
+        raise InputError(
+            "HALFBYTE_ISA is set, but this installation has no native kernels: install again with a C++ compiler, "
+            "or unset it."
+        )
     return _AVAILABLE
 
 
