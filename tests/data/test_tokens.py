@@ -1,4 +1,5 @@
 import functools
+import itertools
 import json
 
 import pytest
@@ -19,8 +20,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
 LLAMA = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{{ '\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{{ '\n' }}{% endif %}"
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -49,7 +50,11 @@ UNCLOSED = (  # nothing closes an answer
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot|>", "<|turn|>", "<|user|>", "<|assistant|>", "<|system|>"]
-CORPUS = ["Is it good? It is good, it is. Answer: positive\n\n### Response:\nnegative\n", "[user] assistant system</s>"]
+ALPHABET = "ab .:\n\té😀<|>[]"
+CORPUS = [  # enough of each pair of characters that tokens of several grow from them, also across words and lines
+    "Is it good? It is good, it is. Answer: positive\n\n### Response:\nnegative\n[user] assistant system",
+    *("".join(letters) * 2 for letters in itertools.product(ALPHABET, repeat=3)),
+]
 
 
 @functools.cache
@@ -61,9 +66,9 @@ def byte_level() -> str:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS * 9, trainer)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer.to_str()
 
 
@@ -76,9 +81,8 @@ def sentence_piece() -> str:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = [word for line in CORPUS for word in line.split()]  # no merges across words
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(words * 9, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator((line for text in CORPUS for line in text.split("\n")), trainer)
     saved = json.loads(tokenizer.to_str())
     saved["added_tokens"] = saved["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(saved))
@@ -176,12 +180,12 @@ def test_a_row_is_the_rendered_conversation_up_to_its_last_stop(template: str) -
     assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-CONTENT = st.text("ab .:\n\té😀<|>[]", min_size=1, max_size=8)
+CONTENT = st.text(ALPHABET, min_size=1, max_size=8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(contents=st.lists(CONTENT, min_size=2, max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_content_is_trained_to_the_character(contents: list[str], kind: str) -> None:
     tokenizer = tokenizer_with(CHATML, kind)
     messages = conversation(*contents)
@@ -192,7 +196,7 @@ def test_any_content_is_trained_to_the_character(contents: list[str], kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(prompt=CONTENT, completion=CONTENT)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_without_a_template_a_completion_follows_the_prompt_as_it_is_in_use(
     prompt: str, completion: str, kind: str
 ) -> None:

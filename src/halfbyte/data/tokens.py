@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jinja2
+from tokenizers import processors
 
 from halfbyte.data.formats import Chat, Completion, Example, Message, Text
 from halfbyte.errors import InputError
@@ -256,25 +257,26 @@ def _rows(tokenizer: "PreTrainedTokenizerBase", drafts: list[_Draft]) -> Iterato
         labels = [IGNORED] * len(ids)
         for start, end in draft.spans:
             first = _first_behind(offsets, start)
-            last = bisect.bisect_left(offsets, end, lo=first, key=lambda token: min(token[0], token[1] - 1))
+            last = bisect.bisect_left(offsets, end, lo=first, key=lambda token: token[0])
             labels[first:last] = ids[first:last]
         labels = [IGNORED] * len(draft.begin) + labels
         yield {"input_ids": draft.begin + ids, "labels": [IGNORED, *labels[1:]]}
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[tuple[list[int], Offsets]]:
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # The post-processor adds nothing here, but it may take the spaces from the characters that a token stands for.
+    backend = tokenizer.backend_tokenizer
+    post_processor, backend.post_processor = backend.post_processor, processors.Sequence([])
+    try:
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    finally:
+        backend.post_processor = post_processor
     return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 
 def _first_behind(offsets: Offsets, position: int) -> int:
-    """Return the index of the first token that reaches beyond ``position``.
-
-    A token's characters may lack its leading spaces (those of an all-space token then begin at their own end), and
-    a special token's may include the whitespace that it swallows; ends can be relied on, but for those of spaces at
-    the very beginning, which may be 0.
-    """
-    return bisect.bisect_right(offsets, position, key=lambda token: token[1]) if position else 0
+    """Return the index of the first token that reaches beyond ``position``."""
+    return bisect.bisect_right(offsets, position, key=lambda token: token[1])
 
 
 def _merges(text: str, offsets: Offsets, start: int) -> bool:
@@ -283,9 +285,7 @@ def _merges(text: str, offsets: Offsets, start: int) -> bool:
     Either one token covers its end and the beginning of the answer, or it ends in several whitespace characters, of
     which pre-tokenizers of GPT-2's kind keep the last for the word that follows.
     """
-    first = _first_behind(offsets, start)
-    covered = offsets[first - 1][1] if first else 0
-    return covered < start or offsets[first][0] < start or text[max(start - 2, 0) : start].isspace()
+    return offsets[_first_behind(offsets, start)][0] < start or text[max(start - 2, 0) : start].isspace()
 
 
 def _encode_pieces(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: list[int]) -> tuple[list[int], Offsets]:
@@ -297,7 +297,7 @@ def _encode_pieces(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: list[i
         for anchor in ["\n", ""] if start else [""]:
             [(piece, places)] = _encode(tokenizer, [anchor + text[start:end]])
             first = _first_behind(places, len(anchor))
-            if first == len(places) or places[first][0] >= len(anchor):
+            if not anchor or places[first][0] >= len(anchor):
                 break
         shift = start - len(anchor)
         ids += piece[first:]
