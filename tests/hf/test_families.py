@@ -24,7 +24,9 @@ DECODER = {
 }
 ENCODER = {key: DECODER[key] for key in DECODER if key != "num_key_value_heads"}
 BART = {
-    **{"d_model": 64, "vocab_size": 128, "max_position_embeddings": 64},
+    "d_model": 64,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
     **{f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 128))},
     **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
 }
@@ -123,7 +125,7 @@ def test_bitsandbytes_opens_what_is_saved_here(family: tuple[nn.Module, Path, in
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert classifier", "t5"])
 def test_what_bitsandbytes_saved_opens_here(name: str, storage: str, tmp_path: Path) -> None:
-    cls, config, layers = FAMILIES[name]
+    cls, config, _ = FAMILIES[name]
     torch.manual_seed(0)
     cls(config).save_pretrained(tmp_path / "dense")
     theirs = cls.from_pretrained(

@@ -156,9 +156,9 @@ def test_damaged_files_are_told() -> None:
     for key in ("layer.weight.absmax", "layer.weight.nested_absmax", "layer.weight.quant_map"):
         with pytest.raises(InputError, match=f"{key} is missing"):
             QuantizedWeight.from_state_dict({k: v for k, v in state.items() if k != key}, "layer.weight")
-    with pytest.raises(InputError, match="1024 packed bytes.*needs 2048"):
+    with pytest.raises(InputError, match=r"1024 packed bytes.*needs 2048"):
         QuantizedWeight.from_state_dict(state | {"layer.weight": state["layer.weight"][:1024]}, "layer.weight")
-    with pytest.raises(InputError, match="32 block constants.*needs 64"):
+    with pytest.raises(InputError, match=r"32 block constants.*needs 64"):
         short = {"layer.weight.absmax": state["layer.weight.absmax"][:32]}
         QuantizedWeight.from_state_dict(state | short, "layer.weight")
     with pytest.raises(InputError, match="not a 4-bit weight"):
