@@ -70,7 +70,10 @@ def test_an_example_knows_its_row_and_line(tmp_path: Path) -> None:
         f"{lines}, row 1 (line 1)",
         f"{lines}, row 2 (line 3)",
     ]
-    assert read_examples(table)[0].where == f"{table}, row 1 (line 2)"
+    assert [example.where for example in read_examples(table)] == [
+        f"{table}, row 1 (line 2)",
+        f"{table}, row 2 (line 5)",
+    ]
     assert [example.where for example in read_examples(array)] == [f"{array}, row 1", f"{array}, row 2"]
 
 
@@ -85,7 +88,7 @@ def chat(*turns: object) -> str:
         ("d.jsonl", "\n  \n", ["holds no rows"]),
         ("d.json", " ", ["holds no rows"]),
         ("d.json", "[]", ["holds no rows"]),
-        ("d.json", '{"data": []}', ["holds no rows"]),
+        ("d.json", '{"tags": ["a"], "data": []}', ["holds no rows"]),
         ("d.csv", "", ["holds no rows"]),
         ("d.csv", "text\n", ["holds no rows"]),
         ("d.txt", "hello", ["d.txt", ".jsonl, .ndjson, .json or .csv"]),
@@ -109,7 +112,7 @@ def chat(*turns: object) -> str:
         ("d.csv", "prompt;completion\na;b\n", ["row 1 (line 2)", "prompt;completion"]),
         ("d.csv", 'prompt,completion\n"a\nb",c\nd\n', ["row 2 (line 4)", "1 fields", "2: prompt and completion"]),
         ("d.csv", "prompt,completion\na,b,c\n", ["row 1 (line 2)", "3 fields"]),
-        ("d.csv", 'text\na\n"b\n', ["row 2 (line 3)", "not CSV"]),
+        ("d.csv", 'text\na\n"b\n', ["line 3 is not CSV"]),
         ("d.jsonl", chat(), ["list of turns"]),
         ("d.jsonl", '{"messages": "hi"}', ["list of turns"]),
         ("d.jsonl", chat("hi"), ["message 1", "role and a content"]),

@@ -1,3 +1,4 @@
+import copy
 import functools
 import itertools
 import json
@@ -135,7 +136,7 @@ CONVERSATIONS = [
     conversation("Is it good?", "positive"),
     conversation("Is it?", "It is\n\ngood.", "Not bad 😀?", "é 日本", "And?", "<b>x</b>"),
     conversation("Is it?", "negative", system="Answer in one word."),
-    [*conversation("a", "b", "c", system="s"), {"role": "user", "content": "d"}],
+    [{"role": "assistant", "content": "Hi, what is it?"}, *conversation("a", "b")],
     conversation("a", "", "b", "c", "and a question that nobody answers"),
 ]
 
@@ -156,11 +157,11 @@ CONVERSATIONS = [
 def test_exactly_the_answers_and_their_stops_are_trained_after_the_prompts_of_use(
     template: str, stop: str, rows_of_their_own: bool, messages: list[dict[str, str]], kind: str
 ) -> None:
-    if template is GEMMA and messages[0]["role"] == "system":
-        return
+    if template is GEMMA and messages[0]["role"] != "user":
+        return  # refused, as the model's own template does
     tokenizer = tokenizer_with(template, kind)
     tokenized = tokenize([Chat("row 1", messages)], tokenizer, 1000)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
     space = " " if template is MISTRAL else ""
     answers = [space + messages[i]["content"] + stop for i in turns]
     stretches = learned(tokenizer, tokenized)
@@ -258,8 +259,22 @@ def test_an_answer_goes_on_from_the_thought_that_the_generation_prompt_opens() -
     messages = conversation("a", "<think>\nx</think>b")
     tokenized = tokenize([Chat("row 1", messages)], tokenizer, 1000)
     assert learned(tokenizer, tokenized) == [(prompt_in_use(tokenizer, messages[:1]), "x</think>b</s>")]
-    with pytest.raises(InputError, match=r"row 1: .*'\[assistant\]<think>\\n'"):
-        tokenize([Chat("row 1", conversation("a", "b"))], tokenizer, 1000)
+    for answer in ("b", "\nb"):
+        with pytest.raises(InputError, match=r"row 1: .*'\[assistant\]<think>\\n'"):
+            tokenize([Chat("row 1", conversation("a", answer))], tokenizer, 1000)
+
+
+def test_a_template_that_drops_the_answers_is_refused() -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}<|eot|>{% endfor %}"
+    with pytest.raises(InputError, match=r"row 1: .* does not write this answer"):
+        tokenize([Chat("row 1", conversation("a", "b"))], tokenizer_with(template), 1000)
+
+
+def test_whitespace_behind_the_stop_token_is_not_trained_even_if_it_is_an_added_token() -> None:
+    tokenizer = copy.deepcopy(tokenizer_with(GEMMA))
+    tokenizer.add_tokens(["\n"])
+    [row] = tokenize([Chat("row 1", conversation("a", "b"))], tokenizer, 1000).rows
+    assert decode_trained(tokenizer, row) == ["b<|eot|>"]
 
 
 def test_a_template_that_refuses_a_conversation_is_quoted() -> None:

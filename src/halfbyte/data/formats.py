@@ -17,7 +17,7 @@ import csv
 import dataclasses
 import json
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         lists = {key: value for key, value in content.items() if isinstance(value, list)}
         if "data" not in lists and len(lists) != 1:
             raise InputError(f"{path} is an object with the keys {_and(content)}; one of them must hold the rows.")
-        content = lists.get("data") or next(iter(lists.values()))
+        content = lists["data"] if "data" in lists else next(iter(lists.values()))
     if not isinstance(content, list):
         raise InputError(f"{path} must hold an array of rows, but it holds {reprlib.repr(content)}.")
     for row, value in enumerate(content, start=1):
@@ -188,25 +188,24 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    row = line = 1
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        line, row = reader.line_num + 1, 0
+        reader = csv.reader(lines, strict=True)
         try:
-            header = reader.fieldnames or []
+            header = next(reader, [])
             line = reader.line_num + 1
             for values in reader:
-                row += 1
-                where = f"{path}, row {row} (line {line})"
-                fields = len(values) if None not in values else len(header) + len(values[None])
-                fields -= sum(value is None for value in values.values())
-                if fields != len(header):
-                    raise InputError(
-                        f"{where} has {fields} fields, but the header names {len(header)}: {_and(header)}."
-                    )
-                yield where, values
+                if values:
+                    where = f"{path}, row {row} (line {line})"
+                    if len(values) != len(header):
+                        raise InputError(
+                            f"{where} has {len(values)} fields, but the header names {len(header)}: {_and(header)}."
+                        )
+                    yield where, dict(zip(header, values, strict=True))
+                    row += 1
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise InputError(f"{path}, row {row + 1} (line {line}) is not CSV: {error}.") from error
+            raise InputError(f"{path}, line {line} is not CSV: {error}.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
@@ -217,10 +216,10 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 }
 
 
-def _and(names: Any) -> str:
-    return " and ".join(str(name) for name in names)
+def _and(names: Iterable[str]) -> str:
+    return " and ".join(names)
 
 
-def _one_of(names: Any) -> str:
+def _one_of(names: Iterable[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} or {last}"
