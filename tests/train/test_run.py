@@ -176,6 +176,8 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
 def test_a_resumed_run_finishes_like_any_other(options: dict[str, Any], tmp_path: Path) -> None:
     whole = fine_tune(TrainConfig(**(options | {"output": tmp_path / "whole"})))
     interrupt(options, 2)
+    with (options["output"] / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "epo')  # as a killed process may leave it
     recorder = Recorder()
     result = fine_tune(TrainConfig(**options, resume=True), recorder)
     assert recorder.begun == [(2, 4)]
@@ -241,6 +243,13 @@ def test_other_options_cannot_resume_a_run(options: dict[str, Any]) -> None:
     interrupt(options, 2)
     with pytest.raises(InputError, match=r"was begun with rank 16 and cannot go on with 8"):
         fine_tune(TrainConfig(**options, rank=8, resume=True))
+
+
+def test_other_data_cannot_resume_a_run(options: dict[str, Any], rows_file: Path) -> None:
+    interrupt(options, 2)
+    rows_file.write_text(rows_file.read_text().replace("never", "NEVER"))
+    with pytest.raises(InputError, match="made with other training data"):
+        fine_tune(TrainConfig(**options, resume=True))
 
 
 def test_a_run_does_not_write_over_files_or_models(options: dict[str, Any], rows_file: Path) -> None:

@@ -4,8 +4,8 @@ What differs from ``trl.SFTTrainer`` (1.16, over transformers 5.23), whose loop,
 
 - A checkpoint is a folder of safetensors and JSON, complete or absent: the adapter as PEFT saves it, the tokenizer,
   ``state.safetensors`` (optimizer tensors, torch's random state), ``state.json`` (the optimizer's numbers, the
-  schedule, Python's and NumPy's random state) and ``trainer_state.json``. Transformers pickles the four middle ones
-  and its arguments. The last two checkpoints are kept.
+  schedule, Python's and NumPy's random state, a checksum of the data) and ``trainer_state.json``. Transformers
+  pickles the optimizer, the schedule, the random state and its arguments. The last two checkpoints are kept.
 - The data order is a function of the seed and the epoch alone. Transformers draws it from the global random state
   when lengths are grouped, so a run resumed within an epoch would go on through another order.
 - The output head is evaluated at trained positions only. TRL does so on GPUs; elsewhere its head, though chunked,
@@ -18,6 +18,8 @@ What differs from ``trl.SFTTrainer`` (1.16, over transformers 5.23), whose loop,
 Left out: evaluation within the loop, and checkpoints of more than one process.
 """
 
+import functools
+import hashlib
 import json
 import random
 import shutil
@@ -93,6 +95,13 @@ class SFTTrainer(trl.SFTTrainer):
             )
         return norm
 
+    @functools.cached_property
+    def _data_digest(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.train_dataset:
+            digest.update(np.array([len(row["labels"]), *row["input_ids"], *row["labels"]]).tobytes())
+        return digest.hexdigest()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
         grouped = self.args.train_sampling_strategy == "group_by_length"
@@ -105,6 +114,7 @@ class SFTTrainer(trl.SFTTrainer):
             self._save(str(part))
             tensors, numbers = _flatten(self.optimizer.state_dict())
             numbers["scheduler"] = self.lr_scheduler.state_dict()
+            numbers["data"] = self._data_digest
             random_tensors, numbers["random"] = _random_state()
             save_file(tensors | random_tensors, part / "state.safetensors")
             (part / "state.json").write_text(json.dumps(numbers))
@@ -128,6 +138,8 @@ class SFTTrainer(trl.SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             tensors, numbers = _read_state(Path(checkpoint))
+            if numbers["data"] != self._data_digest:
+                raise InputError(f"{checkpoint} was made with other training data; restore it, or begin another run.")
             self.optimizer.load_state_dict(_unflatten(tensors, numbers))
             self.lr_scheduler.load_state_dict(numbers["scheduler"])
 

@@ -43,53 +43,59 @@ class TrainConfig(BaseModel):
     data: str = Field(description="Training data: a .jsonl, .json or .csv file.")
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
     preset: Literal["paper", "quick"] = Field(
-        "paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
+        default="paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
     )
 
     quant_type: Literal["nf4", "fp4", "e2m1", "e3m0", "int4"] = Field(
-        "nf4", description="4-bit number format of the base weights."
+        default="nf4", description="4-bit number format of the base weights."
     )
-    blocksize: int = Field(64, ge=32, le=4096, description="Weights that share one absmax.")
-    double_quant: bool = Field(True, description="Quantize the absmax values too.")
+    blocksize: int = Field(default=64, ge=32, le=4096, description="Weights that share one absmax.")
+    double_quant: bool = Field(default=True, description="Quantize the absmax values too.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="Type of activations and of weights while they are multiplied."
+        default="bfloat16", description="Type of activations and of weights while they are multiplied."
     )
 
-    rank: int = Field(64, ge=1, description="Rank of the LoRA matrices.")
-    lora_alpha: float = Field(16, gt=0, description="LoRA scale: updates are multiplied by lora_alpha / rank.")
-    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the input of the LoRA matrices.")
+    rank: int = Field(default=64, ge=1, description="Rank of the LoRA matrices.")
+    lora_alpha: float = Field(default=16, gt=0, description="LoRA scale: updates are multiplied by lora_alpha / rank.")
+    lora_dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the input of the LoRA matrices.")
     target_modules: str | list[str] = Field(
-        "all-linear", description="Layers that get LoRA: all-linear, a list of names, or a regular expression."
+        default="all-linear", description="Layers that get LoRA: all-linear, a list of names, or a regular expression."
     )
 
-    epochs: float = Field(3, gt=0, description="Passes over the data.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; takes the place of epochs.")
-    batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
-    gradient_accumulation_steps: int = Field(4, ge=1, description="Forward passes per optimizer step.")
-    max_length: int = Field(512, ge=2, description="Tokens per sequence; longer ones are cut at the end.")
-    group_by_length: bool = Field(True, description="Put sequences of similar length into one batch.")
+    epochs: float = Field(default=3, gt=0, description="Passes over the data.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; takes the place of epochs.")
+    batch_size: int = Field(default=4, ge=1, description="Sequences per forward pass.")
+    gradient_accumulation_steps: int = Field(default=4, ge=1, description="Forward passes per optimizer step.")
+    max_length: int = Field(default=512, ge=2, description="Tokens per sequence; longer ones are cut at the end.")
+    group_by_length: bool = Field(default=True, description="Put sequences of similar length into one batch.")
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
 
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = Field(
-        "paged_adamw_8bit", description="AdamW by the bits of its state and whether that can be paged to disk."
+        default="paged_adamw_8bit", description="AdamW by the bits of its state and whether that can be paged to disk."
     )
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Course of the learning rate after the warm-up; linear and cosine fall to zero."
+        default="constant", description="Course of the learning rate after the warm-up; linear and cosine fall to zero."
     )
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
-    max_grad_norm: float = Field(0.3, ge=0, description="Gradients are scaled down to this norm; 0 leaves them.")
+    warmup_ratio: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
+    max_grad_norm: float = Field(
+        default=0.3, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
+    )
 
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the adapter's first values, data order and dropout.")
-    save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    resume: bool = Field(False, description="Go on from the last checkpoint in the run folder.")
-    overwrite: bool = Field(False, description="Replace the run that the run folder holds.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the adapter's first values, data order and dropout."
+    )
+    save_steps: int = Field(default=50, ge=1, description="Optimizer steps between checkpoints.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    resume: bool = Field(default=False, description="Go on from the last checkpoint in the run folder.")
+    overwrite: bool = Field(default=False, description="Replace the run that the run folder holds.")
 
     @model_validator(mode="before")
     @classmethod

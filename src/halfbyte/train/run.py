@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def fine_tune(config: TrainConfig, display: Display | None = None) -> RunResult:
         if trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(trainer.state.global_step, config.output)
         summary = Summary(
-            steps=len(log.steps),
+            steps=trainer.state.global_step,
             examples=rows.examples,
             truncated=rows.truncated,
             trained_parameters=trained,
@@ -267,7 +267,7 @@ class _Log(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.display = display
         self.interrupted = False
-        self.steps = _read_metrics(self.file)[:first_step] if first_step else []
+        self.steps = _read_metrics(self.file, first_step) if first_step else []
         self.tokens_before = self.steps[-1].trained_tokens if self.steps else 0
         self.seconds_before = self.steps[-1].elapsed if self.steps else 0.0
         self.begun = self.step_begun = 0.0  # time.monotonic()
@@ -309,18 +309,18 @@ def _line(step: StepMetrics) -> str:
     return json.dumps(asdict(step)) + "\n"
 
 
-def _read_metrics(file: Path) -> list[StepMetrics]:
-    names = {field.name for field in fields(StepMetrics)}
-    lines = map(json.loads, file.read_text().splitlines())
-    return [StepMetrics(**{name: line[name] for name in names}) for line in lines]
+def _read_metrics(file: Path, steps: int) -> list[StepMetrics]:
+    return [StepMetrics(**json.loads(line)) for line in file.read_text().splitlines()[:steps]]
 
 
 def _append(file: Path, line: str) -> None:
-    """Append ``line`` whole, or leave the file as it was."""
+    """Append ``line``, whole and on the disk before the step's checkpoint is, or leave the file as it was."""
     size = file.stat().st_size
     try:
         with file.open("a") as stream:
             stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
     except OSError:
         os.truncate(file, size)
         raise
