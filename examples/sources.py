@@ -116,10 +116,10 @@ def extract(archive: Path, member: str, target: Path) -> None:
                 shutil.copyfileobj(content, copy)
         else:
             with tarfile.open(archive) as tar, target.open("wb") as copy:
-                content = tar.extractfile(member)
-                if content is None:
+                file = tar.extractfile(member)
+                if file is None:
                     raise InputError(f"{member} in {archive.name} is not a file.")
-                shutil.copyfileobj(content, copy)
+                shutil.copyfileobj(file, copy)
     except KeyError:
         raise InputError(f"There is no {member} in {archive.name}.") from None
     except tarfile.ReadError as error:
