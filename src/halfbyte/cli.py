@@ -52,7 +52,7 @@ def main() -> None:
     except (OSError, safetensors.SafetensorError) as error:
         if not _disk_full(error):
             raise
-        code = _fail(f"The disk is full: {error}. Free some space and try again.")
+        code = _fail(f"The disk is full ({error}); free some space and try again.")
     if code == INTERRUPTED:
         typer.echo("Interrupted.", err=True)
     sys.exit(code)

@@ -106,6 +106,7 @@ BAD = {
     "folder without a model": (["generate", "{tmp}", "--prompt", "x"], r"{tmp}"),
     "damaged model": (["generate", "{tmp}/damaged", "--prompt", "x"], r"{tmp}/damaged"),
     "output that is there": (["quantize", "{tiny}", "{tmp}"], r"{tmp} .*--overwrite"),
+    "output that is no model": (["quantize", "{tiny}", "{tmp}", "--overwrite"], r"{tmp} holds no model"),
     "raw with a system prompt": (["generate", "{tiny}", "--prompt", "x", "--raw", "--system", "s"], r"--raw.*--system"),
     "prompt beyond the context": (["generate", "{tiny}", "--prompt", "x" * 300], r"attends to 256"),
 }

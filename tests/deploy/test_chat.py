@@ -208,7 +208,7 @@ def test_the_answer_ends_where_the_context_does(tokenizer):
 
 
 def test_a_prompt_as_long_as_the_context_is_refused(tokenizer):
-    with pytest.raises(InputError, match=r"128 tokens, .* attends to 128"):
+    with pytest.raises(InputError, match=r"128 tokens long, .* attends to 128"):
         list(stream_reply(make_model(), tokenizer, "a" * 128))
 
 

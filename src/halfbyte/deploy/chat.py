@@ -58,7 +58,7 @@ def stream_reply(
     ids = _encode(prompt, tokenizer)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) >= limit:
-        raise InputError(f"The prompt has {len(ids)} tokens, but the model attends to {limit}; shorten it or start over.")
+        raise InputError(f"The prompt is {len(ids)} tokens long, but the model attends to {limit}: shorten it.")
     listener = _Listener()
     generate = functools.partial(
         model.generate,

@@ -63,6 +63,8 @@ def quantize_checkpoint(
         )
     if output.exists() and not overwrite:
         raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
+    if output.exists() and not (output / "config.json").is_file():
+        raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
     model_config = read_config(model, trust_remote_code)
     if getattr(model_config, "quantization_config", None) is not None:
         raise InputError(f"{model} is quantized already; start from its 16-bit original.")
