@@ -182,19 +182,16 @@ def small_disk(disk: Path) -> Iterator[Path]:
 def test_a_really_full_disk_is_an_error_and_one_that_fills_up_later_hurts_nobody(small_disk: Path) -> None:
     free = shutil.disk_usage(small_disk).free
     with pytest.raises(InputError, match="No space left"):
-        stepped(small_disk, 32, sizes=(free // 8 + 1,))
+        paged.zeros([(torch.uint8, torch.Size([free + 1]))], small_disk)
 
-    optimizer, plain = (stepped(folder, 32, sizes=(300_000,)) for folder in (small_disk, None))
+    (state,) = paged.zeros([(torch.float32, torch.Size([MIB]))], small_disk)
     with pytest.raises(OSError, match="No space left"), (small_disk / "filler").open("wb", buffering=0) as filler:
         while filler.write(bytes(MIB)):
             pass
-    for other in (optimizer, plain):
-        (p,) = other.param_groups[0]["params"]
-        p.grad = torch.ones_like(p)
-        other.step()
-    assert all(torch.equal(a, b) for a, b in zip(tensors(optimizer), tensors(plain), strict=True))
+    state.fill_(1)  # were its blocks not reserved, a bus fault would end the tests here
     os.sync()
-    del optimizer
+    assert torch.equal(state, torch.ones(MIB))
+    del state
 
 
 def test_only_state_on_a_cpu_is_paged(disk: Path) -> None:
