@@ -229,7 +229,7 @@ def test_nothing_is_pickled(options: dict[str, Any]) -> None:
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(options: dict[str, Any]) -> None:
     fine_tune(TrainConfig(**options, max_steps=1))
     before = {path.name: path.read_bytes() for path in options["output"].iterdir()}
-    with pytest.raises(InputError, match="already holds a run; resume it, overwrite it"):
+    with pytest.raises(InputError, match="already holds a run; set resume or overwrite"):
         fine_tune(TrainConfig(**options, max_steps=2))
     with pytest.raises(InputError, match="holds a finished run"):
         fine_tune(TrainConfig(**options, max_steps=1, resume=True))

@@ -158,9 +158,9 @@ def _check_folder(config: TrainConfig) -> Path | None:
     if config.overwrite or not any((output / name).exists() for name in RUN_FILES):
         return None
     if not config.resume:
-        raise InputError(f"{output} already holds a run; resume it, overwrite it, or name another folder.")
+        raise InputError(f"{output} already holds a run; set resume or overwrite, or name another folder.")
     if (output / "summary.json").exists():
-        raise InputError(f"{output} holds a finished run; overwrite it, or name another folder.")
+        raise InputError(f"{output} holds a finished run; set overwrite, or name another folder.")
     before = TrainConfig.from_yaml(output / "config.yaml", {"output": output})
     for name in TrainConfig.model_fields:
         old, new = getattr(before, name), getattr(config, name)
@@ -345,10 +345,11 @@ def plot_loss(steps: list[StepMetrics], path: Path) -> None:
     losses = torch.tensor([step.loss for step in steps], dtype=torch.float64)
     means = losses.unfold(0, window, 1).mean(1)
     numbers = [step.step for step in steps]
+    middles = numbers[(window - 1) // 2 :][: len(means)]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(numbers, losses, color="tab:blue", alpha=0.3, marker=".", label="step")
-    axes.plot(numbers[window - 1 :], means, color="tab:blue", label=f"mean of {window} steps")
+    axes.plot(middles, means, color="tab:blue", label=f"mean of {window} steps")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend()
