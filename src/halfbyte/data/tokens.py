@@ -157,6 +157,7 @@ class _Writer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         self.template = chat_template(tokenizer)
+        self.begin = _begin(tokenizer)
         self.endings: tuple[str, str] | None = None
 
     def __call__(self, example: Example) -> list[_Draft]:
@@ -173,7 +174,7 @@ class _Writer:
 
     def plain(self, prompt: str, answer: str) -> _Draft:
         text = prompt + answer + self.end()
-        return _Draft(text, [(len(prompt), len(text))], _begin(self.tokenizer))
+        return _Draft(text, [(len(prompt), len(text))], self.begin)
 
     def chat(self, where: str, messages: list[Message]) -> list[_Draft]:
         drafts: list[_Draft] = []
@@ -250,10 +251,15 @@ def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _rows(tokenizer: "PreTrainedTokenizerBase", drafts: list[_Draft]) -> Iterator[Row]:
-    encoded = _encode(tokenizer, [draft.text for draft in drafts])
-    for draft, (ids, offsets) in zip(drafts, encoded, strict=True):
-        if cuts := [start for start, _ in draft.spans if start and _merges(draft.text, offsets, start)]:
-            ids, offsets = _encode_pieces(tokenizer, draft.text, cuts)
+    together = _encode(tokenizer, [draft.text for draft in drafts])
+    cuts = [
+        [start for start, _ in draft.spans if start and _merges(draft.text, offsets, start)]
+        for draft, (_, offsets) in zip(drafts, together, strict=True)
+    ]
+    apart = _encode_apart(tokenizer, [(draft.text, at) for draft, at in zip(drafts, cuts, strict=True) if at])
+    for draft, (ids, offsets), at in zip(drafts, together, cuts, strict=True):
+        if at:
+            ids, offsets = next(apart)
         labels = [IGNORED] * len(ids)
         for start, end in draft.spans:
             first = _first_behind(offsets, start)
@@ -264,6 +270,8 @@ def _rows(tokenizer: "PreTrainedTokenizerBase", drafts: list[_Draft]) -> Iterato
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[tuple[list[int], Offsets]]:
+    if not texts:
+        return []
     # The post-processor adds nothing here, but it may take the spaces from the characters that a token stands for.
     backend = tokenizer.backend_tokenizer
     post_processor, backend.post_processor = backend.post_processor, processors.Sequence([])
@@ -288,21 +296,31 @@ def _merges(text: str, offsets: Offsets, start: int) -> bool:
     return offsets[_first_behind(offsets, start)][0] < start or text[max(start - 2, 0) : start].isspace()
 
 
-def _encode_pieces(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: list[int]) -> tuple[list[int], Offsets]:
-    """Encode the stretches between ``cuts`` on their own, as in use, where the prompt comes without the answer."""
-    ids: list[int] = []
-    offsets: Offsets = []
-    for start, end in itertools.pairwise([0, *cuts, len(text)]):
-        # Some tokenizers (Llama 2) put a space before a text; behind a newline they don't, if it stays by itself.
-        for anchor in ["\n", ""] if start else [""]:
-            [(piece, places)] = _encode(tokenizer, [anchor + text[start:end]])
-            first = _first_behind(places, len(anchor))
-            if not anchor or places[first][0] >= len(anchor):
-                break
-        shift = start - len(anchor)
-        ids += piece[first:]
-        offsets += [(left + shift, right + shift) for left, right in places[first:]]
-    return ids, offsets
+def _encode_apart(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[tuple[str, list[int]]]
+) -> Iterator[tuple[list[int], Offsets]]:
+    """Encode each text in pieces, cut at its positions: as in use, where the prompt comes without the answer."""
+    rows = [
+        [(start, text[start:end]) for start, end in itertools.pairwise([0, *cuts, len(text)])] for text, cuts in texts
+    ]
+    pieces = [piece for row in rows for _, piece in row]
+    # Some tokenizers (Llama 2) put a space before a text; behind a newline they don't, if that stays by itself.
+    plain = iter(_encode(tokenizer, pieces))
+    behind = iter(_encode(tokenizer, ["\n" + piece for row in rows for start, piece in row if start]))
+    for row in rows:
+        ids: list[int] = []
+        offsets: Offsets = []
+        for start, _ in row:
+            piece_ids, places = next(plain)
+            shift = start
+            if start:
+                behind_ids, behind_places = next(behind)
+                first = _first_behind(behind_places, 1)
+                if behind_places[first][0] >= 1:
+                    piece_ids, places, shift = behind_ids[first:], behind_places[first:], start - 1
+            ids += piece_ids
+            offsets += [(left + shift, right + shift) for left, right in places]
+        yield ids, offsets
 
 
 def _cut(where: str, rows: list[Row], max_length: int) -> list[Row]:
