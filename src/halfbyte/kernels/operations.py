@@ -150,7 +150,7 @@ class _Matmul4bit(torch.autograd.Function):
     """Keeps nothing dense for the backward: only the 4-bit bytes, which the layer holds anyway."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
@@ -164,7 +164,7 @@ class _Matmul4bit(torch.autograd.Function):
             return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
