@@ -7,9 +7,7 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-#include "contract.h"
+#include "avx2.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
@@ -21,11 +19,6 @@
 namespace halfbyte {
 namespace {
 
-const __m128i* at(const void* base, int64_t byte) {
-    return reinterpret_cast<const __m128i*>(static_cast<const char*>(base) + byte);
-}
-__m128i* at(void* base, int64_t byte) { return reinterpret_cast<__m128i*>(static_cast<char*>(base) + byte); }
-
 // Sixteen lanes of 32 bits, as bytes (of values up to 32767, the low eight bits of which count).
 __m128i low_bytes(__m256i a, __m256i b) {
     const __m256i mask = _mm256_set1_epi32(255);
@@ -33,42 +26,6 @@ __m128i low_bytes(__m256i a, __m256i b) {
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
     return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
 }
-
-// Eight lanes of 32 bits, each below 2^16, as words.
-__m128i low_words(__m256i a) {
-    return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-}
-
-// Eight values of each storage type, from and to fp32; `round` gives the stored bits.
-struct Fp32 {
-    static __m256 load(const void* x, int64_t i) {
-        return _mm256_loadu_ps(reinterpret_cast<const float*>(at(x, 4 * i)));
-    }
-    static void store(void* out, int64_t i, __m256 value) {
-        _mm256_storeu_ps(reinterpret_cast<float*>(at(out, 4 * i)), value);
-    }
-};
-
-struct Bf16 {
-    static __m256 load(const void* x, int64_t i) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at(x, 2 * i))), 16));
-    }
-    static __m128i round(__m256 value) {
-        const __m256i bits = _mm256_castps_si256(value);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-        const __m256i high = _mm256_srli_epi32(rounded, 16);
-        return low_words(_mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), nan));
-    }
-    static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
-};
-
-struct Fp16 {
-    static __m256 load(const void* x, int64_t i) { return _mm256_cvtph_ps(_mm_loadu_si128(at(x, 2 * i))); }
-    static __m128i round(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
-    static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
-};
 
 // One step down the tree: node = 2 node + not (midpoint >= value).
 __m256i descend(__m256i node, __m256 midpoint, __m256 value) {

@@ -1,0 +1,69 @@
+// The storage types on AVX2 registers: eight values at a time, from and to fp32.
+//
+// This header raises the instruction set around its own functions: include it outside a target region.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "contract.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+
+namespace halfbyte {
+namespace {
+
+inline const __m128i* at(const void* base, int64_t byte) {
+    return reinterpret_cast<const __m128i*>(static_cast<const char*>(base) + byte);
+}
+inline __m128i* at(void* base, int64_t byte) { return reinterpret_cast<__m128i*>(static_cast<char*>(base) + byte); }
+
+// Eight lanes of 32 bits, each below 2^16, as words.
+inline __m128i low_words(__m256i a) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+}
+
+// `round` gives the stored bits.
+struct Fp32 {
+    static __m256 load(const void* x, int64_t i) {
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(at(x, 4 * i)));
+    }
+    static void store(void* out, int64_t i, __m256 value) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(at(out, 4 * i)), value);
+    }
+};
+
+struct Bf16 {
+    static __m256 load(const void* x, int64_t i) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at(x, 2 * i))), 16));
+    }
+    static __m128i round(__m256 value) {
+        const __m256i bits = _mm256_castps_si256(value);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+        const __m256i high = _mm256_srli_epi32(rounded, 16);
+        return low_words(_mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), nan));
+    }
+    static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
+};
+
+struct Fp16 {
+    static __m256 load(const void* x, int64_t i) { return _mm256_cvtph_ps(_mm_loadu_si128(at(x, 2 * i))); }
+    static __m128i round(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+    static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
+};
+
+}  // namespace
+}  // namespace halfbyte
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,68 @@
+// The storage types on AVX-512 registers: sixteen values at a time, from and to fp32.
+//
+// This header raises the instruction set around its own functions: include it outside a target region.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "contract.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
+#endif
+
+namespace halfbyte {
+namespace {
+
+inline const char* at(const void* base, int64_t i, int size) { return static_cast<const char*>(base) + i * size; }
+inline char* at(void* base, int64_t i, int size) { return static_cast<char*>(base) + i * size; }
+
+inline __m256i round_to_bf16(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const __m512i high = _mm512_srli_epi32(rounded, 16);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+inline __m256i round_to_fp16(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+
+struct Fp32 {
+    static __m512 load(const void* x, int64_t i) { return _mm512_loadu_ps(at(x, i, 4)); }
+    static void store(void* out, int64_t i, __m512 value) { _mm512_storeu_ps(at(out, i, 4), value); }
+};
+
+struct Bf16 {
+    static __m512 load(const void* x, int64_t i) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static __m256i round(__m512 value) { return round_to_bf16(value); }
+    static void store(void* out, int64_t i, __m512 value) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(out, i, 2)), round(value));
+    }
+};
+
+struct Fp16 {
+    static __m512 load(const void* x, int64_t i) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2))));
+    }
+    static __m256i round(__m512 value) { return round_to_fp16(value); }
+    static void store(void* out, int64_t i, __m512 value) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(out, i, 2)), round(value));
+    }
+};
+
+}  // namespace
+}  // namespace halfbyte
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
