@@ -1,12 +1,12 @@
 # make quickstart   fine-tune a real chat model in 4 bits, in about four minutes
 # make test         every check and every quick test
-# The rest: setup, check, test-slow, bench, clean.
+# The rest: setup, check, test-slow, docs, clean.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-slow check bench clean
+.PHONY: setup quickstart test test-slow check docs clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -32,9 +32,10 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/update_help.py --check
 
-bench: setup
-	$(BIN)/halfbyte bench kernels
+docs: setup
+	$(BIN)/python docs/update_help.py
 
 clean:
 	rm -rf $(VENV) build

@@ -70,9 +70,9 @@ def _root(
 
 
 def _train(**options: Any) -> None:
-    """Fine-tune a model with QLoRA: from flags, from a YAML file, or both (flags win).
+    """Fine-tune a model with QLoRA.
 
-    Interrupted with Ctrl-C, it saves a checkpoint first; --resume goes on from there.
+    Options come from flags, from a YAML file, or from both (flags win). Interrupted with Ctrl-C, it saves a checkpoint first; --resume goes on from there.
     """
     given = {name: value for name, value in options.items() if value is not None}
     config = TrainConfig.from_yaml(given.pop("config", None), given)
@@ -230,7 +230,10 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Write a model in 4 bits, in the format that transformers and bitsandbytes read; tensor by tensor, any size."""
+    """Write a 4-bit copy of a model.
+
+    In the format that transformers and bitsandbytes read; tensor by tensor, so that any size fits in memory.
+    """
     _quiet()
     from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
     from halfbyte.plan.size import checkpoint_size
@@ -259,7 +262,10 @@ def quantize(
 def doctor(
     line: Annotated[bool, typer.Option("--line", help="Only one line: version, kernels and threads.")] = False,
 ) -> None:
-    """Show what is installed, what this machine offers, and what to do about what is missing."""
+    """Show what is installed and what this machine offers.
+
+    Says what to do about what is missing.
+    """
     from halfbyte.plan import doctor as plan_doctor
 
     if line:
