@@ -72,7 +72,8 @@ def _root(
 def _train(**options: Any) -> None:
     """Fine-tune a model with QLoRA.
 
-    Options come from flags, from a YAML file, or from both (flags win). Interrupted with Ctrl-C, it saves a checkpoint first; --resume goes on from there.
+    Options come from flags, from a YAML file, or from both (flags win). Interrupted with Ctrl-C, it saves a
+    checkpoint first; --resume goes on from there.
     """
     given = {name: value for name, value in options.items() if value is not None}
     config = TrainConfig.from_yaml(given.pop("config", None), given)
