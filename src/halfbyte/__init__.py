@@ -28,7 +28,6 @@ _HOMES = {
     "QuantizedWeight": "halfbyte.quant",
     "load": "halfbyte.hf",
     "load_tokenizer": "halfbyte.hf",
-    "optim": "halfbyte.optim",
     "prepare_for_training": "halfbyte.hf",
     "quantize_4bit": "halfbyte.quant",
     "unprepare": "halfbyte.hf",
@@ -48,11 +47,15 @@ __all__ = [
 ]
 
 
+_PACKAGES = ("data", "deploy", "evaluate", "hf", "kernels", "nn", "optim", "plan", "quant", "train")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"halfbyte.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
-    return home if home.__name__ == f"halfbyte.{name}" else getattr(home, name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
