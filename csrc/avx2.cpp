@@ -1,9 +1,9 @@
 // The AVX2 tier (with F16C): eight values at a time.
 //
 // The search trees' upper levels lie in registers and are read by permutes, whose lanes ignore the upper bits of an
-// index; the lower levels of an 8-bit tree are gathered. Dequantizing 4 bits: a block has only sixteen different values,
-// so they are made once per block, already scaled and rounded, and looked up; 16-bit ones as two tables of bytes. Block
-// sizes that are not a multiple of 32, and a short last block, go to `scalar`.
+// index; the lower levels of an 8-bit tree are gathered. Dequantizing 4 bits: a block has only sixteen different
+// values, so they are made once per block, already scaled and rounded, and looked up; 16-bit ones as two tables of
+// bytes. Block sizes that are not a multiple of 32, and a short last block, go to `scalar`.
 
 #if defined(__x86_64__)
 

@@ -1,6 +1,6 @@
 // The Python module halfbyte._native: takes addresses, sizes and the thread count, and runs a tier's functions over a
-// tensor's blocks. Arguments were checked in Python; the interpreter's lock is free meanwhile. Codebooks are copied, and
-// turned into search trees, on the way in.
+// tensor's blocks. Arguments were checked in Python; the interpreter's lock is free meanwhile. Codebooks are copied,
+// and turned into search trees, on the way in.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>

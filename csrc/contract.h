@@ -8,8 +8,8 @@
 // Layout: a tensor is n values, row-major, cut into ceil(n / blocksize) blocks, of which the last may be short. 4-bit
 // codes are packed two to a byte, the first in the high half.
 //
-// Functions are silent and total: arguments were checked in Python, nothing is allocated, printed or thrown. Pointers to
-// void or uint8_t may have any address; those to float are aligned for it.
+// Functions are silent and total: arguments were checked in Python, nothing is allocated, printed or thrown. Pointers
+// to void or uint8_t may have any address; those to float are aligned for it.
 //
 // Weak (inline or template) functions of the standard library must not be instantiated under a tier's instruction set,
 // since the linker may keep that copy for everybody: so tier files are compiled for the baseline, raise the target only

@@ -1,8 +1,8 @@
 // Work shared out over threads.
 //
-// On torch's own OpenMP runtime where one was handed over, so that no second set of threads competes for the same cores;
-// otherwise, and in a forked child, where the runtime's threads no longer exist and it would wait for them for ever, on
-// a small pool whose threads sleep while there is nothing to do.
+// On torch's own OpenMP runtime where one was handed over, so that no second set of threads competes for the same
+// cores; otherwise, and in a forked child, where the runtime's threads no longer exist and it would wait for them for
+// ever, on a small pool whose threads sleep while there is nothing to do.
 
 #pragma once
 
