@@ -30,6 +30,7 @@ inline __m128i low_words(__m256i a) {
 
 // `round` gives the stored bits.
 struct Fp32 {
+    static constexpr int kSize = 4;
     static __m256 load(const void* x, int64_t i) {
         return _mm256_loadu_ps(reinterpret_cast<const float*>(at(x, 4 * i)));
     }
@@ -39,6 +40,7 @@ struct Fp32 {
 };
 
 struct Bf16 {
+    static constexpr int kSize = 2;
     static __m256 load(const void* x, int64_t i) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at(x, 2 * i))), 16));
     }
@@ -54,6 +56,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
+    static constexpr int kSize = 2;
     static __m256 load(const void* x, int64_t i) { return _mm256_cvtph_ps(_mm_loadu_si128(at(x, 2 * i))); }
     static __m128i round(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
     static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }

@@ -33,11 +33,13 @@ inline __m256i round_to_bf16(__m512 value) {
 inline __m256i round_to_fp16(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
 
 struct Fp32 {
+    static constexpr int kSize = 4;
     static __m512 load(const void* x, int64_t i) { return _mm512_loadu_ps(at(x, i, 4)); }
     static void store(void* out, int64_t i, __m512 value) { _mm512_storeu_ps(at(out, i, 4), value); }
 };
 
 struct Bf16 {
+    static constexpr int kSize = 2;
     static __m512 load(const void* x, int64_t i) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -49,6 +51,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
+    static constexpr int kSize = 2;
     static __m512 load(const void* x, int64_t i) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2))));
     }
