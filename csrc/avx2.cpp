@@ -1,4 +1,4 @@
-// The AVX2 tier (with F16C): eight values at a time.
+// The AVX2 tier (with FMA and F16C): eight values at a time.
 //
 // The search trees' upper levels lie in registers and are read by permutes, whose lanes ignore the upper bits of an
 // index; the lower levels of an 8-bit tree are gathered. Dequantizing 4 bits: a block has only sixteen different
@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 
 #include "avx2.h"
+#include "matmul.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
@@ -242,12 +243,14 @@ void dequantize_8bit(const Dequantize8bit& a, int64_t first, int64_t last) {
 namespace halfbyte {
 namespace {
 
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+bool supported() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 }  // namespace
 
 const Tier avx2 = {
-    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit,
+    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul,
 };
 
 }  // namespace halfbyte

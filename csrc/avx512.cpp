@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 
 #include "avx512.h"
+#include "matmul.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
@@ -222,7 +223,7 @@ bool supported() {
 }  // namespace
 
 const Tier avx512 = {
-    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit,
+    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul,
 };
 
 }  // namespace halfbyte

@@ -15,6 +15,7 @@
 
 #include "contract.h"
 #include "dispatch.h"
+#include "matmul.h"
 #include "parallel.h"
 
 namespace nb = nanobind;
@@ -92,13 +93,8 @@ void quantize_8bit(int isa, int threads, Address x, int type, int64_t n, int64_t
     over_blocks(tier(isa).quantize_8bit, arguments, threads);
 }
 
-void dequantize_4bit(int isa, int threads, Address packed, Address code, Address absmax, Address nested_absmax,
-                     Address nested_code, int64_t nested_blocksize, float offset, int64_t n, int64_t blocksize,
-                     Address out, int type) {
-    Dequantize4bit arguments{};
-    arguments.codes = pointer<const uint8_t>(packed);
-    std::memcpy(arguments.code, pointer<const void>(code), sizeof arguments.code);
-    Scales& scales = arguments.scales;
+Scales scales(Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset) {
+    Scales scales{};
     scales.absmax = pointer<const void>(absmax);
     scales.nested = nested_absmax != 0;
     if (scales.nested) {
@@ -107,6 +103,16 @@ void dequantize_4bit(int isa, int threads, Address packed, Address code, Address
         std::memcpy(scales.nested_code, pointer<const void>(nested_code), sizeof scales.nested_code);
         scales.offset = offset;
     }
+    return scales;
+}
+
+void dequantize_4bit(int isa, int threads, Address packed, Address code, Address absmax, Address nested_absmax,
+                     Address nested_code, int64_t nested_blocksize, float offset, int64_t n, int64_t blocksize,
+                     Address out, int type) {
+    Dequantize4bit arguments{};
+    arguments.codes = pointer<const uint8_t>(packed);
+    std::memcpy(arguments.code, pointer<const void>(code), sizeof arguments.code);
+    arguments.scales = scales(absmax, nested_absmax, nested_code, nested_blocksize, offset);
     arguments.n = n;
     arguments.blocksize = blocksize;
     arguments.out = pointer<void>(out);
@@ -127,6 +133,25 @@ void dequantize_8bit(int isa, int threads, Address codes, Address code, int size
     over_blocks(tier(isa).dequantize_8bit, arguments, threads);
 }
 
+bool multiplies(int isa) { return tier(isa).matmul != nullptr; }
+
+void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
+                 Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+                 int64_t blocksize, int64_t out_features, int64_t in_features, Address bias, Address y) {
+    Weight4bit weight{};
+    weight.codes = pointer<const uint8_t>(packed);
+    std::memcpy(weight.code, pointer<const void>(code), sizeof weight.code);
+    weight.scales = scales(absmax, nested_absmax, nested_code, nested_blocksize, offset);
+    weight.rows = out_features;
+    weight.columns = in_features;
+    weight.blocksize = Divisor(blocksize);
+    weight.nested_blocksize = Divisor(nested_blocksize);
+    weight.aligned = blocksize % 32 == 0 && in_features % 32 == 0;
+    const Matmul4bit arguments{pointer<const void>(x), rows, static_cast<Type>(type), gradient, weight,
+                               pointer<const void>(bias), pointer<void>(y)};
+    matmul(*tier(isa).matmul(arguments.type), arguments, threads);
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -145,4 +170,6 @@ NB_MODULE(_native, module) {
     module.def("quantize_8bit", quantize_8bit, unlocked());
     module.def("dequantize_4bit", dequantize_4bit, unlocked());
     module.def("dequantize_8bit", dequantize_8bit, unlocked());
+    module.def("multiplies", multiplies);
+    module.def("matmul_4bit", matmul_4bit, unlocked());
 }

@@ -74,6 +74,8 @@ struct Dequantize {
 using Dequantize4bit = Dequantize<4>;
 using Dequantize8bit = Dequantize<8>;
 
+struct MatmulKernels;
+
 // The blocks [first, last). With 4 bits and an odd block size `first` must be even, so that no byte is shared between
 // ranges.
 struct Tier {
@@ -83,10 +85,11 @@ struct Tier {
     void (*quantize_8bit)(const Quantize8bit&, int64_t first, int64_t last);
     void (*dequantize_4bit)(const Dequantize4bit&, int64_t first, int64_t last);
     void (*dequantize_8bit)(const Dequantize8bit&, int64_t first, int64_t last);
+    const MatmulKernels* (*matmul)(Type);  // see matmul.h; null: none
 };
 
 extern const Tier scalar;  // the baseline, everywhere; the other tiers leave odd cases to it
-extern const Tier avx2;    // AVX2, F16C
+extern const Tier avx2;    // AVX2, FMA, F16C
 extern const Tier avx512;  // AVX-512 F, BW, VL, DQ
 
 namespace {

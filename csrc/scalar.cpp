@@ -137,7 +137,7 @@ bool supported() { return true; }
 }  // namespace
 
 const Tier scalar = {
-    "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any,
+    "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr,
 };
 
 }  // namespace halfbyte

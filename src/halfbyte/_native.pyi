@@ -56,3 +56,25 @@ def dequantize_8bit(
     type: int,
     /,
 ) -> None: ...
+def multiplies(isa: int, /) -> bool: ...
+def matmul_4bit(
+    isa: int,
+    threads: int,
+    gradient: bool,
+    x: int,
+    rows: int,
+    type: int,
+    packed: int,
+    code: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_code: int,
+    nested_blocksize: int,
+    offset: float,
+    blocksize: int,
+    out_features: int,
+    in_features: int,
+    bias: int,
+    y: int,
+    /,
+) -> None: ...

@@ -124,20 +124,14 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
 
 def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_4bit`."""
-    code = statistics.code.contiguous()
-    nested = statistics.nested
-    nested_code = None if nested is None else nested.code.contiguous()
+    code, nested_code = _tables(statistics)
     out = torch.empty(n, dtype=dtype, device="cpu")
     _native.dequantize_4bit(
         _tier(),
         threads(),
         packed.data_ptr(),
         code.data_ptr(),
-        statistics.absmax.data_ptr(),
-        0 if nested is None else nested.absmax.data_ptr(),
-        0 if nested_code is None else nested_code.data_ptr(),
-        0 if nested is None else nested.blocksize,
-        0.0 if nested is None else nested.offset,
+        *_scales(statistics, nested_code),
         n,
         statistics.blocksize,
         out.data_ptr(),
@@ -150,13 +144,61 @@ def matmul_4bit(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias``."""
-    weight = dequantize_4bit(packed, statistics, shape[0] * shape[1], x.dtype).view(shape)
-    return torch.nn.functional.linear(x, weight, bias)
+    return _matmul(x, packed, statistics, shape, bias, gradient=False)
 
 
 def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``."""
-    return dy @ dequantize_4bit(packed, statistics, shape[0] * shape[1], dy.dtype).view(shape)
+    return _matmul(dy, packed, statistics, shape, None, gradient=True)
+
+
+def _matmul(
+    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
+) -> Tensor:
+    isa = _tier()
+    if 0 in shape or not _native.multiplies(isa):
+        weight = dequantize_4bit(packed, statistics, shape[0] * shape[1], x.dtype).view(shape)
+        return x @ weight if gradient else torch.nn.functional.linear(x, weight, bias)
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    code, nested_code = _tables(statistics)
+    y = torch.empty(*x.shape[:-1], shape[1] if gradient else shape[0], dtype=x.dtype, device="cpu")
+    _native.matmul_4bit(
+        isa,
+        threads(),
+        gradient,
+        x.data_ptr(),
+        x.shape[:-1].numel(),
+        _TYPES[x.dtype],
+        packed.data_ptr(),
+        code.data_ptr(),
+        *_scales(statistics, nested_code),
+        statistics.blocksize,
+        *shape,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
+
+
+def _tables(statistics: Statistics) -> tuple[Tensor, Tensor | None]:
+    """Return the codebooks of a 4-bit weight and of its statistics, contiguous."""
+    nested = statistics.nested
+    return statistics.code.contiguous(), None if nested is None else nested.code.contiguous()
+
+
+def _scales(statistics: Statistics, nested_code: Tensor | None) -> tuple[int, int, int, int, float]:
+    """Return the statistics as the extension takes them."""
+    nested = statistics.nested
+    if nested is None or nested_code is None:
+        return statistics.absmax.data_ptr(), 0, 0, 0, 0.0
+    return (
+        statistics.absmax.data_ptr(),
+        nested.absmax.data_ptr(),
+        nested_code.data_ptr(),
+        nested.blocksize,
+        nested.offset,
+    )
 
 
 def _tier() -> int:

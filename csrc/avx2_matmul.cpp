@@ -1,0 +1,253 @@
+// The AVX2 tier's products (with FMA and F16C), in fp32 for every type.
+//
+// Eight lanes at a time. A block of W has only sixteen different values: they are made once per block, scaled and
+// rounded, and looked up in two registers of eight. A panel is kStrip / 16 parts, one after the other, of kLanes rows of
+// sixteen lanes; six rows of x by one part keep twelve sums in registers.
+
+#if defined(__x86_64__)
+
+#include "avx2.h"
+#include "matmul.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t kPart = 16;
+
+// The sixteen values of a block, rounded to the type T.
+template <class T>
+struct Table {
+    __m256 low, high;
+
+    Table(const float* code, float scale) : low(rounded(code, scale)), high(rounded(code + 8, scale)) {}
+
+    static __m256 rounded(const float* code, float scale) {
+        float values[8];
+        T::store(values, 0, _mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(scale)));
+        return T::load(values, 0);
+    }
+
+    // Eight values from four bytes.
+    __m256 look_up(const uint8_t* codes) const {
+        const __m256i bytes = _mm256_set1_epi32(load<int32_t>(codes, 0));
+        const __m256i spread = _mm256_set_epi32(  // a byte to each lane, twice
+            int(0x80808003), int(0x80808003), int(0x80808002), int(0x80808002), int(0x80808001), int(0x80808001),
+            int(0x80808000), int(0x80808000));
+        const __m256i index = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, spread), _mm256_set1_epi64x(4));
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // the sign: code 8 and above
+        const __m256 value0 = _mm256_permutevar8x32_ps(low, index), value1 = _mm256_permutevar8x32_ps(high, index);
+        return _mm256_blendv_ps(value0, value1, upper);
+    }
+};
+
+// The `count` values of W from position `first` of the flattened weight on, padded with zeros to a multiple of eight.
+template <class T>
+void expand_row(const Weight4bit& w, int64_t first, int64_t count, float* out) {
+    const int64_t end = first + count;
+    int64_t block = w.blocksize.quotient(first);
+    for (int64_t i = first; i < end; ++block) {
+        const Table<T> table(w.code, w.scale(block));
+        const int64_t stop = least((block + 1) * w.blocksize.value(), end);
+        if (w.aligned) {
+            for (; i < stop; i += 8) _mm256_storeu_ps(out + (i - first), table.look_up(w.codes + i / 2));
+        } else {
+            float values[16];
+            _mm256_storeu_ps(values, table.low);
+            _mm256_storeu_ps(values + 8, table.high);
+            for (; i < stop; ++i) out[i - first] = values[code_at(w.codes, i)];
+        }
+    }
+    for (; count % kVector; ++count) out[count] = 0;
+}
+
+// Eight rows of eight lanes, `stride` lanes apart, to columns of a part of a panel.
+void transpose(const float* in, int64_t stride, float* panel) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_load_ps(in + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+        }
+    }
+    // a[4 i + j]: of rows 4 i .. 4 i + 3 the lanes j and j + 4
+    for (int j = 0; j < 4; ++j) {
+        _mm256_store_ps(panel + j * kPart, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+        _mm256_store_ps(panel + (j + 4) * kPart, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+    }
+}
+
+template <class T>
+void expand_forward(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    constexpr int64_t lanes = 128;
+    alignas(64) float rows[8][lanes];
+    for (int64_t c = 0; c < kStrip; c += 8) {
+        for (int64_t begin = first; begin < last; begin += lanes) {
+            const int64_t count = least(lanes, last - begin);
+            for (int64_t r = 0; r < 8; ++r) {
+                const int64_t n = column + c + r;
+                if (n < w.rows) {
+                    expand_row<T>(w, n * w.columns + begin, count, rows[r]);
+                } else {
+                    std::memset(rows[r], 0, sizeof rows[r]);
+                }
+            }
+            float* out = panel + c / kPart * kPart * kLanes + (begin - first) * kPart + c % kPart;
+            for (int64_t i = 0; i < count; i += 8) transpose(&rows[0][i], lanes, out + i * kPart);
+        }
+    }
+}
+
+template <class T>
+void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    const int64_t count = least(kStrip, w.columns - column);
+    alignas(64) float row[kStrip] = {};
+    for (int64_t n = first; n < last; ++n, panel += kPart) {
+        expand_row<T>(w, n * w.columns + column, count, row);
+        for (int64_t c = 0; c < kStrip; c += 8) {
+            _mm256_store_ps(panel + c / kPart * kPart * kLanes + c % kPart, _mm256_load_ps(row + c));
+        }
+    }
+}
+
+template <int rows>
+void multiply_tile(const void* x, int64_t stride, const float* part, int64_t lanes, float* sums, bool add) {
+    __m256 sum[rows][2];
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < 2; ++c) {
+            sum[r][c] = add ? _mm256_load_ps(sums + r * kStrip + 8 * c) : _mm256_setzero_ps();
+        }
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+        const __m256 w0 = _mm256_load_ps(part + i * kPart), w1 = _mm256_load_ps(part + i * kPart + 8);
+        for (int r = 0; r < rows; ++r) {
+            const __m256 lane = _mm256_set1_ps(load<float>(at(x, r * stride), i));
+            sum[r][0] = _mm256_fmadd_ps(lane, w0, sum[r][0]);
+            sum[r][1] = _mm256_fmadd_ps(lane, w1, sum[r][1]);
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < 2; ++c) _mm256_store_ps(sums + r * kStrip + 8 * c, sum[r][c]);
+    }
+}
+
+void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, float* sums, bool add) {
+    for (int64_t c = 0; c < kStrip; c += kPart, panel += kPart * kLanes, sums += kPart) {
+        switch (rows) {
+            case 1: multiply_tile<1>(x, stride, panel, lanes, sums, add); break;
+            case 2: multiply_tile<2>(x, stride, panel, lanes, sums, add); break;
+            case 3: multiply_tile<3>(x, stride, panel, lanes, sums, add); break;
+            case 4: multiply_tile<4>(x, stride, panel, lanes, sums, add); break;
+            case 5: multiply_tile<5>(x, stride, panel, lanes, sums, add); break;
+            default: multiply_tile<6>(x, stride, panel, lanes, sums, add); break;
+        }
+    }
+}
+
+// The sum of each of four registers.
+__m128 totals(const __m256* a) {
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+}
+
+// Four rows of W, `width` lanes apart, times some of x.
+template <int rows>
+void dot_tile(const float* w, int64_t width, int64_t lanes, const void* x, int64_t stride, float* sums, bool add) {
+    __m256 sum[rows][4];
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < 4; ++c) sum[r][c] = _mm256_setzero_ps();
+    }
+    for (int64_t i = 0; i < lanes; i += 8) {
+        for (int r = 0; r < rows; ++r) {
+            const __m256 from_x = Fp32::load(at(x, r * stride), i);
+            for (int c = 0; c < 4; ++c) {
+                sum[r][c] = _mm256_fmadd_ps(from_x, _mm256_load_ps(w + c * width + i), sum[r][c]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        const __m128 total = totals(sum[r]);
+        float* out = sums + r * kStrip;
+        _mm_store_ps(out, add ? _mm_add_ps(_mm_load_ps(out), total) : total);
+    }
+}
+
+template <class T>
+void dot(const Weight4bit& w, int64_t column, int64_t columns, int64_t first, int64_t last, const void* x,
+         int64_t stride, int64_t rows, float* sums, bool add) {
+    alignas(64) float expanded[4][kLanes];
+    for (int64_t c = 0; c < columns; c += 4) {
+        for (int64_t i = 0; i < 4; ++i) {  // the last row again where there are no four
+            expand_row<T>(w, (column + least(c + i, columns - 1)) * w.columns + first, last - first, expanded[i]);
+        }
+        for (int64_t r = 0; r < rows; r += 3) {
+            const void* from = at(x, r * stride);
+            float* out = sums + r * kStrip + c;
+            switch (least(rows - r, 3)) {
+                case 1: dot_tile<1>(expanded[0], kLanes, last - first, from, stride, out, add); break;
+                case 2: dot_tile<2>(expanded[0], kLanes, last - first, from, stride, out, add); break;
+                default: dot_tile<3>(expanded[0], kLanes, last - first, from, stride, out, add); break;
+            }
+        }
+    }
+}
+
+template <class T>
+void widen(const void* x, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) Fp32::store(out, i, T::load(x, i));
+    if (i < n) {
+        float rest[8] = {};
+        std::memcpy(rest, at(x, i * T::kSize), static_cast<size_t>((n - i) * T::kSize));
+        Fp32::store(out, i, T::load(rest, 0));
+    }
+}
+
+template <class T>
+void finish(const float* sums, const float* bias, int64_t n, void* y) {
+    float partial[kStrip];
+    void* out = n < kStrip ? partial : y;
+    for (int64_t i = 0; i < kStrip; i += 8) {
+        T::store(out, i, _mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(bias + i)));
+    }
+    if (n < kStrip) std::memcpy(y, partial, static_cast<size_t>(n * T::kSize));
+}
+
+template <class T>
+const MatmulKernels kernels = {
+    false, 8, expand_forward<T>, expand_gradient<T>, multiply, dot<T>, widen<T>, finish<T>,
+};
+
+}  // namespace
+}  // namespace halfbyte
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace halfbyte {
+
+const MatmulKernels* avx2_matmul(Type type) {
+    switch (type) {
+        case Type::bf16: return &kernels<Bf16>;
+        case Type::fp16: return &kernels<Fp16>;
+        default: return &kernels<Fp32>;
+    }
+}
+
+}  // namespace halfbyte
+
+#endif
