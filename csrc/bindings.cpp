@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -17,6 +18,7 @@
 #include "dispatch.h"
 #include "matmul.h"
 #include "parallel.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 
@@ -158,6 +160,14 @@ std::vector<std::string> tier_names() {
     return names;
 }
 
+int64_t probe(int isa, int threads, int64_t rounds) {
+    const Probe& probe = probe_of(tier(isa));
+    std::atomic<float> result;  // used, so that the compiler keeps the loop
+    parallel_for(rounds, rounds / (8 * threads) + 1, threads,
+                 [&](int64_t first, int64_t last) { result = probe.run(last - first); });
+    return rounds * probe.operations;
+}
+
 }  // namespace
 }  // namespace halfbyte
 
@@ -166,6 +176,8 @@ NB_MODULE(_native, module) {
     using unlocked = nb::call_guard<nb::gil_scoped_release>;
     module.def("tiers", tier_names);
     module.def("use_openmp", [](Address parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); });
+    module.def("probe", probe, unlocked());
+    module.def("probed_arithmetic", [](int isa) { return std::string(probe_of(tier(isa)).arithmetic); });
     module.def("quantize_4bit", quantize_4bit, unlocked());
     module.def("quantize_8bit", quantize_8bit, unlocked());
     module.def("dequantize_4bit", dequantize_4bit, unlocked());

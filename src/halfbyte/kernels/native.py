@@ -62,6 +62,20 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def probe(rounds: int) -> int:
+    """Run ``rounds`` rounds of a register-only loop of the tier's fastest arithmetic for products of bf16 matrices.
+
+    Returns:
+        the additions and multiplications done, some hundreds a round: over the time taken, the tier's ceiling.
+    """
+    return _native.probe(_tier(), threads(), rounds)
+
+
+def probed_arithmetic() -> str:
+    """Return what :func:`probe` runs, in words."""
+    return _native.probed_arithmetic(_tier())
+
+
 def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Block-wise 8-bit quantization; ``code`` must be ascending."""
     n = x.numel()
