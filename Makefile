@@ -1,12 +1,12 @@
 # make quickstart   fine-tune a real chat model in 4 bits, in about four minutes
 # make test         every check and every quick test
-# The rest: setup, check, test-slow, docs, clean.
+# The rest: setup, check, test-slow, bench, docs, clean.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-slow check docs clean
+.PHONY: setup quickstart test test-slow check bench docs clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -33,6 +33,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/update_help.py --check
+
+bench: setup
+	$(BIN)/halfbyte bench kernels
 
 docs: setup
 	$(BIN)/python docs/update_help.py

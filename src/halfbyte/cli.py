@@ -30,6 +30,8 @@ from halfbyte.errors import InputError
 from halfbyte.train.config import TrainConfig
 
 INTERRUPTED = 130
+TABLE_WIDTH = 160
+"""Characters, where standard output is not a terminal."""
 
 app = typer.Typer(
     help="QLoRA on the machine you have: fine-tune language models in 4 bits, and talk to them.",
@@ -38,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+benchmarks = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(benchmarks, name="bench")
 notes = Console(stderr=True, highlight=False)
 
 
@@ -276,6 +280,44 @@ def doctor(
         typer.echo(f"{finding.name:16} {finding.value}")
         if finding.hint:
             typer.echo(f"{'':16} → {finding.hint}")
+
+
+@benchmarks.command("kernels")
+def bench_kernels(
+    isa: Annotated[
+        str | None, typer.Option(help="Instruction-set tier; doctor lists them.  [default: the best]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer works, in about half a minute.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder for the results.  [default: benchmarks/results/<date>-<commit>-<tier>]"
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each side.  [default: torch's]")] = None,
+) -> None:
+    """Measure the kernels: times, ratios, roofline.
+
+    Beside them bitsandbytes, dense torch and this machine's ceilings: all take turns in one run, so that the ratios
+    hold even where the machine's speed varies. Prints a table; writes kernels.json and roofline.png.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from halfbyte import bench
+
+    works = bench.kernel_works(quick)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("Measuring", total=len(works))
+        report = bench.bench_kernels(
+            works,
+            isa=isa,
+            threads=threads,
+            progress=lambda done, name: bar.update(task, completed=done, description=name),
+        )
+    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(report.table())
+    folder = output or bench.default_folder(report)
+    report.write(folder)
+    typer.echo(f"Every time that was taken, and the roofline, are in {folder}.")
 
 
 def _load(path: str, seed: int | None, trust_remote_code: bool) -> tuple[Any, Any]:

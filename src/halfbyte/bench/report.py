@@ -1,0 +1,194 @@
+"""What a benchmark found: every time that was taken, its circumstances, and what follows from both.
+
+The floor of a work is the time that the machine's ceilings leave it: its flop at the peak of the tier's arithmetic, or
+its bytes at the bandwidth of a copy, whichever takes longer. The fraction of the ceiling is the floor over the time
+taken, round by round, since all were timed in the same round.
+"""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, computed_field
+from rich.table import Table
+
+from halfbyte.bench import roofline
+from halfbyte.files import whole_file, write_text
+
+IMPLEMENTATIONS = ("halfbyte", "bitsandbytes", "bf16", "fp32")
+
+
+class Spread(NamedTuple):
+    """The quartiles of a quantity over the rounds."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+class Circumstances(BaseModel):
+    """Where, with what and when a benchmark ran.
+
+    Attributes:
+        machine: the processor's name.
+        cores: physical cores.
+        memory_gib: memory of the machine.
+        load: tasks that ran or wanted to, on average over the minute before.
+        tier: the instruction-set tier that was measured, or ``reference`` without native kernels.
+        arithmetic: what its ceiling was measured with.
+        threads: of every implementation.
+        versions: of Python and of the libraries.
+        date: UTC, ISO 8601.
+        commit: of the checkout that the package runs from, if it does.
+        changed: whether that checkout had changes that are not in the commit.
+    """
+
+    machine: str
+    cores: int
+    memory_gib: float
+    load: float
+    tier: str
+    arithmetic: str
+    threads: int
+    versions: dict[str, str]
+    date: str
+    commit: str | None
+    changed: bool
+
+
+class Row(BaseModel):
+    """One work.
+
+    Attributes:
+        operation, size, flop, bytes: as in :class:`halfbyte.bench.works.Work`.
+        settings: which of its ways an implementation was measured in, if it has several.
+        seconds: of one call of each implementation, in each round.
+        peak_flops: the ceiling of arithmetic in each round, in flop/s.
+        copy_bandwidth: bytes read and written per second by a copy, in each round.
+    """
+
+    operation: str
+    size: str
+    flop: int
+    bytes: int
+    settings: dict[str, str]
+    seconds: dict[str, list[float]]
+    peak_flops: list[float]
+    copy_bandwidth: list[float]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def milliseconds(self) -> dict[str, Spread]:
+        """Of one call of each implementation."""
+        return {name: _spread(1e3 * second for second in times) for name, times in self.seconds.items()}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ratios(self) -> dict[str, Spread]:
+        """How many times as long each of the others takes."""
+        ours = self.seconds["halfbyte"]
+        return {
+            name: _spread(theirs / own for theirs, own in zip(times, ours, strict=True))
+            for name, times in self.seconds.items()
+            if name != "halfbyte"
+        }
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bound(self) -> str:
+        """Which ceiling is the lower one: ``arithmetic`` or ``memory``."""
+        arithmetic = self.flop / statistics.median(self.peak_flops)
+        return "arithmetic" if arithmetic > self.bytes / statistics.median(self.copy_bandwidth) else "memory"
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fraction(self) -> Spread:
+        """What part of the ceiling was reached."""
+        ceilings = zip(self.seconds["halfbyte"], self.peak_flops, self.copy_bandwidth, strict=True)
+        return _spread(max(self.flop / peak, self.bytes / copy) / own for own, peak, copy in ceilings)
+
+
+class Report(BaseModel):
+    """A benchmark's result."""
+
+    circumstances: Circumstances
+    rows: list[Row]
+
+    @property
+    def peak_flops(self) -> float:
+        """The median ceiling of arithmetic, in flop/s."""
+        return statistics.median(peak for row in self.rows for peak in row.peak_flops)
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """The median bandwidth of a copy, in bytes read and written per second."""
+        return statistics.median(copy for row in self.rows for copy in row.copy_bandwidth)
+
+    @property
+    def title(self) -> str:
+        """Where and with what it was measured, in one line."""
+        c = self.circumstances
+        return f"{c.machine}, {c.threads} threads, {c.tier}: {c.arithmetic}"
+
+    def write(self, folder: Path) -> None:
+        """Write ``kernels.json`` and ``roofline.png`` to ``folder``."""
+        write_text(folder / "kernels.json", self.model_dump_json(indent=1) + "\n")
+        points = [
+            roofline.Point(row.operation, row.size, row.flop / row.bytes, row.flop / statistics.median(own))
+            for row in self.rows
+            for own in (row.seconds["halfbyte"],)
+        ]
+        with whole_file(folder / "roofline.png") as part:
+            roofline.draw(points, self.peak_flops, self.copy_bandwidth, self.title, part)
+
+    def table(self) -> Table:
+        """Return the rows for the terminal."""
+        table = Table(
+            title=self.title,
+            caption=(
+                f"Ceilings: {self.peak_flops / 1e9:,.0f} GFLOP/s, copy {self.copy_bandwidth / 1e9:.1f} GB/s. "
+                "×: how many times as long the other takes, median (and quartiles) over the rounds. "
+                "bitsandbytes: t training path, e evaluation path."
+            ),
+        )
+        table.add_column("work")
+        table.add_column("M×N×K")
+        for name in IMPLEMENTATIONS:
+            table.add_column(f"{name}\nms", justify="right")
+        for name in IMPLEMENTATIONS[1:]:
+            table.add_column(f"× {name}", justify="right")
+        table.add_column("of the\nceiling", justify="right")
+        for before, row in zip([None, *self.rows], self.rows, strict=False):
+            if before is not None and before.operation != row.operation:
+                table.add_section()
+            table.add_row(
+                row.operation,
+                row.size,
+                *(_milliseconds(row, name) for name in IMPLEMENTATIONS),
+                *(_ratio(row, name) for name in IMPLEMENTATIONS[1:]),
+                f"{row.fraction.median:.0%} {row.bound}",
+            )
+        return table
+
+
+def _spread(values: Iterable[float]) -> Spread:
+    return Spread(*statistics.quantiles(values, method="inclusive"))
+
+
+def _milliseconds(row: Row, name: str) -> str:
+    if name not in row.seconds:
+        return ""
+    letter = row.settings.get(name, "")[:1] if name == "bitsandbytes" else ""
+    return f"{_digits(row.milliseconds[name].median)} {letter}".rstrip()
+
+
+def _ratio(row: Row, name: str) -> str:
+    if name not in row.ratios:
+        return ""
+    lower, median, upper = map(_digits, row.ratios[name])
+    return f"{median} ({lower}–{upper})"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -1,0 +1,161 @@
+"""The run of the kernel benchmark: fix the circumstances, measure every work, report."""
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from halfbyte.bench import measure
+from halfbyte.bench.measure import Side, fastest, interleaved, memory_kept
+from halfbyte.bench.report import Circumstances, Report, Row
+from halfbyte.bench.works import Work
+from halfbyte.errors import InputError, nearest
+from halfbyte.kernels import native, provider_for
+
+ROUNDS = 9
+PROBE_ROUNDS = 2_000_000
+LIBRARIES = ("halfbyte", "torch", "bitsandbytes")
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+def bench_kernels(
+    works: Sequence[Work],
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+    progress: Callable[[int, str], None] | None = None,
+) -> Report:
+    """Measure ``works`` (:func:`halfbyte.bench.works.kernel_works`) and return what was found.
+
+    Args:
+        works: what to measure.
+        isa: the instruction-set tier; None takes the one in force.
+        threads: for every implementation; None takes torch's number. bitsandbytes keeps to it only where this process
+            has not imported it yet.
+        rounds: how often the implementations take turns, 2 or more.
+        progress: called before each work with how many are done, and its name.
+
+    Raises:
+        InputError: there is no such tier here.
+    """
+    with _forced(isa, threads), memory_kept():
+        arithmetic, flop, peak = _peak()
+        circumstances = _circumstances(arithmetic)
+        moved, copy = _copy()
+        rows = []
+        for done, work in enumerate(works):
+            if progress is not None:
+                progress(done, work.name)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                sides = work.sides()
+            seconds = interleaved({**sides, "arithmetic": peak, "copy": copy}, rounds)
+            rows.append(
+                Row(
+                    operation=work.operation,
+                    size=work.size,
+                    flop=work.flop,
+                    bytes=work.bytes,
+                    settings={name: side.setting for name, side in sides.items() if side.setting},
+                    peak_flops=[flop / second for second in seconds.pop("arithmetic")],
+                    copy_bandwidth=[moved / second for second in seconds.pop("copy")],
+                    seconds=seconds,
+                )
+            )
+    return Report(circumstances=circumstances, rows=rows)
+
+
+def default_folder(report: Report) -> Path:
+    """Return where a report goes: ``benchmarks/results/`` of the checkout, else the working directory."""
+    c = report.circumstances
+    if c.commit is None:
+        return Path(f"halfbyte-bench-{c.date[:10]}-{c.tier}")
+    return CHECKOUT / "benchmarks" / "results" / f"{c.date[:10]}-{c.commit}-{c.tier}"
+
+
+@contextlib.contextmanager
+def _forced(isa: str | None, threads: int | None) -> Iterator[None]:
+    """Run with this tier and this number of threads, and put things back afterwards."""
+    if isa is not None and isa not in native.tiers():
+        known = ", ".join(native.tiers()) or "none, since the native kernels are not installed"
+        raise InputError(f"There is no tier {isa!r} here{nearest(isa, native.tiers())}; there is {known}.")
+    before, torch_threads = dict(os.environ), torch.get_num_threads()
+    if isa is not None:
+        os.environ["HALFBYTE_ISA"] = isa
+    torch.set_num_threads(threads or torch_threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads or torch_threads)  # bitsandbytes' runtime reads it when it is loaded
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        torch.set_num_threads(torch_threads)
+
+
+def _peak() -> tuple[str, int, Side]:
+    """Return what measures the ceiling of arithmetic: its name, the flop of a call, the calls."""
+    if _native():
+        flop = native.probe(PROBE_ROUNDS)
+        return native.probed_arithmetic(), flop, Side([functools.partial(native.probe, PROBE_ROUNDS)])
+    matrices = [torch.randn(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    side = fastest(*(Side([functools.partial(torch.mm, a, a)], f"dense {a.dtype} product of torch") for a in matrices))
+    return side.setting, 2 * 1024**3, side
+
+
+def _copy() -> tuple[int, Side]:
+    """Return what measures the bandwidth of memory: the bytes that a call reads and writes, the calls."""
+    source = torch.ones(measure.RING_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes, Side([functools.partial(target.copy_, source)])
+
+
+def _native() -> bool:
+    return provider_for(torch.device("cpu")) is native
+
+
+def _circumstances(arithmetic: str) -> Circumstances:
+    versions = {"Python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    commit = _git("rev-parse", "--short", "HEAD")
+    return Circumstances(
+        machine=_processor(),
+        cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        load=round(os.getloadavg()[0], 2),
+        tier=native.tier() if _native() else "reference",
+        arithmetic=arithmetic,
+        threads=torch.get_num_threads(),
+        versions=versions,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=commit,
+        changed=bool(_git("status", "--porcelain", "--untracked-files=no")),
+    )
+
+
+def _processor() -> str:
+    """Return the processor's name with family and model, by which the makers tell apart what they name alike."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    return f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says about the checkout that this package runs from, or None."""
+    if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
+        return None
+    return subprocess.run(["git", "-C", CHECKOUT, *arguments], capture_output=True, text=True).stdout.strip() or None
