@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "quick": {
         "rank": 16,
+        "lora_alpha": 32,
         "lora_dropout": 0.0,
         "learning_rate": 5e-4,
         "lr_scheduler_type": "linear",
