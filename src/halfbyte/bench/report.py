@@ -127,9 +127,11 @@ class Report(BaseModel):
 
     @property
     def title(self) -> str:
-        """Where and with what it was measured, in one line."""
+        """Where, with what and when it was measured, in two lines."""
         c = self.circumstances
-        return f"{c.machine}, {c.threads} threads, {c.tier}: {c.arithmetic}"
+        commit = f", commit {c.commit}{' with changes' if c.changed else ''}" if c.commit else ""
+        versions = ", ".join(f"{name} {version}" for name, version in c.versions.items())
+        return f"{c.machine}, {c.threads} threads, {c.tier} ({c.arithmetic})\n{versions}{commit}, {c.date[:10]}"
 
     def write(self, folder: Path) -> None:
         """Write ``kernels.json`` and ``roofline.png`` to ``folder``."""
