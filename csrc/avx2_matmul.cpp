@@ -1,8 +1,8 @@
 // The AVX2 tier's products (with FMA and F16C), in fp32 for every type.
 //
 // Eight lanes at a time. A block of W has only sixteen different values: they are made once per block, scaled and
-// rounded, and looked up in two registers of eight. A panel is kStrip / 16 parts, one after the other, of kLanes rows of
-// sixteen lanes; six rows of x by one part keep twelve sums in registers.
+// rounded, and looked up in two registers of eight. A panel is kStrip / 16 parts, one after the other, of kLanes rows
+// of sixteen lanes; six rows of x by one part keep twelve sums in registers.
 
 #if defined(__x86_64__)
 
@@ -50,21 +50,23 @@ struct Table {
 // The `count` values of W from position `first` of the flattened weight on, padded with zeros to a multiple of eight.
 template <class T>
 void expand_row(const Weight4bit& w, int64_t first, int64_t count, float* out) {
-    const int64_t end = first + count;
-    int64_t block = w.blocksize.quotient(first);
-    for (int64_t i = first; i < end; ++block) {
-        const Table<T> table(w.code, w.scale(block));
-        const int64_t stop = least((block + 1) * w.blocksize.value(), end);
-        if (w.aligned) {
-            for (; i < stop; i += 8) _mm256_storeu_ps(out + (i - first), table.look_up(w.codes + i / 2));
+    const int64_t blocksize = w.blocksize.value(), end = first + count;
+    int64_t stop = (w.blocksize.quotient(first) + 1) * blocksize;
+    for (int64_t i = first; i < end; stop += blocksize) {
+        float scale;
+        read_scales(w, i, 0, 1, &scale);
+        const Table<T> table(w.code, scale);
+        stop = least(stop, end);
+        if (w.piece) {
+            for (; i < stop; i += 8, out += 8) _mm256_storeu_ps(out, table.look_up(w.codes + (i >> 1)));
         } else {
             float values[16];
             _mm256_storeu_ps(values, table.low);
             _mm256_storeu_ps(values + 8, table.high);
-            for (; i < stop; ++i) out[i - first] = values[code_at(w.codes, i)];
+            for (; i < stop; ++i) *out++ = values[code_at(w.codes, i)];
         }
     }
-    for (; count % kVector; ++count) out[count] = 0;
+    for (; count % 8; ++count) *out++ = 0;
 }
 
 // Eight rows of eight lanes, `stride` lanes apart, to columns of a part of a panel.
@@ -155,49 +157,56 @@ void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, i
     }
 }
 
-// The sum of each of four registers.
-__m128 totals(const __m256* a) {
-    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-    return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+float total(__m256 a) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-// Four rows of W, `width` lanes apart, times some of x.
-template <int rows>
-void dot_tile(const float* w, int64_t width, int64_t lanes, const void* x, int64_t stride, float* sums, bool add) {
-    __m256 sum[rows][4];
-    for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < 4; ++c) sum[r][c] = _mm256_setzero_ps();
-    }
-    for (int64_t i = 0; i < lanes; i += 8) {
-        for (int r = 0; r < rows; ++r) {
-            const __m256 from_x = Fp32::load(at(x, r * stride), i);
-            for (int c = 0; c < 4; ++c) {
-                sum[r][c] = _mm256_fmadd_ps(from_x, _mm256_load_ps(w + c * width + i), sum[r][c]);
+// Two rows of W, from the positions `first` on, times `rows` of x.
+template <class T, int rows>
+void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* sums) {
+    constexpr int64_t stretch = 2048;  // values whose scales are read at once
+    const int64_t depth = w.columns, piece = least(w.piece, stretch);
+    const uint8_t *codes0 = w.codes + first[0] / 2, *codes1 = w.codes + first[1] / 2;
+    __m256 sum[rows][2];
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    for (int64_t begin = 0; begin < depth; begin += stretch) {
+        const int64_t end = least(begin + stretch, depth);
+        float scales[2][stretch / 32];
+        for (int c = 0; c < 2; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
+        for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
+            const Table<T> table0(w.code, scales[0][k]), table1(w.code, scales[1][k]);
+            _mm_prefetch(reinterpret_cast<const char*>(codes0 + ((i + 2 * depth) >> 1)), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(codes1 + ((i + 2 * depth) >> 1)), _MM_HINT_T0);
+            for (int64_t j = i; j < i + piece; j += 8) {
+                const __m256 from_w0 = table0.look_up(codes0 + (j >> 1)), from_w1 = table1.look_up(codes1 + (j >> 1));
+                for (int r = 0; r < rows; ++r) {
+                    const __m256 from_x = T::load(x, r * depth + j);
+                    sum[r][0] = _mm256_fmadd_ps(from_x, from_w0, sum[r][0]);
+                    sum[r][1] = _mm256_fmadd_ps(from_x, from_w1, sum[r][1]);
+                }
             }
         }
     }
     for (int r = 0; r < rows; ++r) {
-        const __m128 total = totals(sum[r]);
-        float* out = sums + r * kStrip;
-        _mm_store_ps(out, add ? _mm_add_ps(_mm_load_ps(out), total) : total);
+        for (int c = 0; c < 2; ++c) sums[r * kStrip + c] = total(sum[r][c]);
     }
 }
 
 template <class T>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, int64_t first, int64_t last, const void* x,
-         int64_t stride, int64_t rows, float* sums, bool add) {
-    alignas(64) float expanded[4][kLanes];
-    for (int64_t c = 0; c < columns; c += 4) {
-        for (int64_t i = 0; i < 4; ++i) {  // the last row again where there are no four
-            expand_row<T>(w, (column + least(c + i, columns - 1)) * w.columns + first, last - first, expanded[i]);
-        }
-        for (int64_t r = 0; r < rows; r += 3) {
-            const void* from = at(x, r * stride);
+void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums) {
+    for (int64_t c = 0; c < columns; c += 2) {
+        const int64_t n = column + c;  // the last row again where there are no two
+        const int64_t first[2] = {n * w.columns, (column + least(c + 1, columns - 1)) * w.columns};
+        for (int64_t r = 0; r < rows; r += 4) {
+            const void* from = at(x, r * w.columns * T::kSize);
             float* out = sums + r * kStrip + c;
-            switch (least(rows - r, 3)) {
-                case 1: dot_tile<1>(expanded[0], kLanes, last - first, from, stride, out, add); break;
-                case 2: dot_tile<2>(expanded[0], kLanes, last - first, from, stride, out, add); break;
-                default: dot_tile<3>(expanded[0], kLanes, last - first, from, stride, out, add); break;
+            switch (least(rows - r, 4)) {
+                case 1: dot_tile<T, 1>(w, first, from, out); break;
+                case 2: dot_tile<T, 2>(w, first, from, out); break;
+                case 3: dot_tile<T, 3>(w, first, from, out); break;
+                default: dot_tile<T, 4>(w, first, from, out); break;
             }
         }
     }

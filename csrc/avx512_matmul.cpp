@@ -1,8 +1,9 @@
-// The AVX-512 tier's products: bf16 in pairs by VDPBF16PS where the chip has it (AVX512_BF16), everything else in fp32.
+// The AVX-512 tier's products: bf16 in pairs by VDPBF16PS where the chip has it (AVX512_BF16), everything else in
+// fp32.
 //
 // Sixteen lanes at a time. A block of W has only sixteen different values: they are made once per block, scaled and
-// rounded, and looked up. A panel is kLanes rows of kStrip lanes; six rows of x by a strip keep 24 sums in registers, so
-// that ten loads feed 24 multiplications.
+// rounded, and looked up. A panel is kLanes rows of kStrip lanes; six rows of x by a strip keep 24 sums in registers,
+// so that ten loads feed 24 multiplications.
 //
 // The whole file is compiled with AVX512_BF16, since its intrinsics need it and a compiler uses it for nothing else.
 
@@ -12,7 +13,8 @@
 #include "matmul.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
@@ -24,7 +26,7 @@ namespace {
 // Lanes of two bf16 values.
 struct Pairs {
     using Element = uint16_t;
-    static constexpr int kPerLane = 2;
+    static constexpr int kPerLane = 2, kSize = 2;  // values in a lane, bytes of a value of x
 
     // The sixteen values of a block, twice, since a lookup reads five bits.
     static __m512i table(__m512 values) { return (__m512i)_mm512_cvtne2ps_pbh(values, values); }
@@ -39,6 +41,18 @@ struct Pairs {
         return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_set1_epi32(4)), table);
     }
 
+    static __m512i lanes(const void* x, int64_t i) { return _mm512_loadu_si512(at(x, i, 2)); }
+
+    // Two rows of 32 values, as pairs.
+    static void store(float* panel, __m512i even, __m512i odd) {
+        const __m512i low = _mm512_set_epi32(
+            0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,
+            0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+        _mm512_store_si512(panel, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_store_si512(panel + 16, _mm512_permutex2var_epi16(even, high, odd));
+    }
+
     static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
         return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
     }
@@ -48,7 +62,7 @@ struct Pairs {
 template <class T>
 struct Singles {
     using Element = float;
-    static constexpr int kPerLane = 1;
+    static constexpr int kPerLane = 1, kSize = T::kSize;
 
     static __m512i table(__m512 values) {
         alignas(64) float rounded[16];
@@ -67,37 +81,42 @@ struct Singles {
         return _mm512_permutexvar_epi32(_mm512_srlv_epi32(lanes, _mm512_set1_epi64(4)), table);
     }
 
+    static __m512i lanes(const void* x, int64_t i) { return _mm512_castps_si512(T::load(x, i)); }
+
+    static void store(float* panel, __m512i row, __m512i) { _mm512_store_si512(panel, row); }
+
     static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
     }
 };
 
-// The `count` values of W from position `first` of the flattened weight on, padded with zeros to a multiple of sixteen
-// lanes.
+// The sixteen values of a block, scaled.
+__m512 scaled(const float* code, float scale) { return _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(scale)); }
+
+// The `count` values of W from position `first` of the flattened weight on, wherever they lie, padded with zeros to a
+// multiple of sixteen lanes.
 template <class L>
-void expand_row(const Weight4bit& w, int64_t first, int64_t count, typename L::Element* out) {
-    constexpr int64_t width = 16 * L::kPerLane;
-    const __m512 code = _mm512_loadu_ps(w.code);
-    const int64_t end = first + count;
-    int64_t block = w.blocksize.quotient(first);
-    for (int64_t i = first; i < end; ++block) {
-        const __m512i table = L::table(_mm512_mul_ps(code, _mm512_set1_ps(w.scale(block))));
-        const int64_t stop = least((block + 1) * w.blocksize.value(), end);
-        if (w.aligned) {
-            for (; i < stop; i += width) _mm512_storeu_si512(out + (i - first), L::look_up(table, w.codes + i / 2));
-        } else {
-            alignas(64) typename L::Element values[width];
-            _mm512_store_si512(values, table);
-            for (; i < stop; ++i) out[i - first] = values[code_at(w.codes, i)];
+void copy_values(const Weight4bit& w, int64_t first, int64_t count, typename L::Element* out) {
+    alignas(64) typename L::Element values[16 * L::kPerLane];
+    int64_t block = -1;
+    int64_t n = 0;
+    for (; n < count; ++n) {
+        const int64_t i = first + n;
+        if (w.blocksize.quotient(i) != block) {
+            float scale;
+            read_scales(w, i, 0, 1, &scale);
+            _mm512_store_si512(values, L::table(scaled(w.code, scale)));
+            block = w.blocksize.quotient(i);
         }
+        out[n] = values[code_at(w.codes, i)];
     }
-    for (; count % width; ++count) out[count] = 0;
+    for (; n % (16 * L::kPerLane); ++n) out[n] = 0;
 }
 
-// Sixteen rows of sixteen lanes, `stride` lanes apart, to columns of a panel.
-void transpose(const uint32_t* in, int64_t stride, float* panel) {
+// Sixteen rows of sixteen lanes, `stride` bytes apart, to columns of a panel.
+void transpose(const void* in, int64_t stride, float* panel) {
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(in + i * stride);
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(at(in, i * stride, 1));
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -121,63 +140,82 @@ void transpose(const uint32_t* in, int64_t stride, float* panel) {
     }
 }
 
+// Sixteen rows of W at a time, eight vectors of each: a whole cache line of codes and more, since lines of rows that
+// are a power of two apart drive each other out. Columns beyond the last are the last again.
 template <class L>
 void expand_forward(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    constexpr int64_t lanes = 128, values = lanes * L::kPerLane;
-    alignas(64) typename L::Element rows[16][values];
+    constexpr int64_t width = 16 * L::kPerLane, segment = 8 * width;
+    alignas(64) typename L::Element rows[16][segment];
+    float scales[16][kLanes * L::kPerLane / 32];
+    const uint8_t* codes = w.codes;
+    const int64_t piece = least(w.piece, segment);
     for (int64_t c = 0; c < kStrip; c += 16) {
-        for (int64_t begin = first; begin < last; begin += values) {
-            const int64_t count = least(values, last - begin);
+        int64_t row[16];
+        for (int64_t r = 0; r < 16; ++r) {
+            row[r] = least(column + c + r, w.rows - 1) * w.columns;
+            if (piece) read_scales(w, row[r] + first, piece, (last - first) / piece, scales[r]);
+        }
+        for (int64_t begin = first; begin < last; begin += segment) {
+            const int64_t end = least(begin + segment, last);
             for (int64_t r = 0; r < 16; ++r) {
-                const int64_t n = column + c + r;
-                if (n < w.rows) {
-                    expand_row<L>(w, n * w.columns + begin, count, rows[r]);
-                } else {
-                    std::memset(rows[r], 0, sizeof rows[r]);
+                if (!piece) {
+                    copy_values<L>(w, row[r] + begin, end - begin, rows[r]);
+                    continue;
                 }
+                const uint8_t* from = codes + ((row[r] + begin) >> 1);
+                typename L::Element* to = rows[r];
+                const float* scale = scales[r] + (begin - first) / piece;
+                for (int64_t i = begin; i < end; i += piece) {
+                    const __m512i table = L::table(scaled(w.code, *scale++));
+                    for (int64_t j = 0; j < piece; j += width, from += width / 2, to += width) {
+                        _mm512_store_si512(to, L::look_up(table, from));
+                    }
+                }
+                _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
             }
-            float* out = panel + (begin - first) / L::kPerLane * kStrip + c;
-            for (int64_t i = 0; i < count; i += 16 * L::kPerLane) {
-                transpose(reinterpret_cast<const uint32_t*>(&rows[0][i]), lanes, out + i / L::kPerLane * kStrip);
+            for (int64_t i = begin; i < end; i += width) {
+                transpose(rows[0] + (i - begin), sizeof rows[0], panel + (i - first) / L::kPerLane * kStrip + c);
             }
         }
     }
 }
 
-template <class T>
-void expand_gradient(Singles<T>, const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    const int64_t count = least(kStrip, w.columns - column);
-    if (count < kStrip) std::memset(panel, 0, static_cast<size_t>((last - first) * kStrip) * sizeof(float));
-    for (int64_t n = first; n < last; ++n, panel += kStrip) {
-        expand_row<Singles<T>>(w, n * w.columns + column, count, panel);
-    }
-}
-
-void expand_gradient(Pairs, const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    const int64_t count = least(kStrip, w.columns - column);
-    alignas(64) uint16_t rows[2][kStrip] = {};
-    const __m512i step = _mm512_set1_epi32(0x00010001);
-    const __m512i low = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,
-                                         0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
-    const __m512i high = _mm512_add_epi16(low, _mm512_slli_epi16(step, 4));
-    for (int64_t n = first; n < last; n += 2, panel += kStrip) {
-        expand_row<Pairs>(w, n * w.columns + column, count, rows[0]);
-        if (n + 1 < last) {
-            expand_row<Pairs>(w, (n + 1) * w.columns + column, count, rows[1]);
-        } else {
-            std::memset(rows[1], 0, sizeof rows[1]);
-        }
-        for (int64_t half = 0; half < 2; ++half) {
-            const __m512i even = _mm512_load_si512(rows[0] + 32 * half), odd = _mm512_load_si512(rows[1] + 32 * half);
-            _mm512_store_si512(panel + 32 * half, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_store_si512(panel + 32 * half + 16, _mm512_permutex2var_epi16(even, high, odd));
-        }
-    }
-}
-
+// Where W is in pieces, a strip is one or two of them wide.
 template <class L>
 void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    expand_gradient(L(), w, column, first, last, panel);
+    constexpr int64_t width = 16 * L::kPerLane;
+    const int64_t columns = least(kStrip, w.columns - column), piece = least(w.piece, kStrip);
+    float scales[2][kLanes * L::kPerLane];
+    for (int64_t c = 0; piece && c < columns; c += piece) {
+        read_scales(w, first * w.columns + column + c, w.columns, last - first, scales[c > 0]);
+    }
+    for (int64_t n = first; n < last; n += L::kPerLane, panel += kStrip) {
+        const bool both = L::kPerLane == 2 && n + 1 < last;  // otherwise the other half of the lanes is zero
+        const int64_t row = n * w.columns + column, next = both ? row + w.columns : row;
+        if (!piece) {
+            alignas(64) typename L::Element rows[2][kStrip] = {};
+            copy_values<L>(w, row, columns, rows[0]);
+            if (both) copy_values<L>(w, next, columns, rows[1]);
+            for (int64_t c = 0; c < columns; c += width) {
+                L::store(panel + c, _mm512_load_si512(rows[0] + c), _mm512_load_si512(rows[1] + c));
+            }
+            continue;
+        }
+        for (int64_t r = 0; r < L::kPerLane; ++r) {
+            _mm_prefetch(reinterpret_cast<const char*>(w.codes + ((row + (r + 16) * w.columns) >> 1)), _MM_HINT_T0);
+        }
+        for (int64_t c = 0; c < columns; c += piece) {
+            const float* scale = scales[c > 0] + (n - first);
+            const __m512i table0 = L::table(scaled(w.code, scale[0]));
+            const __m512i table1 = both ? L::table(scaled(w.code, scale[1])) : _mm512_setzero_si512();
+            for (int64_t i = c; i < c + piece; i += width) {
+                const __m512i values0 = L::look_up(table0, w.codes + ((row + i) >> 1));
+                const __m512i values1 = L::look_up(table1, w.codes + ((next + i) >> 1));
+                L::store(panel + i, values0, values1);
+            }
+        }
+    }
 }
 
 template <class L, int rows>
@@ -224,46 +262,53 @@ __m128 totals(const __m512* a) {
     return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
 }
 
-// Four rows of W, `width` lanes apart, times some of x.
+// Four rows of W, from the positions `first` on, times `rows` of x.
 template <class L, int rows>
-void dot_tile(const typename L::Element* w, int64_t width, int64_t lanes, const void* x, int64_t stride, float* sums,
-              bool add) {
+void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* sums) {
+    constexpr int64_t width = 16 * L::kPerLane, stretch = 2048;  // values whose scales are read at once
+    const int64_t depth = w.columns, piece = least(w.piece, stretch);
+    const uint8_t* const codes[4] = {w.codes + first[0] / 2, w.codes + first[1] / 2, w.codes + first[2] / 2,
+                                     w.codes + first[3] / 2};
     __m512 sum[rows][4];
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_setzero_ps();
     }
-    for (int64_t i = 0; i < lanes; i += 16) {
-        __m512i from_w[4];
-        for (int c = 0; c < 4; ++c) from_w[c] = _mm512_load_si512(w + (c * width + i) * L::kPerLane);
-        for (int r = 0; r < rows; ++r) {
-            const __m512i from_x = _mm512_loadu_si512(at(x, r * stride + 4 * i, 1));
-            for (int c = 0; c < 4; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
+    for (int64_t begin = 0; begin < depth; begin += stretch) {
+        const int64_t end = least(begin + stretch, depth);
+        float scales[4][stretch / 32];
+        for (int c = 0; c < 4; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
+        for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
+            __m512i table[4];
+            for (int c = 0; c < 4; ++c) {
+                table[c] = L::table(scaled(w.code, scales[c][k]));
+                _mm_prefetch(reinterpret_cast<const char*>(codes[c] + ((i + 4 * depth) >> 1)), _MM_HINT_T0);
+            }
+            for (int64_t j = i; j < i + piece; j += width) {
+                __m512i from_w[4];
+                for (int c = 0; c < 4; ++c) from_w[c] = L::look_up(table[c], codes[c] + (j >> 1));
+                for (int r = 0; r < rows; ++r) {
+                    const __m512i from_x = L::lanes(x, r * depth + j);
+                    for (int c = 0; c < 4; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
+                }
+            }
         }
     }
-    for (int r = 0; r < rows; ++r) {
-        const __m128 total = totals(sum[r]);
-        float* out = sums + r * kStrip;
-        _mm_store_ps(out, add ? _mm_add_ps(_mm_load_ps(out), total) : total);
-    }
+    for (int r = 0; r < rows; ++r) _mm_store_ps(sums + r * kStrip, totals(sum[r]));
 }
 
 template <class L>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, int64_t first, int64_t last, const void* x,
-         int64_t stride, int64_t rows, float* sums, bool add) {
-    alignas(64) typename L::Element expanded[4][kLanes * L::kPerLane];
-    const int64_t lanes = (last - first + L::kPerLane - 1) / L::kPerLane;
+void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums) {
     for (int64_t c = 0; c < columns; c += 4) {
-        for (int64_t i = 0; i < 4; ++i) {  // the last row again where there are no four
-            expand_row<L>(w, (column + least(c + i, columns - 1)) * w.columns + first, last - first, expanded[i]);
-        }
+        int64_t first[4];  // the last row again where there are no four
+        for (int64_t i = 0; i < 4; ++i) first[i] = (column + least(c + i, columns - 1)) * w.columns;
         for (int64_t r = 0; r < rows; r += 4) {
-            const char* from = at(x, r * stride, 1);
+            const void* from = at(x, r * w.columns, L::kSize);
             float* out = sums + r * kStrip + c;
             switch (least(rows - r, 4)) {
-                case 1: dot_tile<L, 1>(expanded[0], kLanes, lanes, from, stride, out, add); break;
-                case 2: dot_tile<L, 2>(expanded[0], kLanes, lanes, from, stride, out, add); break;
-                case 3: dot_tile<L, 3>(expanded[0], kLanes, lanes, from, stride, out, add); break;
-                default: dot_tile<L, 4>(expanded[0], kLanes, lanes, from, stride, out, add); break;
+                case 1: dot_tile<L, 1>(w, first, from, out); break;
+                case 2: dot_tile<L, 2>(w, first, from, out); break;
+                case 3: dot_tile<L, 3>(w, first, from, out); break;
+                default: dot_tile<L, 4>(w, first, from, out); break;
             }
         }
     }
@@ -292,7 +337,7 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 
 template <class L, class T>
 const MatmulKernels kernels = {
-    L::kPerLane == 2, 16, expand_forward<L>, expand_gradient<L>, multiply<L>, dot<L>, widen<T>, finish<T>,
+    L::kPerLane == 2, 8, expand_forward<L>, expand_gradient<L>, multiply<L>, dot<L>, widen<T>, finish<T>,
 };
 
 }  // namespace

@@ -144,11 +144,13 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     weight.codes = pointer<const uint8_t>(packed);
     std::memcpy(weight.code, pointer<const void>(code), sizeof weight.code);
     weight.scales = scales(absmax, nested_absmax, nested_code, nested_blocksize, offset);
-    weight.rows = out_features;
-    weight.columns = in_features;
     weight.blocksize = Divisor(blocksize);
     weight.nested_blocksize = Divisor(nested_blocksize);
-    weight.aligned = blocksize % 32 == 0 && in_features % 32 == 0;
+    weight.rows = out_features;
+    weight.columns = in_features;
+    // the largest power of two that divides both
+    const int64_t piece = (blocksize | in_features) & -(blocksize | in_features);
+    weight.piece = piece >= 32 ? piece : 0;
     const Matmul4bit arguments{pointer<const void>(x), rows, static_cast<Type>(type), gradient, weight,
                                pointer<const void>(bias), pointer<void>(y)};
     matmul(*tier(isa).matmul(arguments.type), arguments, threads);

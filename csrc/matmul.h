@@ -1,14 +1,14 @@
 // Products with a 4-bit weight W[N, K]: y[M, N] = x[M, K] Wᵀ + bias, and the gradient dx[M, K] = dy[M, N] W.
 //
-// Both are one product, `rows` x `depth` times `depth` x `width`. W is never whole in memory: a strip of columns and a
-// block of the depth at a time is expanded into a panel that stays in cache, in the layout that the inner product reads.
-// A panel's lanes are 32 bits wide: one fp32 value, or, where the chip multiplies bf16, two values that follow each other
-// along the depth (the layout of AMX's tiles too). For few rows, where expanding is the work, rows of W are expanded as
-// they lie and multiplied at once, without a panel.
+// Both are one product, `rows` x `depth` times `depth` x `width`. W is never whole in memory: a strip of columns and
+// a block of the depth at a time is expanded into a panel that stays in cache, in the layout that the inner product
+// reads. A panel's lanes are 32 bits wide: one fp32 value, or, where the chip multiplies bf16, two values that follow
+// each other along the depth (the layout of AMX's tiles too). For few rows, where expanding is the work, rows of W
+// are expanded as they lie and multiplied at once, without a panel.
 //
-// Weights are those of dequantize_4bit, rounded to the type of x, except that a chip's bf16 unit takes subnormal ones for
-// zero. Sums are fp32. Each result is summed in an order that depends on the tier, the type, the depth and on whether the
-// call has few rows: never on the number of threads or on what other rows there are.
+// Weights are those of dequantize_4bit, rounded to the type of x, except that a chip's bf16 unit takes subnormal ones
+// for zero. Sums are fp32. Each result is summed in an order that depends on the tier, the type, the depth and on
+// whether the call has few rows: never on the number of threads or on what other rows there are.
 
 #pragma once
 
@@ -18,7 +18,6 @@ namespace halfbyte {
 
 constexpr int64_t kStrip = 64;   // columns of a panel
 constexpr int64_t kLanes = 512;  // depth of a panel in lanes: 128 KiB, half of a small L2 cache
-constexpr int64_t kVector = 16;  // lanes of x are padded with zeros to a multiple of this where it is said
 
 // Quotients by a number that is mostly a power of two.
 class Divisor {
@@ -41,24 +40,23 @@ struct Weight4bit {
     const uint8_t* codes;
     float code[16];
     Scales scales;
-    int64_t rows, columns;  // N, K
     Divisor blocksize, nested_blocksize;
-    bool aligned;  // 32 values from a multiple of 32 in a row on are of one block and begin with a byte
-
-    float scale(int64_t block) const {
-        if (!scales.nested) return load<float>(scales.absmax, block);
-        const float value = scales.nested_code[load<uint8_t>(scales.absmax, block)];
-        return value * load<float>(scales.nested_absmax, nested_blocksize.quotient(block)) + scales.offset;
-    }
+    int64_t rows, columns;  // N, K
+    // Where not 0: a power of two from 32 on, such that each piece of so many values of a row has one scale and
+    // begins with a byte.
+    int64_t piece;
 };
+
+// The scales of the values first, first + step, ... of the flattened weight.
+void read_scales(const Weight4bit& w, int64_t first, int64_t step, int64_t count, float* out);
 
 // A tier's share, for one storage type of x and y. Pointers to float are aligned to 64 bytes.
 struct MatmulKernels {
     bool pairs;        // a lane holds two bf16 values; otherwise one fp32
     int64_t few_rows;  // up to so many rows go through `dot`
 
-    // Fill the panel with the columns [column, column + kStrip) of Wᵀ (forward) or W (gradient), zero beyond the last,
-    // from `first` to `last` of the depth, an odd end padded with zero.
+    // Fill the panel with the columns [column, column + kStrip) of Wᵀ (forward) or W (gradient), whatever beyond the
+    // last, from `first` to `last` of the depth, an odd end padded with zero.
     void (*expand_forward)(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel);
     void (*expand_gradient)(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel);
 
@@ -66,12 +64,11 @@ struct MatmulKernels {
     void (*multiply)(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, float* sums,
                      bool add);
 
-    // The same for the rows [column, column + columns) of W, at most kStrip, from `first` to `last` of the depth, without
-    // a panel. x is padded (kVector).
-    void (*dot)(const Weight4bit& w, int64_t column, int64_t columns, int64_t first, int64_t last, const void* x,
-                int64_t stride, int64_t rows, float* sums, bool add);
+    // sums[r][0 .. columns) = x[r] times the columns [column, column + columns) of Wᵀ, at most kStrip, for up to
+    // `few_rows` rows of x as they lie and a W in pieces.
+    void (*dot)(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums);
 
-    // Convert n values to fp32; up to kVector - 1 more are written.
+    // Convert n values to fp32; up to 15 more are written.
     void (*widen)(const void* x, int64_t n, float* out);
 
     // y[0 .. n) = sums + bias, n <= kStrip.
