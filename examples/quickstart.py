@@ -3,7 +3,7 @@
     make quickstart
 
 SmolLM2-135M-Instruct is loaded in 4 bits (NF4, double quantization) and measured on 500 review snippets that it is
-never trained on. LoRA matrices beside its 4-bit weights are then trained on 750 others, and it is measured again. The
+never trained on. LoRA matrices beside its 4-bit weights are then trained on 900 others, and it is measured again. The
 adapter, the data and all figures end up in runs/quickstart.
 
 torch and the libraries over it take seconds to import, so they are imported where they are first used.
@@ -39,7 +39,7 @@ SAMPLES = 3
 console = Console(highlight=False)
 
 
-def main(output: Path = Path("runs/quickstart"), train: int = 750, held_out: int = 500) -> None:
+def main(output: Path = Path("runs/quickstart"), train: int = 900, held_out: int = 500) -> None:
     """Run the quick start with so many snippets to train on and to measure with; leave the results in ``output``."""
     console.rule("1. A model and data")
     cache = cache_folder()
