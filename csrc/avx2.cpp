@@ -7,6 +7,7 @@
 
 #if defined(__x86_64__)
 
+#include "adamw.h"
 #include "avx2.h"
 #include "matmul.h"
 
@@ -19,14 +20,6 @@
 
 namespace halfbyte {
 namespace {
-
-// Sixteen lanes of 32 bits, as bytes (of values up to 32767, the low eight bits of which count).
-__m128i low_bytes(__m256i a, __m256i b) {
-    const __m256i mask = _mm256_set1_epi32(255);
-    const __m256i words = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
-    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-}
 
 // One step down the tree: node = 2 node + not (midpoint >= value).
 __m256i descend(__m256i node, __m256 midpoint, __m256 value) {
@@ -250,7 +243,7 @@ bool supported() {
 }  // namespace
 
 const Tier avx2 = {
-    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul,
+    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw,
 };
 
 }  // namespace halfbyte

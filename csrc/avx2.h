@@ -1,4 +1,4 @@
-// The storage types on AVX2 registers: eight values at a time, from and to fp32.
+// What AVX2 files share: the storage types, eight values at a time from and to fp32, and packing.
 //
 // This header raises the instruction set around its own functions: include it outside a target region.
 
@@ -26,6 +26,14 @@ inline __m128i* at(void* base, int64_t byte) { return reinterpret_cast<__m128i*>
 // Eight lanes of 32 bits, each below 2^16, as words.
 inline __m128i low_words(__m256i a) {
     return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+}
+
+// Sixteen lanes of 32 bits, as bytes (of values up to 32767, the low eight bits of which count).
+inline __m128i low_bytes(__m256i a, __m256i b) {
+    const __m256i mask = _mm256_set1_epi32(255);
+    const __m256i words = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
 }
 
 // `round` gives the stored bits.

@@ -7,6 +7,7 @@
 
 #if defined(__x86_64__)
 
+#include "adamw.h"
 #include "avx512.h"
 #include "matmul.h"
 
@@ -25,24 +26,6 @@ __m512i descend(__m512i node, __m512 midpoint, __m512 value) {
     const __mmask16 right = _mm512_cmp_ps_mask(midpoint, value, _CMP_NGE_UQ);
     const __m512i left = _mm512_add_epi32(node, node);
     return _mm512_mask_add_epi32(left, right, left, _mm512_set1_epi32(1));
-}
-
-// The entries `index` of a table of 32, 64 or 128 values in registers; higher bits are ignored.
-__m512 pick32(__m512i index, const __m512* table) { return _mm512_permutex2var_ps(table[0], index, table[1]); }
-
-__m512 pick64(__m512i index, const __m512* table) {
-    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
-    return _mm512_mask_mov_ps(pick32(index, table), upper, pick32(index, table + 2));
-}
-
-__m512 pick128(__m512i index, const __m512* table) {
-    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
-    return _mm512_mask_mov_ps(pick64(index, table), upper, pick64(index, table + 4));
-}
-
-__m512 pick256(__m512i index, const __m512* table) {
-    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
-    return _mm512_mask_mov_ps(pick128(index, table), upper, pick128(index, table + 8));
 }
 
 struct Searcher4 {
@@ -223,7 +206,7 @@ bool supported() {
 }  // namespace
 
 const Tier avx512 = {
-    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul,
+    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul, &avx512_adamw,
 };
 
 }  // namespace halfbyte

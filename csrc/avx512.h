@@ -1,4 +1,4 @@
-// The storage types on AVX-512 registers: sixteen values at a time, from and to fp32.
+// What AVX-512 files share: the storage types, sixteen values at a time from and to fp32, and lookups in registers.
 //
 // This header raises the instruction set around its own functions: include it outside a target region.
 
@@ -60,6 +60,24 @@ struct Fp16 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(out, i, 2)), round(value));
     }
 };
+
+// The entries `index` of a table of 32 to 256 values in registers; higher bits are ignored.
+inline __m512 pick32(__m512i index, const __m512* table) { return _mm512_permutex2var_ps(table[0], index, table[1]); }
+
+inline __m512 pick64(__m512i index, const __m512* table) {
+    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+    return _mm512_mask_mov_ps(pick32(index, table), upper, pick32(index, table + 2));
+}
+
+inline __m512 pick128(__m512i index, const __m512* table) {
+    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+    return _mm512_mask_mov_ps(pick64(index, table), upper, pick64(index, table + 4));
+}
+
+inline __m512 pick256(__m512i index, const __m512* table) {
+    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+    return _mm512_mask_mov_ps(pick128(index, table), upper, pick128(index, table + 8));
+}
 
 }  // namespace
 }  // namespace halfbyte

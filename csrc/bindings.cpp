@@ -3,6 +3,7 @@
 // and turned into search trees, on the way in.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -14,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "adamw.h"
 #include "contract.h"
 #include "dispatch.h"
 #include "matmul.h"
@@ -135,6 +137,54 @@ void dequantize_8bit(int isa, int threads, Address codes, Address code, int size
     over_blocks(tier(isa).dequantize_8bit, arguments, threads);
 }
 
+Table8bit table8(Address code) {
+    Table8bit table;
+    std::memcpy(table.value, pointer<const void>(code), sizeof table.value);
+    table.search = search8(code, 256);
+    std::vector<float> midpoints;
+    for (int i = 0; i < 255; ++i) midpoints.push_back((table.value[i] + table.value[i + 1]) / 2);
+    table.lines = fit_lines(midpoints);
+    return table;
+}
+
+// The constants of a step, in the order of Adamw's members.
+using Constants = std::array<double, 8>;
+
+Adamw adamw(const Constants& constants) {
+    std::array<float, 8> rounded;
+    std::transform(constants.begin(), constants.end(), rounded.begin(), [](double x) { return static_cast<float>(x); });
+    const auto [decay, beta1, rest1, beta2, rest2, correction, eps, rate] = rounded;
+    return {decay, beta1, rest1, beta2, rest2, correction, eps, rate};
+}
+
+using Addresses = std::vector<Address>;
+
+void step_32bit(int isa, int threads, const Constants& constants, const std::vector<int>& types,
+                const std::vector<int64_t>& sizes, const Addresses& params, const Addresses& grads, const Addresses& ms,
+                const Addresses& vs) {
+    std::vector<Stepped32bit> tensors;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+        tensors.push_back({pointer<void>(params[i]), pointer<const void>(grads[i]), pointer<float>(ms[i]),
+                           pointer<float>(vs[i]), sizes[i], static_cast<Type>(types[i])});
+    }
+    adamw_32bit(*tier(isa).adamw, adamw(constants), tensors, threads);
+}
+
+void step_8bit(int isa, int threads, const Constants& constants, const std::vector<int>& types,
+               const std::vector<int64_t>& sizes, const Addresses& params, const Addresses& grads,
+               const Addresses& m_codes, const Addresses& m_absmax, const Addresses& v_codes,
+               const Addresses& v_absmax, Address code, Address code_unsigned, int64_t blocksize) {
+    std::vector<Stepped8bit> tensors;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+        tensors.push_back({pointer<void>(params[i]), pointer<const void>(grads[i]),
+                           {pointer<uint8_t>(m_codes[i]), pointer<float>(m_absmax[i])},
+                           {pointer<uint8_t>(v_codes[i]), pointer<float>(v_absmax[i])},
+                           sizes[i], static_cast<Type>(types[i])});
+    }
+    const Tables8bit tables{table8(code), table8(code_unsigned), blocksize};
+    adamw_8bit(*tier(isa).adamw, adamw(constants), tables, tensors, threads);
+}
+
 bool multiplies(int isa) { return tier(isa).matmul != nullptr; }
 
 void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
@@ -184,6 +234,8 @@ NB_MODULE(_native, module) {
     module.def("quantize_8bit", quantize_8bit, unlocked());
     module.def("dequantize_4bit", dequantize_4bit, unlocked());
     module.def("dequantize_8bit", dequantize_8bit, unlocked());
+    module.def("adamw_32bit", step_32bit, unlocked());
+    module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
 }

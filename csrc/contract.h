@@ -4,6 +4,7 @@
 // blocks do not depend on each other, so any split into ranges, by any number of threads, gives the same bytes.
 // The formulas are those of src/halfbyte/kernels/reference.py, and every tier agrees with them bitwise: arithmetic is
 // fp32, each product and sum rounded on its own (-ffp-contract=off). A NaN stays a NaN; its payload is not promised.
+// Matrix products (matmul.h) and 32-bit AdamW (adamw.h) say themselves what they promise.
 //
 // Layout: a tensor is n values, row-major, cut into ceil(n / blocksize) blocks, of which the last may be short. 4-bit
 // codes are packed two to a byte, the first in the high half.
@@ -75,6 +76,7 @@ using Dequantize4bit = Dequantize<4>;
 using Dequantize8bit = Dequantize<8>;
 
 struct MatmulKernels;
+struct AdamwKernels;
 
 // The blocks [first, last). With 4 bits and an odd block size `first` must be even, so that no byte is shared between
 // ranges.
@@ -86,6 +88,7 @@ struct Tier {
     void (*dequantize_4bit)(const Dequantize4bit&, int64_t first, int64_t last);
     void (*dequantize_8bit)(const Dequantize8bit&, int64_t first, int64_t last);
     const MatmulKernels* (*matmul)(Type);  // see matmul.h; null: none
+    const AdamwKernels* adamw;             // see adamw.h
 };
 
 extern const Tier scalar;  // the baseline, everywhere; the other tiers leave odd cases to it
@@ -103,6 +106,19 @@ T load(const void* base, int64_t i) {
     T value;
     std::memcpy(&value, static_cast<const char*>(base) + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
     return value;
+}
+
+// The rank of the nearest value, by a midpoint tree of 2^bits nodes.
+template <int bits>
+int descend(const float* midpoint, float value) {
+    int node = 1;
+    for (int step = 0; step < bits; ++step) node = 2 * node + !(midpoint[node] >= value);
+    return node - (1 << bits);
+}
+
+inline int nearest(const Search8& search, float value) {
+    const int rank = descend<8>(search.midpoint, value);
+    return rank < search.last ? rank : search.last;
 }
 
 // The end of those blocks in [first, last) that a vector tier takes itself: whole ones of a multiple of 32 values. The

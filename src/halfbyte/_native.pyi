@@ -80,3 +80,32 @@ def matmul_4bit(
     y: int,
     /,
 ) -> None: ...
+def adamw_32bit(
+    isa: int,
+    threads: int,
+    constants: tuple[float, float, float, float, float, float, float, float],
+    types: list[int],
+    sizes: list[int],
+    params: list[int],
+    grads: list[int],
+    ms: list[int],
+    vs: list[int],
+    /,
+) -> None: ...
+def adamw_8bit(
+    isa: int,
+    threads: int,
+    constants: tuple[float, float, float, float, float, float, float, float],
+    types: list[int],
+    sizes: list[int],
+    params: list[int],
+    grads: list[int],
+    m_codes: list[int],
+    m_absmax: list[int],
+    v_codes: list[int],
+    v_absmax: list[int],
+    code: int,
+    code_unsigned: int,
+    blocksize: int,
+    /,
+) -> None: ...

@@ -6,8 +6,8 @@ that torch has already: this module asks the dynamic linker which ``GOMP_paralle
 compiler the package installs without the extension; :func:`available` tells.
 
 Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`, and so are the bytes, bit for bit, on every
-tier and for any number of threads (where a result is NaN, its payload is not promised). A matrix product dequantizes
-and leaves the rest to torch.
+tier and for any number of threads (where a result is NaN, its payload is not promised; :func:`adamw_32bit` says what
+it promises). A matrix product dequantizes and leaves the rest to torch.
 """
 
 import ctypes
@@ -166,6 +166,71 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return _matmul(dy, packed, statistics, shape, None, gradient=True)
 
 
+def adamw_32bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step over many tensors with fp32 moments; gradients are of their parameter's dtype.
+
+    The same on every tier: what torch fuses (``lerp``, ``addcmul``) is fused, and the square root is rounded correctly.
+    So the moments are bitwise the reference's where torch does fuse (on x86 from AVX2 on), and a whole step is bitwise
+    that of ``torch.optim.AdamW(fused=True)``, but for what is left over at the end of its vectors. The reference's root
+    is torch's, that is MKL's, which misses the nearest fp32 value in a sixth of cases; therefore a parameter may be off
+    by 2⁻²¹ of the update and one unit in its own last place.
+    """
+    _native.adamw_32bit(
+        _tier(),
+        threads(),
+        _constants(step, lr, betas, eps, weight_decay),
+        *_parameters(params, grads),
+        [m.data_ptr() for m in exp_avgs],
+        [v.data_ptr() for v in exp_avg_sqs],
+    )
+
+
+def adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[tuple[Tensor, Tensor]],
+    exp_avg_sqs: list[tuple[Tensor, Tensor]],
+    code: Tensor,
+    code_unsigned: Tensor,
+    blocksize: int,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step over many tensors with block-wise 8-bit moments; gradients are of their parameter's dtype.
+
+    Both tables must be ascending. Those whose values have few different distances, as dynamic maps do, are fast.
+    """
+    code, code_unsigned = code.contiguous(), code_unsigned.contiguous()
+    _native.adamw_8bit(
+        _tier(),
+        threads(),
+        _constants(step, lr, betas, eps, weight_decay),
+        *_parameters(params, grads),
+        [codes.data_ptr() for codes, _ in exp_avgs],
+        [absmax.data_ptr() for _, absmax in exp_avgs],
+        [codes.data_ptr() for codes, _ in exp_avg_sqs],
+        [absmax.data_ptr() for _, absmax in exp_avg_sqs],
+        code.data_ptr(),
+        code_unsigned.data_ptr(),
+        blocksize,
+    )
+
+
 def _matmul(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
 ) -> Tensor:
@@ -212,6 +277,33 @@ def _scales(statistics: Statistics, nested_code: Tensor | None) -> tuple[int, in
         nested_code.data_ptr(),
         nested.blocksize,
         nested.offset,
+    )
+
+
+def _parameters(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return the parameters' types and sizes, their addresses, and those of their gradients."""
+    return (
+        [_TYPES[p.dtype] for p in params],
+        [p.numel() for p in params],
+        [p.data_ptr() for p in params],
+        [g.data_ptr() for g in grads],
+    )
+
+
+def _constants(
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[float, float, float, float, float, float, float, float]:
+    """Return the members of ``struct Adamw`` in csrc/adamw.h, as the reference computes them."""
+    beta1, beta2 = betas
+    return (
+        1 - lr * weight_decay,
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        (1 - beta2**step) ** 0.5,
+        eps,
+        -(lr / (1 - beta1**step)),
     )
 
 

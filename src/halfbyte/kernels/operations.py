@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import reference
 from halfbyte.kernels.provider import provider_for
 from halfbyte.kernels.statistics import Statistics
 
@@ -99,11 +98,13 @@ def adamw_32bit(
 
     See :func:`halfbyte.kernels.reference.adamw_32bit`.
     """
+    if not params:
+        return
     for i, (param, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         _check_step(i, param, grad)
         for name, x in (("exp_avgs", m), ("exp_avg_sqs", v)):
             _check_like(f"{name}[{i}]", x, torch.float32, param)
-    reference.adamw_32bit(
+    provider_for(params[0].device).adamw_32bit(
         params, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
     )
 
@@ -138,11 +139,9 @@ def adamw_8bit(
         for name, (codes, absmax) in (("exp_avgs", first), ("exp_avg_sqs", second)):
             _check_like(f"{name}[{i}]", codes, torch.uint8, param)
             _check_absmax(absmax, torch.float32, param.numel(), blocksize, device)
-    provider = provider_for(device)
-    reference.adamw_8bit(
+    provider_for(device).adamw_8bit(
         params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize,
         step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-        quantize=provider.quantize_8bit, dequantize=provider.dequantize_8bit,
     )  # fmt: skip
 
 
@@ -230,8 +229,7 @@ def _check_weight(packed: Tensor, statistics: Statistics, n: int) -> None:
 
 def _check_step(i: int, param: Tensor, grad: Tensor) -> None:
     _check_floating(f"params[{i}]", param)
-    _check_floating(f"grads[{i}]", grad)
-    _check_like(f"grads[{i}]", grad, grad.dtype, param)
+    _check_like(f"grads[{i}]", grad, param.dtype, param)
 
 
 def _check_like(name: str, x: Tensor, dtype: torch.dtype, param: Tensor) -> None:

@@ -36,6 +36,37 @@ class Provider(Protocol):
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
 
+    def adamw_32bit(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None: ...
+
+    def adamw_8bit(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[tuple[Tensor, Tensor]],
+        exp_avg_sqs: list[tuple[Tensor, Tensor]],
+        code: Tensor,
+        code_unsigned: Tensor,
+        blocksize: int,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None: ...
+
 
 _forced: ContextVar[str | None] = ContextVar("halfbyte_provider", default=None)
 

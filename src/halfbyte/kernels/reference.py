@@ -12,9 +12,6 @@ two oddities: full blocks are multiplied by the reciprocal of ``absmax`` while a
 divided by it, and only the short block's ``absmax`` is raised to 1e-38 in the result.
 """
 
-from collections.abc import Callable
-from math import sqrt
-
 import torch
 from torch import Tensor
 
@@ -190,8 +187,6 @@ def adamw_8bit(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    quantize: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = quantize_8bit,
-    dequantize: Callable[[Tensor, Tensor, Tensor, int, torch.dtype], Tensor] = dequantize_8bit,
 ) -> None:
     """The step of :func:`adamw_32bit` with block-wise 8-bit moments (arXiv 2110.02861), in place.
 
@@ -208,21 +203,20 @@ def adamw_8bit(
         code: the table of ``m``, fp32 ``[256]``.
         code_unsigned: the table of ``v``, fp32 ``[256]``.
         step: 1 for the first step of these tensors.
-        quantize, dequantize: a provider's, which are bitwise those of this module.
     """
     beta1, beta2 = betas
     for param, grad, first, second in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         p, g = param.reshape(-1).float(), grad.reshape(-1).float()
         square = g * g
         finite = square.isfinite()
-        m = beta1 * dequantize(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
-        v = beta2 * dequantize(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
+        m = beta1 * dequantize_8bit(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
+        v = beta2 * dequantize_8bit(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
         m, v = m.where(finite, 0.0), v.where(finite, 0.0)
         root = v.double().sqrt().float()  # rounded once, which torch's fp32 square root is not (MKL, a fifth of cases)
-        denominator = root / sqrt(1 - beta2**step) + eps
+        denominator = root / (1 - beta2**step) ** 0.5 + eps
         updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**step)) * m / denominator
         param.copy_(updated.where(finite, p).view_as(param))
         for moment, (codes, absmax), table in ((m, first, code), (v, second, code_unsigned)):
-            new_codes, new_absmax = quantize(moment, table, blocksize)
+            new_codes, new_absmax = quantize_8bit(moment, table, blocksize)
             codes.copy_(new_codes.view_as(codes))
             absmax.copy_(new_absmax)

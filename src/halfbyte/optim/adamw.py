@@ -1,9 +1,11 @@
 """AdamW (arXiv 1711.05101) whose moments take 32 bits or block-wise 8 bits (arXiv 2110.02861), in memory or paged.
 
-32 bits: the moments are fp32 whatever the parameter's dtype; over fp32 parameters each step is bitwise that of
-``torch.optim.AdamW``. 8 bits: bitsandbytes' format (0.50.2): blocks of 256, its signed dynamic map for the first
-moment and its unsigned one for the second, and 32 bits for tensors under 4096 elements, which cost little and need it
-most; 2.03 bytes a parameter instead of 8. The formulas are in :mod:`halfbyte.kernels.reference`.
+32 bits: the moments are fp32 whatever the parameter's dtype; over fp32 parameters each step is that of
+``torch.optim.AdamW``: bitwise on the reference, and with the native kernels but for its square root, which torch does
+not round correctly (:func:`halfbyte.kernels.native.adamw_32bit`). 8 bits: bitsandbytes' format (0.50.2): blocks of 256,
+its signed dynamic map for the first moment and its unsigned one for the second, and 32 bits for tensors under 4096
+elements, which cost little and need it most; 2.03 bytes a parameter instead of 8. The formulas are in
+:mod:`halfbyte.kernels.reference`.
 
 Where bitsandbytes disagrees with itself:
 

@@ -1,0 +1,184 @@
+// The AVX-512 tier's AdamW: sixteen values at a time.
+//
+// A block's 8-bit moments go through arrays in the first-level cache, so that one table at a time lies in registers. Of
+// a table's lines the three that matter in the value's binade are picked by permutes, whose lanes ignore the upper bits
+// of an index. Block sizes that are not a multiple of 32, or large, and a short last block, go to `scalar_adamw`.
+
+#if defined(__x86_64__)
+
+#include "adamw.h"
+#include "avx512.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
+#endif
+
+namespace halfbyte {
+namespace {
+
+// The constants of a step, each in every lane.
+struct Constants {
+    __m512 decay, beta1, rest1, beta2, rest2, correction, eps, rate;
+
+    explicit Constants(const Adamw& a)
+        : decay(_mm512_set1_ps(a.decay)),
+          beta1(_mm512_set1_ps(a.beta1)),
+          rest1(_mm512_set1_ps(a.rest1)),
+          beta2(_mm512_set1_ps(a.beta2)),
+          rest2(_mm512_set1_ps(a.rest2)),
+          correction(_mm512_set1_ps(a.correction)),
+          eps(_mm512_set1_ps(a.eps)),
+          rate(_mm512_set1_ps(a.rate)) {}
+
+    __m512 step(__m512 p, __m512 m, __m512 v) const {
+        const __m512 denominator = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), correction), eps);
+        return _mm512_add_ps(_mm512_mul_ps(decay, p), _mm512_div_ps(_mm512_mul_ps(rate, m), denominator));
+    }
+};
+
+template <class T>
+void step_32bit(const Adamw& a, const Stepped32bit& t, int64_t first, int64_t last) {
+    const Constants c(a);
+    const bool from_old = a.rest1 < 0.5f;
+    const __m512 weight = _mm512_set1_ps(from_old ? a.rest1 : a.rest1 - 1);
+    const int64_t whole = last - (last - first) % 16;
+    for (int64_t i = first; i < whole; i += 16) {
+        const __m512 g = T::load(t.grad, i), old = _mm512_loadu_ps(t.m + i);
+        const __m512 m = _mm512_fmadd_ps(weight, _mm512_sub_ps(g, old), from_old ? old : g);
+        const __m512 decayed = _mm512_mul_ps(c.beta2, _mm512_loadu_ps(t.v + i));
+        const __m512 v = _mm512_fmadd_ps(_mm512_mul_ps(c.rest2, g), g, decayed);
+        _mm512_storeu_ps(t.m + i, m);
+        _mm512_storeu_ps(t.v + i, v);
+        T::store(t.param, i, c.step(T::load(t.param, i), m, v));
+    }
+    scalar_adamw.step_32bit(a, t, whole, last);
+}
+
+// out = table[codes] * scale, n values.
+void expand(const float* table, const uint8_t* codes, float scale, int64_t n, float* out) {
+    __m512 values[16];
+    for (int k = 0; k < 16; ++k) values[k] = _mm512_loadu_ps(table + 16 * k);
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(pick256(index, values), _mm512_set1_ps(scale)));
+    }
+}
+
+void search(const Search8& tree, __m512 x, uint32_t lanes, uint8_t* codes) {
+    float values[16];
+    _mm512_storeu_ps(values, x);
+    for (; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        codes[lane] = static_cast<uint8_t>(nearest(tree, values[lane]));
+    }
+}
+
+// The codes of a block of n values, whose statistic is the largest of these magnitudes (as bits, NaN on top).
+void quantize(const Table8bit& table, const float* x, int64_t n, __m512i magnitudes, uint8_t* codes, float* statistic) {
+    const int32_t largest = _mm512_reduce_max_epi32(magnitudes);
+    const float absmax = load<float>(&largest, 0);
+    *statistic = absmax;
+    const __m512 reciprocal = _mm512_set1_ps(1.0f / (absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax));
+
+    const Lines& lines = table.lines;
+    const __m512i low = _mm512_loadu_si512(lines.first), high = _mm512_loadu_si512(lines.first + 16);
+    __m512 slope[3], intercept[3];
+    for (int k = 0; k < 3; ++k) {
+        slope[k] = _mm512_loadu_ps(lines.slope + k);
+        intercept[k] = _mm512_loadu_ps(lines.intercept + k);
+    }
+    const __m512 sign = _mm512_set1_ps(lines.zero ? -0.0f : 0.0f);  // below zero a one-sided table has nothing to tell
+    const __m512 round = _mm512_set1_ps(kRound), rank_of_zero = _mm512_set1_ps(kRound + lines.zero);
+    for (int64_t i = 0; i < n; i += 16) {
+        // min and max return their second operand where either is NaN.
+        const __m512 below = _mm512_min_ps(_mm512_set1_ps(1.0f), _mm512_mul_ps(_mm512_loadu_ps(x + i), reciprocal));
+        const __m512 scaled = _mm512_max_ps(_mm512_set1_ps(-1.0f), below);
+        const __m512 size = _mm512_max_ps(_mm512_set1_ps(kTiny), _mm512_andnot_ps(sign, scaled));
+
+        const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(size), 23);
+        const __m512i line = _mm512_permutex2var_epi32(low, binade, high);
+        __m512 height[3];
+        for (int k = 0; k < 3; ++k) {
+            const __m512 start = _mm512_permutexvar_ps(line, intercept[k]);
+            height[k] = _mm512_fmadd_ps(_mm512_permutexvar_ps(line, slope[k]), size, start);
+        }
+        const __m512 least = _mm512_min_ps(_mm512_min_ps(height[0], height[1]), height[2]);
+        const __m512 count = _mm512_sub_ps(_mm512_add_ps(least, round), round);
+        const __m512 off = _mm512_abs_ps(_mm512_sub_ps(least, count));
+        const __mmask16 doubtful = _mm512_cmp_ps_mask(off, _mm512_set1_ps(0.5f - kDoubt), _CMP_NLT_UQ);
+
+        const __m512 rank = _mm512_add_ps(rank_of_zero, _mm512_or_ps(count, _mm512_and_ps(sign, scaled)));
+        const __mmask16 top = _mm512_cmp_ps_mask(scaled, _mm512_set1_ps(lines.last), _CMP_GT_OQ);
+        const __m512i bits = _mm512_castps_si512(rank);
+        const __m512i code = _mm512_mask_add_epi32(bits, top, bits, _mm512_set1_epi32(1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
+        if (doubtful) search(table.search, scaled, doubtful, codes + i);
+    }
+}
+
+template <class T>
+void step_8bit(const Adamw& a, const Tables8bit& tables, const Stepped8bit& t, int64_t first, int64_t last) {
+    const Constants c(a);
+    const __m512 largest = _mm512_set1_ps(kLargest);
+    alignas(64) float ms[kMostInBlock], vs[kMostInBlock];
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * tables.blocksize;
+        expand(tables.m.value, t.m.codes + begin, t.m.absmax[block], tables.blocksize, ms);
+        expand(tables.v.value, t.v.codes + begin, t.v.absmax[block], tables.blocksize, vs);
+        __m512i most_m = _mm512_setzero_si512(), most_v = most_m;
+        for (int64_t i = 0; i < tables.blocksize; i += 16) {
+            const __m512 p = T::load(t.param, begin + i), g = T::load(t.grad, begin + i);
+            const __m512 square = _mm512_mul_ps(g, g);
+            const __mmask16 finite = _mm512_cmp_ps_mask(square, largest, _CMP_LE_OQ);
+            const __m512 old_m = _mm512_mul_ps(c.beta1, _mm512_load_ps(ms + i));
+            const __m512 old_v = _mm512_mul_ps(c.beta2, _mm512_load_ps(vs + i));
+            const __m512 m = _mm512_maskz_add_ps(finite, old_m, _mm512_mul_ps(c.rest1, g));
+            const __m512 v = _mm512_maskz_add_ps(finite, old_v, _mm512_mul_ps(c.rest2, square));
+            _mm512_store_ps(ms + i, m);
+            _mm512_store_ps(vs + i, v);
+            most_m = _mm512_max_epi32(most_m, _mm512_castps_si512(_mm512_abs_ps(m)));
+            most_v = _mm512_max_epi32(most_v, _mm512_castps_si512(_mm512_abs_ps(v)));
+            T::store(t.param, begin + i, _mm512_mask_mov_ps(p, finite, c.step(p, m, v)));
+        }
+        quantize(tables.m, ms, tables.blocksize, most_m, t.m.codes + begin, t.m.absmax + block);
+        quantize(tables.v, vs, tables.blocksize, most_v, t.v.codes + begin, t.v.absmax + block);
+    }
+}
+
+void step_32bit_any(const Adamw& a, const Stepped32bit& t, int64_t first, int64_t last) {
+    switch (t.type) {
+        case Type::fp32: return step_32bit<Fp32>(a, t, first, last);
+        case Type::bf16: return step_32bit<Bf16>(a, t, first, last);
+        case Type::fp16: return step_32bit<Fp16>(a, t, first, last);
+    }
+}
+
+void step_8bit_any(const Adamw& a, const Tables8bit& tables, const Stepped8bit& t, int64_t first, int64_t last) {
+    const int64_t whole = vector_blocks(tables.blocksize, t.n, first, last);
+    switch (t.type) {
+        case Type::fp32: step_8bit<Fp32>(a, tables, t, first, whole); break;
+        case Type::bf16: step_8bit<Bf16>(a, tables, t, first, whole); break;
+        case Type::fp16: step_8bit<Fp16>(a, tables, t, first, whole); break;
+    }
+    scalar_adamw.step_8bit(a, tables, t, whole, last);
+}
+
+}  // namespace
+}  // namespace halfbyte
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace halfbyte {
+
+const AdamwKernels avx512_adamw = {step_32bit_any, step_8bit_any};
+
+}  // namespace halfbyte
+
+#endif
