@@ -36,12 +36,13 @@ inline __m128i low_bytes(__m256i a, __m256i b) {
     return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
 }
 
-// `round` gives the stored bits.
+// `nearest` gives the nearest value that the type has, `round` its stored bits.
 struct Fp32 {
     static constexpr int kSize = 4;
     static __m256 load(const void* x, int64_t i) {
         return _mm256_loadu_ps(reinterpret_cast<const float*>(at(x, 4 * i)));
     }
+    static __m256 nearest(__m256 value) { return value; }
     static void store(void* out, int64_t i, __m256 value) {
         _mm256_storeu_ps(reinterpret_cast<float*>(at(out, 4 * i)), value);
     }
@@ -52,13 +53,16 @@ struct Bf16 {
     static __m256 load(const void* x, int64_t i) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at(x, 2 * i))), 16));
     }
-    static __m128i round(__m256 value) {
+    static __m256 nearest(__m256 value) {
         const __m256i bits = _mm256_castps_si256(value);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-        const __m256i high = _mm256_srli_epi32(rounded, 16);
-        return low_words(_mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), nan));
+        const __m256i above = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256 rounded = _mm256_castsi256_ps(_mm256_and_si256(above, _mm256_set1_epi32(int(0xffff0000))));
+        const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+        return _mm256_blendv_ps(rounded, nan, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    }
+    static __m128i round(__m256 value) {
+        return low_words(_mm256_srli_epi32(_mm256_castps_si256(nearest(value)), 16));
     }
     static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
 };
@@ -67,6 +71,7 @@ struct Fp16 {
     static constexpr int kSize = 2;
     static __m256 load(const void* x, int64_t i) { return _mm256_cvtph_ps(_mm_loadu_si128(at(x, 2 * i))); }
     static __m128i round(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+    static __m256 nearest(__m256 value) { return _mm256_cvtph_ps(round(value)); }
     static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
 };
 

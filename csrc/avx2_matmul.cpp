@@ -26,13 +26,9 @@ template <class T>
 struct Table {
     __m256 low, high;
 
-    Table(const float* code, float scale) : low(rounded(code, scale)), high(rounded(code + 8, scale)) {}
-
-    static __m256 rounded(const float* code, float scale) {
-        float values[8];
-        T::store(values, 0, _mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(scale)));
-        return T::load(values, 0);
-    }
+    Table(const float* code, float scale)
+        : low(T::nearest(_mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(scale)))),
+          high(T::nearest(_mm256_mul_ps(_mm256_loadu_ps(code + 8), _mm256_set1_ps(scale)))) {}
 
     // Eight values from four bytes.
     __m256 look_up(const uint8_t* codes) const {

@@ -21,20 +21,11 @@ namespace {
 inline const char* at(const void* base, int64_t i, int size) { return static_cast<const char*>(base) + i * size; }
 inline char* at(void* base, int64_t i, int size) { return static_cast<char*>(base) + i * size; }
 
-inline __m256i round_to_bf16(__m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i high = _mm512_srli_epi32(rounded, 16);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, nan, _mm512_set1_epi32(0x7fc0)));
-}
-
-inline __m256i round_to_fp16(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
-
+// `nearest` gives the nearest value that the type has, `round` its stored bits.
 struct Fp32 {
     static constexpr int kSize = 4;
     static __m512 load(const void* x, int64_t i) { return _mm512_loadu_ps(at(x, i, 4)); }
+    static __m512 nearest(__m512 value) { return value; }
     static void store(void* out, int64_t i, __m512 value) { _mm512_storeu_ps(at(out, i, 4), value); }
 };
 
@@ -44,7 +35,17 @@ struct Bf16 {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
-    static __m256i round(__m512 value) { return round_to_bf16(value); }
+    static __m512 nearest(__m512 value) {
+        const __m512i bits = _mm512_castps_si512(value);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i above = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        const __m512i rounded = _mm512_and_si512(above, _mm512_set1_epi32(int(0xffff0000)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        return _mm512_castsi512_ps(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)));
+    }
+    static __m256i round(__m512 value) {
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(nearest(value)), 16));
+    }
     static void store(void* out, int64_t i, __m512 value) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(out, i, 2)), round(value));
     }
@@ -55,7 +56,8 @@ struct Fp16 {
     static __m512 load(const void* x, int64_t i) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2))));
     }
-    static __m256i round(__m512 value) { return round_to_fp16(value); }
+    static __m256i round(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+    static __m512 nearest(__m512 value) { return _mm512_cvtph_ps(round(value)); }
     static void store(void* out, int64_t i, __m512 value) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(out, i, 2)), round(value));
     }

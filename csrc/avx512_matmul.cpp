@@ -64,11 +64,7 @@ struct Singles {
     using Element = float;
     static constexpr int kPerLane = 1, kSize = T::kSize;
 
-    static __m512i table(__m512 values) {
-        alignas(64) float rounded[16];
-        T::store(rounded, 0, values);
-        return _mm512_castps_si512(T::load(rounded, 0));
-    }
+    static __m512i table(__m512 values) { return _mm512_castps_si512(T::nearest(values)); }
 
     // Sixteen values from eight bytes.
     static __m512i look_up(__m512i table, const uint8_t* codes) {
@@ -201,9 +197,6 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
                 L::store(panel + c, _mm512_load_si512(rows[0] + c), _mm512_load_si512(rows[1] + c));
             }
             continue;
-        }
-        for (int64_t r = 0; r < L::kPerLane; ++r) {
-            _mm_prefetch(reinterpret_cast<const char*>(w.codes + ((row + (r + 16) * w.columns) >> 1)), _MM_HINT_T0);
         }
         for (int64_t c = 0; c < columns; c += piece) {
             const float* scale = scales[c > 0] + (n - first);

@@ -124,10 +124,24 @@ void read_scales(const Weight4bit& w, int64_t first, int64_t step, int64_t count
         for (int64_t i = 0; i < count; ++i) out[i] = load<float>(scales.absmax, blocksize.quotient(first + i * step));
         return;
     }
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t block = blocksize.quotient(first + i * step);
-        const float value = scales.nested_code[load<uint8_t>(scales.absmax, block)];
-        out[i] = value * load<float>(scales.nested_absmax, nested_blocksize.quotient(block)) + scales.offset;
+    const uint8_t* const absmax = static_cast<const uint8_t*>(scales.absmax);
+    const float* const code = scales.nested_code;
+    const float offset = scales.offset;
+    if (step != blocksize.value()) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t block = blocksize.quotient(first + i * step);
+            out[i] = code[absmax[block]] * load<float>(scales.nested_absmax, nested_blocksize.quotient(block)) + offset;
+        }
+        return;
+    }
+    int64_t block = blocksize.quotient(first);
+    for (float* const end = out + count; out < end;) {
+        const int64_t group = nested_blocksize.quotient(block);
+        const float factor = load<float>(scales.nested_absmax, group);
+        const int64_t run = std::min(end - out, (group + 1) * nested_blocksize.value() - block);
+        for (int64_t i = 0; i < run; ++i) out[i] = code[absmax[block + i]] * factor + offset;
+        out += run;
+        block += run;
     }
 }
 

@@ -7,7 +7,8 @@ compiler the package installs without the extension; :func:`available` tells.
 
 Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`, and so are the bytes, bit for bit, on every
 tier and for any number of threads (where a result is NaN, its payload is not promised; :func:`adamw_32bit` says what
-it promises). A matrix product dequantizes and leaves the rest to torch.
+it promises). Of the matrix products :func:`matmul_4bit` says what differs; the scalar tier has none: it dequantizes and
+leaves the rest to torch.
 """
 
 import ctypes
@@ -157,12 +158,17 @@ def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch
 def matmul_4bit(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
-    """The 4-bit linear product ``y = x Wᵀ + bias``."""
+    """The 4-bit linear product ``y = x Wᵀ + bias``.
+
+    Sums are fp32 and rounded once, with the bias. On a vector tier each row of the result is bitwise the same for any
+    number of threads and whatever the other rows are, except that up to 8 rows are summed in another order than more
+    (csrc/matmul.h).
+    """
     return _matmul(x, packed, statistics, shape, bias, gradient=False)
 
 
 def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
-    """The gradient of :func:`matmul_4bit` with respect to ``x``."""
+    """The gradient of :func:`matmul_4bit` with respect to ``x``; of any number of rows in one order."""
     return _matmul(dy, packed, statistics, shape, None, gradient=True)
 
 
