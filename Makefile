@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# As in cli.py: torch's threads share the cores with whatever else runs.
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: setup quickstart test test-slow check bench docs clean
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import inspect
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -47,6 +48,9 @@ notes = Console(stderr=True, highlight=False)
 
 def main() -> None:
     """Run the command line and exit."""
+    # Read by libgomp when torch loads it. Its threads otherwise spin for milliseconds after each parallel region, and
+    # whenever another program wants a core, a training step takes several times as long (CONTRIBUTING.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
