@@ -58,6 +58,13 @@ struct Pairs {
     }
 };
 
+// Results of the same unit.
+struct Bf16OfUnit : Bf16 {
+    static void store(void* out, int64_t i, __m512 value) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(out, i, 2)), (__m256i)_mm512_cvtneps_pbh(value));
+    }
+};
+
 // Lanes of one fp32 value, W rounded to the type T.
 template <class T>
 struct Singles {
@@ -348,7 +355,7 @@ const MatmulKernels* avx512_matmul(Type type) {
     switch (type) {
         case Type::fp16: return &kernels<Singles<Fp16>, Fp16>;
         case Type::bf16:
-            if (__builtin_cpu_supports("avx512bf16")) return &kernels<Pairs, Bf16>;
+            if (__builtin_cpu_supports("avx512bf16")) return &kernels<Pairs, Bf16OfUnit>;
             return &kernels<Singles<Bf16>, Bf16>;
         default: return &kernels<Singles<Fp32>, Fp32>;
     }

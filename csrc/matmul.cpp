@@ -11,7 +11,7 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kChunk = 88 * kTileRows;     // rows that share a panel, at most
+constexpr int64_t kChunk = 176 * kTileRows;     // rows that share a panel, at most
 constexpr int64_t kSmallChunk = 8 * kTileRows;  // and at least, while there is too little to do for all threads
 constexpr int64_t kFewStrip = 16;               // columns at a time where there are few rows
 constexpr int64_t kGrain = 1 << 16;             // values of W for one thread at a time, at least
@@ -66,15 +66,8 @@ class Product {
         if (a_.bias) k_.widen(at(a_.bias, column), columns, s.bias);
         if (few_) {
             k_.dot(a_.weight, column, columns, a_.x, end, s.sums);
-        } else {
-            expanded(begin, end, column, s);
+            return finish(begin, end, column, columns, s.sums, s);
         }
-        for (int64_t row = begin; row < end; ++row) {
-            k_.finish(s.sums + (row - begin) * kStrip, s.bias, columns, at(a_.y, row * width_ + column));
-        }
-    }
-
-    void expanded(int64_t begin, int64_t end, int64_t column, Scratch& s) const {
         const auto expand = a_.gradient ? k_.expand_gradient : k_.expand_forward;
         const int64_t values = k_.pairs ? 2 * kLanes : kLanes;
         for (int64_t first = 0; first < depth_; first += values) {
@@ -85,8 +78,16 @@ class Product {
                 const int64_t rows = std::min(kTileRows, end - row);
                 const void* x = direct_ ? at(a_.x, row * depth_ + first) : copied(row, rows, first, last, s);
                 const int64_t stride = direct_ ? depth_ * size_ : static_cast<int64_t>(sizeof s.x[0]);
-                k_.multiply(x, stride, rows, s.panel, lanes, s.sums + (row - begin) * kStrip, first > 0);
+                float* const sums = depth_ > values ? s.sums + (row - begin) * kStrip : s.sums;
+                k_.multiply(x, stride, rows, s.panel, lanes, sums, first > 0);
+                if (last == depth_) finish(row, row + rows, column, columns, sums, s);
             }
+        }
+    }
+
+    void finish(int64_t begin, int64_t end, int64_t column, int64_t columns, const float* sums, Scratch& s) const {
+        for (int64_t row = begin; row < end; ++row, sums += kStrip) {
+            k_.finish(sums, s.bias, columns, at(a_.y, row * width_ + column));
         }
     }
 
