@@ -23,6 +23,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_packages_are_attributes_and_torch_comes_when_it_is_needed() -> None:
     program = (
         "import sys, halfbyte; assert 'torch' not in sys.modules; halfbyte.InputError; "
-        "assert 'torch' not in sys.modules; assert halfbyte.quant.codebook('nf4')[7] == 0; assert 'torch' in sys.modules"
+        "assert 'torch' not in sys.modules; assert halfbyte.quant.codebook('nf4')[7] == 0; "
+        "assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
