@@ -82,7 +82,7 @@ Lines fit_lines(const std::vector<float>& midpoints) {
     lines.zero = static_cast<float>(positive - midpoints.begin());
     lines.last = midpoints.back();
     const int count = lines.count = draw(x, lines);
-    bool usable = (positive == midpoints.begin() || mirrored) && fits(lines, count, x);
+    bool usable = lines.last < 1 && (positive == midpoints.begin() || mirrored) && fits(lines, count, x);
     for (int i = count; i < kLines + 2; ++i) {
         lines.slope[i] = lines.slope[count - 1];
         lines.intercept[i] = lines.intercept[count - 1];

@@ -49,7 +49,8 @@ using Stepped8bit = Stepped<Moment8bit>;
 // rounded to an integer, is the number of midpoints below |x|. Only the largest midpoint lies off and is compared for
 // itself, and only within kDoubt of a half could rounding errors decide; there, as for NaN, the tree is searched. The
 // lines rise, so that it is enough to find each midpoint less than kDoubt off (fit_lines), and no table is misread: one
-// that does not lie so is searched throughout.
+// that does not lie so is searched throughout. Scaled values that rounding takes beyond 1 need no clamping: no midpoint
+// is there.
 constexpr int kLines = 16;
 constexpr float kDoubt = 0x1p-12f;
 constexpr float kTiny = 0x1p-31f;    // the first binade that has lines; no midpoint is in it
@@ -70,7 +71,7 @@ struct Table8bit {
 };
 
 struct Tables8bit {
-    Table8bit m, v;
+    const Table8bit &m, &v;
     int64_t blocksize;
 };
 
@@ -99,6 +100,14 @@ constexpr int64_t kMostInBlock = 2048;  // what a vector tier has room for
 inline int64_t vector_blocks(int64_t blocksize, int64_t n, int64_t first, int64_t last) {
     const int64_t whole = blocksize % 32 || blocksize > kMostInBlock ? 0 : n / blocksize;
     return whole < first ? first : whole < last ? whole : last;
+}
+
+// Find the codes of the scaled values x in these lanes.
+inline void search(const Search8& tree, const float* x, uint32_t lanes, uint8_t* codes) {
+    for (; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        codes[lane] = static_cast<uint8_t>(nearest(tree, clamp(x[lane])));
+    }
 }
 
 }  // namespace

@@ -9,24 +9,6 @@
 #include "adamw.h"
 #include "avx2.h"
 
-namespace halfbyte {
-namespace {
-
-// Compiled for the baseline, which has no gathers.
-__attribute__((noinline)) void look_up(const float* table, const uint8_t* codes, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = table[codes[i]];
-}
-
-__attribute__((noinline)) void search(const Search8& tree, const float* x, uint32_t lanes, uint8_t* codes) {
-    for (; lanes; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        codes[lane] = static_cast<uint8_t>(nearest(tree, x[lane]));
-    }
-}
-
-}  // namespace
-}  // namespace halfbyte
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -75,6 +57,14 @@ void step_32bit(const Adamw& a, const Stepped32bit& t, int64_t first, int64_t la
     scalar_adamw.step_32bit(a, t, whole, last);
 }
 
+// out = table[codes], n values, a multiple of 8.
+void look_up(const float* table, const uint8_t* codes, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += 8) {
+        const auto eight = load<uint64_t>(codes + i, 0);
+        for (int k = 0; k < 8; ++k) out[i + k] = table[eight >> 8 * k & 255];
+    }
+}
+
 __m256i magnitudes(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
 
 int32_t reduce_max(__m256i x) {
@@ -98,9 +88,8 @@ void quantize(const Table8bit& table, float* x, int64_t n, __m256i most, uint8_t
         __m256 scaled[4], size[4], least[4];
         __m256i rank[4];
         for (int k = 0; k < 4; ++k) {
-            // min and max return their second operand where either is NaN.
-            const __m256 product = _mm256_mul_ps(_mm256_load_ps(x + i + 8 * k), reciprocal);
-            scaled[k] = _mm256_max_ps(_mm256_set1_ps(-1.0f), _mm256_min_ps(_mm256_set1_ps(1.0f), product));
+            scaled[k] = _mm256_mul_ps(_mm256_load_ps(x + i + 8 * k), reciprocal);
+            // max and min return their second operand where either is NaN.
             size[k] = _mm256_max_ps(_mm256_set1_ps(kTiny), _mm256_andnot_ps(sign, scaled[k]));
             least[k] = _mm256_set1_ps(lines.intercept[lines.count - 1]);
         }

@@ -67,17 +67,8 @@ void expand(const float* table, const uint8_t* codes, float scale, int64_t n, fl
     }
 }
 
-void search(const Search8& tree, __m512 x, uint32_t lanes, uint8_t* codes) {
-    float values[16];
-    _mm512_storeu_ps(values, x);
-    for (; lanes; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        codes[lane] = static_cast<uint8_t>(nearest(tree, values[lane]));
-    }
-}
-
 // The codes of a block of n values, whose statistic is the largest of these magnitudes (as bits, NaN on top).
-void quantize(const Table8bit& table, const float* x, int64_t n, __m512i magnitudes, uint8_t* codes, float* statistic) {
+void quantize(const Table8bit& table, float* x, int64_t n, __m512i magnitudes, uint8_t* codes, float* statistic) {
     const int32_t largest = _mm512_reduce_max_epi32(magnitudes);
     const float absmax = load<float>(&largest, 0);
     *statistic = absmax;
@@ -92,30 +83,38 @@ void quantize(const Table8bit& table, const float* x, int64_t n, __m512i magnitu
     }
     const __m512 sign = _mm512_set1_ps(lines.zero ? -0.0f : 0.0f);  // below zero a one-sided table has nothing to tell
     const __m512 round = _mm512_set1_ps(kRound), rank_of_zero = _mm512_set1_ps(kRound + lines.zero);
-    for (int64_t i = 0; i < n; i += 16) {
-        // min and max return their second operand where either is NaN.
-        const __m512 below = _mm512_min_ps(_mm512_set1_ps(1.0f), _mm512_mul_ps(_mm512_loadu_ps(x + i), reciprocal));
-        const __m512 scaled = _mm512_max_ps(_mm512_set1_ps(-1.0f), below);
-        const __m512 size = _mm512_max_ps(_mm512_set1_ps(kTiny), _mm512_andnot_ps(sign, scaled));
+    const __m512 last = _mm512_set1_ps(lines.last);
+    for (int64_t i = 0; i < n; i += 32) {
+        __m512 scaled[2];
+        uint32_t doubtful = 0;
+        for (int k = 0; k < 2; ++k) {
+            scaled[k] = _mm512_mul_ps(_mm512_load_ps(x + i + 16 * k), reciprocal);
+            // max returns its second operand where either is NaN.
+            const __m512 size = _mm512_max_ps(_mm512_set1_ps(kTiny), _mm512_andnot_ps(sign, scaled[k]));
 
-        const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(size), 23);
-        const __m512i line = _mm512_permutex2var_epi32(low, binade, high);
-        __m512 height[3];
-        for (int k = 0; k < 3; ++k) {
-            const __m512 start = _mm512_permutexvar_ps(line, intercept[k]);
-            height[k] = _mm512_fmadd_ps(_mm512_permutexvar_ps(line, slope[k]), size, start);
+            const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(size), 23);
+            const __m512i line = _mm512_permutex2var_epi32(low, binade, high);
+            __m512 height[3];
+            for (int j = 0; j < 3; ++j) {
+                const __m512 start = _mm512_permutexvar_ps(line, intercept[j]);
+                height[j] = _mm512_fmadd_ps(_mm512_permutexvar_ps(line, slope[j]), size, start);
+            }
+            const __m512 least = _mm512_min_ps(_mm512_min_ps(height[0], height[1]), height[2]);
+            const __m512 count = _mm512_sub_ps(_mm512_add_ps(least, round), round);
+            const __m512 off = _mm512_abs_ps(_mm512_sub_ps(least, count));
+            const __mmask16 doubt = _mm512_cmp_ps_mask(off, _mm512_set1_ps(0.5f - kDoubt), _CMP_NLT_UQ);
+            doubtful |= static_cast<uint32_t>(doubt) << 16 * k;
+
+            const __m512 signed_count = _mm512_or_ps(count, _mm512_and_ps(sign, scaled[k]));
+            const __m512i rank = _mm512_castps_si512(_mm512_add_ps(rank_of_zero, signed_count));
+            const __mmask16 top = _mm512_cmp_ps_mask(scaled[k], last, _CMP_GT_OQ);
+            const __m512i code = _mm512_mask_add_epi32(rank, top, rank, _mm512_set1_epi32(1));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i + 16 * k), _mm512_cvtepi32_epi8(code));
         }
-        const __m512 least = _mm512_min_ps(_mm512_min_ps(height[0], height[1]), height[2]);
-        const __m512 count = _mm512_sub_ps(_mm512_add_ps(least, round), round);
-        const __m512 off = _mm512_abs_ps(_mm512_sub_ps(least, count));
-        const __mmask16 doubtful = _mm512_cmp_ps_mask(off, _mm512_set1_ps(0.5f - kDoubt), _CMP_NLT_UQ);
-
-        const __m512 rank = _mm512_add_ps(rank_of_zero, _mm512_or_ps(count, _mm512_and_ps(sign, scaled)));
-        const __mmask16 top = _mm512_cmp_ps_mask(scaled, _mm512_set1_ps(lines.last), _CMP_GT_OQ);
-        const __m512i bits = _mm512_castps_si512(rank);
-        const __m512i code = _mm512_mask_add_epi32(bits, top, bits, _mm512_set1_epi32(1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
-        if (doubtful) search(table.search, scaled, doubtful, codes + i);
+        if (doubtful) {
+            for (int k = 0; k < 2; ++k) _mm512_store_ps(x + i + 16 * k, scaled[k]);
+            search(table.search, x + i, doubtful, codes + i);
+        }
     }
 }
 

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -137,14 +138,15 @@ void dequantize_8bit(int isa, int threads, Address codes, Address code, int size
     over_blocks(tier(isa).dequantize_8bit, arguments, threads);
 }
 
-Table8bit table8(Address code) {
-    Table8bit table;
-    std::memcpy(table.value, pointer<const void>(code), sizeof table.value);
-    table.search = search8(code, 256);
+// Make a table, unless it is that of these values already.
+void update(std::optional<Table8bit>& table, Address code) {
+    if (table && !std::memcmp(table->value, pointer<const void>(code), sizeof table->value)) return;
+    table.emplace();
+    std::memcpy(table->value, pointer<const void>(code), sizeof table->value);
+    table->search = search8(code, 256);
     std::vector<float> midpoints;
-    for (int i = 0; i < 255; ++i) midpoints.push_back((table.value[i] + table.value[i + 1]) / 2);
-    table.lines = fit_lines(midpoints);
-    return table;
+    for (int i = 0; i < 255; ++i) midpoints.push_back((table->value[i] + table->value[i + 1]) / 2);
+    table->lines = fit_lines(midpoints);
 }
 
 // The constants of a step, in the order of Adamw's members.
@@ -181,8 +183,10 @@ void step_8bit(int isa, int threads, const Constants& constants, const std::vect
                            {pointer<uint8_t>(v_codes[i]), pointer<float>(v_absmax[i])},
                            sizes[i], static_cast<Type>(types[i])});
     }
-    const Tables8bit tables{table8(code), table8(code_unsigned), blocksize};
-    adamw_8bit(*tier(isa).adamw, adamw(constants), tables, tensors, threads);
+    static thread_local std::optional<Table8bit> m_table, v_table;
+    update(m_table, code);
+    update(v_table, code_unsigned);
+    adamw_8bit(*tier(isa).adamw, adamw(constants), {*m_table, *v_table, blocksize}, tensors, threads);
 }
 
 bool multiplies(int isa) { return tier(isa).matmul != nullptr; }

@@ -116,6 +116,9 @@ int descend(const float* midpoint, float value) {
     return node - (1 << bits);
 }
 
+// NaN passes.
+inline float clamp(float value) { return value < -1.0f ? -1.0f : value > 1.0f ? 1.0f : value; }
+
 inline int nearest(const Search8& search, float value) {
     const int rank = descend<8>(search.midpoint, value);
     return rank < search.last ? rank : search.last;

@@ -55,8 +55,5 @@ void store(void* base, int64_t i, Stored value) {
     std::memcpy(static_cast<char*>(base) + i * static_cast<int64_t>(sizeof(Stored)), &value, sizeof(Stored));
 }
 
-// NaN passes.
-inline float clamp(float value) { return value < -1.0f ? -1.0f : value > 1.0f ? 1.0f : value; }
-
 }  // namespace
 }  // namespace halfbyte

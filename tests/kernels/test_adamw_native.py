@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte import kernels
 from halfbyte.kernels import native, reference
 from halfbyte.quant import codebook
 
@@ -24,6 +25,7 @@ TABLES = {
     "quadratic": torch.linspace(0, 1, 256) ** 2,
     "steps": (torch.linspace(-1, 1, 256) * 8).round() / 8,
     "negative": torch.linspace(-1, -0.5, 256),
+    "midpoint at 1": torch.cat([codebook("dynamic")[:-1], 2 - codebook("dynamic")[-2:-1]]),
 }
 
 
@@ -100,7 +102,7 @@ def test_8_bit_steps_are_the_reference_s(tier: str, blocksize: int) -> None:
     ours, theirs = (Run(SIZES, 8, blocksize) for _ in range(2))
     for step in range(1, 5):
         grads = gradients(ours.params, step)
-        if step == 3:
+        if step in (1, 3):
             grads = [torch.zeros_like(grad) for grad in grads]
         for module, run in ((native, ours), (reference, theirs)):
             module.adamw_8bit(
@@ -116,7 +118,10 @@ def near_midpoints(code: Tensor, generator: torch.Generator) -> Tensor:
     near = [middle, torch.nextafter(middle, torch.tensor(2.0)), torch.nextafter(middle, torch.tensor(-2.0))]
     x = torch.cat([*near, *(-x for x in near), torch.rand(2000, generator=generator) * 2 - 1]).clamp(-1, 1)
     x = x[torch.randperm(len(x), generator=generator)][: len(x) // 255 * 255].view(-1, 255)
-    return torch.cat([torch.ones(len(x), 1), x], dim=1).view(-1)  # the first makes a block's scale 1
+    x = torch.cat([torch.ones(len(x), 1), x], dim=1)  # the first makes a block's scale 1
+    # The reciprocals of their squares are subnormal, so inexact that scaled values exceed 1.
+    huge = 1.8e19 * (1 - torch.rand(64, 1, generator=generator) / 4).expand(64, 256)
+    return torch.cat([x, huge]).view(-1)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -264,3 +269,39 @@ def test_parameters_and_gradients_may_lie_at_any_address(tier: str, shift: int) 
             )  # fmt: skip
             results.append([param, m, v, *eight[0], *eight[1]])
         assert all(same(a.clone(), b) for a, b in zip(results[1], results[0], strict=True))
+
+
+@pytest.mark.skipif(not native.available(), reason="the package was installed without its extension")
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_autograd_notices_that_a_parameter_was_stepped(state_bits: int) -> None:
+    p = torch.ones(300, requires_grad=True)
+    loss = (p * p).sum()  # keeps p for the backward
+    if state_bits == 32:
+        kernels.adamw_32bit([p], [torch.ones(300)], [torch.zeros(300)], [torch.zeros(300)], step=1, **OPTIONS)
+    else:
+        state = [[(torch.zeros(300, dtype=torch.uint8), torch.zeros(2))] for _ in range(2)]
+        tables = TABLES["dynamic"], TABLES["dynamic_unsigned"]
+        kernels.adamw_8bit([p], [torch.ones(300)], *state, *tables, 256, step=1, **OPTIONS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("param", "grad", "message"),
+    [
+        (torch.zeros(3, device="meta"), torch.zeros(3, device="meta"), r"params\[1\] is torch.float32 on meta"),
+        (torch.zeros(3), torch.zeros(3, device="meta"), r"grads\[1\] is torch.float32 on meta"),
+        (
+            torch.zeros(3),
+            torch.zeros(3, dtype=torch.bfloat16),
+            r"grads\[1\] is torch.bfloat16 .* must be torch.float32",
+        ),
+        (torch.zeros(3), torch.zeros(4), r"grads\[1\] has shape \(4,\); its parameter has \(3,\)"),
+        (torch.zeros(6)[::2], torch.zeros(3), r"params\[1\] is torch.float32 on cpu with strides \(2,\)"),
+    ],
+)
+def test_no_address_is_taken_of_a_tensor_that_does_not_fit(param: Tensor, grad: Tensor, message: str) -> None:
+    good = torch.zeros(3)
+    state = [torch.zeros_like(good), torch.zeros(3, device=param.device)]
+    with pytest.raises((TypeError, ValueError), match=message):
+        kernels.adamw_32bit([good, param], [good, grad], state, state, step=1, **OPTIONS)

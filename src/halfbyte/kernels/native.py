@@ -287,7 +287,11 @@ def _scales(statistics: Statistics, nested_code: Tensor | None) -> tuple[int, in
 
 
 def _parameters(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return the parameters' types and sizes, their addresses, and those of their gradients."""
+    """Return the parameters' types and sizes, their addresses, and those of their gradients.
+
+    Autograd is told that the parameters change.
+    """
+    torch.autograd.graph.increment_version(params)
     return (
         [_TYPES[p.dtype] for p in params],
         [p.numel() for p in params],

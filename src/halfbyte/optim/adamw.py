@@ -39,7 +39,7 @@ from halfbyte.quant import codebook
 
 BLOCKSIZE = 256
 SMALLEST_8BIT = 4096
-BATCH = 2**18
+BATCH = 2**22
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 Layout = dict[str, tuple[torch.dtype, torch.Size]]
