@@ -111,9 +111,10 @@ def test_state_never_lies_in_a_tmpfs(disk: Path) -> None:
         pytest.skip("there is no /dev/shm here")
     assert paged.filesystem(shm) == "tmpfs"
     assert paged.filesystem(disk) not in paged.IN_MEMORY
+    before = mappings(shm)  # other libraries' semaphores
     optimizer = stepped(shm, 8)
     assert paged.filesystem(optimizer.page_dir) not in paged.IN_MEMORY
-    assert mappings(shm) == []
+    assert mappings(shm) == before
     assert len(mappings(optimizer.page_dir)) == 1
 
 
