@@ -195,3 +195,17 @@ def test_every_block_size_is_taken() -> None:
         got = quantize_4bit(x, quant_type, blocksize)
         assert torch.equal(got.packed, expected.packed)
         assert torch.equal(got.dequantize(), expected.dequantize())
+
+
+def test_golden_vectors() -> None:
+    # Worked by hand from the published tables: the value that is nearest, a tie to the lower code.
+    x = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.1, -0.1, 0.03, 0.0])
+    nf4 = quantize_4bit(x, "nf4", double_quant=False)
+    assert nf4.packed.view(-1).tolist() == [0xF0, 0xC2, 0x86, 0x77]
+    fp4 = quantize_4bit(x, "fp4", double_quant=False)
+    assert fp4.packed.view(-1).tolist() == [0x3B, 0x5D, 0x6E, 0x10]
+    # Blocks of one size: what is left of each constant is exactly zero, which is code 127 of the signed map
+    # (bitsandbytes' CPU library gives another code), and rows of 160 values, on which it mixes up blocks.
+    equal = quantize_4bit(torch.full((64, 160), 0.5))
+    assert set(equal.statistics.absmax.tolist()) == {127}
+    assert torch.equal(equal.dequantize(), torch.full((64, 160), 0.5))
