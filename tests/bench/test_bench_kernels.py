@@ -182,10 +182,20 @@ def test_the_files_hold_the_report(report, tmp_path):
     assert 0.01 < (picture[..., :3].min(axis=-1) < 0.9).mean() < 0.5
 
 
+def test_a_point_stands_at_its_fraction_of_the_roof(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(roofline.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    points = [roofline.Point("AdamW", "", 2.0, 0.5), roofline.Point("forward", "", 400.0, 1.25)]
+    roofline.draw(points, 1e12, 3e10, "", tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    assert [mark.get_offsets()[0].tolist() for mark in axes.collections] == [[2.0, 30.0], [400.0, 1250.0]]
+    assert axes.get_ylim()[1] > 1250
+
+
 def test_numbers_in_the_picture_keep_clear_of_points_and_of_each_other(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(roofline.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    points = [roofline.Point("forward", str(i), 50.0 + i % 3, 4e11 * (1 + i // 3 / 50)) for i in range(9)]
+    points = [roofline.Point("forward", str(i), 50.0 + i % 3, 0.4 * (1 + i // 3 / 50)) for i in range(9)]
     roofline.draw(points, 1e12, 3e10, "", tmp_path / "x.png")
     axes = drawn[0].axes[0]
     places = axes.transData.transform([text.xy for text in axes.texts])

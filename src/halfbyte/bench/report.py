@@ -137,9 +137,7 @@ class Report(BaseModel):
         """Write ``kernels.json`` and ``roofline.png`` to ``folder``."""
         write_text(folder / "kernels.json", self.model_dump_json(indent=1) + "\n")
         points = [
-            roofline.Point(row.operation, row.size, row.flop / row.bytes, row.flop / statistics.median(own))
-            for row in self.rows
-            for own in (row.seconds["halfbyte"],)
+            roofline.Point(row.operation, row.size, row.flop / row.bytes, row.fraction.median) for row in self.rows
         ]
         with whole_file(folder / "roofline.png") as part:
             roofline.draw(points, self.peak_flops, self.copy_bandwidth, self.title, part)

@@ -2,6 +2,9 @@
 
 Across: operational intensity, flop per byte that a work has to move. Up: flop/s. No work lies above the roof: the
 bandwidth of memory times the intensity, up to the peak of arithmetic; the roofs are those of the measured tier.
+
+On a machine whose speed varies a time and a roof from different minutes do not belong together. So a point stands at
+the fraction of the roof over it that was reached in its own rounds.
 """
 
 import cmath
@@ -17,12 +20,12 @@ DPI = 120
 
 
 class Point(NamedTuple):
-    """One work: what it is, its flop per byte, and the flop/s that were reached."""
+    """One work: what it is, its flop per byte, and the fraction of the ceiling that was reached."""
 
     operation: str
     size: str
     intensity: float
-    flops: float
+    fraction: float
 
 
 def draw(points: Sequence[Point], peak_flops: float, bandwidth: float, title: str, file: Path) -> None:
@@ -39,18 +42,17 @@ def draw(points: Sequence[Point], peak_flops: float, bandwidth: float, title: st
     ceilings = f"{bandwidth / 1e9:.1f} GB/s, {peak_flops / 1e9:,.0f} GFLOP/s"
     axes.plot([left, ridge, right], roof, color="black", label=ceilings)
     operations = list(dict.fromkeys(point.operation for point in points))
-    for number, point in enumerate(points, 1):
+    places = [(x, fraction * min(x * bandwidth, peak_flops) / 1e9) for _, _, x, fraction in points]
+    for number, (point, place) in enumerate(zip(points, places, strict=True), 1):
         i = operations.index(point.operation)
         name = f"{number}  {point.operation} {point.size}"
-        axes.scatter(
-            point.intensity, point.flops / 1e9, color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], label=name
-        )
+        axes.scatter(*place, color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], label=name)
     axes.set(xscale="log", yscale="log", title=title, xlabel="flop per byte", ylabel="GFLOP/s", xlim=(left, right))
-    axes.set_ylim(top=1.6 * peak_flops / 1e9)
+    axes.set_ylim(top=1.6 * max([peak_flops / 1e9, *(y for _, y in places)]))
     axes.grid(which="both", alpha=0.2)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.draw_without_rendering()  # fixes the layout, which decides which numbers would overlap
-    _number(axes, [(point.intensity, point.flops / 1e9) for point in points])
+    _number(axes, places)
     figure.savefig(file, format="png", dpi=DPI)
 
 
