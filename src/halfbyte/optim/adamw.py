@@ -1,8 +1,8 @@
 """AdamW (arXiv 1711.05101) whose moments take 32 bits or block-wise 8 bits (arXiv 2110.02861), in memory or paged.
 
-32 bits: the moments are fp32 whatever the parameter's dtype; over fp32 parameters each step is that of
-``torch.optim.AdamW``: bitwise on the reference, and with the native kernels but for its square root, which torch does
-not round correctly (:func:`halfbyte.kernels.native.adamw_32bit`). 8 bits: bitsandbytes' format (0.50.2): blocks of 256,
+32 bits: the moments are fp32 whatever the parameter's dtype; over fp32 parameters each step is bitwise
+that of ``torch.optim.AdamW``, by torch's own operations (not by :func:`halfbyte.kernels.native.adamw_32bit`, which
+rounds the square root otherwise). 8 bits: bitsandbytes' format (0.50.2): blocks of 256,
 its signed dynamic map for the first moment and its unsigned one for the second, and 32 bits for tensors under 4096
 elements, which cost little and need it most; 2.03 bytes a parameter instead of 8. The formulas are in
 :mod:`halfbyte.kernels.reference`.
@@ -173,14 +173,16 @@ class AdamW(torch.optim.Optimizer):
         for (device, step, dtype, _), batch in alike.items():
             grads, states = [self._gradient(p) for p in batch], [self.state[p] for p in batch]
             if dtype == torch.float32:
-                kernels.adamw_32bit(
-                    batch,
-                    grads,
-                    [s["exp_avg"] for s in states],
-                    [s["exp_avg_sq"] for s in states],
-                    step=step,
-                    **options,
-                )
+                # The native step rounds the square root otherwise than torch, whose bits are promised here.
+                with kernels.use_provider("reference"):
+                    kernels.adamw_32bit(
+                        batch,
+                        grads,
+                        [s["exp_avg"] for s in states],
+                        [s["exp_avg_sq"] for s in states],
+                        step=step,
+                        **options,
+                    )
             else:
                 kernels.adamw_8bit(
                     batch,
