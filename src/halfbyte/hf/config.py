@@ -7,8 +7,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.quant.codebooks import FOUR_BIT
-from halfbyte.quant.weight import BLOCKSIZES
+from halfbyte.quant.weight import check_format
 
 QUANT_METHOD = "halfbyte"
 SAVEABLE = ("nf4", "fp4")
@@ -40,12 +39,7 @@ class HalfbyteConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
-        if quant_type not in FOUR_BIT:
-            raise InputError(
-                f"quant_type is {quant_type!r}{nearest(quant_type, FOUR_BIT)}; it must be one of {', '.join(FOUR_BIT)}."
-            )
-        if blocksize not in BLOCKSIZES:
-            raise InputError(f"blocksize is {blocksize}; it must be {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}.")
+        check_format(quant_type, blocksize)
         self.quant_method = quant_method
         self.quant_type = quant_type
         self.blocksize = blocksize

@@ -80,6 +80,13 @@ def load(
         )
     except (OSError, SafetensorError) as error:
         raise InputError(_first_sentence(f"The model {path} cannot be opened: {error}")) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"The model {path} comes with code of its own; read it, then allow it with trust_remote_code "
+            "(--trust-remote-code)."
+        ) from error
     except RuntimeError as error:
         # transformers has logged a table of what did not fit, and says so in its error.
         if "conversion of the weights" not in str(error) and "mismatch" not in str(error):

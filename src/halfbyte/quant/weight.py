@@ -141,6 +141,20 @@ class QuantizedWeight:
         return cls(packed, statistics, about["quant_type"], shape, getattr(torch, about["dtype"]))
 
 
+def check_format(quant_type: str, blocksize: int) -> None:
+    """Refuse what no 4-bit weight can have.
+
+    Raises:
+        InputError: an unknown ``quant_type`` or an unsupported ``blocksize``.
+    """
+    if quant_type not in FOUR_BIT:
+        raise InputError(
+            f"quant_type is {quant_type!r}{nearest(quant_type, FOUR_BIT)}; it must be one of {', '.join(FOUR_BIT)}."
+        )
+    if blocksize not in BLOCKSIZES:
+        raise InputError(f"blocksize is {blocksize}; it must be {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}.")
+
+
 def quantize_4bit(
     tensor: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
 ) -> QuantizedWeight:
@@ -156,12 +170,7 @@ def quantize_4bit(
         InputError: an unknown ``quant_type``, an unsupported ``blocksize`` or an empty tensor.
         TypeError: a dtype other than the three.
     """
-    if quant_type not in FOUR_BIT:
-        raise InputError(
-            f"quant_type is {quant_type!r}{nearest(quant_type, FOUR_BIT)}; it must be one of {', '.join(FOUR_BIT)}."
-        )
-    if blocksize not in BLOCKSIZES:
-        raise InputError(f"blocksize is {blocksize}; it must be {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}.")
+    check_format(quant_type, blocksize)
     if tensor.numel() == 0:
         raise InputError(f"A tensor of shape {tuple(tensor.shape)} holds no value to quantize.")
     code = codebook(quant_type, tensor.device)
