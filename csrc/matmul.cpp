@@ -17,11 +17,13 @@ constexpr int64_t kGrain = 1 << 16;      // values of the right factors for one 
 constexpr int64_t kPanels = 4;           // terms whose panels are in cache together, at most
 constexpr int64_t kExtraLanes = 64;      // that further terms may add to a full panel
 constexpr int64_t kMostTileRows = 32;
+constexpr int64_t kGroup = 256;          // rows of packed x that are multiplied with several panels in turn
+constexpr int64_t kCached = 1 << 20;     // bytes of packed x that stay in cache while strips are done one by one
 
 // What a thread works in, kept for its next call.
 struct Scratch {
     alignas(64) float panels[kPanels][kLanes * kStrip];
-    alignas(64) float sums[kChunk * kStrip];
+    alignas(64) float sums[kPanels][kChunk * kStrip];
     alignas(64) float x[kMostTileRows][kLanes + 16];
     alignas(64) float bias[kStrip + 16];
 };
@@ -29,6 +31,18 @@ struct Scratch {
 Scratch& scratch() {
     static thread_local const std::unique_ptr<Scratch> mine(new Scratch);  // pages that nobody writes to are not there
     return *mine;
+}
+
+// Memory for the packed x of a call by this thread, kept for its next.
+char* packed_scratch(int64_t bytes) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local int64_t size = 0;
+    if (size < bytes) {
+        memory.reset();
+        memory.reset(new char[static_cast<size_t>(bytes) + 64]);
+        size = bytes;
+    }
+    return memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
 }
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -52,31 +66,101 @@ class Product {
                a_.terms->weight->piece > 0) {}
 
     void run(int threads) const {
-        const int64_t strip = few_ ? kFewStrip : kStrip;
+        const bool tiled = k_.pack && !few_;
+        const char* const packed = tiled ? pack(threads) : nullptr;
+        const int64_t strip = few_ ? kFewStrip : tiled ? kStrip * panels_at_once() : kStrip;
         const int64_t strips = parts(a_.width, strip);
         const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips));
         const int64_t chunks = std::max(parts(a_.rows, kChunk), few_ ? 1 : wanted);
         const int64_t chunk = parts(parts(a_.rows, chunks), k_.tile_rows) * k_.tile_rows;
-        int64_t depth = 0;
-        for (int i = 0; i < a_.count; ++i) depth += a_.terms[i].depth();
-        const int64_t grain = std::max(kGrain / std::max(strip * depth, int64_t{1}), int64_t{1});
+        const int64_t grain = std::max(kGrain / std::max(strip * depth(), int64_t{1}), int64_t{1});
         parallel_for(strips * chunks, grain, threads, [&](int64_t first, int64_t last) {
             for (int64_t task = first; task < last; ++task) {
                 const int64_t row = task / strips * chunk, column = task % strips * strip;
-                part(row, std::min(row + chunk, a_.rows), column, std::min(strip, a_.width - column));
+                const int64_t end = std::min(row + chunk, a_.rows), columns = std::min(strip, a_.width - column);
+                if (tiled) {
+                    tiled_part(packed, row, end, column, columns);
+                } else {
+                    part(row, end, column, columns);
+                }
             }
         });
     }
 
   private:
+    int64_t depth() const {
+        int64_t depth = 0;
+        for (int i = 0; i < a_.count; ++i) depth += a_.terms[i].depth();
+        return depth;
+    }
+
+    // The bytes of kTile packed rows of a term, and of all.
+    static int64_t row_of_tiles(const Term& term) { return parts(term.depth(), 2 * kTile) * kTileBytes; }
+    int64_t all_tiles(const Term& term) const { return parts(a_.rows, kTile) * row_of_tiles(term); }
+
+    // Every x in tiles, one after the other.
+    const char* pack(int threads) const {
+        int64_t bytes = 0;
+        for (int i = 0; i < a_.count; ++i) bytes += all_tiles(a_.terms[i]);
+        char* const packed = packed_scratch(bytes);
+        const int64_t grain = kGrain / (kTile * std::max(depth(), int64_t{1})) + 1;
+        parallel_for(parts(a_.rows, kTile), grain, threads, [&](int64_t first, int64_t last) {
+            char* tiles = packed;
+            for (const Term* term = a_.terms; term < a_.terms + a_.count; ++term) {
+                const int64_t stride = term->stride * size_;
+                for (int64_t i = first; i < last; ++i) {
+                    k_.pack(at(term->x, i * kTile * stride), stride, std::min(kTile, a_.rows - i * kTile),
+                            term->depth(), tiles + i * row_of_tiles(*term));
+                }
+                tiles += all_tiles(*term);
+            }
+        });
+        return packed;
+    }
+
+    // One, or, where x does not stay in the second cache meanwhile, up to kPanels of about the same number of columns:
+    // each of its tiles is then fetched from afar only once for all of them.
+    int64_t panels_at_once() const {
+        if (std::min(a_.rows, kChunk) * depth() * size_ <= kCached) return 1;
+        const int64_t strips = parts(a_.width, kStrip);
+        return parts(strips, parts(strips, kPanels));
+    }
+
+    // `part` with a packed x and up to kPanels strips of columns.
+    void tiled_part(const char* tiles, int64_t begin, int64_t end, int64_t column, int64_t columns) const {
+        Scratch& s = scratch();
+        bool add = false;
+        for (const Term* term = a_.terms; term < a_.terms + a_.count; ++term) {
+            const int64_t depth = term->depth(), stride = row_of_tiles(*term);
+            for (int64_t first = 0; first < depth; first += 2 * kLanes, add = true) {
+                const int64_t last = std::min(first + 2 * kLanes, depth);
+                const Piece piece{term, first, last, parts(last - first, 2)};
+                for (int64_t c = 0; c < columns; c += kStrip) fill(piece, column + c, s.panels[c / kStrip]);
+                for (int64_t row = begin; row < end; row += kGroup) {
+                    const char* const x = tiles + row / kTile * stride + first / (2 * kTile) * kTileBytes;
+                    for (int64_t c = 0; c < columns; c += kStrip) {
+                        k_.multiply_packed(x, stride, std::min(kGroup, end - row), s.panels[c / kStrip], piece.lanes,
+                                           std::min(kStrip, columns - c), s.sums[c / kStrip] + (row - begin) * kStrip,
+                                           add);
+                    }
+                }
+            }
+            tiles += all_tiles(*term);
+        }
+        for (int64_t c = 0; c < columns; c += kStrip) {
+            const int64_t n = std::min(kStrip, columns - c);
+            widen_bias(column + c, n, s);
+            finish(begin, end, column + c, n, s.sums[c / kStrip], s);
+        }
+    }
+
     // The rows [begin, end) of the columns [column, column + columns).
     void part(int64_t begin, int64_t end, int64_t column, int64_t columns) const {
         Scratch& s = scratch();
-        std::fill(s.bias, s.bias + kStrip, 0.0f);
-        if (a_.bias) out_.widen(at(a_.bias, column * y_size_), columns, s.bias);
+        widen_bias(column, columns, s);
         if (few_) {
-            k_.dot(*a_.terms->weight, column, columns, a_.terms->x, end, s.sums);
-            return finish(begin, end, column, columns, s.sums, s);
+            k_.dot(*a_.terms->weight, column, columns, a_.terms->x, end, s.sums[0]);
+            return finish(begin, end, column, columns, s.sums[0], s);
         }
         Piece pieces[kPanels];
         Piece next{a_.terms, 0, 0, 0};
@@ -86,7 +170,7 @@ class Product {
             for (int i = 0; i < count; ++i) fill(pieces[i], column, s.panels[i]);
             for (int64_t row = begin; row < end; row += k_.tile_rows) {
                 const int64_t rows = std::min(k_.tile_rows, end - row);
-                float* const sums = whole ? s.sums : s.sums + (row - begin) * kStrip;
+                float* const sums = whole ? s.sums[0] : s.sums[0] + (row - begin) * kStrip;
                 for (int i = 0; i < count; ++i) {
                     multiply(pieces[i], row, rows, s.panels[i], columns, sums, add || i > 0, s);
                 }
@@ -94,6 +178,11 @@ class Product {
             }
             if (done(next)) return;
         }
+    }
+
+    void widen_bias(int64_t column, int64_t columns, Scratch& s) const {
+        std::fill(s.bias, s.bias + kStrip, 0.0f);
+        if (a_.bias) out_.widen(at(a_.bias, column * y_size_), columns, s.bias);
     }
 
     bool done(const Piece& next) const { return next.term == a_.terms + a_.count; }

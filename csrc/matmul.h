@@ -20,6 +20,8 @@ namespace halfbyte {
 
 constexpr int64_t kStrip = 64;   // columns of a panel
 constexpr int64_t kLanes = 512;  // depth of a panel in lanes: 128 KiB, half of a small L2 cache
+constexpr int64_t kTile = 16;    // rows and lanes of a tile of packed x
+constexpr int64_t kTileBytes = kTile * kTile * 4;
 constexpr int64_t kChunk = 1056;  // rows that share a panel, at most
 
 // Quotients by a number that is mostly a power of two.
@@ -91,6 +93,14 @@ struct MatmulKernels {
 
     // y[0 .. n) = sums + bias, n <= kStrip.
     void (*finish)(const float* sums, const float* bias, int64_t n, void* y);
+
+    // For a tier that multiplies in tiles of x, otherwise null: copy up to kTile rows of x, `stride` bytes apart, into
+    // ceil(depth / 2 kTile) tiles that follow each other along the depth, padded with zeros.
+    void (*pack)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tiles) = nullptr;
+
+    // As `multiply`, for any number of such rows, each kTile of them `stride` bytes after those before.
+    void (*multiply_packed)(const void* tiles, int64_t stride, int64_t rows, const float* panel, int64_t lanes,
+                            int64_t columns, float* sums, bool add) = nullptr;
 };
 
 // One term of a sum of products: x times Wᵀ (forward) or W (gradient).
@@ -123,6 +133,7 @@ void matmul(const MatmulKernels& kernels, const MatmulKernels& out, const Matmul
 // The kernels of a tier for this chip.
 const MatmulKernels* avx2_matmul(Type type);
 const MatmulKernels* avx512_matmul(Type type);
+const MatmulKernels* amx_matmul(Type type);
 
 namespace {
 
