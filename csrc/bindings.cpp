@@ -11,8 +11,6 @@
 #include <array>
 #include <atomic>
 #include <deque>
-#include <limits>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -23,6 +21,7 @@
 #include "matmul.h"
 #include "parallel.h"
 #include "probe.h"
+#include "tables.h"
 
 namespace nb = nanobind;
 
@@ -45,39 +44,6 @@ const std::vector<const Tier*>& tiers() {
 
 const Tier& tier(int index) { return *tiers()[static_cast<size_t>(index)]; }
 
-// Fill the tree of 2^depth nodes with the midpoints between `values` (ascending).
-void plant(const std::vector<float>& values, int depth, float* tree) {
-    tree[0] = 0.0f;
-    for (int level = 0; level < depth; ++level) {
-        for (int i = 0; i < 1 << level; ++i) {
-            const size_t rank = static_cast<size_t>(((2 * i + 1) << (depth - level - 1)) - 1);
-            tree[(1 << level) + i] = rank + 1 < values.size() ? (values[rank] + values[rank + 1]) / 2
-                                                               : std::numeric_limits<float>::infinity();
-        }
-    }
-}
-
-Search4 search4(Address code) {
-    std::array<float, 16> table;
-    std::memcpy(table.data(), pointer<const void>(code), sizeof table);
-    Search4 search;
-    std::iota(search.code, search.code + 16, uint8_t{0});
-    std::stable_sort(search.code, search.code + 16, [&](uint8_t a, uint8_t b) { return table[a] < table[b]; });
-    std::vector<float> values;
-    for (const uint8_t q : search.code) values.push_back(table[q]);
-    plant(values, 4, search.midpoint);
-    return search;
-}
-
-Search8 search8(Address code, int size) {
-    std::vector<float> values(static_cast<size_t>(size));
-    std::memcpy(values.data(), pointer<const void>(code), values.size() * sizeof(float));
-    Search8 search;
-    search.last = size - 1;
-    plant(values, 8, search.midpoint);
-    return search;
-}
-
 template <class Arguments>
 void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int threads) {
     const int64_t blocks = (arguments.n + arguments.blocksize - 1) / arguments.blocksize;
@@ -87,15 +53,16 @@ void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Argum
 
 void quantize_4bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code,
                    Address packed, Address absmax) {
-    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize, search4(code),
-                                 pointer<uint8_t>(packed), pointer<float>(absmax)};
+    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize,
+                                 search4(pointer<const void>(code)), pointer<uint8_t>(packed), pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_4bit, arguments, threads);
 }
 
 void quantize_8bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code, int size,
                    Address codes, Address absmax) {
-    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize, search8(code, size),
-                                 pointer<uint8_t>(codes), pointer<float>(absmax)};
+    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize,
+                                 search8(pointer<const void>(code), size), pointer<uint8_t>(codes),
+                                 pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_8bit, arguments, threads);
 }
 
@@ -142,12 +109,7 @@ void dequantize_8bit(int isa, int threads, Address codes, Address code, int size
 // Make a table, unless it is that of these values already.
 void update(std::optional<Table8bit>& table, Address code) {
     if (table && !std::memcmp(table->value, pointer<const void>(code), sizeof table->value)) return;
-    table.emplace();
-    std::memcpy(table->value, pointer<const void>(code), sizeof table->value);
-    table->search = search8(code, 256);
-    std::vector<float> midpoints;
-    for (int i = 0; i < 255; ++i) midpoints.push_back((table->value[i] + table->value[i + 1]) / 2);
-    table->lines = fit_lines(midpoints);
+    table = table8bit(pointer<const void>(code));
 }
 
 // The constants of a step, in the order of Adamw's members.
@@ -214,39 +176,60 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     const Weight4bit weight = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
                                           blocksize, out_features, in_features);
     const int64_t depth = gradient ? out_features : in_features, width = gradient ? in_features : out_features;
-    const Term term{pointer<const void>(x), depth, gradient, &weight, {}};
+    Term term{pointer<const void>(x), depth, 1, gradient, &weight, {}};
     const Type storage = static_cast<Type>(type);
-    const MatmulKernels& kernels = *tier(isa).matmul(storage);
-    matmul(kernels, kernels, {rows, width, &term, 1, storage, storage, pointer<const void>(bias), pointer<void>(y)},
-           threads);
+    const MatmulKernels* const kernels = tier(isa).matmul(storage);
+    Matmul product{kernels, kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
+                   pointer<void>(y), width};
+    matmul(&product, 1, threads);
 }
 
-// The terms of a product, as Python gathers them.
-struct Terms {
-    std::vector<Term> terms;
-    std::deque<Weight4bit> weights;  // whose elements stay where they are
+// A sum of products, as Python gathers its terms.
+class Sum {
+  public:
+    Sum(int isa, int64_t rows, int64_t width, int type, int y_type, Address bias, Address y, int64_t y_stride) {
+        matmul_.type = static_cast<Type>(type);
+        matmul_.y_type = static_cast<Type>(y_type);
+        matmul_.kernels = tier(isa).matmul(matmul_.type);
+        matmul_.y_kernels = tier(isa).matmul(matmul_.y_type);
+        matmul_.rows = rows;
+        matmul_.width = width;
+        matmul_.bias = pointer<const void>(bias);
+        matmul_.y = pointer<void>(y);
+        matmul_.y_stride = y_stride;
+    }
 
-    void add_weight(Address x, int64_t stride, bool gradient, Address packed, Address code, Address absmax,
-                    Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+    void add_weight(Address x, int64_t stride, int64_t step, bool gradient, Address packed, Address code,
+                    Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
                     int64_t blocksize, int64_t rows, int64_t columns) {
-        weights.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
-                                      blocksize, rows, columns));
-        terms.push_back({pointer<const void>(x), stride, gradient, &weights.back(), {}});
+        weights_.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                       blocksize, rows, columns));
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, &weights_.back(), {}});
     }
 
-    void add_dense(Address x, int64_t stride, bool gradient, Address values, int type, int64_t rows, int64_t columns,
-                   int64_t values_stride) {
+    void add_dense(Address x, int64_t stride, int64_t step, bool gradient, Address values, int type, int64_t rows,
+                   int64_t columns, int64_t values_stride) {
         const Dense dense{pointer<const void>(values), static_cast<Type>(type), rows, columns, values_stride};
-        terms.push_back({pointer<const void>(x), stride, gradient, nullptr, dense});
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, dense});
     }
+
+    // Valid until something is added.
+    Matmul arguments() {
+        matmul_.terms = terms_.data();
+        matmul_.count = static_cast<int>(terms_.size());
+        return matmul_;
+    }
+
+  private:
+    Matmul matmul_{};
+    std::vector<Term> terms_;
+    std::deque<Weight4bit> weights_;  // whose elements stay where they are
 };
 
-void matmul_terms(int isa, int threads, const Terms& terms, int64_t rows, int64_t width, int type, int y_type,
-                  Address bias, Address y) {
-    const Type x_storage = static_cast<Type>(type), y_storage = static_cast<Type>(y_type);
-    const Matmul arguments{rows, width, terms.terms.data(), static_cast<int>(terms.terms.size()), x_storage, y_storage,
-                           pointer<const void>(bias), pointer<void>(y)};
-    matmul(*tier(isa).matmul(x_storage), *tier(isa).matmul(y_storage), arguments, threads);
+void matmul_sums(int threads, const std::vector<Sum*>& sums) {
+    std::vector<Matmul> products;
+    for (Sum* sum : sums) products.push_back(sum->arguments());
+    matmul(products.data(), static_cast<int>(products.size()), threads);
 }
 
 std::vector<std::string> tier_names() {
@@ -281,9 +264,9 @@ NB_MODULE(_native, module) {
     module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
-    nb::class_<Terms>(module, "Terms")
-        .def(nb::init<>())
-        .def("add_weight", &Terms::add_weight)
-        .def("add_dense", &Terms::add_dense);
-    module.def("matmul_terms", matmul_terms, unlocked());
+    nb::class_<Sum>(module, "Sum")
+        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>())
+        .def("add_weight", &Sum::add_weight)
+        .def("add_dense", &Sum::add_dense);
+    module.def("matmul_sums", matmul_sums, unlocked());
 }

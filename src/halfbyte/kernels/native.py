@@ -24,7 +24,7 @@ from torch import Tensor
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import reference
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Term, Weight4bit
+from halfbyte.kernels.terms import Sum, Weight4bit
 
 _AVAILABLE = importlib.util.find_spec("halfbyte._native") is not None
 if _AVAILABLE:
@@ -175,52 +175,44 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return _matmul(dy, packed, statistics, shape, None, gradient=True)
 
 
-def matmul_terms(terms: Sequence[Term], dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    """A sum of products, each value rounded once; of any number of rows in one order."""
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products, each value rounded once, all in one parallel region.
+
+    As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; up to 8 rows
+    are summed in another order than more where the first term is a 4-bit weight, no gradient.
+    """
     isa = _tier()
-    x, factor, gradient = terms[0]
-    width = factor.shape[1 if gradient else 0]
-    if 0 in (len(x), width) or not _native.multiplies(isa):
-        return reference.matmul_terms(terms, dtype, bias)
-    gathered, kept = _native.Terms(), []
-    for x, factor, gradient in terms:
-        if isinstance(factor, Weight4bit):
-            code, nested_code = _tables(factor.statistics)
-            kept.append((code, nested_code))
-            gathered.add_weight(
-                x.data_ptr(),
-                x.stride(0),
-                gradient,
-                factor.packed.data_ptr(),
-                code.data_ptr(),
-                *_scales(factor.statistics, nested_code),
-                factor.statistics.blocksize,
-                *factor.shape,
+    if not _native.multiplies(isa):
+        return reference.matmul_sums(sums)
+    gathered, kept = [], []
+    for terms, out, bias in sums:
+        gathered.append(
+            _native.Sum(
+                isa,
+                *out.shape,
+                _TYPES[terms[0].x.dtype],
+                _TYPES[out.dtype],
+                0 if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                out.stride(0),
             )
-        else:
-            gathered.add_dense(
-                x.data_ptr(),
-                x.stride(0),
-                gradient,
-                factor.data_ptr(),
-                _TYPES[factor.dtype],
-                *factor.shape,
-                factor.stride(0),
-            )
-    bias = None if bias is None else bias.contiguous()
-    y = torch.empty(len(x), width, dtype=dtype, device="cpu")
-    _native.matmul_terms(
-        isa,
-        threads(),
-        gathered,
-        len(x),
-        width,
-        _TYPES[x.dtype],
-        _TYPES[dtype],
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-    )
-    return y
+        )
+        for x, factor, gradient in terms:
+            left = x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 1, gradient
+            if isinstance(factor, Weight4bit):
+                code, nested_code = _tables(factor.statistics)
+                kept.append((code, nested_code))
+                gathered[-1].add_weight(
+                    *left,
+                    factor.packed.data_ptr(),
+                    code.data_ptr(),
+                    *_scales(factor.statistics, nested_code),
+                    factor.statistics.blocksize,
+                    *factor.shape,
+                )
+            else:
+                gathered[-1].add_dense(*left, factor.data_ptr(), _TYPES[factor.dtype], *factor.shape, factor.stride(0))
+    _native.matmul_sums(threads(), gathered)
 
 
 def adamw_32bit(
