@@ -9,8 +9,8 @@
 //
 // Weights are those of dequantize_4bit, rounded to the type of x, except that a chip's bf16 unit takes subnormal
 // values for zero, also among its results. Sums are fp32. Each result is summed in an order that depends on the tier,
-// the type, the terms' depths and on whether the call has few rows: never on the number of threads or on what other
-// rows there are.
+// the type, the terms' depths and on whether the call has few rows (and the first x no gaps between them): never on the
+// number of threads or on what other rows there are.
 
 #pragma once
 
@@ -94,8 +94,9 @@ struct MatmulKernels {
     // y[0 .. n) = sums + bias, n <= kStrip.
     void (*finish)(const float* sums, const float* bias, int64_t n, void* y);
 
-    // For a tier that multiplies in tiles of x, otherwise null: copy up to kTile rows of x, `stride` bytes apart, into
-    // ceil(depth / 2 kTile) tiles that follow each other along the depth, padded with zeros.
+    // For a tier that multiplies in tiles of x, and whose panels are kStrip floats for each lane; otherwise null. Copy up
+    // to kTile rows of x, `stride` bytes apart, into ceil(depth / 2 kTile) tiles that follow each other along the depth,
+    // padded with zeros.
     void (*pack)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tiles) = nullptr;
 
     // As `multiply`, for any number of such rows, each kTile of them `stride` bytes after those before.

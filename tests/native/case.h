@@ -104,7 +104,8 @@ struct Case {
     }
     int64_t length() { return note("n", random.once_in(20) ? 0 : random.below(random.of({40, 700, 9000}))); }
     int64_t blocksize() { return note("blocksize", random.of<int64_t>({64, 128, 32, 256, 1024, 4096, 96, 48, 7, 1})); }
-    int64_t shift(int64_t most = 7) { return note("shift", random.once_in(2) ? 0 : random.below(most + 1)); }
+    int64_t shift() { return note("shift", random.once_in(2) ? 0 : random.below(8)); }
+    int64_t gap() { return random.once_in(3) ? random.below(9) : 0; }
 
     // n values of the type, of which some are special.
     Buffer values(int64_t n, Type type, bool special = true) {

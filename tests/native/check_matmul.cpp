@@ -10,7 +10,9 @@ namespace {
 
 // One term: x, a 4-bit or dense W, and what W is, depth x width, in double.
 struct Factors {
-    int64_t depth, stride;  // of x
+    int64_t depth;
+    bool transposed;  // how x lies
+    int64_t stride, step;
     bool gradient, quantized;
     int64_t rows, columns;  // of W
     int64_t dense_stride;
@@ -24,16 +26,18 @@ struct Factors {
 
     Factors(Case& c, Type type, int64_t x_rows, int64_t width, int64_t most)
         : depth(c.note("depth", c.random.once_in(2) ? 1 + c.random.below(most) : 32 * (1 + c.random.below(most) / 32))),
-          stride(depth + c.note("x_gap", c.random.once_in(3) ? c.random.below(9) : 0)),
+          transposed(c.note("transposed", c.random.once_in(5))),
+          stride(transposed ? 1 : depth + c.note("x_gap", c.gap())),
+          step(transposed ? x_rows + c.note("x_gap", c.gap()) : 1),
           gradient(c.note("gradient", c.random.once_in(2))),
           quantized(c.note("quantized", !c.random.once_in(3))),
           rows(gradient ? depth : width),
           columns(gradient ? width : depth),
-          dense_stride(columns + c.note("gap", c.random.once_in(3) ? c.random.below(9) : 0)),
+          dense_stride(columns + c.note("gap", c.gap())),
           dense_type(c.type()),
           blocksize(c.blocksize()),
           blocks((rows * columns + blocksize - 1) / blocksize),
-          x(x_rows > 0 ? ((x_rows - 1) * stride + depth) * size_of(type) : 0, c.shift(), 0),
+          x(x_rows > 0 ? ((x_rows - 1) * stride + (depth - 1) * step + 1) * size_of(type) : 0, c.shift(), 0),
           values(quantized ? c.bytes((rows * columns + 1) / 2, c.shift())
                            : Buffer(((rows - 1) * dense_stride + columns) * size_of(dense_type), c.shift(), 0)),
           code(table_of(c, 16)),
@@ -66,78 +70,97 @@ struct Factors {
     }
 
     Term term() const {
-        return {x.data, stride, gradient, quantized ? &weight : nullptr,
+        return {x.data, stride, step, gradient, quantized ? &weight : nullptr,
                 {values.data, dense_type, rows, columns, dense_stride}};
     }
 };
 
-// Each element within the rounding to its type, and 2e-6 of the sum of magnitudes for the sums in fp32, of the sum of
-// products in double. Where that is NaN or infinite so must be y.
-void close(const Case& c, const Buffer& y, int64_t y_stride, Type y_type, const std::deque<Factors>& terms, Type type,
-           const Buffer* bias, int64_t rows, int64_t width) {
-    std::vector<double> sums(static_cast<size_t>(width)), sizes(sums.size());
-    for (int64_t r = 0; r < rows; ++r) {
-        for (size_t i = 0; i < sums.size(); ++i) {
-            sums[i] = bias ? get(bias->data, static_cast<int64_t>(i), y_type) : 0.0;
-            sizes[i] = std::abs(sums[i]);
+// A sum of terms and, apart from where a call puts it, all that it takes.
+struct Sum {
+    Type type, y_type;
+    int64_t rows, width, y_stride, shift;
+    std::deque<Factors> terms;
+    bool biased;
+    Buffer bias;
+
+    explicit Sum(Case& c)
+        : type(c.type()),
+          y_type(c.random.once_in(2) ? type : c.type()),
+          rows(c.note("rows", c.random.below(c.random.of({10, 20, 20, 300})))),
+          width(c.note("width", c.random.once_in(2) ? 1 + c.random.below(400) : 32 * (1 + c.random.below(12)))),
+          y_stride(width + c.note("y_gap", c.gap())),
+          shift(c.shift()),
+          biased(c.note("bias", c.random.once_in(2))),
+          bias(width * size_of(y_type), c.shift(), 0) {
+        const int64_t most = c.random.of<int64_t>({50, 300, 300, 1000000 / width / (rows + 1) + 1});  // of the depth
+        for (int64_t i = c.note("terms", c.random.of({1, 1, 2, 3, 6})); i > 0; --i) {
+            terms.emplace_back(c, type, rows, width, most);
         }
-        for (const Factors& term : terms) {
-            for (int64_t k = 0; k < term.depth; ++k) {
-                const double x = get(term.x.data, r * term.stride + k, type);
-                const double* const row = term.factor.data() + k * width;
-                for (size_t i = 0; i < sums.size(); ++i) {
-                    sums[i] += x * row[i];
-                    sizes[i] += std::abs(x * row[i]);
+        for (int64_t i = 0; i < width; ++i) put(bias.data, i, y_type, c.random.normal());
+    }
+
+    Buffer poisoned() const {
+        return {rows ? ((rows - 1) * y_stride + width) * size_of(y_type) : 0, shift, kOurs};
+    }
+
+    // Each element within the rounding to its type, and 2e-6 of the sum of magnitudes for the sums in fp32, of the
+    // sum of products in double. Where that is NaN or infinite so must be y.
+    void check(const Case& c, const Buffer& y) const {
+        std::vector<double> sums(static_cast<size_t>(width)), sizes(sums.size());
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = 0; i < width; ++i) {
+                sums[static_cast<size_t>(i)] = biased ? get(bias.data, i, y_type) : 0.0;
+                sizes[static_cast<size_t>(i)] = std::abs(sums[static_cast<size_t>(i)]);
+            }
+            for (const Factors& term : terms) {
+                for (int64_t k = 0; k < term.depth; ++k) {
+                    const double x = get(term.x.data, r * term.stride + k * term.step, type);
+                    const double* const row = term.factor.data() + k * width;
+                    for (size_t i = 0; i < sums.size(); ++i) {
+                        sums[i] += x * row[i];
+                        sizes[i] += std::abs(x * row[i]);
+                    }
                 }
             }
+            for (int64_t i = 0; i < width; ++i) {
+                const double got = get(y.data, r * y_stride + i, y_type), expected = sums[static_cast<size_t>(i)];
+                const double bound = 1.01 * rounding(expected, y_type) + 2e-6 * sizes[static_cast<size_t>(i)];
+                const bool right = std::isfinite(expected) ? std::abs(got - expected) <= bound
+                                                           : got == expected || (got != got && expected != expected);
+                if (!right) c.require(false, c.differ("y", r * y_stride + i, got, expected));
+            }
         }
-        for (size_t i = 0; i < sums.size(); ++i) {
-            const int64_t place = r * y_stride + static_cast<int64_t>(i);
-            const double got = get(y.data, place, y_type), expected = sums[i];
-            const double bound = 1.01 * rounding(expected, y_type) + 2e-6 * sizes[i];
-            const bool right = std::isfinite(expected) ? std::abs(got - expected) <= bound
-                                                       : got == expected || (got != got && expected != expected);
-            if (!right) c.require(false, c.differ("y", place, got, expected));
+        for (int64_t i = 0; i < y.size; ++i) {
+            const bool between = i / size_of(y_type) % y_stride >= width;
+            if (between && y.data[i] != kOurs) c.require(false, c.differ("byte between rows", i, y.data[i], kOurs));
         }
     }
-}
+};
 
 }  // namespace
 
 void matmul(Case& c) {
-    const Type type = c.type(), y_type = c.random.once_in(2) ? type : c.type();
-    const MatmulKernels &kernels = *c.tier.matmul(type), &out = *c.tier.matmul(y_type);
-    const int64_t rows = c.note("rows", c.random.below(c.random.of({10, 20, 20, 300})));
-    const int64_t most = c.random.of({70, 300, 2600});  // of the depth
-    int64_t width = 1 + c.random.below(100000 / most);
-    if (c.random.once_in(2)) width = (width + 31) / 32 * 32;
-    c.note("width", width);
-    std::deque<Factors> terms;
-    std::vector<Term> views;
-    for (int64_t i = c.note("terms", c.random.of({1, 1, 2, 3, 6})); i > 0; --i) {
-        terms.emplace_back(c, type, rows, width, most);
-        views.push_back(terms.back().term());
+    std::deque<Sum> sums;
+    for (int64_t i = c.note("sums", c.random.of({1, 1, 2, 3})); i > 0; --i) sums.emplace_back(c);
+    std::vector<std::vector<Buffer>> results;
+    for (const int threads : {1, 2, 3}) {
+        std::vector<Buffer>& ys = results.emplace_back();
+        std::deque<std::vector<Term>> terms;
+        std::vector<Matmul> products;
+        for (const Sum& sum : sums) {
+            ys.push_back(sum.poisoned());
+            terms.emplace_back();
+            for (const Factors& term : sum.terms) terms.back().push_back(term.term());
+            products.push_back({c.tier.matmul(sum.type), c.tier.matmul(sum.y_type), sum.type, sum.y_type, sum.rows,
+                                sum.width, terms.back().data(), static_cast<int>(terms.back().size()),
+                                sum.biased ? sum.bias.data : nullptr, ys.back().data, sum.y_stride});
+        }
+        matmul(products.data(), static_cast<int>(products.size()), threads);
     }
-    Buffer bias(width * size_of(y_type), c.shift(), 0);
-    for (int64_t i = 0; i < width; ++i) put(bias.data, i, y_type, c.random.normal());
-    const bool biased = c.note("bias", c.random.once_in(2));
-    const int64_t y_stride = width + c.note("y_gap", c.random.once_in(3) ? c.random.below(9) : 0);
-    const int64_t size = rows ? ((rows - 1) * y_stride + width) * size_of(y_type) : 0, shift = c.shift();
-    const Buffer first(size, shift, kOurs);
-    const Matmul a{rows, width, views.data(), static_cast<int>(views.size()), type, y_type, biased ? bias.data : nullptr,
-                   first.data, y_stride};
-    matmul(kernels, out, a, 1);
-    close(c, first, y_stride, y_type, terms, type, biased ? &bias : nullptr, rows, width);
-    for (int64_t i = 0; i < size; ++i) {
-        const bool between = i / size_of(y_type) % y_stride >= width;
-        if (between && first.data[i] != kOurs) c.require(false, c.differ("byte between rows", i, first.data[i], kOurs));
-    }
-    for (const int threads : {2, 3}) {
-        const Buffer y(size, shift, kOurs);
-        Matmul again = a;
-        again.y = y.data;
-        matmul(kernels, out, again, threads);
-        c.same(y, first, "bytes of y on several threads");
+    for (size_t i = 0; i < sums.size(); ++i) {
+        sums[i].check(c, results[0][i]);
+        c.same(results[1][i], results[0][i], "bytes of y on two threads");
+        c.same(results[2][i], results[0][i], "bytes of y on three threads");
     }
 }
 
