@@ -13,16 +13,19 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t kSmallChunk = 48;      // rows that share a panel, at least, while threads have too little to do
-constexpr int64_t kFewStrip = 16;        // columns at a time where there are few rows
+constexpr int64_t kFewStrip = 16;        // columns at a time where there are few rows and no panel
 constexpr int64_t kGrain = 1 << 16;      // values of the right factors for one thread at a time, at least
 constexpr int64_t kPanels = 4;           // terms whose panels are in cache together, at most
 constexpr int64_t kExtraLanes = 64;      // that further terms may add to a full panel
 constexpr int64_t kMostTileRows = 32;
+constexpr int64_t kTiledRows = 256;      // of packed x, that are multiplied with several panels in turn
+constexpr int64_t kStretch = 256;        // of the depth, that several panels are filled with in turn
+constexpr int64_t kCached = 1 << 20;     // bytes of packed x that stay in cache while strips are done one by one
 
 // What a thread works in, kept for its next call.
 struct Scratch {
     alignas(64) float panels[kPanels][kLanes * kStrip];
-    alignas(64) float sums[kChunk * kStrip];
+    alignas(64) float sums[kPanels * kChunk * kStrip];
     alignas(64) float x[kMostTileRows][kLanes + 16];
     alignas(64) float bias[kStrip + 16];
 };
@@ -53,8 +56,9 @@ class Product {
           per_lane_(k_.pairs ? 2 : 1),
           size_(size_of(a_.type)),
           y_size_(size_of(a_.y_type)),
-          few_(a_.rows <= k_.few_rows && a_.terms->weight && !a_.terms->gradient && a_.terms->weight->piece > 0),
-          strip_(few_ ? kFewStrip : kStrip),
+          few_(a_.rows <= k_.few_rows && dots(*a_.terms)),
+          tiled_(k_.pack && !few_ && a_.width > kStrip),
+          strip_(few_ && a_.count == 1 ? kFewStrip : tiled_ ? kStrip * panels_at_once() : kStrip),
           strips_(parts(a_.width, strip_)) {
         const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips_));
         const int64_t chunks = std::max(parts(a_.rows, kChunk), few_ ? 1 : wanted);
@@ -64,23 +68,94 @@ class Product {
     int64_t tasks() const { return strips_ * parts(a_.rows, chunk_); }
 
     // Values of the right factors that a task reads.
-    int64_t values() const {
-        int64_t depth = 0;
-        for (int i = 0; i < a_.count; ++i) depth += a_.terms[i].depth();
-        return strip_ * depth;
-    }
+    int64_t values() const { return strip_ * depth(); }
 
     void run(int64_t task) const {
         const int64_t row = task / strips_ * chunk_, column = task % strips_ * strip_;
-        part(row, std::min(row + chunk_, a_.rows), column, std::min(strip_, a_.width - column));
+        const int64_t end = std::min(row + chunk_, a_.rows), columns = std::min(strip_, a_.width - column);
+        tiled_ ? tiled_part(row, end, column, columns) : part(row, end, column, columns);
+    }
+
+    // What is to be packed before: so many times up to kTile rows.
+    int64_t packings() const { return tiled_ ? parts(a_.rows, kTile) : 0; }
+    int64_t packed_bytes() const {
+        int64_t bytes = 0;
+        for (int i = 0; i < a_.count; ++i) bytes += packings() * packed_row(a_.terms[i]);
+        return bytes;
+    }
+    void pack_to(char* tiles) { tiles_ = tiles; }
+
+    void pack(int64_t packing) const {
+        const int64_t row = packing * kTile, rows = std::min(kTile, a_.rows - row);
+        char* tiles = tiles_;
+        for (const Term* term = a_.terms; term < a_.terms + a_.count; ++term) {
+            const int64_t stride = term->stride * size_;
+            k_.pack(at(term->x, row * stride), stride, rows, term->depth(), tiles + packing * packed_row(*term));
+            tiles += packings() * packed_row(*term);
+        }
     }
 
   private:
+    // Whether `dot` can take this term.
+    static bool dots(const Term& term) {
+        return term.weight && !term.gradient && term.weight->piece > 0 && term.stride == term.depth();
+    }
+
+    int64_t depth() const {
+        int64_t depth = 0;
+        for (int i = 0; i < a_.count; ++i) depth += a_.terms[i].depth();
+        return depth;
+    }
+
+    // The bytes of kTile rows of x in tiles.
+    static int64_t packed_row(const Term& term) { return parts(term.depth(), 2 * kTile) * kTileBytes; }
+
+    // One, or, where x does not stay in the second cache from strip to strip, up to kPanels, so that a tile of it is
+    // fetched once for all of them.
+    int64_t panels_at_once() const {
+        if (std::min(a_.rows, kChunk) * depth() * size_ <= kCached) return 1;
+        const int64_t strips = parts(a_.width, kStrip);
+        return parts(strips, parts(strips, kPanels));
+    }
+
+    // The rows [begin, end), packed, of the columns [column, column + columns), up to kPanels strips.
+    void tiled_part(int64_t begin, int64_t end, int64_t column, int64_t columns) const {
+        Scratch& s = scratch();
+        const char* tiles = tiles_;
+        bool add = false;
+        for (const Term* term = a_.terms; term < a_.terms + a_.count; ++term) {
+            const int64_t depth = term->depth(), stride = packed_row(*term);
+            for (int64_t first = 0; first < depth; first += 2 * kLanes, add = true) {
+                const int64_t last = std::min(first + 2 * kLanes, depth);
+                for (int64_t from = first; from < last; from += kStretch) {
+                    const Piece piece{term, from, std::min(from + kStretch, last), 0};
+                    for (int64_t c = 0; c < columns; c += kStrip) {
+                        float* const panel = s.panels[c / kStrip] + (from - first) / 2 * kStrip;
+                        fill(piece, column + c, std::min(kStrip, columns - c), panel);
+                    }
+                }
+                for (int64_t row = begin; row < end; row += kTiledRows) {
+                    const char* const x = tiles + row / kTile * stride + first / (2 * kTile) * kTileBytes;
+                    for (int64_t c = 0; c < columns; c += kStrip) {
+                        k_.multiply_packed(x, stride, std::min(kTiledRows, end - row), s.panels[c / kStrip],
+                                           parts(last - first, 2), std::min(kStrip, columns - c),
+                                           s.sums + c * kChunk + (row - begin) * kStrip, add);
+                    }
+                }
+            }
+            tiles += packings() * stride;
+        }
+        for (int64_t c = 0; c < columns; c += kStrip) {
+            const int64_t n = std::min(kStrip, columns - c);
+            widen_bias(column + c, n, s);
+            finish(begin, end, column + c, n, s.sums + c * kChunk, s);
+        }
+    }
+
     // The rows [begin, end) of the columns [column, column + columns).
     void part(int64_t begin, int64_t end, int64_t column, int64_t columns) const {
         Scratch& s = scratch();
-        std::fill(s.bias, s.bias + kStrip, 0.0f);
-        if (a_.bias) a_.y_kernels->widen(at(a_.bias, column * y_size_), columns, s.bias);
+        widen_bias(column, columns, s);
         Piece pieces[kPanels];
         Piece next{a_.terms, 0, 0, 0};
         bool add = false;
@@ -104,6 +179,11 @@ class Product {
             }
             if (done(next)) return;
         }
+    }
+
+    void widen_bias(int64_t column, int64_t columns, Scratch& s) const {
+        std::fill(s.bias, s.bias + kStrip, 0.0f);
+        if (a_.bias) a_.y_kernels->widen(at(a_.bias, column * y_size_), columns, s.bias);
     }
 
     bool done(const Piece& next) const { return next.term == a_.terms + a_.count; }
@@ -175,10 +255,39 @@ class Product {
     const Matmul& a_;
     const MatmulKernels& k_;
     const int64_t per_lane_, size_, y_size_;
-    const bool few_;
+    const bool few_, tiled_;
     const int64_t strip_, strips_;
     int64_t chunk_;
+    char* tiles_ = nullptr;  // every x, packed
 };
+
+// Hand out the tasks of all products to the threads.
+void share_out(const std::vector<Product>& products, int64_t (Product::*count)() const,
+               void (Product::*run)(int64_t) const, int64_t grain, int threads) {
+    int64_t tasks = 0;
+    for (const Product& product : products) tasks += (product.*count)();
+    parallel_for(tasks, std::max(grain, int64_t{1}), threads, [&](int64_t first, int64_t last) {
+        for (const Product& product : products) {
+            const int64_t n = (product.*count)();
+            for (int64_t task = std::max(first, int64_t{0}); task < std::min(last, n); ++task) (product.*run)(task);
+            first -= n;
+            last -= n;
+        }
+    });
+}
+
+// The calling thread's memory for tiles, kept for its next call.
+char* tile_memory(int64_t bytes) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local int64_t size = 0;
+    if (size < bytes) {
+        memory.reset();
+        size = 0;
+        memory.reset(new char[static_cast<size_t>(bytes) + 64]);
+        size = bytes;
+    }
+    return memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
+}
 
 // Copies of left factors, kept for the calling thread's next call.
 class Copies {
@@ -262,21 +371,24 @@ void matmul(Matmul* products, int count, int threads) {
     static thread_local Copies copies;
     copies.take(products, count);
     std::vector<Product> works;
-    int64_t tasks = 0, values = 0;
+    int64_t tasks = 0, values = 0, packings = 0, bytes = 0;
     for (int i = 0; i < count; ++i) {
         if (products[i].rows == 0 || products[i].width == 0) continue;
         const Product& work = works.emplace_back(products[i], threads);
         tasks += work.tasks();
         values += work.tasks() * work.values();
+        packings += work.packings();
+        bytes += work.packed_bytes();
     }
-    const int64_t grain = std::max(kGrain * tasks / std::max(values, int64_t{1}), int64_t{1});
-    parallel_for(tasks, grain, threads, [&](int64_t first, int64_t last) {
-        for (const Product& work : works) {
-            for (int64_t task = std::max(first, int64_t{0}); task < std::min(last, work.tasks()); ++task) work.run(task);
-            first -= work.tasks();
-            last -= work.tasks();
+    if (packings > 0) {
+        char* tiles = tile_memory(bytes);
+        for (Product& work : works) {
+            work.pack_to(tiles);
+            tiles += work.packed_bytes();
         }
-    });
+        share_out(works, &Product::packings, &Product::pack, 2 * kGrain * packings / std::max(bytes, int64_t{1}), threads);
+    }
+    share_out(works, &Product::tasks, &Product::run, kGrain * tasks / std::max(values, int64_t{1}), threads);
 }
 
 }  // namespace halfbyte

@@ -9,8 +9,8 @@
 //
 // Weights are those of dequantize_4bit, rounded to the type of x, except that a chip's bf16 unit takes subnormal
 // values for zero, also among its results. Sums are fp32. Each result is summed in an order that depends on the tier,
-// the type, the width, the terms' depths and on whether the call has few rows: never on the number of threads or on
-// what other rows there are.
+// the type, the width, the terms' depths and on whether the call has few rows (and the first x no gaps between them):
+// never on the number of threads or on what other rows there are.
 
 #pragma once
 
@@ -20,6 +20,8 @@ namespace halfbyte {
 
 constexpr int64_t kStrip = 64;   // columns of a panel
 constexpr int64_t kLanes = 512;  // depth of a panel in lanes: 128 KiB, half of a small L2 cache
+constexpr int64_t kTile = 16;    // rows and lanes of a tile of packed x
+constexpr int64_t kTileBytes = kTile * kTile * 4;
 constexpr int64_t kChunk = 1056;  // rows that share a panel, at most
 
 // Quotients by a number that is mostly a power of two.
@@ -91,6 +93,15 @@ struct MatmulKernels {
 
     // y[0 .. n) = sums + bias, n <= kStrip.
     void (*finish)(const float* sums, const float* bias, int64_t n, void* y);
+
+    // For a tier that multiplies in tiles of x, and whose panels are kStrip floats for each lane; otherwise null. Copy up
+    // to kTile rows of x, `stride` bytes apart, into ceil(depth / 2 kTile) tiles that follow each other along the depth,
+    // padded with zeros.
+    void (*pack)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tiles) = nullptr;
+
+    // As `multiply`, for any number of such rows, each kTile of them `stride` bytes after those before.
+    void (*multiply_packed)(const void* tiles, int64_t stride, int64_t rows, const float* panel, int64_t lanes,
+                            int64_t columns, float* sums, bool add) = nullptr;
 };
 
 // One term of a sum of products: x times Wᵀ (forward) or W (gradient).
@@ -126,6 +137,7 @@ void matmul(Matmul* products, int count, int threads);
 // The kernels of a tier for this chip.
 const MatmulKernels* avx2_matmul(Type type);
 const MatmulKernels* avx512_matmul(Type type);
+const MatmulKernels* amx_matmul(Type type);
 
 namespace {
 
