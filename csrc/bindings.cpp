@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <deque>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -191,23 +192,61 @@ void step_8bit(int isa, int threads, const Constants& constants, const std::vect
 
 bool multiplies(int isa) { return tier(isa).matmul != nullptr; }
 
-void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
-                 Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
-                 int64_t blocksize, int64_t out_features, int64_t in_features, Address bias, Address y) {
+Weight4bit weight_4bit(Address packed, Address code, Address absmax, Address nested_absmax, Address nested_code,
+                       int64_t nested_blocksize, float offset, int64_t blocksize, int64_t rows, int64_t columns) {
     Weight4bit weight{};
     weight.codes = pointer<const uint8_t>(packed);
     std::memcpy(weight.code, pointer<const void>(code), sizeof weight.code);
     weight.scales = scales(absmax, nested_absmax, nested_code, nested_blocksize, offset);
     weight.blocksize = Divisor(blocksize);
     weight.nested_blocksize = Divisor(nested_blocksize);
-    weight.rows = out_features;
-    weight.columns = in_features;
+    weight.rows = rows;
+    weight.columns = columns;
     // the largest power of two that divides both
-    const int64_t piece = (blocksize | in_features) & -(blocksize | in_features);
+    const int64_t piece = (blocksize | columns) & -(blocksize | columns);
     weight.piece = piece >= 32 ? piece : 0;
-    const Matmul4bit arguments{pointer<const void>(x), rows, static_cast<Type>(type), gradient, weight,
-                               pointer<const void>(bias), pointer<void>(y)};
-    matmul(*tier(isa).matmul(arguments.type), arguments, threads);
+    return weight;
+}
+
+void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
+                 Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+                 int64_t blocksize, int64_t out_features, int64_t in_features, Address bias, Address y) {
+    const Weight4bit weight = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                          blocksize, out_features, in_features);
+    const int64_t depth = gradient ? out_features : in_features, width = gradient ? in_features : out_features;
+    const Term term{pointer<const void>(x), depth, gradient, &weight, {}};
+    const Type storage = static_cast<Type>(type);
+    const MatmulKernels& kernels = *tier(isa).matmul(storage);
+    matmul(kernels, kernels, {rows, width, &term, 1, storage, storage, pointer<const void>(bias), pointer<void>(y)},
+           threads);
+}
+
+// The terms of a product, as Python gathers them.
+struct Terms {
+    std::vector<Term> terms;
+    std::deque<Weight4bit> weights;  // whose elements stay where they are
+
+    void add_weight(Address x, int64_t stride, bool gradient, Address packed, Address code, Address absmax,
+                    Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+                    int64_t blocksize, int64_t rows, int64_t columns) {
+        weights.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                      blocksize, rows, columns));
+        terms.push_back({pointer<const void>(x), stride, gradient, &weights.back(), {}});
+    }
+
+    void add_dense(Address x, int64_t stride, bool gradient, Address values, int type, int64_t rows, int64_t columns,
+                   int64_t values_stride) {
+        const Dense dense{pointer<const void>(values), static_cast<Type>(type), rows, columns, values_stride};
+        terms.push_back({pointer<const void>(x), stride, gradient, nullptr, dense});
+    }
+};
+
+void matmul_terms(int isa, int threads, const Terms& terms, int64_t rows, int64_t width, int type, int y_type,
+                  Address bias, Address y) {
+    const Type x_storage = static_cast<Type>(type), y_storage = static_cast<Type>(y_type);
+    const Matmul arguments{rows, width, terms.terms.data(), static_cast<int>(terms.terms.size()), x_storage, y_storage,
+                           pointer<const void>(bias), pointer<void>(y)};
+    matmul(*tier(isa).matmul(x_storage), *tier(isa).matmul(y_storage), arguments, threads);
 }
 
 std::vector<std::string> tier_names() {
@@ -242,4 +281,9 @@ NB_MODULE(_native, module) {
     module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
+    nb::class_<Terms>(module, "Terms")
+        .def(nb::init<>())
+        .def("add_weight", &Terms::add_weight)
+        .def("add_dense", &Terms::add_dense);
+    module.def("matmul_terms", matmul_terms, unlocked());
 }

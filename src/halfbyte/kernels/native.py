@@ -15,13 +15,16 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
+from halfbyte.kernels import reference
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Term, Weight4bit
 
 _AVAILABLE = importlib.util.find_spec("halfbyte._native") is not None
 if _AVAILABLE:
@@ -170,6 +173,54 @@ def matmul_4bit(
 def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``; of any number of rows in one order."""
     return _matmul(dy, packed, statistics, shape, None, gradient=True)
+
+
+def matmul_terms(terms: Sequence[Term], dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """A sum of products, each value rounded once; of any number of rows in one order."""
+    isa = _tier()
+    x, factor, gradient = terms[0]
+    width = factor.shape[1 if gradient else 0]
+    if 0 in (len(x), width) or not _native.multiplies(isa):
+        return reference.matmul_terms(terms, dtype, bias)
+    gathered, kept = _native.Terms(), []
+    for x, factor, gradient in terms:
+        if isinstance(factor, Weight4bit):
+            code, nested_code = _tables(factor.statistics)
+            kept.append((code, nested_code))
+            gathered.add_weight(
+                x.data_ptr(),
+                x.stride(0),
+                gradient,
+                factor.packed.data_ptr(),
+                code.data_ptr(),
+                *_scales(factor.statistics, nested_code),
+                factor.statistics.blocksize,
+                *factor.shape,
+            )
+        else:
+            gathered.add_dense(
+                x.data_ptr(),
+                x.stride(0),
+                gradient,
+                factor.data_ptr(),
+                _TYPES[factor.dtype],
+                *factor.shape,
+                factor.stride(0),
+            )
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty(len(x), width, dtype=dtype, device="cpu")
+    _native.matmul_terms(
+        isa,
+        threads(),
+        gathered,
+        len(x),
+        width,
+        _TYPES[x.dtype],
+        _TYPES[dtype],
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
 
 
 def adamw_32bit(

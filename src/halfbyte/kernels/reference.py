@@ -12,10 +12,13 @@ two oddities: full blocks are multiplied by the reciprocal of ``absmax`` while a
 divided by it, and only the short block's ``absmax`` is raised to 1e-38 in the result.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Term, Weight4bit
 
 SMALLEST_ABSMAX = 1e-38
 
@@ -130,6 +133,27 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     """The gradient of :func:`matmul_4bit` with respect to ``x``: ``dx = dy W``, ``[..., N]`` to ``[..., K]``."""
     rows, columns = shape
     return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
+
+
+def matmul_terms(terms: Sequence[Term], dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """A sum of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), summed in fp32 and rounded once.
+
+    Args:
+        terms: all ``x`` in one dtype, to which the factors ``R`` are rounded first.
+        dtype: of the result.
+        bias: ``[width]`` in ``dtype``, or None.
+
+    Returns:
+        ``[rows, width]`` in ``dtype``.
+    """
+    y = torch.zeros(()) if bias is None else bias.float()
+    for x, factor, gradient in terms:
+        if isinstance(factor, Weight4bit):
+            rows, columns = factor.shape
+            factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
+        rounded = factor.to(x.dtype).float()
+        y = y.to(x.device) + x.float() @ (rounded if gradient else rounded.T)
+    return y.to(dtype)
 
 
 def adamw_32bit(
