@@ -304,9 +304,8 @@ class Backward : Pass {
     };
 
     // What the rows of a tile need to know of its kStrip queries.
-    struct Columns {
-        int32_t begin[kStrip], end[kStrip];
-        float lse[kStrip], d[kStrip];
+    struct Queries {
+        float begin[kStrip], end[kStrip], lse[kStrip], d[kStrip];
         Reach reach;
     };
 
@@ -346,8 +345,8 @@ class Backward : Pass {
         }
         const Rows k_transposed{reinterpret_cast<const char*>(transposed), even_keys * element_};
 
-        Columns* const columns = reinterpret_cast<Columns*>(
-            column_buffer.floats(tiles * static_cast<int64_t>(sizeof(Columns) / sizeof(float))));
+        Queries* const columns = reinterpret_cast<Queries*>(
+            column_buffer.floats(tiles * static_cast<int64_t>(sizeof(Queries) / sizeof(float))));
         for (int64_t h = 0; h < group_; ++h) {
             const int64_t head = span.kv_head * group_ + h;
             std::fill(query_gradient, query_gradient + tiles * query_sums, 0.0f);
@@ -388,7 +387,7 @@ class Backward : Pass {
 
     // The keys [first, last) of the span by a tile of `queries` queries.
     void multiply_tile(const Span& span, int64_t first, int64_t last, int64_t queries, const Rows& k, const Rows& v,
-                       const Rows& k_transposed, const Panels& panels, const Columns& columns, float* key_gradient,
+                       const Rows& k_transposed, const Panels& panels, const Queries& columns, float* key_gradient,
                        float* value_gradient, float* query_gradient, int64_t keys) const {
         alignas(64) float logits[kMaxRows * kStrip], dp[kMaxRows * kStrip];
         alignas(64) float p[kKeyTile * kStrip], ds[kKeyTile * kStrip];
@@ -400,7 +399,7 @@ class Backward : Pass {
             m_.multiply(v.at(key), v.stride, count, panels.dout_forward, lanes_, queries, dp, false);
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t row = (key - first + r) * row_bytes;
-                k_.differentiate(logits + r * kStrip, dp + r * kStrip, static_cast<int32_t>(span.first_key + key + r),
+                k_.differentiate(logits + r * kStrip, dp + r * kStrip, static_cast<float>(span.first_key + key + r),
                                  columns.begin, columns.end, columns.lse, columns.d, a_.scale, a_.cap,
                                  reinterpret_cast<char*>(p) + row, reinterpret_cast<char*>(ds) + row);
             }
@@ -421,13 +420,13 @@ class Backward : Pass {
         }
     }
 
-    Columns read(int64_t batch, int64_t head, int64_t first, int64_t last) const {
-        Columns columns{};
+    Queries read(int64_t batch, int64_t head, int64_t first, int64_t last) const {
+        Queries columns{};
         columns.reach = reach(batch, first, last);
         for (int64_t query = first; query < last; ++query) {
             const int64_t i = query - first;
-            columns.begin[i] = range(batch, query)[0];
-            columns.end[i] = range(batch, query)[1];
+            columns.begin[i] = static_cast<float>(range(batch, query)[0]);
+            columns.end[i] = static_cast<float>(range(batch, query)[1]);
             columns.lse[i] = a_.lse[(batch * a_.heads + head) * a_.queries + query];
             columns.d[i] = k_.dot(at(a_.dout, batch, head, query), at(a_.out, batch, head, query), a_.size);
         }

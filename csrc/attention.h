@@ -29,7 +29,7 @@ struct Heads {
 };
 
 struct Attention {
-    int64_t batches, heads, kv_heads, queries, keys;
+    int64_t batches, heads, kv_heads, queries, keys;  // fewer than 2^24 keys
     int64_t size;           // of a head, up to kLanes
     Type type;              // of all but lse
     const int32_t* ranges;  // [batches, queries, 2]: begin and end
@@ -44,18 +44,17 @@ constexpr int64_t kKeyTile = 96;  // keys that a tile of the backward has at mos
 // A tier's share, for one storage type: rows of tiles that are kStrip columns wide. `p` and `ds` are the elements of a
 // left factor: bf16 where lanes are pairs, otherwise fp32. Pointers to float are aligned to 64 bytes.
 struct AttentionKernels {
-    // A row of the forward: p = exp(z - maximum), z being that of `products`, in the columns [begin, end), begin < end;
+    // A row of the forward: p = exp(z - maximum), z being that of `products` and of scale `factor`, in the columns [begin, end), begin < end;
     // 0 in the others. The running maximum and total are brought up to date.
     // Returns the factor by which what was summed before has shrunk.
-    float (*weigh)(const float* products, int64_t begin, int64_t end, float scale, float cap, float* maximum,
+    float (*weigh)(const float* products, int64_t begin, int64_t end, float factor, float cap, float* maximum,
                    float* total, void* p);
 
     // A row of the backward, of one key: p and ds of the queries whose range has the key; 0 for the others.
-    void (*differentiate)(const float* products, const float* dp, int32_t key, const int32_t* begin,
-                          const int32_t* end, const float* lse, const float* d, float scale, float cap, void* p,
-                          void* ds);
+    void (*differentiate)(const float* products, const float* dp, float key, const float* begin, const float* end,
+                          const float* lse, const float* d, float factor, float cap, void* p, void* ds);
 
-    // x *= factor, for n values up to the next kStrip.
+    // x *= factor, for kStrip values.
     void (*shrink)(float* x, float factor);
 
     // The sum of x[i] y[i], values of the storage type.
@@ -71,4 +70,19 @@ void attention_backward(const MatmulKernels& products, const AttentionKernels& k
 const AttentionKernels* avx2_attention(Type type, bool pairs);
 const AttentionKernels* avx512_attention(Type type, bool pairs);
 
+namespace {
+
+struct Columns {
+    float index[kStrip];
+};
+
+constexpr Columns number_columns() {
+    Columns columns{};
+    for (int i = 0; i < kStrip; ++i) columns.index[i] = static_cast<float>(i);
+    return columns;
+}
+
+constexpr Columns kColumns = number_columns();
+
+}  // namespace
 }  // namespace halfbyte

@@ -1,87 +1,88 @@
-// The row functions of attention.h, written once: included by each tier's file within its target region, after a class
-// V of that tier's vectors. P stores elements of a left factor, T reads the storage type.
+// The row functions of attention.h, written once: each tier's file includes this within its target region, after its
+// lanes. P is the storage type of a left factor's elements, T that of the tensors.
 
 namespace halfbyte {
 namespace {
 
-// scale products, or with a soft cap: cap tanh(scale products / cap). `slope` is what a change of the logit before the
-// cap makes of it after, 1 without one.
-template <class V>
-typename V::Float logits(typename V::Float products, float scale, float cap, typename V::Float* slope) {
-    const typename V::Float z = V::multiply(products, V::set(scale));
-    if (cap == 0) {
-        *slope = V::set(1);
+constexpr float kInfinity = __builtin_inff();
+
+// z of attention.h. `slope` is the derivative of the soft cap there.
+inline Lanes logits(Lanes products, float factor, float cap, Lanes* slope) {
+    const Lanes z = products * Lanes(factor);
+    if (cap == 0.0f) {
+        *slope = Lanes(1.0f);
         return z;
     }
-    const typename V::Float t = V::tanh(V::multiply(z, V::set(1 / cap)));
-    *slope = V::subtract(V::set(1), V::multiply(t, t));
-    return V::multiply(t, V::set(cap));
+    const Lanes t = tanh(z * Lanes(1.0f / cap));
+    *slope = Lanes(1.0f) - t * t;
+    return t * Lanes(cap);
 }
 
-template <class V, class P>
-float weigh(const float* products, int64_t begin, int64_t end, float scale, float cap, float* maximum, float* total,
+template <class P>
+float weigh(const float* products, int64_t begin, int64_t end, float factor, float cap, float* maximum, float* total,
             void* p) {
-    constexpr int64_t vectors = kStrip / V::kWidth;
-    typename V::Float z[vectors], most = V::set(-__builtin_inff()), slope;
+    constexpr int64_t vectors = kStrip / Lanes::kWidth;
+    Lanes z[vectors], most(-kInfinity), slope;
     for (int64_t i = 0; i < vectors; ++i) {
-        z[i] = logits<V>(V::load(products + i * V::kWidth), scale, cap, &slope);
-        z[i] = V::choose(V::between(begin, i * V::kWidth, end), z[i], V::set(-__builtin_inff()));
-        most = V::maximum(most, z[i]);
+        const int64_t column = i * Lanes::kWidth;
+        z[i] = logits(read<Fp32>(products, column), factor, cap, &slope);
+        if (begin > column || end < column + Lanes::kWidth) {
+            const Lanes index = read<Fp32>(kColumns.index, column);
+            const Lanes before_end = select(index < Lanes(static_cast<float>(end)), z[i], Lanes(-kInfinity));
+            z[i] = select(index < Lanes(static_cast<float>(begin)), Lanes(-kInfinity), before_end);
+        }
+        most = max(most, z[i]);
     }
-    const float before = *maximum, in_row = V::largest(most);
+    const float before = *maximum, in_row = largest(most);
     const float after = in_row > before ? in_row : before;
-    float factor = 1;
+    float shrunk = 1.0f;
     if (after != before) {
-        factor = before == -__builtin_inff() ? 1 : V::first(V::exp(V::set(before - after)));
+        if (before != -kInfinity) {
+            float powers[Lanes::kWidth];
+            write<Fp32>(powers, 0, exp(Lanes(before - after)));
+            shrunk = powers[0];
+        }
         *maximum = after;
     }
-    typename V::Float sum = V::set(0);
+    Lanes added(0.0f);
     for (int64_t i = 0; i < vectors; ++i) {
-        const typename V::Float weight = V::exp(V::subtract(z[i], V::set(after)));
-        sum = V::add(sum, weight);
-        P::store(p, i * V::kWidth, weight);
+        const Lanes weight = exp(z[i] - Lanes(after));
+        added = added + weight;
+        write<P>(p, i * Lanes::kWidth, weight);
     }
-    *total = *total * factor + V::sum(sum);
-    return factor;
+    *total = *total * shrunk + sum(added);
+    return shrunk;
 }
 
-template <class V, class P>
-void differentiate(const float* products, const float* dp, int32_t key, const int32_t* begin, const int32_t* end,
-                   const float* lse, const float* d, float scale, float cap, void* p, void* ds) {
-    for (int64_t i = 0; i < kStrip; i += V::kWidth) {
-        typename V::Float slope;
-        const typename V::Float z = logits<V>(V::load(products + i), scale, cap, &slope);
-        const auto has = V::within(begin + i, key, end + i);
-        const typename V::Float weight =
-            V::choose(has, V::exp(V::subtract(z, V::load(lse + i))), V::set(0));
-        const typename V::Float change = V::multiply(weight, V::subtract(V::load(dp + i), V::load(d + i)));
-        const typename V::Float scaled = V::multiply(V::multiply(change, slope), V::set(scale));
-        P::store(p, i, weight);
-        P::store(ds, i, V::choose(has, scaled, V::set(0)));
+template <class P>
+void differentiate(const float* products, const float* dp, float key, const float* begin, const float* end,
+                   const float* lse, const float* d, float factor, float cap, void* p, void* ds) {
+    const Lanes here(key), zero(0.0f);
+    for (int64_t i = 0; i < kStrip; i += Lanes::kWidth) {
+        Lanes slope;
+        const Lanes z = logits(read<Fp32>(products, i), factor, cap, &slope);
+        const Lanes weight = exp(z - read<Fp32>(lse, i));
+        const Lanes change = weight * (read<Fp32>(dp, i) - read<Fp32>(d, i)) * slope * Lanes(factor);
+        const auto early = here < read<Fp32>(begin, i);
+        const auto in_time = here < read<Fp32>(end, i);
+        write<P>(p, i, select(early, zero, select(in_time, weight, zero)));
+        write<P>(ds, i, select(early, zero, select(in_time, change, zero)));
     }
 }
 
-template <class V>
-void shrink(float* x, float factor) {
-    for (int64_t i = 0; i < kStrip; i += V::kWidth) V::store(x + i, V::multiply(V::load(x + i), V::set(factor)));
+inline void shrink(float* x, float factor) {
+    for (int64_t i = 0; i < kStrip; i += Lanes::kWidth) write<Fp32>(x, i, read<Fp32>(x, i) * Lanes(factor));
 }
 
-template <class V, class T>
+template <class T>
 float dot(const void* x, const void* y, int64_t n) {
-    typename V::Float sum = V::set(0);
-    int64_t i = 0;
-    for (; i + V::kWidth <= n; i += V::kWidth) sum = V::add(sum, V::multiply(T::load(x, i), T::load(y, i)));
-    if (i < n) {
-        float rest[2][V::kWidth] = {};
-        std::memcpy(rest[0], at(x, i, T::kSize), static_cast<size_t>((n - i) * T::kSize));
-        std::memcpy(rest[1], at(y, i, T::kSize), static_cast<size_t>((n - i) * T::kSize));
-        sum = V::add(sum, V::multiply(T::load(rest[0], 0), T::load(rest[1], 0)));
-    }
-    return V::sum(sum);
+    Lanes all(0.0f);
+    for (int64_t i = 0; i < n; i += Lanes::kWidth) all = fma(read<T>(x, i, n - i), read<T>(y, i, n - i), all);
+    return sum(all);
 }
 
-template <class V, class P, class T>
-const AttentionKernels attention_kernels = {weigh<V, P>, differentiate<V, P>, shrink<V>, dot<V, T>};
+template <class P, class T>
+const AttentionKernels attention_kernels = {weigh<P>, differentiate<P>, shrink, dot<T>};
 
 }  // namespace
 }  // namespace halfbyte

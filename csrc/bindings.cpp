@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "adamw.h"
+#include "attention.h"
 #include "contract.h"
 #include "dispatch.h"
 #include "matmul.h"
@@ -249,6 +250,54 @@ void matmul_terms(int isa, int threads, const Terms& terms, int64_t rows, int64_
     matmul(*tier(isa).matmul(x_storage), *tier(isa).matmul(y_storage), arguments, threads);
 }
 
+// An address, and the strides of batch, head and row in values.
+using Strided = std::array<int64_t, 4>;
+
+Heads heads(const Strided& x) { return {pointer<void>(static_cast<Address>(x[0])), x[1], x[2], x[3]}; }
+
+// `sizes`: batches, heads, key/value heads, queries, keys, values of a head.
+Attention attention(const std::array<int64_t, 6>& sizes, int type, Address ranges, float scale, float cap,
+                    const Strided& q, const Strided& k, const Strided& v, const Strided& out, Address lse) {
+    Attention arguments{};
+    arguments.batches = sizes[0];
+    arguments.heads = sizes[1];
+    arguments.kv_heads = sizes[2];
+    arguments.queries = sizes[3];
+    arguments.keys = sizes[4];
+    arguments.size = sizes[5];
+    arguments.type = static_cast<Type>(type);
+    arguments.ranges = pointer<const int32_t>(ranges);
+    arguments.scale = scale;
+    arguments.cap = cap;
+    arguments.q = heads(q);
+    arguments.k = heads(k);
+    arguments.v = heads(v);
+    arguments.out = heads(out);
+    arguments.lse = pointer<float>(lse);
+    return arguments;
+}
+
+void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
+                          float scale, float cap, const Strided& q, const Strided& k, const Strided& v,
+                          const Strided& out, Address lse) {
+    const Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
+    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
+    attention_forward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+}
+
+void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
+                           float scale, float cap, const Strided& q, const Strided& k, const Strided& v,
+                           const Strided& out, Address lse, const Strided& dout, const Strided& dq, const Strided& dk,
+                           const Strided& dv) {
+    Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
+    arguments.dout = heads(dout);
+    arguments.dq = heads(dq);
+    arguments.dk = heads(dk);
+    arguments.dv = heads(dv);
+    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
+    attention_backward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -285,5 +334,7 @@ NB_MODULE(_native, module) {
         .def(nb::init<>())
         .def("add_weight", &Terms::add_weight)
         .def("add_dense", &Terms::add_dense);
+    module.def("attention", attention_forward_of, unlocked());
+    module.def("attention_backward", attention_backward_of, unlocked());
     module.def("matmul_terms", matmul_terms, unlocked());
 }

@@ -77,6 +77,7 @@ using Dequantize8bit = Dequantize<8>;
 
 struct MatmulKernels;
 struct AdamwKernels;
+struct AttentionKernels;
 
 // The blocks [first, last). With 4 bits and an odd block size `first` must be even, so that no byte is shared between
 // ranges.
@@ -89,6 +90,7 @@ struct Tier {
     void (*dequantize_8bit)(const Dequantize8bit&, int64_t first, int64_t last);
     const MatmulKernels* (*matmul)(Type);  // see matmul.h; null: none
     const AdamwKernels* adamw;             // see adamw.h
+    const AttentionKernels* (*attention)(Type, bool pairs);  // see attention.h; null: none
 };
 
 extern const Tier scalar;  // the baseline, everywhere; the other tiers leave odd cases to it

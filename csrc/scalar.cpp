@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "adamw.h"
+#include "attention.h"
 #include "scalar.h"
 
 namespace halfbyte {
@@ -80,6 +81,7 @@ bool supported() { return true; }
 
 const Tier scalar = {
     "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr, &scalar_adamw,
+    nullptr,
 };
 
 }  // namespace halfbyte
