@@ -22,6 +22,7 @@
 #include "matmul.h"
 #include "parallel.h"
 #include "probe.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 
@@ -210,6 +211,12 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     matmul(*tier(isa).matmul(arguments.type), arguments, threads);
 }
 
+// y = f(x) for n fp32 values.
+template <void (*RowKernels::*f)(const float*, int64_t, float*)>
+void elementary(int isa, Address x, int64_t n, Address y) {
+    (tier(isa).rows->*f)(pointer<const float>(x), n, pointer<float>(y));
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -242,4 +249,7 @@ NB_MODULE(_native, module) {
     module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
+    module.def("exp", elementary<&RowKernels::exp>, unlocked());
+    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
+    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
 }
