@@ -24,6 +24,7 @@
 #include "matmul.h"
 #include "parallel.h"
 #include "probe.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 
@@ -298,6 +299,12 @@ void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& s
     attention_backward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
 }
 
+// y = f(x) for n fp32 values.
+template <void (*RowKernels::*f)(const float*, int64_t, float*)>
+void elementary(int isa, Address x, int64_t n, Address y) {
+    (tier(isa).rows->*f)(pointer<const float>(x), n, pointer<float>(y));
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -337,4 +344,7 @@ NB_MODULE(_native, module) {
     module.def("attention", attention_forward_of, unlocked());
     module.def("attention_backward", attention_backward_of, unlocked());
     module.def("matmul_terms", matmul_terms, unlocked());
+    module.def("exp", elementary<&RowKernels::exp>, unlocked());
+    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
+    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
 }

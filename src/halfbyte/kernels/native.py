@@ -288,6 +288,16 @@ def adamw_8bit(
     )
 
 
+def elementary(name: str, x: Tensor) -> Tensor:
+    """Return ``exp``, ``sigmoid`` or ``tanh`` of fp32 values as the tier's element-wise kernels have it.
+
+    Within 2 units in the last place for ``exp``, 3 for the others; csrc/lanes.inl.
+    """
+    y = torch.empty(x.numel(), dtype=torch.float32, device="cpu")
+    getattr(_native, name)(_tier(), x.contiguous().data_ptr(), x.numel(), y.data_ptr())
+    return y.view(x.shape)
+
+
 def _matmul(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
 ) -> Tensor:
