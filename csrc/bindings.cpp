@@ -278,6 +278,8 @@ Attention attention(const std::array<int64_t, 6>& sizes, int type, Address range
     return arguments;
 }
 
+bool attends(int isa) { return tier(isa).matmul && tier(isa).attention; }
+
 void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
                           float scale, float cap, const Strided& q, const Strided& k, const Strided& v,
                           const Strided& out, Address lse) {
@@ -341,6 +343,7 @@ NB_MODULE(_native, module) {
         .def(nb::init<>())
         .def("add_weight", &Terms::add_weight)
         .def("add_dense", &Terms::add_dense);
+    module.def("attends", attends);
     module.def("attention", attention_forward_of, unlocked());
     module.def("attention_backward", attention_backward_of, unlocked());
     module.def("matmul_terms", matmul_terms, unlocked());
