@@ -219,7 +219,7 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     const Term term{pointer<const void>(x), depth, gradient, &weight, {}};
     const Type storage = static_cast<Type>(type);
     const MatmulKernels& kernels = *tier(isa).matmul(storage);
-    matmul(kernels, kernels, {rows, width, &term, 1, storage, storage, pointer<const void>(bias), pointer<void>(y)},
+    matmul(kernels, kernels, {rows, width, &term, 1, storage, storage, pointer<const void>(bias), pointer<void>(y), width},
            threads);
 }
 
@@ -244,10 +244,10 @@ struct Terms {
 };
 
 void matmul_terms(int isa, int threads, const Terms& terms, int64_t rows, int64_t width, int type, int y_type,
-                  Address bias, Address y) {
+                  Address bias, Address y, int64_t y_stride) {
     const Type x_storage = static_cast<Type>(type), y_storage = static_cast<Type>(y_type);
     const Matmul arguments{rows, width, terms.terms.data(), static_cast<int>(terms.terms.size()), x_storage, y_storage,
-                           pointer<const void>(bias), pointer<void>(y)};
+                           pointer<const void>(bias), pointer<void>(y), y_stride};
     matmul(*tier(isa).matmul(x_storage), *tier(isa).matmul(y_storage), arguments, threads);
 }
 

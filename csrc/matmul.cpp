@@ -48,8 +48,7 @@ class Product {
           per_lane_(k_.pairs ? 2 : 1),
           size_(a_.type == Type::fp32 ? 4 : 2),
           y_size_(a_.y_type == Type::fp32 ? 4 : 2),
-          few_(a_.count == 1 && !a_.terms->gradient && a_.rows <= k_.few_rows && a_.terms->weight &&
-               a_.terms->weight->piece > 0) {}
+          few_(a_.rows <= k_.few_rows && a_.terms->weight && !a_.terms->gradient && a_.terms->weight->piece > 0) {}
 
     void run(int threads) const {
         const int64_t strip = few_ ? kFewStrip : kStrip;
@@ -74,16 +73,19 @@ class Product {
         Scratch& s = scratch();
         std::fill(s.bias, s.bias + kStrip, 0.0f);
         if (a_.bias) out_.widen(at(a_.bias, column * y_size_), columns, s.bias);
-        if (few_) {
-            k_.dot(*a_.terms->weight, column, columns, a_.terms->x, end, s.sums);
-            return finish(begin, end, column, columns, s.sums, s);
-        }
         Piece pieces[kPanels];
         Piece next{a_.terms, 0, 0, 0};
-        for (bool add = false;; add = true) {
+        bool add = false;
+        if (few_) {
+            k_.dot(*a_.terms->weight, column, columns, a_.terms->x, end, s.sums);
+            if (a_.count == 1) return finish(begin, end, column, columns, s.sums, s);
+            ++next.term;
+            add = true;
+        }
+        for (;; add = true) {
             const int count = gather(next, pieces);
             const bool whole = !add && done(next);  // all of the depth is in the panels
-            for (int i = 0; i < count; ++i) fill(pieces[i], column, s.panels[i]);
+            for (int i = 0; i < count; ++i) fill(pieces[i], column, columns, s.panels[i]);
             for (int64_t row = begin; row < end; row += k_.tile_rows) {
                 const int64_t rows = std::min(k_.tile_rows, end - row);
                 float* const sums = whole ? s.sums : s.sums + (row - begin) * kStrip;
@@ -115,14 +117,16 @@ class Product {
         return count;
     }
 
-    void fill(const Piece& piece, int64_t column, float* panel) const {
+    void fill(const Piece& piece, int64_t column, int64_t columns, float* panel) const {
         const Term& term = *piece.term;
         if (term.weight) {
             (term.gradient ? k_.expand_gradient : k_.expand_forward)(*term.weight, column, piece.first, piece.last,
                                                                      panel);
-        } else {
-            (term.gradient ? k_.dense_gradient : k_.dense_forward)(term.dense, column, piece.first, piece.last, panel);
+            return;
         }
+        Dense dense = term.dense;
+        (term.gradient ? dense.columns : dense.rows) = column + columns;  // no more than are wanted
+        (term.gradient ? k_.dense_gradient : k_.dense_forward)(dense, column, piece.first, piece.last, panel);
     }
 
     void multiply(const Piece& piece, int64_t row, int64_t rows, const float* panel, int64_t columns, float* sums,
@@ -156,7 +160,7 @@ class Product {
 
     void finish(int64_t begin, int64_t end, int64_t column, int64_t columns, const float* sums, Scratch& s) const {
         for (int64_t row = begin; row < end; ++row, sums += kStrip) {
-            out_.finish(sums, s.bias, columns, at(a_.y, (row * a_.width + column) * y_size_));
+            out_.finish(sums, s.bias, columns, at(a_.y, (row * a_.y_stride + column) * y_size_));
         }
     }
 

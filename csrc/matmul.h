@@ -115,6 +115,7 @@ struct Matmul {
     Type type, y_type;  // of every x; of y and bias
     const void* bias;   // width values, or null
     void* y;            // out: rows x width values
+    int64_t y_stride;   // values from one row of y to the next
 };
 
 // `kernels` are those of the type of x, `out` those of the type of y.

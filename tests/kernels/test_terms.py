@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import Nested, Statistics, native, reference
-from halfbyte.kernels.terms import Term, Weight4bit
+from halfbyte import kernels
+from halfbyte.kernels import Nested, Statistics, Term, Weight4bit, native, reference
 from halfbyte.quant import codebook
 
 # As in test_matmul.py: one rounding of the result, and the errors of fp32 sums.
@@ -21,15 +21,9 @@ def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HALFBYTE_ISA", request.param)
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels are to fill is full of NaN before."""
-    empty = torch.empty
-
-    def filled(*size: int, dtype: torch.dtype, device: str) -> Tensor:
-        return empty(*size, dtype=dtype, device=device).fill_(torch.nan)
-
-    monkeypatch.setattr(torch, "empty", filled)
+@pytest.fixture(params=[tier for tier in native.tiers() if tier != "scalar"])
+def vector_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_ISA", request.param)
 
 
 @pytest.fixture
@@ -73,13 +67,16 @@ def right_factor(term: Term) -> Tensor:
 
 
 def check(terms: list[Term], dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    got = native.matmul_terms(terms, dtype, bias)
+    rows, width = len(terms[0].x), right_factor(terms[0]).shape[1]
+    whole = torch.full((rows + 2, width + 7), torch.nan, dtype=dtype)
+    got = whole[1:-1, 3 : width + 3]
+    native.matmul_terms(terms, got, bias)
+    assert whole.isnan().sum() == whole.numel() - got.numel()  # nothing beside it was written
     expected = sum(term.x.double() @ right_factor(term) for term in terms)
     magnitude = sum(term.x.double().abs() @ right_factor(term).abs() for term in terms)
     assert isinstance(expected, Tensor) and isinstance(magnitude, Tensor)
     if bias is not None:
         expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
-    assert got.shape == expected.shape and got.dtype == dtype
     bound = ROUNDING[dtype] * expected.abs().clamp(min=torch.finfo(dtype).tiny)
     bound += (1 + ROUNDING[dtype]) * SUMMING * magnitude
     assert ((got.double() - expected).abs() <= bound).all()
@@ -94,3 +91,81 @@ def test_dense_factors_of_any_type_and_stride_do(tier: None, dtype: torch.dtype,
         x = random.dense(rows, depth, dtype, depth + 3)
         check([Term(x, random.dense(width, depth, stored, depth + 5))], dtype)
         check([Term(x, random.dense(depth, width, stored, width + 5), gradient=True)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out", DTYPES)
+def test_terms_of_every_kind_add_up(tier: None, dtype: torch.dtype, out: torch.dtype) -> None:
+    for rows, depths, width in [(1, (64, 3, 5, 16), 33), (4, (96, 1), 70), (9, (65, 16), 17), (30, (1090, 8, 64), 64)]:
+        random = Random(rows)
+        bias = random.dense(1, width, out)[0]
+        for gradient in (False, True):
+            terms = []
+            for i, depth in enumerate(depths):
+                shape = (depth, width) if gradient else (width, depth)
+                factor = random.weight(*shape) if i % 2 == 0 else random.dense(*shape, torch.float32)
+                terms.append(Term(random.dense(rows, depth, dtype, depth + i), factor, gradient))
+            check(terms, out, bias)
+            check(terms[::-1], out)
+
+
+def test_any_number_of_terms_and_any_depth_do(tier: None) -> None:
+    """Panels that fill up in the middle of a term, more terms than there are panels, terms without depth."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for depths in [(1000, 1000, 100), (500, 30, 520, 1100), (16,) * 11, (0, 5, 0), (2048, 16), (2048, 200)]:
+            random = Random(len(depths))
+            xs = [random.dense(7, depth, dtype) for depth in depths]
+            check([Term(x, random.dense(40, x.shape[1], dtype)) for x in xs], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neither_threads_nor_other_rows_change_a_bit(
+    vector_tier: None, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    random = Random(0)
+    weight, low, transposed = random.weight(200, 1088), random.dense(200, 16, torch.float32), random.weight(64, 200)
+    x, u, dy = (random.dense(300, depth, dtype) for depth in (1088, 16, 64))
+
+    def products(rows: int) -> list[Tensor]:
+        ys = [torch.empty(rows, 200, dtype=dtype) for _ in range(2)]
+        native.matmul_terms([Term(x[:rows], weight), Term(u[:rows], low)], ys[0], None)
+        native.matmul_terms([Term(dy[:rows], transposed, True), Term(u[:rows], low)], ys[1], None)
+        return ys
+
+    expected = products(300)
+    for rows in (300, 9, 57):
+        for count in (1, 2, 3):
+            threads(count)
+            for got, whole in zip(products(rows), expected, strict=True):
+                assert torch.equal(got, whole[:rows])
+    few = products(8)
+    assert all(torch.equal(got, whole[:3]) for got, whole in zip(products(3), few, strict=True))
+
+
+def test_wrong_terms_are_named() -> None:
+    random = Random(0)
+    x, factor, weight = random.dense(3, 8, torch.float32), random.dense(5, 8, torch.float32), random.weight(5, 8)
+    out = torch.empty(3, 5)
+    assert kernels.matmul_terms([Term(x, factor), Term(x, weight)], out) is out
+    for terms, target, bias, error, message in [
+        ([], out, None, ValueError, "no terms"),
+        ([Term(x, factor)], out.int(), None, TypeError, "out is torch.int32"),
+        ([Term(x, factor)], torch.empty(3), None, ValueError, r"out has shape \(3,\)"),
+        ([Term(x, factor)], torch.empty(5, 3).T, None, ValueError, r"out has shape \(3, 5\) and strides \(1, 3\)"),
+        ([Term(x, factor)], torch.empty(3, 4), None, ValueError, r"transpose of \(5, 8\), but out is \(3, 4\)"),
+        ([Term(x, weight, gradient=True)], out, None, ValueError, r"\(3, 8\) by \(5, 8\), but out is \(3, 5\)"),
+        ([Term(x, factor), Term(x[:2], factor)], out, None, ValueError, r"term 1 multiplies \(2, 8\)"),
+        ([Term(x.T.contiguous().T, factor)], out, None, ValueError, "x of term 0 has shape"),
+        ([Term(x, factor.T.contiguous().T)], out, None, ValueError, "the factor of term 0 has shape"),
+        ([Term(x, factor), Term(x.half(), factor)], out, None, TypeError, "x of term 1 is torch.float16"),
+        ([Term(x.int(), factor)], out, None, TypeError, "x of term 0 is torch.int32"),
+        ([Term(x, factor.int())], out, None, TypeError, "the factor of term 0 is torch.int32"),
+        ([Term(x.to("meta"), factor)], out, None, TypeError, "x of term 0 is on meta and out on cpu"),
+        ([Term(x, factor)], out, torch.zeros(4), ValueError, r"bias is torch.float32 \(4,\)"),
+        ([Term(x, factor)], out, torch.zeros(5).half(), ValueError, "bias is torch.float16"),
+    ]:
+        with pytest.raises(error, match=message):
+            kernels.matmul_terms(terms, target, bias)
+    short = Weight4bit(weight.packed[:-1], weight.statistics, weight.shape)
+    with pytest.raises(ValueError, match="packed holds 19 bytes; it must hold 20"):
+        kernels.matmul_terms([Term(x, short)], out)

@@ -10,20 +10,25 @@ from halfbyte.kernels.operations import (
     dequantize_4bit,
     dequantize_8bit,
     matmul_4bit,
+    matmul_terms,
     quantize_4bit,
     quantize_8bit,
 )
 from halfbyte.kernels.provider import provider_for, providers, use_provider
 from halfbyte.kernels.statistics import Nested, Statistics
+from halfbyte.kernels.terms import Term, Weight4bit
 
 __all__ = [
     "Nested",
     "Statistics",
+    "Term",
+    "Weight4bit",
     "adamw_8bit",
     "adamw_32bit",
     "dequantize_4bit",
     "dequantize_8bit",
     "matmul_4bit",
+    "matmul_terms",
     "provider_for",
     "providers",
     "quantize_4bit",

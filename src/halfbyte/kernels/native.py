@@ -176,13 +176,15 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return _matmul(dy, packed, statistics, shape, None, gradient=True)
 
 
-def matmul_terms(terms: Sequence[Term], dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    """A sum of products, each value rounded once; of any number of rows in one order."""
+def matmul_terms(terms: Sequence[Term], out: Tensor, bias: Tensor | None) -> None:
+    """A sum of products into ``out``, each value rounded once.
+
+    As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; up to 8 rows
+    are summed in another order than more where the first term is a 4-bit weight, no gradient.
+    """
     isa = _tier()
-    x, factor, gradient = terms[0]
-    width = factor.shape[1 if gradient else 0]
-    if 0 in (len(x), width) or not _native.multiplies(isa):
-        return reference.matmul_terms(terms, dtype, bias)
+    if not _native.multiplies(isa):
+        return reference.matmul_terms(terms, out, bias)
     gathered, kept = _native.Terms(), []
     for x, factor, gradient in terms:
         if isinstance(factor, Weight4bit):
@@ -209,19 +211,17 @@ def matmul_terms(terms: Sequence[Term], dtype: torch.dtype, bias: Tensor | None)
                 factor.stride(0),
             )
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty(len(x), width, dtype=dtype, device="cpu")
     _native.matmul_terms(
         isa,
         threads(),
         gathered,
-        len(x),
-        width,
-        _TYPES[x.dtype],
-        _TYPES[dtype],
+        *out.shape,
+        _TYPES[terms[0].x.dtype],
+        _TYPES[out.dtype],
         0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
     )
-    return y
 
 
 def attention(

@@ -135,25 +135,22 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
 
 
-def matmul_terms(terms: Sequence[Term], dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+def matmul_terms(terms: Sequence[Term], out: Tensor, bias: Tensor | None) -> None:
     """A sum of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), summed in fp32 and rounded once.
 
     Args:
         terms: all ``x`` in one dtype, to which the factors ``R`` are rounded first.
-        dtype: of the result.
-        bias: ``[width]`` in ``dtype``, or None.
-
-    Returns:
-        ``[rows, width]`` in ``dtype``.
+        out: ``y``, ``[rows, width]``, floating; only its rows must be contiguous.
+        bias: ``[width]`` in the dtype of ``out``, or None.
     """
-    y = torch.zeros(()) if bias is None else bias.float()
+    y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
     for x, factor, gradient in terms:
         if isinstance(factor, Weight4bit):
             rows, columns = factor.shape
             factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
         rounded = factor.to(x.dtype).float()
-        y = y.to(x.device) + x.float() @ (rounded if gradient else rounded.T)
-    return y.to(dtype)
+        y = y + x.float() @ (rounded if gradient else rounded.T)
+    out.copy_(y)
 
 
 def attention(
