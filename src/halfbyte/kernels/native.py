@@ -23,7 +23,6 @@ from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import reference
-from halfbyte.kernels import reference
 from halfbyte.kernels.statistics import Statistics
 from halfbyte.kernels.terms import Term, Weight4bit
 
@@ -224,9 +223,7 @@ def matmul_terms(terms: Sequence[Term], out: Tensor, bias: Tensor | None) -> Non
     )
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over its range of keys, tile by tile; nothing on tiles that no range meets.
 
     Any strides do as long as the values of a head follow each other. Sums are fp32; where the chip multiplies bf16,

@@ -153,9 +153,7 @@ def matmul_terms(terms: Sequence[Term], out: Tensor, bias: Tensor | None) -> Non
     out.copy_(y)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over its range of keys (arXiv 1706.03762, section 3.2.1).
 
         z = scale q kᵀ, or softcap tanh(scale q kᵀ / softcap);   lse = log sum exp z;   out = exp(z - lse) v
