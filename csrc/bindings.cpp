@@ -16,11 +16,13 @@
 #include <vector>
 
 #include "adamw.h"
+#include "attention.h"
 #include "contract.h"
 #include "dispatch.h"
 #include "matmul.h"
 #include "parallel.h"
 #include "probe.h"
+#include "rows.h"
 #include "tables.h"
 
 namespace nb = nanobind;
@@ -232,6 +234,62 @@ void matmul_sums(int threads, const std::vector<Sum*>& sums) {
     matmul(products.data(), static_cast<int>(products.size()), threads);
 }
 
+// An address, and the strides of batch, head and row in values.
+using Strided = std::array<int64_t, 4>;
+
+Heads heads(const Strided& x) { return {pointer<void>(static_cast<Address>(x[0])), x[1], x[2], x[3]}; }
+
+// `sizes`: batches, heads, key/value heads, queries, keys, values of a head.
+Attention attention(const std::array<int64_t, 6>& sizes, int type, Address ranges, float scale, float cap,
+                    const Strided& q, const Strided& k, const Strided& v, const Strided& out, Address lse) {
+    Attention arguments{};
+    arguments.batches = sizes[0];
+    arguments.heads = sizes[1];
+    arguments.kv_heads = sizes[2];
+    arguments.queries = sizes[3];
+    arguments.keys = sizes[4];
+    arguments.size = sizes[5];
+    arguments.type = static_cast<Type>(type);
+    arguments.ranges = pointer<const int32_t>(ranges);
+    arguments.scale = scale;
+    arguments.cap = cap;
+    arguments.q = heads(q);
+    arguments.k = heads(k);
+    arguments.v = heads(v);
+    arguments.out = heads(out);
+    arguments.lse = pointer<float>(lse);
+    return arguments;
+}
+
+bool attends(int isa) { return tier(isa).matmul && tier(isa).attention; }
+
+void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
+                          float scale, float cap, const Strided& q, const Strided& k, const Strided& v,
+                          const Strided& out, Address lse) {
+    const Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
+    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
+    attention_forward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+}
+
+void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
+                           float scale, float cap, const Strided& q, const Strided& k, const Strided& v,
+                           const Strided& out, Address lse, const Strided& dout, const Strided& dq, const Strided& dk,
+                           const Strided& dv) {
+    Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
+    arguments.dout = heads(dout);
+    arguments.dq = heads(dq);
+    arguments.dk = heads(dk);
+    arguments.dv = heads(dv);
+    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
+    attention_backward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+}
+
+// y = f(x) for n fp32 values.
+template <void (*RowKernels::*f)(const float*, int64_t, float*)>
+void elementary(int isa, Address x, int64_t n, Address y) {
+    (tier(isa).rows->*f)(pointer<const float>(x), n, pointer<float>(y));
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -269,4 +327,15 @@ NB_MODULE(_native, module) {
         .def("add_weight", &Sum::add_weight)
         .def("add_dense", &Sum::add_dense);
     module.def("matmul_sums", matmul_sums, unlocked());
+    nb::class_<Terms>(module, "Terms")
+        .def(nb::init<>())
+        .def("add_weight", &Terms::add_weight)
+        .def("add_dense", &Terms::add_dense);
+    module.def("attends", attends);
+    module.def("attention", attention_forward_of, unlocked());
+    module.def("attention_backward", attention_backward_of, unlocked());
+    module.def("matmul_terms", matmul_terms, unlocked());
+    module.def("exp", elementary<&RowKernels::exp>, unlocked());
+    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
+    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
 }

@@ -63,8 +63,9 @@ struct Dense {
     int64_t stride;  // values from one row to the next
 };
 
-// A tier's share, for one storage type of x. Pointers to float are aligned to 64 bytes. A panel is kLanes * kStrip
-// floats, arranged as the tier likes.
+// A tier's share, for one storage type of x. Pointers to float are aligned to 64 bytes. A panel takes kStrip
+// floats for each lane of its depth, rounded up to 16 lanes, arranged as the tier likes; what fills and what multiplies
+// it is told the same depth.
 struct MatmulKernels {
     bool pairs;         // a lane holds two bf16 values; otherwise one fp32
     int64_t tile_rows;  // up to so many rows go through `multiply` at a time; a divisor of kChunk

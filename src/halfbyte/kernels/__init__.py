@@ -7,6 +7,8 @@
 from halfbyte.kernels.operations import (
     adamw_8bit,
     adamw_32bit,
+    attention,
+    attention_backward,
     dequantize_4bit,
     dequantize_8bit,
     matmul_4bit,
@@ -26,6 +28,8 @@ __all__ = [
     "Weight4bit",
     "adamw_8bit",
     "adamw_32bit",
+    "attention",
+    "attention_backward",
     "dequantize_4bit",
     "dequantize_8bit",
     "matmul_4bit",

@@ -222,6 +222,50 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     _native.matmul_sums(threads(), gathered)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over its range of keys, tile by tile; nothing on tiles that no range meets.
+
+    Any strides do as long as the values of a head follow each other. Sums are fp32; where the chip multiplies bf16,
+    the weights are rounded to it (csrc/attention.h). Results are bitwise the same for any number of threads.
+
+    Returns:
+        ``out``, which lies in memory as ``[B, L, H, D]``, and ``lse``.
+    """
+    isa = _tier()
+    if not _native.attends(isa):
+        return reference.attention(q, k, v, ranges, scale, softcap)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = _heads_last(q.shape, q.dtype)
+    lse = torch.empty(*q.shape[:3], dtype=torch.float32, device="cpu")
+    _native.attention(isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_strided, (q, k, v, out)),
+                      lse.data_ptr())  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ranges: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`attention`, which lie in memory as ``[B, L, H, D]``."""
+    isa = _tier()
+    if not _native.attends(isa):
+        return reference.attention_backward(dout, q, k, v, out, lse, ranges, scale, softcap)
+    dout, q, k, v, out = _rows(dout), _rows(q), _rows(k), _rows(v), _rows(out)
+    dq, dk, dv = (_heads_last(x.shape, q.dtype) for x in (q, k, v))
+    _native.attention_backward(
+        isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_strided, (q, k, v, out)),
+        lse.data_ptr(), *map(_strided, (dout, dq, dk, dv)),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def adamw_32bit(
     params: list[Tensor],
     grads: list[Tensor],
@@ -287,6 +331,16 @@ def adamw_8bit(
     )
 
 
+def elementary(name: str, x: Tensor) -> Tensor:
+    """Return ``exp``, ``sigmoid`` or ``tanh`` of fp32 values as the tier's element-wise kernels have it.
+
+    Within 2 units in the last place for ``exp``, 3 for the others; csrc/lanes.inl.
+    """
+    y = torch.empty(x.numel(), dtype=torch.float32, device="cpu")
+    getattr(_native, name)(_tier(), x.contiguous().data_ptr(), x.numel(), y.data_ptr())
+    return y.view(x.shape)
+
+
 def _matmul(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
 ) -> Tensor:
@@ -314,6 +368,31 @@ def _matmul(
         y.data_ptr(),
     )
     return y
+
+
+def _attention(
+    q: Tensor, k: Tensor, ranges: Tensor, scale: float, softcap: float
+) -> tuple[tuple[int, int, int, int, int, int], int, int, float, float]:
+    """Return sizes, type, ranges, scale and cap as the extension takes them."""
+    batches, heads, queries, size = q.shape
+    sizes = (batches, heads, k.shape[1], queries, k.shape[2], size)
+    return sizes, _TYPES[q.dtype], ranges.data_ptr(), scale, softcap
+
+
+def _strided(x: Tensor) -> tuple[int, int, int, int]:
+    """Return the address of ``x`` and the strides of batch, head and row."""
+    return x.data_ptr(), *x.stride()[:3]  # type: ignore[return-value]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return ``x``, copied unless the values of a row follow each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads_last(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return a tensor to fill, ``[B, H, L, D]``, that lies in memory as ``[B, L, H, D]``."""
+    batches, heads, rows, size = shape
+    return torch.empty(batches, rows, heads, size, dtype=dtype, device="cpu").transpose(1, 2)
 
 
 def _tables(statistics: Statistics) -> tuple[Tensor, Tensor | None]:

@@ -39,6 +39,23 @@ class Provider(Protocol):
 
     def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
 
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attention_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        ranges: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
     def adamw_32bit(
         self,
         params: list[Tensor],

@@ -151,6 +151,77 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
         out.copy_(y)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over its range of keys (arXiv 1706.03762, section 3.2.1).
+
+        z = scale q kᵀ, or softcap tanh(scale q kᵀ / softcap);   lse = log sum exp z;   out = exp(z - lse) v
+
+    Query head ``h`` reads key/value head ``h // (H / G)``.
+
+    Args:
+        q: ``[B, H, L, D]``, floating.
+        k: ``[B, G, S, D]`` in the dtype of ``q``; ``H`` is a multiple of ``G``.
+        v: as ``k``.
+        ranges: int32 ``[B, L, 2]``: query ``i`` reads the keys from ``ranges[b, i, 0]`` to before ``ranges[b, i, 1]``.
+            Without any its output is 0.
+        scale: factor of the products.
+        softcap: bound of the logits; 0 for none.
+
+    Returns:
+        ``out``, ``[B, H, L, D]`` in the dtype of ``q``, and ``lse``, fp32 ``[B, H, L]``, -inf for a query without keys.
+    """
+    z, _ = _logits(q, k, ranges, scale, softcap)
+    lse = torch.logsumexp(z, dim=-1)
+    p = (z - lse.unsqueeze(-1)).exp().where(z > -torch.inf, 0)
+    return (p @ _for_queries(v, q)).to(q.dtype), lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ranges: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients ``dq``, ``dk`` and ``dv`` of :func:`attention` (arXiv 2205.14135, appendix B.2).
+
+    p = exp(z - lse);   dv = pᵀ dout;   ds = scale (1 - (z / softcap)²) p (dout vᵀ - rowsum(dout out));
+    dq = ds k;   dk = dsᵀ q
+
+    Those of a key/value head are the sums over the query heads that read it. ``dout`` has the shape of ``out``.
+    """
+    z, slope = _logits(q, k, ranges, scale, softcap)
+    p = (z - lse.unsqueeze(-1)).exp().where(z > -torch.inf, 0)
+    d = (dout.float() * out.float()).sum(-1, keepdim=True)
+    ds = p * (dout.float() @ _for_queries(v, q).mT - d) * slope * scale
+    dq = ds @ _for_queries(k, q)
+    dk, dv = ds.mT @ q.float(), p.mT @ dout.float()
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    dk, dv = (x.unflatten(1, groups).sum(2) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _logits(q: Tensor, k: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """Return fp32 ``z`` ``[B, H, L, S]``, -inf out of range, and the derivative of the soft cap there."""
+    z = q.float() @ _for_queries(k, q).mT * scale
+    slope: Tensor | float = 1.0
+    if softcap:
+        t = torch.tanh(z / softcap)
+        z, slope = softcap * t, 1 - t * t
+    key = torch.arange(k.shape[2], device=k.device)
+    begin, end = ranges.unsqueeze(1).unbind(-1)
+    return z.masked_fill((key < begin.unsqueeze(-1)) | (key >= end.unsqueeze(-1)), -torch.inf), slope
+
+
+def _for_queries(x: Tensor, q: Tensor) -> Tensor:
+    """Return fp32 keys or values ``[B, G, S, D]`` once for each query head, ``[B, H, S, D]``."""
+    return x.float().repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
 def adamw_32bit(
     params: list[Tensor],
     grads: list[Tensor],
