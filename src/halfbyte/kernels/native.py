@@ -28,6 +28,7 @@ if _AVAILABLE:
     from halfbyte import _native
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Type in csrc/contract.h
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # enum Activation in csrc/rows.h
 
 
 def available() -> bool:
@@ -237,6 +238,109 @@ def adamw_8bit(
     )
 
 
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm; sums in the tier's order, for any number of threads."""
+    x, weight = _dense_rows(x), weight.contiguous()
+    residual = None if residual is None else _dense_rows(residual)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    scale = torch.empty(len(x), dtype=torch.float32, device="cpu")
+    _native.rms_norm(
+        *_rows(x),
+        _strided(x),
+        _strided(residual),
+        weight.data_ptr(),
+        eps,
+        offset,
+        rounded,
+        h.data_ptr(),
+        y.data_ptr(),
+        scale.data_ptr(),
+    )
+    return h, y, scale
+
+
+def rms_norm_gradient(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, offset: float) -> Tensor:
+    """The gradient of :func:`rms_norm` with respect to what it normalizes."""
+    dy, h, weight = _dense_rows(dy), _dense_rows(h), weight.contiguous()
+    dh = None if dh is None else _dense_rows(dh)
+    dx = torch.empty(h.shape, dtype=h.dtype, device="cpu")
+    _native.rms_norm_gradient(
+        *_rows(h),
+        _strided(dy),
+        _strided(h),
+        _strided(dh),
+        weight.data_ptr(),
+        scale.data_ptr(),
+        offset,
+        dx.data_ptr(),
+    )
+    return dx
+
+
+def rms_norm_weight_gradient(dy: Tensor, h: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of :func:`rms_norm` with respect to the weight; rows are added in their order."""
+    dy, h = _dense_rows(dy), _dense_rows(h)
+    dweight = torch.empty(h.shape[1], dtype=torch.float32, device="cpu")
+    _native.rms_norm_weight_gradient(*_rows(h), _strided(dy), _strided(h), scale.data_ptr(), dweight.data_ptr())
+    return dweight
+
+
+def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """A gated linear unit."""
+    gate, up = _dense_rows(gate), _dense_rows(up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
+    isa, threads, dtype, *shape = _rows(gate)
+    _native.gated(isa, threads, dtype, _ACTIVATIONS[name], *shape, _strided(gate), _strided(up), y.data_ptr())
+    return y
+
+
+def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None:
+    """The gradients of :func:`gated`, into tensors of equal strides."""
+    dy, gate, up = _dense_rows(dy), _dense_rows(gate), _dense_rows(up)
+    isa, threads, dtype, *shape = _rows(gate)
+    _native.gated_gradient(
+        isa,
+        threads,
+        dtype,
+        _ACTIVATIONS[name],
+        *shape,
+        _strided(dy),
+        _strided(gate),
+        _strided(up),
+        dgate.data_ptr(),
+        dup.data_ptr(),
+        dgate.stride(0),
+    )
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Rotary position embedding; without fused multiply-adds on any tier."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    sin = sin.to(cos.dtype)
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    _native.rotary(
+        _tier(),
+        threads(),
+        _TYPES[x.dtype],
+        cos.dtype == torch.float32,
+        inverse,
+        x.shape,
+        x.stride(),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[-1],
+        cos.stride()[:2],
+        y.data_ptr(),
+    )
+    return y
+
+
 def elementary(name: str, x: Tensor) -> Tensor:
     """Return ``exp``, ``sigmoid`` or ``tanh`` of fp32 values as the tier's element-wise kernels have it.
 
@@ -274,6 +378,21 @@ def _matmul(
         y.data_ptr(),
     )
     return y
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """Return ``[rows, width]`` with the values of a row side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Return what each call over rows begins with: tier, threads, type, rows and width."""
+    return _tier(), threads(), _TYPES[x.dtype], *x.shape
+
+
+def _strided(x: Tensor | None) -> tuple[int, int]:
+    """Return the address and the distance of rows, as the extension takes them; zeros for none."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
 def _tables(statistics: Statistics) -> tuple[Tensor, Tensor | None]:
