@@ -258,13 +258,13 @@ void rms_norm_weight_gradient(int isa, int threads, int type, int64_t count, int
     });
 }
 
-void gated(int isa, int threads, int type, int activation, int64_t count, int64_t width, Strided gate, Strided up,
+void gated(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided gate, Strided up,
            Address y) {
     const Gated arguments{rows(gate), rows(up), width, pointer<void>(y)};
     over_rows(tier(isa).rows->gated[activation], type, arguments, count, width, threads);
 }
 
-void gated_gradient(int isa, int threads, int type, int activation, int64_t count, int64_t width, Strided dy,
+void gated_gradient(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided dy,
                     Strided gate, Strided up, Address dgate, Address dup, int64_t stride) {
     const GatedGradient arguments{rows(dy), rows(gate), rows(up), width, pointer<void>(dgate), pointer<void>(dup),
                                   stride};

@@ -292,21 +292,16 @@ def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """A gated linear unit."""
     gate, up = _dense_rows(gate), _dense_rows(up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
-    isa, threads, dtype, *shape = _rows(gate)
-    _native.gated(isa, threads, dtype, _ACTIVATIONS[name], *shape, _strided(gate), _strided(up), y.data_ptr())
+    _native.gated(*_rows(gate), _ACTIVATIONS[name], _strided(gate), _strided(up), y.data_ptr())
     return y
 
 
 def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None:
     """The gradients of :func:`gated`, into tensors of equal strides."""
     dy, gate, up = _dense_rows(dy), _dense_rows(gate), _dense_rows(up)
-    isa, threads, dtype, *shape = _rows(gate)
     _native.gated_gradient(
-        isa,
-        threads,
-        dtype,
+        *_rows(gate),
         _ACTIVATIONS[name],
-        *shape,
         _strided(dy),
         _strided(gate),
         _strided(up),
