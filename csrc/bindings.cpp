@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <deque>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -194,23 +195,82 @@ void step_8bit(int isa, int threads, const Constants& constants, const std::vect
 
 bool multiplies(int isa) { return tier(isa).matmul != nullptr; }
 
-void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
-                 Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
-                 int64_t blocksize, int64_t out_features, int64_t in_features, Address bias, Address y) {
+Weight4bit weight_4bit(Address packed, Address code, Address absmax, Address nested_absmax, Address nested_code,
+                       int64_t nested_blocksize, float offset, int64_t blocksize, int64_t rows, int64_t columns) {
     Weight4bit weight{};
     weight.codes = pointer<const uint8_t>(packed);
     std::memcpy(weight.code, pointer<const void>(code), sizeof weight.code);
     weight.scales = scales(absmax, nested_absmax, nested_code, nested_blocksize, offset);
     weight.blocksize = Divisor(blocksize);
     weight.nested_blocksize = Divisor(nested_blocksize);
-    weight.rows = out_features;
-    weight.columns = in_features;
+    weight.rows = rows;
+    weight.columns = columns;
     // the largest power of two that divides both
-    const int64_t piece = (blocksize | in_features) & -(blocksize | in_features);
+    const int64_t piece = (blocksize | columns) & -(blocksize | columns);
     weight.piece = piece >= 32 ? piece : 0;
-    const Matmul4bit arguments{pointer<const void>(x), rows, static_cast<Type>(type), gradient, weight,
-                               pointer<const void>(bias), pointer<void>(y)};
-    matmul(*tier(isa).matmul(arguments.type), arguments, threads);
+    return weight;
+}
+
+void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
+                 Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+                 int64_t blocksize, int64_t out_features, int64_t in_features, Address bias, Address y) {
+    const Weight4bit weight = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                          blocksize, out_features, in_features);
+    const int64_t depth = gradient ? out_features : in_features, width = gradient ? in_features : out_features;
+    Term term{pointer<const void>(x), depth, 1, gradient, &weight, {}};
+    const Type storage = static_cast<Type>(type);
+    const MatmulKernels* const kernels = tier(isa).matmul(storage);
+    Matmul product{kernels, kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
+                   pointer<void>(y), width};
+    matmul(&product, 1, threads);
+}
+
+// A sum of products, as Python gathers its terms.
+class Sum {
+  public:
+    Sum(int isa, int64_t rows, int64_t width, int type, int y_type, Address bias, Address y, int64_t y_stride) {
+        matmul_.type = static_cast<Type>(type);
+        matmul_.y_type = static_cast<Type>(y_type);
+        matmul_.kernels = tier(isa).matmul(matmul_.type);
+        matmul_.y_kernels = tier(isa).matmul(matmul_.y_type);
+        matmul_.rows = rows;
+        matmul_.width = width;
+        matmul_.bias = pointer<const void>(bias);
+        matmul_.y = pointer<void>(y);
+        matmul_.y_stride = y_stride;
+    }
+
+    void add_weight(Address x, int64_t stride, int64_t step, bool gradient, Address packed, Address code,
+                    Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+                    int64_t blocksize, int64_t rows, int64_t columns) {
+        weights_.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                       blocksize, rows, columns));
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, &weights_.back(), {}});
+    }
+
+    void add_dense(Address x, int64_t stride, int64_t step, bool gradient, Address values, int type, int64_t rows,
+                   int64_t columns, int64_t values_stride) {
+        const Dense dense{pointer<const void>(values), static_cast<Type>(type), rows, columns, values_stride};
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, dense});
+    }
+
+    // Valid until something is added.
+    Matmul arguments() {
+        matmul_.terms = terms_.data();
+        matmul_.count = static_cast<int>(terms_.size());
+        return matmul_;
+    }
+
+  private:
+    Matmul matmul_{};
+    std::vector<Term> terms_;
+    std::deque<Weight4bit> weights_;  // whose elements stay where they are
+};
+
+void matmul_sums(int threads, const std::vector<Sum*>& sums) {
+    std::vector<Matmul> products;
+    for (Sum* sum : sums) products.push_back(sum->arguments());
+    matmul(products.data(), static_cast<int>(products.size()), threads);
 }
 
 // y = f(x) for n fp32 values.
@@ -323,4 +383,9 @@ NB_MODULE(_native, module) {
     module.def("exp", elementary<&RowKernels::exp>, unlocked());
     module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
     module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
+    nb::class_<Sum>(module, "Sum")
+        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>())
+        .def("add_weight", &Sum::add_weight)
+        .def("add_dense", &Sum::add_dense);
+    module.def("matmul_sums", matmul_sums, unlocked());
 }

@@ -13,6 +13,7 @@ from halfbyte.kernels.operations import (
     gated_gradient,
     gated_halves_gradient,
     matmul_4bit,
+    matmul_sums,
     quantize_4bit,
     quantize_8bit,
     rms_norm,
@@ -22,10 +23,14 @@ from halfbyte.kernels.operations import (
 )
 from halfbyte.kernels.provider import provider_for, providers, use_provider
 from halfbyte.kernels.statistics import Nested, Statistics
+from halfbyte.kernels.terms import Sum, Term, Weight4bit
 
 __all__ = [
     "Nested",
     "Statistics",
+    "Sum",
+    "Term",
+    "Weight4bit",
     "adamw_8bit",
     "adamw_32bit",
     "dequantize_4bit",
@@ -34,6 +39,7 @@ __all__ = [
     "gated_gradient",
     "gated_halves_gradient",
     "matmul_4bit",
+    "matmul_sums",
     "provider_for",
     "providers",
     "quantize_4bit",

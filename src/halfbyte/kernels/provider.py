@@ -5,7 +5,7 @@ A provider is a module with the functions of :class:`Provider`; it may take its 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import native, reference
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum
 
 
 class Provider(Protocol):
@@ -35,6 +36,8 @@ class Provider(Protocol):
     ) -> Tensor: ...
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
+
+    def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
 
     def adamw_32bit(
         self,

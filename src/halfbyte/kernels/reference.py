@@ -12,10 +12,13 @@ two oddities: full blocks are multiplied by the reciprocal of ``absmax`` while a
 divided by it, and only the short block's ``absmax`` is raised to 1e-38 in the result.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum, Weight4bit
 
 SMALLEST_ABSMAX = 1e-38
 
@@ -130,6 +133,22 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     """The gradient of :func:`matmul_4bit` with respect to ``x``: ``dx = dy W``, ``[..., N]`` to ``[..., K]``."""
     rows, columns = shape
     return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
+
+
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
+
+    The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once.
+    """
+    for terms, out, bias in sums:
+        y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
+        for x, factor, gradient in terms:
+            if isinstance(factor, Weight4bit):
+                rows, columns = factor.shape
+                factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
+            rounded = factor.to(x.dtype).float()
+            y = y + x.float() @ (rounded if gradient else rounded.T)
+        out.copy_(y)
 
 
 def adamw_32bit(

@@ -2,8 +2,8 @@
 
 from halfbyte.nn.gated import gated, gated_halves
 from halfbyte.nn.linear4bit import Linear4bit
-from halfbyte.nn.lora import lora_delta
+from halfbyte.nn.lora import LowRank, Projection, lora_linear
 from halfbyte.nn.norm import rms_norm
 from halfbyte.nn.rotary import rotary
 
-__all__ = ["Linear4bit", "gated", "gated_halves", "lora_delta", "rms_norm", "rotary"]
+__all__ = ["Linear4bit", "LowRank", "Projection", "gated", "gated_halves", "lora_linear", "rms_norm", "rotary"]
