@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <deque>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "adamw.h"
@@ -290,6 +292,69 @@ void elementary(int isa, Address x, int64_t n, Address y) {
     (tier(isa).rows->*f)(pointer<const float>(x), n, pointer<float>(y));
 }
 
+int64_t grain(int64_t width) { return kGrain / (width + 1) + 1; }
+
+// Run a kernel over `count` rows of `width` values.
+template <class Arguments>
+void over_rows(const ByType<Arguments>& kernels, int type, const Arguments& arguments, int64_t count, int64_t width,
+               int threads) {
+    parallel_for(count, grain(width), threads,
+                 [&](int64_t first, int64_t last) { kernels[type](arguments, first, last); });
+}
+
+// An address and a stride in values; no address: no rows.
+using Strided = std::tuple<Address, int64_t>;
+
+Rows rows(const Strided& strided) { return {pointer<const void>(std::get<0>(strided)), std::get<1>(strided)}; }
+
+void rms_norm(int isa, int threads, int type, int64_t count, int64_t width, Strided x, Strided residual,
+              Address weight, float eps, float offset, bool rounded, Address h, Address y, Address scale) {
+    const RmsNorm arguments{rows(x), rows(residual), pointer<const void>(weight), width, eps, offset, rounded,
+                            pointer<void>(h), pointer<void>(y), pointer<float>(scale)};
+    over_rows(tier(isa).rows->rms_norm, type, arguments, count, width, threads);
+}
+
+void rms_norm_gradient(int isa, int threads, int type, int64_t count, int64_t width, Strided dy, Strided h, Strided dh,
+                       Address weight, Address scale, float offset, Address dx) {
+    const RmsNormGradient arguments{rows(dy), rows(h), rows(dh), pointer<const void>(weight),
+                                    pointer<const float>(scale), width, offset, pointer<void>(dx)};
+    over_rows(tier(isa).rows->rms_norm_gradient, type, arguments, count, width, threads);
+}
+
+void rms_norm_weight_gradient(int isa, int threads, int type, int64_t count, int64_t width, Strided dy, Strided h,
+                              Address scale, Address dweight) {
+    const RmsNormWeightGradient arguments{rows(dy), rows(h), pointer<const float>(scale), count,
+                                          pointer<float>(dweight)};
+    const int64_t columns = (grain(count) + 63) / 64 * 64;  // whole cache lines
+    parallel_for(width, columns, threads, [&](int64_t first, int64_t last) {
+        tier(isa).rows->rms_norm_weight_gradient[type](arguments, first, last);
+    });
+}
+
+void gated(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided gate, Strided up,
+           Address y) {
+    const Gated arguments{rows(gate), rows(up), width, pointer<void>(y)};
+    over_rows(tier(isa).rows->gated[activation], type, arguments, count, width, threads);
+}
+
+void gated_gradient(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided dy,
+                    Strided gate, Strided up, Address dgate, Address dup, int64_t stride) {
+    const GatedGradient arguments{rows(dy), rows(gate), rows(up), width, pointer<void>(dgate), pointer<void>(dup),
+                                  stride};
+    over_rows(tier(isa).rows->gated_gradient[activation], type, arguments, count, width, threads);
+}
+
+// `shape` and `strides` are those of x: [samples, length, heads, size].
+void rotary(int isa, int threads, int type, bool fp32_angles, bool inverse, std::array<int64_t, 4> shape,
+            std::array<int64_t, 4> strides, Address x, Address cos, Address sin, int64_t turned,
+            std::array<int64_t, 2> angle_strides, Address y) {
+    const auto [samples, length, heads, size] = shape;
+    const Rotary arguments{pointer<const void>(x), strides[0], strides[1], strides[2], pointer<const void>(cos),
+                           pointer<const void>(sin), angle_strides[0], angle_strides[1], length, heads, size,
+                           turned / 2, inverse, pointer<void>(y)};
+    over_rows(tier(isa).rows->rotary[fp32_angles], type, arguments, samples * length, heads * size, threads);
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -322,20 +387,21 @@ NB_MODULE(_native, module) {
     module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
+    module.def("rms_norm", rms_norm, unlocked());
+    module.def("rms_norm_gradient", rms_norm_gradient, unlocked());
+    module.def("rms_norm_weight_gradient", rms_norm_weight_gradient, unlocked());
+    module.def("gated", gated, unlocked());
+    module.def("gated_gradient", gated_gradient, unlocked());
+    module.def("rotary", rotary, unlocked());
+    module.def("exp", elementary<&RowKernels::exp>, unlocked());
+    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
+    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
     nb::class_<Sum>(module, "Sum")
         .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>())
         .def("add_weight", &Sum::add_weight)
         .def("add_dense", &Sum::add_dense);
     module.def("matmul_sums", matmul_sums, unlocked());
-    nb::class_<Terms>(module, "Terms")
-        .def(nb::init<>())
-        .def("add_weight", &Terms::add_weight)
-        .def("add_dense", &Terms::add_dense);
     module.def("attends", attends);
     module.def("attention", attention_forward_of, unlocked());
     module.def("attention_backward", attention_backward_of, unlocked());
-    module.def("matmul_terms", matmul_terms, unlocked());
-    module.def("exp", elementary<&RowKernels::exp>, unlocked());
-    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
-    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
 }

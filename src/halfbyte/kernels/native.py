@@ -31,6 +31,7 @@ if _AVAILABLE:
     from halfbyte import _native
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Type in csrc/contract.h
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # enum Activation in csrc/rows.h
 
 
 def available() -> bool:
@@ -234,10 +235,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, sof
     isa = _tier()
     if not _native.attends(isa):
         return reference.attention(q, k, v, ranges, scale, softcap)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     out = _heads_last(q.shape, q.dtype)
     lse = torch.empty(*q.shape[:3], dtype=torch.float32, device="cpu")
-    _native.attention(isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_strided, (q, k, v, out)),
+    _native.attention(isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_head_strides, (q, k, v, out)),
                       lse.data_ptr())  # fmt: skip
     return out, lse
 
@@ -257,11 +258,11 @@ def attention_backward(
     isa = _tier()
     if not _native.attends(isa):
         return reference.attention_backward(dout, q, k, v, out, lse, ranges, scale, softcap)
-    dout, q, k, v, out = _rows(dout), _rows(q), _rows(k), _rows(v), _rows(out)
+    dout, q, k, v, out = map(_dense_rows, (dout, q, k, v, out))
     dq, dk, dv = (_heads_last(x.shape, q.dtype) for x in (q, k, v))
     _native.attention_backward(
-        isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_strided, (q, k, v, out)),
-        lse.data_ptr(), *map(_strided, (dout, dq, dk, dv)),
+        isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_head_strides, (q, k, v, out)),
+        lse.data_ptr(), *map(_head_strides, (dout, dq, dk, dv)),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -331,6 +332,104 @@ def adamw_8bit(
     )
 
 
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm; sums in the tier's order, for any number of threads."""
+    x, weight = _dense_rows(x), weight.contiguous()
+    residual = None if residual is None else _dense_rows(residual)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    scale = torch.empty(len(x), dtype=torch.float32, device="cpu")
+    _native.rms_norm(
+        *_rows(x),
+        _strided(x),
+        _strided(residual),
+        weight.data_ptr(),
+        eps,
+        offset,
+        rounded,
+        h.data_ptr(),
+        y.data_ptr(),
+        scale.data_ptr(),
+    )
+    return h, y, scale
+
+
+def rms_norm_gradient(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, offset: float) -> Tensor:
+    """The gradient of :func:`rms_norm` with respect to what it normalizes."""
+    dy, h, weight = _dense_rows(dy), _dense_rows(h), weight.contiguous()
+    dh = None if dh is None else _dense_rows(dh)
+    dx = torch.empty(h.shape, dtype=h.dtype, device="cpu")
+    _native.rms_norm_gradient(
+        *_rows(h),
+        _strided(dy),
+        _strided(h),
+        _strided(dh),
+        weight.data_ptr(),
+        scale.data_ptr(),
+        offset,
+        dx.data_ptr(),
+    )
+    return dx
+
+
+def rms_norm_weight_gradient(dy: Tensor, h: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of :func:`rms_norm` with respect to the weight; rows are added in their order."""
+    dy, h = _dense_rows(dy), _dense_rows(h)
+    dweight = torch.empty(h.shape[1], dtype=torch.float32, device="cpu")
+    _native.rms_norm_weight_gradient(*_rows(h), _strided(dy), _strided(h), scale.data_ptr(), dweight.data_ptr())
+    return dweight
+
+
+def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """A gated linear unit."""
+    gate, up = _dense_rows(gate), _dense_rows(up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
+    _native.gated(*_rows(gate), _ACTIVATIONS[name], _strided(gate), _strided(up), y.data_ptr())
+    return y
+
+
+def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None:
+    """The gradients of :func:`gated`, into tensors of equal strides."""
+    dy, gate, up = _dense_rows(dy), _dense_rows(gate), _dense_rows(up)
+    _native.gated_gradient(
+        *_rows(gate),
+        _ACTIVATIONS[name],
+        _strided(dy),
+        _strided(gate),
+        _strided(up),
+        dgate.data_ptr(),
+        dup.data_ptr(),
+        dgate.stride(0),
+    )
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Rotary position embedding; without fused multiply-adds on any tier."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    sin = sin.to(cos.dtype)
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    _native.rotary(
+        _tier(),
+        threads(),
+        _TYPES[x.dtype],
+        cos.dtype == torch.float32,
+        inverse,
+        x.shape,
+        x.stride(),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[-1],
+        cos.stride()[:2],
+        y.data_ptr(),
+    )
+    return y
+
+
 def elementary(name: str, x: Tensor) -> Tensor:
     """Return ``exp``, ``sigmoid`` or ``tanh`` of fp32 values as the tier's element-wise kernels have it.
 
@@ -379,20 +478,30 @@ def _attention(
     return sizes, _TYPES[q.dtype], ranges.data_ptr(), scale, softcap
 
 
-def _strided(x: Tensor) -> tuple[int, int, int, int]:
+def _head_strides(x: Tensor) -> tuple[int, int, int, int]:
     """Return the address of ``x`` and the strides of batch, head and row."""
     return x.data_ptr(), *x.stride()[:3]  # type: ignore[return-value]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return ``x``, copied unless the values of a row follow each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _heads_last(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return a tensor to fill, ``[B, H, L, D]``, that lies in memory as ``[B, L, H, D]``."""
     batches, heads, rows, size = shape
     return torch.empty(batches, rows, heads, size, dtype=dtype, device="cpu").transpose(1, 2)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """Return ``x``, copied unless the values of a row lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Return what each call over rows begins with: tier, threads, type, rows and width."""
+    return _tier(), threads(), _TYPES[x.dtype], *x.shape
+
+
+def _strided(x: Tensor | None) -> tuple[int, int]:
+    """Return the address and the distance of rows, as the extension takes them; zeros for none."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
 def _tables(statistics: Statistics) -> tuple[Tensor, Tensor | None]:

@@ -17,6 +17,7 @@ from halfbyte.kernels.terms import Sum, Term
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 512  # values of a head in attention: as many as a panel is deep (csrc/matmul.h)
 MOST_KEYS = 2**24  # keys are counted in fp32 (csrc/attention.h)
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +204,109 @@ def adamw_8bit(
     )  # fmt: skip
 
 
+def rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    rounded: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of ``x + residual``, all ``[..., width]``; see :func:`halfbyte.kernels.reference.rms_norm`.
+
+    Returns:
+        The sum and its norm in the shape of ``x``, and what :func:`rms_norm_gradient` needs, fp32 ``[rows]``.
+    """
+    _check_floating("x", x)
+    _check_norm_weight(weight, x)
+    if residual is not None:
+        _check_as("residual", residual, "x", x)
+    flat = None if residual is None else _flat(residual)
+    h, y, scale = provider_for(x.device).rms_norm(_flat(x), flat, weight, eps, offset, rounded)
+    return (x if residual is None else h.view(x.shape)), y.view(x.shape), scale
+
+
+def rms_norm_gradient(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, *, offset: float = 0.0
+) -> Tensor:
+    """Gradient of :func:`rms_norm` with respect to ``x`` and to ``residual``, in the shape of ``h``."""
+    _check_floating("h", h)
+    _check_norm_weight(weight, h)
+    _check_scale(scale, h)
+    _check_as("dy", dy, "h", h)
+    if dh is not None:
+        _check_as("dh", dh, "h", h)
+    flat = None if dh is None else _flat(dh)
+    dx = provider_for(h.device).rms_norm_gradient(_flat(dy), flat, _flat(h), weight, scale, offset)
+    return dx.view(h.shape)
+
+
+def rms_norm_weight_gradient(dy: Tensor, h: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of :func:`rms_norm` with respect to ``weight``, fp32 ``[width]``."""
+    _check_floating("h", h)
+    _check_scale(scale, h)
+    _check_as("dy", dy, "h", h)
+    return provider_for(h.device).rms_norm_weight_gradient(_flat(dy), _flat(h), scale)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Gated linear unit ``f(gate) up``, all ``[..., width]``; ``activation`` is one of :data:`ACTIVATIONS`."""
+    _check_gated(gate, up, activation)
+    return provider_for(gate.device).gated(_flat(gate), _flat(up), activation).view(gate.shape)
+
+
+def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`gated` with respect to ``gate`` and ``up``, in their shape."""
+    _check_gated(gate, up, activation)
+    _check_as("dy", dy, "gate", gate)
+    gate_rows = _flat(gate)
+    dgate, dup = (torch.empty(gate_rows.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    provider_for(gate.device).gated_gradient(_flat(dy), gate_rows, _flat(up), activation, dgate, dup)
+    return dgate.view(gate.shape), dup.view(gate.shape)
+
+
+def gated_halves_gradient(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    """Gradient of :func:`gated` with respect to one tensor ``[..., 2 width]`` that holds ``gate`` and ``up``."""
+    rows = _flat(gate_up)
+    gate, up = rows.chunk(2, dim=1)
+    dy_rows = _flat(dy)
+    _check_gated(gate, up, activation)
+    _check_as("dy", dy_rows, "gate", gate)
+    gradient = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    provider_for(rows.device).gated_gradient(dy_rows, gate, up, activation, *gradient.chunk(2, dim=1))
+    return gradient.view(gate_up.shape)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+    """Rotary position embedding of ``[batch, length, heads, size]``; see :func:`halfbyte.kernels.reference.rotary`.
+
+    Args:
+        x: any strides.
+        cos: ``[batch or 1, length, turned]``, fp32 or as ``x``; ``turned`` is even and at most ``size``.
+        sin: as ``cos``.
+        inverse: the gradient instead.
+
+    Returns:
+        A new contiguous tensor in the shape of ``x``.
+    """
+    _check_floating("x", x)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype not in (torch.float32, x.dtype) or table.device != x.device:
+            raise TypeError(
+                f"{name} is {table.dtype} on {table.device}; x needs {x.dtype} or torch.float32 on {x.device}"
+            )
+    turned = cos.shape[-1] if cos.ndim == 3 else 1
+    fits = x.ndim == 4 and turned % 2 == 0 and turned <= x.shape[-1]
+    if not fits or cos.shape[0] not in (1, x.shape[0]) or cos.shape[1] != x.shape[1] or sin.shape != cos.shape:
+        raise ValueError(
+            f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}; x of shape {tuple(x.shape)} needs both as "
+            "(batch or 1, length, turned), where x is (batch, length, heads, size) and turned even, at most size"
+        )
+    shape = (x.shape[0], *cos.shape[1:])
+    return provider_for(x.device).rotary(x, cos.expand(shape), sin.expand(shape), inverse)
+
+
 class _Matmul4bit(torch.autograd.Function):
     """Keeps nothing dense for the backward: only the 4-bit bytes, which the layer holds anyway."""
 
@@ -378,3 +482,40 @@ def _check_like(name: str, i: int, x: Tensor, dtype: torch.dtype, param: Tensor)
         )
     if x.shape != param.shape:
         raise ValueError(f"{name}[{i}] has shape {tuple(x.shape)}; its parameter has {tuple(param.shape)}")
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return ``[..., width]`` as ``[rows, width]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _check_as(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.dtype != like.dtype or x.device != like.device:
+        raise TypeError(f"{name} is {x.dtype} on {x.device}; it must be {like.dtype} on {like.device}, as {like_name}")
+    if x.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {tuple(like.shape)}, as {like_name}")
+
+
+def _check_norm_weight(weight: Tensor, x: Tensor) -> None:
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise TypeError(f"weight is {weight.dtype} on {weight.device}; it must be {x.dtype} on {x.device}, as x")
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs its last size")
+
+
+def _check_scale(scale: Tensor, h: Tensor) -> None:
+    rows = h.shape[:-1].numel()
+    if scale.dtype != torch.float32 or scale.shape != (rows,) or scale.device != h.device or not scale.is_contiguous():
+        raise ValueError(
+            f"scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}; {rows} rows need torch.float32 "
+            f"({rows},) on {h.device}"
+        )
+
+
+def _check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
+    _check_floating("gate", gate)
+    _check_as("up", up, "gate", gate)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if gate.ndim == 0:
+        raise ValueError("gate is a scalar; it must be [..., width]")

@@ -310,3 +310,100 @@ def adamw_8bit(
             new_codes, new_absmax = quantize_8bit(moment, table, blocksize)
             codes.copy_(new_codes.view_as(codes))
             absmax.copy_(new_absmax)
+
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm (arXiv 1910.07467) of ``h = x + residual``.
+
+    ``y = h s (offset + weight)`` with ``s = 1 / sqrt(mean(h²) + eps)`` over the last dimension.
+
+    Args:
+        x: ``[rows, width]``.
+        residual: as ``x``, or None.
+        weight: ``[width]`` in the dtype of ``x``.
+        eps: added to the mean square.
+        offset: 0, or 1 (Gemma).
+        rounded: whether ``h s`` is rounded to the dtype of ``x`` before the weight multiplies it (Llama).
+
+    Returns:
+        ``h`` (``x`` itself without a residual), ``y``, and ``s`` fp32 ``[rows]``.
+    """
+    h = x if residual is None else x + residual
+    scale = torch.rsqrt(h.float().square().mean(dim=1, keepdim=True) + eps)
+    normalized = h.float() * scale
+    if rounded:
+        normalized = normalized.to(x.dtype).float()
+    return h, (normalized * (offset + weight.float())).to(x.dtype), scale.squeeze(1)
+
+
+def rms_norm_gradient(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, offset: float) -> Tensor:
+    """Return the gradient of :func:`rms_norm` with respect to ``x``, which is also that of ``residual``.
+
+    ``dx = dh + s (g - h s² mean(g h))`` with ``g = dy (offset + weight)``.
+
+    Args:
+        dy: the gradient of ``y``.
+        dh: that of ``h`` from elsewhere, or None.
+        h: as returned, like ``scale``.
+        weight: as given, like ``offset``.
+        scale: s.
+        offset: 0 or 1.
+    """
+    s, wide = scale.unsqueeze(1), h.float()
+    g = dy.float() * (offset + weight.float())
+    dx = s * (g - wide * s.square() * (g * wide).mean(dim=1, keepdim=True))
+    return (dx if dh is None else dx + dh.float()).to(h.dtype)
+
+
+def rms_norm_weight_gradient(dy: Tensor, h: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of :func:`rms_norm` with respect to ``weight``: ``Σ dy h s`` over the rows, fp32."""
+    return (dy.float() * h.float() * scale.unsqueeze(1)).sum(dim=0)
+
+
+def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return ``f(x)`` and ``f'(x)`` for ``silu``, ``x σ(x)``, or ``gelu_tanh``, ``x σ(2 sqrt(2/π) (x + 0.044715 x³))``.
+
+    The latter is the usual ``x/2 (1 + tanh(...))``.
+    """
+    factor = 2 * (2 / torch.pi) ** 0.5
+    inner, slope = (x, 1) if name == "silu" else (factor * (x + 0.044715 * x**3), factor * (1 + 0.134145 * x**2))
+    s = torch.sigmoid(inner)
+    return x * s, s + x * s * (1 - s) * slope
+
+
+def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """A gated linear unit (arXiv 2002.05202): ``f(gate) up``, all ``[rows, width]`` of one dtype."""
+    return (activation(gate.float(), name)[0] * up.float()).to(gate.dtype)
+
+
+def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None:
+    """Write the gradients of :func:`gated` with respect to ``gate`` and ``up`` into ``dgate`` and ``dup``."""
+    value, slope = activation(gate.float(), name)
+    dgate.copy_(dy.float() * up.float() * slope)
+    dup.copy_(dy.float() * value)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864), the halves of a head as transformers pairs them.
+
+    ``(a, b)`` becomes ``(a cos_a - b sin_a, b cos_b + a sin_b)``.
+
+    Args:
+        x: ``[batch, length, heads, size]``.
+        cos: ``[batch, length, 2 half]``, fp32 or as ``x``; what a head has beyond ``2 half`` stays as it is.
+        sin: as ``cos``.
+        inverse: apply the transposed matrix instead, which is the gradient.
+
+    Returns:
+        As ``x``.
+    """
+    half = cos.shape[-1] // 2
+    a, b, rest = x.float().tensor_split([half, 2 * half], dim=-1)
+    (cos_a, cos_b), (sin_a, sin_b) = (t.float().unsqueeze(2).chunk(2, dim=-1) for t in (cos, sin))
+    if inverse:
+        turned = (a * cos_a + b * sin_b, b * cos_b - a * sin_a)
+    else:
+        turned = (a * cos_a - b * sin_a, b * cos_b + a * sin_b)
+    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
