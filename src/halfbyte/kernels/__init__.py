@@ -9,20 +9,24 @@ from halfbyte.kernels.operations import (
     adamw_32bit,
     dequantize_4bit,
     dequantize_8bit,
+    fold_softmax,
     matmul_4bit,
     quantize_4bit,
     quantize_8bit,
 )
 from halfbyte.kernels.provider import provider_for, providers, use_provider
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Nested, Statistics
 
 __all__ = [
     "Nested",
+    "RunningSoftmax",
     "Statistics",
     "adamw_8bit",
     "adamw_32bit",
     "dequantize_4bit",
     "dequantize_8bit",
+    "fold_softmax",
     "matmul_4bit",
     "provider_for",
     "providers",

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
+from halfbyte.kernels import reference
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
 
 _AVAILABLE = importlib.util.find_spec("halfbyte._native") is not None
@@ -235,6 +237,12 @@ def adamw_8bit(
         code_unsigned.data_ptr(),
         blocksize,
     )
+
+
+def fold_softmax(
+    logits: Tensor, labels: Tensor, first: int, softmax: RunningSoftmax, scale: float, cap: float | None, gradient: bool
+) -> None:
+    reference.fold_softmax(logits, labels, first, softmax, scale, cap, gradient)
 
 
 def _matmul(

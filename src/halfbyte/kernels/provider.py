@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import native, reference
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
 
 
@@ -65,6 +66,17 @@ class Provider(Protocol):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+    ) -> None: ...
+
+    def fold_softmax(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        first: int,
+        softmax: RunningSoftmax,
+        scale: float,
+        cap: float | None,
+        gradient: bool,
     ) -> None: ...
 
 
