@@ -10,6 +10,7 @@
 #include "adamw.h"
 #include "avx2.h"
 #include "matmul.h"
+#include "rows.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
@@ -243,7 +244,7 @@ bool supported() {
 }  // namespace
 
 const Tier avx2 = {
-    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw,
+    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw, &avx2_rows,
 };
 
 }  // namespace halfbyte

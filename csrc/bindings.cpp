@@ -22,6 +22,7 @@
 #include "matmul.h"
 #include "parallel.h"
 #include "probe.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 
@@ -31,6 +32,8 @@ namespace {
 using Address = uintptr_t;
 
 constexpr int64_t kGrain = 1 << 16;  // values; less than that is done before another thread has woken up
+
+constexpr int64_t kSoftmaxGrain = 1 << 14;
 
 template <class T>
 T* pointer(Address address) {
@@ -210,6 +213,33 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     matmul(*tier(isa).matmul(arguments.type), arguments, threads);
 }
 
+// y = f(x) for n fp32 values.
+template <void (*RowKernels::*f)(const float*, int64_t, float*)>
+void elementary(int isa, Address x, int64_t n, Address y) {
+    (tier(isa).rows->*f)(pointer<const float>(x), n, pointer<float>(y));
+}
+
+// `state` holds the addresses of the members of RunningSoftmax, in order.
+void fold_softmax(int isa, int threads, Address logits, int type, int64_t rows, int64_t width, Address labels,
+                  int64_t first, float scale, float cap, bool gradient, const std::array<Address, 9>& state) {
+    FoldSoftmax arguments{};
+    arguments.logits = pointer<void>(logits);
+    arguments.type = static_cast<Type>(type);
+    arguments.width = width;
+    arguments.labels = pointer<const int64_t>(labels);
+    arguments.first = first;
+    arguments.scale = scale;
+    arguments.cap = cap;
+    arguments.gradient = gradient;
+    float** const members[] = {&arguments.maximum, &arguments.sum,   &arguments.weighted, &arguments.squares,
+                               &arguments.total,   &arguments.label, &arguments.slope,    &arguments.shrink};
+    for (size_t i = 0; i < 8; ++i) *members[i] = pointer<float>(state[i]);
+    arguments.top = pointer<int64_t>(state[8]);
+    const RowKernels& kernels = *tier(isa).rows;
+    parallel_for(rows, kSoftmaxGrain / width + 1, threads,
+                 [&](int64_t begin, int64_t end) { kernels.fold_softmax(arguments, begin, end); });
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -242,4 +272,8 @@ NB_MODULE(_native, module) {
     module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
+    module.def("fold_softmax", fold_softmax, unlocked());
+    module.def("exp", elementary<&RowKernels::exp>, unlocked());
+    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
+    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
 }

@@ -14,7 +14,8 @@
 //
 // Weak (inline or template) functions of the standard library must not be instantiated under a tier's instruction set,
 // since the linker may keep that copy for everybody: so tier files are compiled for the baseline, raise the target only
-// around their own functions, keep those in an anonymous namespace, and include nothing inside.
+// around their own functions, keep those in an anonymous namespace, and include nothing inside but .inl files, which
+// are written once over a tier's own types (lanes.inl, rows.h) and include nothing themselves.
 
 #pragma once
 
@@ -77,6 +78,7 @@ using Dequantize8bit = Dequantize<8>;
 
 struct MatmulKernels;
 struct AdamwKernels;
+struct RowKernels;
 
 // The blocks [first, last). With 4 bits and an odd block size `first` must be even, so that no byte is shared between
 // ranges.
@@ -89,6 +91,7 @@ struct Tier {
     void (*dequantize_8bit)(const Dequantize8bit&, int64_t first, int64_t last);
     const MatmulKernels* (*matmul)(Type);  // see matmul.h; null: none
     const AdamwKernels* adamw;             // see adamw.h
+    const RowKernels* rows;                // see rows.h
 };
 
 extern const Tier scalar;  // the baseline, everywhere; the other tiers leave odd cases to it

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "adamw.h"
+#include "rows.h"
 #include "scalar.h"
 
 namespace halfbyte {
@@ -79,7 +80,7 @@ bool supported() { return true; }
 }  // namespace
 
 const Tier scalar = {
-    "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr, &scalar_adamw,
+    "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr, &scalar_adamw, &scalar_rows,
 };
 
 }  // namespace halfbyte

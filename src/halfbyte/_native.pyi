@@ -109,3 +109,18 @@ def adamw_8bit(
     blocksize: int,
     /,
 ) -> None: ...
+def fold_softmax(
+    isa: int,
+    threads: int,
+    logits: int,
+    type: int,
+    rows: int,
+    width: int,
+    labels: int,
+    first: int,
+    scale: float,
+    cap: float,
+    gradient: bool,
+    state: list[int],
+    /,
+) -> None: ...

@@ -38,7 +38,9 @@ def some_head(n: int, vocabulary: int, width: int, seed: int = 0) -> tuple[Tenso
     return hidden, weight, bias, labels
 
 
-def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, cap: float | None) -> Scores:
+def dense(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, cap: float | None
+) -> Scores:
     z = scale * nn.functional.linear(hidden, weight, bias)
     z = z if cap is None else cap * torch.tanh(z / cap)
     logs = z.log_softmax(1)
@@ -52,9 +54,18 @@ def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, s
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.0625, None), (3.0, None), (1.0, 5.0), (0.5, 30.0)])
-@pytest.mark.parametrize(("n", "vocabulary", "width", "biased"), [(1, 1, 3, True), (13, 97, 7, True), (11, 257, 24, False)])
+@pytest.mark.parametrize(
+    ("n", "vocabulary", "width", "biased"), [(1, 1, 3, True), (13, 97, 7, True), (11, 257, 24, False)]
+)
 def test_scores_and_gradients_are_those_of_the_dense_logits(
-    provider: None, small_chunks: None, n: int, vocabulary: int, width: int, biased: bool, scale: float, cap: float | None
+    provider: None,
+    small_chunks: None,
+    n: int,
+    vocabulary: int,
+    width: int,
+    biased: bool,
+    scale: float,
+    cap: float | None,
 ) -> None:
     hidden, weight, bias, labels = some_head(n, vocabulary, width)
     given = torch.randn(n, generator=torch.Generator().manual_seed(1))
@@ -73,7 +84,8 @@ def test_scores_and_gradients_are_those_of_the_dense_logits(
         torch.testing.assert_close(getattr(got, name).double(), getattr(expected, name), rtol=1e-5, atol=2e-5, msg=name)
     for one, other in zip(ours, theirs, strict=True):
         assert one.grad is not None and other.grad is not None
-        assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm()
+        # a vocabulary of one has no gradient, but for what two roundings of one logit differ
+        assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm() + (1e-5 if vocabulary == 1 else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -132,7 +144,9 @@ def test_a_tied_weight_gets_the_gradients_of_both_its_uses(provider: None, small
     assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
 
 
-def test_nothing_is_computed_for_a_gradient_that_nobody_asks_for(provider: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_for_a_gradient_that_nobody_asks_for(
+    provider: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     fold = kernels.fold_softmax
     monkeypatch.setattr(kernels, "fold_softmax", lambda *args, **kw: seen.append(kw["gradient"]) or fold(*args, **kw))

@@ -12,6 +12,7 @@ leaves the rest to torch.
 """
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -21,7 +22,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.kernels import reference
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
 
@@ -242,7 +242,30 @@ def adamw_8bit(
 def fold_softmax(
     logits: Tensor, labels: Tensor, first: int, softmax: RunningSoftmax, scale: float, cap: float | None, gradient: bool
 ) -> None:
-    reference.fold_softmax(logits, labels, first, softmax, scale, cap, gradient)
+    """Take a chunk of the vocabulary into the softmax of each row; tiers differ in the last places of fp32."""
+    _native.fold_softmax(
+        _tier(),
+        threads(),
+        logits.data_ptr(),
+        _TYPES[logits.dtype],
+        *logits.shape,
+        labels.data_ptr(),
+        first,
+        scale,
+        0.0 if cap is None else cap,
+        gradient,
+        [getattr(softmax, field.name).data_ptr() for field in dataclasses.fields(softmax)],
+    )
+
+
+def elementary(name: str, x: Tensor) -> Tensor:
+    """Return ``exp``, ``sigmoid`` or ``tanh`` of fp32 values as the tier's element-wise kernels have it.
+
+    Within 2 units in the last place for ``exp``, 3 for the others; csrc/lanes.inl.
+    """
+    y = torch.empty(x.numel(), dtype=torch.float32, device="cpu")
+    getattr(_native, name)(_tier(), x.contiguous().data_ptr(), x.numel(), y.data_ptr())
+    return y.view(x.shape)
 
 
 def _matmul(

@@ -245,10 +245,11 @@ def fold_softmax(
     """
     z = logits.float() * scale
     slope = torch.full_like(z, scale)
+    top = z.argmax(dim=1)
     if cap is not None:
         tanh = (z / cap).tanh()
         z, slope = cap * tanh, scale * (1 - tanh * tanh)
-    largest, top = z.max(dim=1)
+    largest = z.amax(dim=1)
     softmax.top.copy_(torch.where(largest > softmax.maximum, first + top, softmax.top))
     maximum = torch.maximum(softmax.maximum, largest)
     softmax.shrink.copy_((softmax.maximum - maximum).exp())

@@ -37,6 +37,17 @@ class RunningSoftmax:
     shrink: Tensor
     top: Tensor
 
+    def __post_init__(self) -> None:
+        n = len(self.sum)
+        for field in dataclasses.fields(self):
+            x = getattr(self, field.name)
+            dtype = torch.int64 if field.name == "top" else torch.float32
+            if x.dtype != dtype or x.shape != (n,) or x.device != self.sum.device or not x.is_contiguous():
+                raise ValueError(
+                    f"{field.name} is {x.dtype} {tuple(x.shape)} on {x.device} with strides {x.stride()}; it must be "
+                    f"{dtype} ({n},) on {self.sum.device} and contiguous"
+                )
+
     @classmethod
     def empty(cls, n: int, device: torch.device) -> Self:
         """Return the state of ``n`` rows of which nothing was seen yet."""

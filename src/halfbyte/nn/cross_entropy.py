@@ -107,7 +107,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         gradient = grad_enabled and ctx.needs_input_grad[0]
         dhidden = torch.empty_like(hidden) if gradient else None
-        scores = Scores(*(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(4)), torch.empty_like(labels))
+        scores = Scores(
+            *(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(4)), torch.empty_like(labels)
+        )
         log_sum = torch.empty_like(scores.log_prob)
         for first in range(0, len(hidden), ROWS):
             rows = slice(first, first + ROWS)
