@@ -123,15 +123,15 @@ def test_no_row_is_no_work() -> None:
 def test_what_does_not_fit_is_named() -> None:
     logits, labels = some_logits(4, 50, torch.float32)
     softmax = RunningSoftmax.empty(4, logits.device)
-    with pytest.raises(TypeError, match="logits is torch.float64"):
+    with pytest.raises(TypeError, match=r"logits is torch.float64"):
         kernels.fold_softmax(logits.double(), labels, 0, softmax)
     with pytest.raises(ValueError, match=r"logits have shape \(50, 4\) and strides \(1, 50\)"):
         kernels.fold_softmax(logits.T, labels, 0, softmax)
-    with pytest.raises(TypeError, match="labels are torch.int32"):
+    with pytest.raises(TypeError, match=r"labels are torch.int32"):
         kernels.fold_softmax(logits, labels.int(), 0, softmax)
     with pytest.raises(ValueError, match=r"4 rows of logits, labels \(3,\) and a softmax of 4 rows"):
         kernels.fold_softmax(logits, labels[1:], 0, softmax)
-    with pytest.raises(ValueError, match="cap is -1.0; it must be above 0"):
+    with pytest.raises(ValueError, match=r"cap is -1.0; it must be above 0"):
         kernels.fold_softmax(logits, labels, 0, softmax, cap=-1.0)
     with pytest.raises(ValueError, match=r"top is torch.int32 \(4,\).*must be torch.int64 \(4,\)"):
         dataclasses.replace(softmax, top=labels.int())

@@ -199,5 +199,5 @@ def test_what_does_not_fit_is_named() -> None:
         linear_cross_entropy(hidden, weight, labels, bias[1:])
     with pytest.raises(ValueError, match=r"labels have shape \(3,\); 4 positions"):
         linear_cross_entropy(hidden, weight, labels[1:])
-    with pytest.raises(ValueError, match="labels go from -100 to .*vocabulary from 0 to 49"):
+    with pytest.raises(ValueError, match=r"labels go from -100 to .*vocabulary from 0 to 49"):
         linear_cross_entropy(hidden, weight, torch.tensor([3, -100, 2, 7]))

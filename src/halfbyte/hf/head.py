@@ -17,6 +17,8 @@ over three made-up hidden states, without its layers, and logits and loss must a
 """
 
 import functools
+import inspect
+import math
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,7 +134,7 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _score(layer: nn.Linear, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Scores, Tensor]:
-    """Score ``labels`` ``[B, L]`` at ``hidden`` ``[B, L, H]`` where there are any; also return where: bool ``[B, L]``."""
+    """Score ``labels`` ``[B, L]`` at ``hidden`` ``[B, L, H]`` where there are any, and say where: bool ``[B, L]``."""
     hidden, labels = hidden.to(layer.weight.device), labels.to(layer.weight.device)
     mask = labels != IGNORED
     positions = mask.view(-1).nonzero().squeeze(1)
@@ -147,10 +149,9 @@ def _wants_router_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> bool
 
 
 @functools.cache
-def _parameters(cls: type) -> tuple[str, ...]:
+def _parameters(cls: type[PreTrainedModel]) -> tuple[str, ...]:
     """The names of the forward's arguments, in order, without self."""
-    code = functools.reduce(lambda f, _: getattr(f, "__wrapped__", f), range(8), cls.forward).__code__  # type: ignore[attr-defined]
-    return tuple(code.co_varnames[1 : code.co_argcount])
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def head_of(model: PreTrainedModel) -> Head | None:
@@ -191,8 +192,10 @@ def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
     hidden = torch.randn(1, 3, layer.in_features, generator=generator).to(weight.device, weight.dtype)
     labels = torch.randint(layer.out_features, (1, 3), generator=generator).to(weight.device)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        raw = layer(hidden)
-        hidden *= PROBED_LOGIT / raw.abs().max()
+        largest = float(layer(hidden).abs().max())
+        if not 0 < largest < math.inf:
+            return None
+        hidden *= PROBED_LOGIT / largest
         try:
             with _returning(model.base_model, hidden):
                 own = type(model).forward(model, input_ids=torch.zeros_like(labels), labels=labels)

@@ -27,7 +27,7 @@ from halfbyte.kernels import RunningSoftmax
 
 ROWS = 2048
 """Positions that are taken together."""
-WIDTH = 1024
+WIDTH = 2048
 """Vocabulary in a chunk: its logits and rows of W stay in cache, and the products run at the speed of large ones."""
 
 
@@ -159,17 +159,19 @@ def _fold_vocabulary(
     gradient: bool,
 ) -> tuple[RunningSoftmax, Tensor | None]:
     """The softmax of each row, and Σ exp(z - m) z' W over all but its label, fp32 ``[n, H]``."""
-    softmax = RunningSoftmax.empty(len(hidden), hidden.device)
+    rows = len(hidden)
+    softmax = RunningSoftmax.empty(rows, hidden.device)
     taken = torch.zeros_like(hidden, dtype=torch.float32) if gradient else None
+    buffer = hidden.new_empty(rows * min(WIDTH, len(weight)))
+    product = torch.empty_like(hidden)
     for first, head, offset in _chunks(weight, bias, hidden.dtype):
-        logits = linear(hidden, head, offset)
+        logits = buffer[: rows * len(head)].view(rows, len(head))
+        torch.mm(hidden, head.T, out=logits)
+        if offset is not None:
+            logits.add_(offset)
         kernels.fold_softmax(logits, labels, first, softmax, scale=scale, cap=cap, gradient=gradient)
         if taken is not None:
-            taken.mul_(softmax.shrink.unsqueeze(1))
-            if logits.dtype == torch.float32:
-                taken.addmm_(logits, head)
-            else:
-                taken.add_(logits @ head)
+            taken.mul_(softmax.shrink.unsqueeze(1)).add_(torch.mm(logits, head, out=product))
     return softmax, taken
 
 
