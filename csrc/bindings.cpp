@@ -36,6 +36,8 @@ using Address = uintptr_t;
 
 constexpr int64_t kGrain = 1 << 16;  // values; less than that is done before another thread has woken up
 
+constexpr int64_t kSoftmaxGrain = 1 << 14;
+
 template <class T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
@@ -355,6 +357,27 @@ void rotary(int isa, int threads, int type, bool fp32_angles, bool inverse, std:
     over_rows(tier(isa).rows->rotary[fp32_angles], type, arguments, samples * length, heads * size, threads);
 }
 
+// `state` holds the addresses of the members of RunningSoftmax, in order.
+void fold_softmax(int isa, int threads, Address logits, int type, int64_t rows, int64_t width, Address labels,
+                  int64_t first, float scale, float cap, bool gradient, const std::array<Address, 9>& state) {
+    FoldSoftmax arguments{};
+    arguments.logits = pointer<void>(logits);
+    arguments.type = static_cast<Type>(type);
+    arguments.width = width;
+    arguments.labels = pointer<const int64_t>(labels);
+    arguments.first = first;
+    arguments.scale = scale;
+    arguments.cap = cap;
+    arguments.gradient = gradient;
+    float** const members[] = {&arguments.maximum, &arguments.sum,   &arguments.weighted, &arguments.squares,
+                               &arguments.total,   &arguments.label, &arguments.slope,    &arguments.shrink};
+    for (size_t i = 0; i < 8; ++i) *members[i] = pointer<float>(state[i]);
+    arguments.top = pointer<int64_t>(state[8]);
+    const RowKernels& kernels = *tier(isa).rows;
+    parallel_for(rows, kSoftmaxGrain / width + 1, threads,
+                 [&](int64_t begin, int64_t end) { kernels.fold_softmax(arguments, begin, end); });
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -393,6 +416,7 @@ NB_MODULE(_native, module) {
     module.def("gated", gated, unlocked());
     module.def("gated_gradient", gated_gradient, unlocked());
     module.def("rotary", rotary, unlocked());
+    module.def("fold_softmax", fold_softmax, unlocked());
     module.def("exp", elementary<&RowKernels::exp>, unlocked());
     module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
     module.def("tanh", elementary<&RowKernels::tanh>, unlocked());

@@ -82,6 +82,19 @@ struct Rotary {
 template <class Arguments>
 using ByType = void (*[3])(const Arguments&, int64_t first, int64_t last);
 
+// A chunk of the vocabulary, taken into the softmax of each row: fold_softmax of kernels/reference.py.
+struct FoldSoftmax {
+    void* logits;  // [n, width] of `type`; with `gradient` overwritten
+    Type type;
+    int64_t width;
+    const int64_t* labels;  // one per row, indices into the whole vocabulary
+    int64_t first;          // the chunk's first index
+    float scale, cap;       // cap 0: none
+    bool gradient;
+    float *maximum, *sum, *weighted, *squares, *total, *label, *slope, *shrink;  // one per row, as in kernels/softmax.py
+    int64_t* top;
+};
+
 struct RowKernels {
     // y = f(x) for n values: what lanes.inl promises, one function at a time.
     void (*exp)(const float* x, int64_t n, float* y);
@@ -94,6 +107,7 @@ struct RowKernels {
     ByType<Gated> gated[2];                   // by activation
     ByType<GatedGradient> gated_gradient[2];
     ByType<Rotary> rotary[2];                 // cos and sin as x, in fp32
+    void (*fold_softmax)(const FoldSoftmax&, int64_t first, int64_t last);  // rows [first, last)
 };
 
 extern const RowKernels scalar_rows;

@@ -1,6 +1,8 @@
 // The kernels of rows.h, over a tier's lanes: each tier's *_rows.cpp includes this within its target region, after the
 // tier's lanes header. It includes nothing but .inl files.
 
+#include "softmax.inl"
+
 namespace halfbyte {
 namespace {
 
@@ -26,6 +28,7 @@ constexpr RowKernels row_kernels = {
      {gated_gradient<Fp32, GeluTanh>, gated_gradient<Bf16, GeluTanh>, gated_gradient<Fp16, GeluTanh>}},
     {{rotary<Fp32, Fp32>, rotary<Bf16, Bf16>, rotary<Fp16, Fp16>},
      {rotary<Fp32, Fp32>, rotary<Bf16, Fp32>, rotary<Fp16, Fp32>}},
+    fold_softmax,
 };
 
 }  // namespace

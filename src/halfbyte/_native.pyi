@@ -237,3 +237,18 @@ def rotary(
 def exp(isa: int, x: int, n: int, y: int, /) -> None: ...
 def sigmoid(isa: int, x: int, n: int, y: int, /) -> None: ...
 def tanh(isa: int, x: int, n: int, y: int, /) -> None: ...
+def fold_softmax(
+    isa: int,
+    threads: int,
+    logits: int,
+    type: int,
+    rows: int,
+    width: int,
+    labels: int,
+    first: int,
+    scale: float,
+    cap: float,
+    gradient: bool,
+    state: list[int],
+    /,
+) -> None: ...

@@ -2,7 +2,8 @@
 
 PEFT (0.21) wraps a :class:`~halfbyte.nn.Linear4bit` in its ``lora.Linear``, which would compute the low-rank part in
 fp32 and, asked to merge, add floats to packed bytes. :func:`prepare_for_training` turns each of those, by class swap,
-into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's, and :func:`unprepare` turns them back.
+into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's, and :func:`unprepare` turns them back. The
+model's output head is bound too (:mod:`halfbyte.hf.head`): while training with labels it returns no logits.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
+from halfbyte.hf.head import base_of, bind_head, unbind_head
 from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -130,6 +133,9 @@ def prepare_for_training(model: Model) -> Model:
         )
     for layer in ours:
         layer.__class__ = LoraLinear4bit
+    base = base_of(model)
+    if isinstance(base, PreTrainedModel):
+        bind_head(base)
     if isinstance(model, PeftModel):
         model.get_nb_trainable_parameters = _Counts(model)
     return model
@@ -140,6 +146,9 @@ def unprepare(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, LoraLinear4bit):
             module.__class__ = LoraLinear
+    base = base_of(model)
+    if isinstance(base, PreTrainedModel):
+        unbind_head(base)
     vars(model).pop("get_nb_trainable_parameters", None)
     return model
 

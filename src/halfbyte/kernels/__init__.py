@@ -11,6 +11,7 @@ from halfbyte.kernels.operations import (
     attention_backward,
     dequantize_4bit,
     dequantize_8bit,
+    fold_softmax,
     gated,
     gated_gradient,
     gated_halves_gradient,
@@ -24,11 +25,13 @@ from halfbyte.kernels.operations import (
     rotary,
 )
 from halfbyte.kernels.provider import provider_for, providers, use_provider
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Nested, Statistics
 from halfbyte.kernels.terms import Sum, Term, Weight4bit
 
 __all__ = [
     "Nested",
+    "RunningSoftmax",
     "Statistics",
     "Sum",
     "Term",
@@ -39,6 +42,7 @@ __all__ = [
     "attention_backward",
     "dequantize_4bit",
     "dequantize_8bit",
+    "fold_softmax",
     "gated",
     "gated_gradient",
     "gated_halves_gradient",

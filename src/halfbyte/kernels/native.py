@@ -12,6 +12,7 @@ leaves the rest to torch.
 """
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import reference
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
 from halfbyte.kernels.terms import Sum, Weight4bit
 
@@ -428,6 +430,25 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         y.data_ptr(),
     )
     return y
+
+
+def fold_softmax(
+    logits: Tensor, labels: Tensor, first: int, softmax: RunningSoftmax, scale: float, cap: float | None, gradient: bool
+) -> None:
+    """Take a chunk of the vocabulary into the softmax of each row; tiers differ in the last places of fp32."""
+    _native.fold_softmax(
+        _tier(),
+        threads(),
+        logits.data_ptr(),
+        _TYPES[logits.dtype],
+        *logits.shape,
+        labels.data_ptr(),
+        first,
+        scale,
+        0.0 if cap is None else cap,
+        gradient,
+        [getattr(softmax, field.name).data_ptr() for field in dataclasses.fields(softmax)],
+    )
 
 
 def elementary(name: str, x: Tensor) -> Tensor:

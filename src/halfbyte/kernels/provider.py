@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import native, reference
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
 from halfbyte.kernels.terms import Sum
 
@@ -102,6 +103,16 @@ class Provider(Protocol):
     def gated_gradient(self, dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None: ...
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor: ...
+    def fold_softmax(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        first: int,
+        softmax: RunningSoftmax,
+        scale: float,
+        cap: float | None,
+        gradient: bool,
+    ) -> None: ...
 
 
 _forced: ContextVar[str | None] = ContextVar("halfbyte_provider", default=None)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
 from halfbyte.kernels.terms import Sum, Weight4bit
 
@@ -407,3 +408,48 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     else:
         turned = (a * cos_a - b * sin_a, b * cos_b + a * sin_b)
     return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+
+
+def fold_softmax(
+    logits: Tensor, labels: Tensor, first: int, softmax: RunningSoftmax, scale: float, cap: float | None, gradient: bool
+) -> None:
+    """Take a chunk of the vocabulary into the softmax of each row.
+
+        z = scale logits, or with a soft cap  z = cap tanh(scale logits / cap);   z' = dz / dlogits
+
+    With ``gradient`` the logits are overwritten with exp(z - m) z', m being the largest z up to this chunk, and with 0
+    at the label: that, over the sum of all exp(z - m), is what each logit takes from the logarithm of the label's
+    probability. (What the label itself gives, (1 - p) z', is left to fp32: in bf16 a p close to 1 would swallow it.)
+
+    Args:
+        logits: ``[n, width]``, floating; changed in place.
+        labels: int64 ``[n]``, indices into the whole vocabulary.
+        first: the chunk's first index in the vocabulary.
+        softmax: of the rows; changed in place.
+        scale: what the logits are multiplied by.
+        cap: the soft cap, or None.
+        gradient: whether to write over the logits.
+    """
+    z = logits.float() * scale
+    slope = torch.full_like(z, scale)
+    top = z.argmax(dim=1)
+    if cap is not None:
+        tanh = (z / cap).tanh()
+        z, slope = cap * tanh, scale * (1 - tanh * tanh)
+    largest = z.amax(dim=1)
+    softmax.top.copy_(torch.where(largest > softmax.maximum, first + top, softmax.top))
+    maximum = torch.maximum(softmax.maximum, largest)
+    softmax.shrink.copy_((softmax.maximum - maximum).exp())
+    below = z - maximum.unsqueeze(1)
+    e = below.exp()
+    softmax.weighted.add_(softmax.sum * (softmax.maximum - maximum)).mul_(softmax.shrink).add_((e * below).sum(1))
+    softmax.squares.mul_(softmax.shrink.square()).add_(e.square().sum(1))
+    softmax.sum.mul_(softmax.shrink).add_(e.sum(1))
+    softmax.total.add_(z.sum(1))
+    softmax.maximum.copy_(maximum)
+    rows = ((labels >= first) & (labels < first + logits.shape[1])).nonzero().squeeze(1)
+    columns = labels[rows] - first
+    softmax.label[rows], softmax.slope[rows] = z[rows, columns], slope[rows, columns]
+    if gradient:
+        e[rows, columns] = 0
+        logits.copy_(e * slope)

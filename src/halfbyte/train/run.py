@@ -38,13 +38,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig
 
 from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.files import whole_file, write_text
 from halfbyte.hf import activations
-from halfbyte.hf.trainer import SFTTrainer, checkpoints
+from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
 from halfbyte.plan.memory import anonymous_memory, free_memory
 from halfbyte.train.config import CHANGEABLE, RUN_OPTIONS, TrainConfig
 from halfbyte.train.display import Display, StepMetrics
@@ -239,7 +238,6 @@ def _trainer(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase
         save_steps=config.save_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        bf16=False,  # autocast off: the 4-bit layers compute in compute_dtype
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
