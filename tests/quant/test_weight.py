@@ -17,10 +17,13 @@ from halfbyte.quant.codebooks import FOUR_BIT
 
 SHAPES = [(64, 64), (33, 65), (7, 3), (1000, 160), (1, 1), (130,), (3, 5, 50)]
 
+# bitsandbytes' CPU library does not take the nearest 8-bit code: tests/kernels/test_bitsandbytes.py says how far it is.
+EXACT = [name for name in providers() if name != "bitsandbytes"]
 
-@pytest.fixture(params=list(providers()), autouse=True)
+
+@pytest.fixture(params=EXACT, autouse=True)
 def provider(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every claim of this file holds for every provider."""
+    """Every claim of this file holds for every provider that is exact."""
     with use_provider(request.param):
         yield request.param
 
