@@ -7,7 +7,6 @@ it. torch and the libraries over it take seconds to import, so each command impo
 """
 
 import contextlib
-import errno
 import inspect
 import logging
 import os
@@ -29,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from halfbyte import __version__
 from halfbyte.errors import InputError
+from halfbyte.files import disk_full
 from halfbyte.train.config import TrainConfig
 
 INTERRUPTED = 130
@@ -59,7 +59,7 @@ def main() -> None:
     except (InputError, typer.TyperException) as error:
         code = _fail(error.format_message() if isinstance(error, typer.TyperException) else str(error))
     except (OSError, safetensors.SafetensorError) as error:
-        if not _disk_full(error):
+        if not disk_full(error):
             raise
         code = _fail(f"The disk is full ({error}); free some space and try again.")
     if code == INTERRUPTED:
@@ -379,11 +379,6 @@ def _command(*arguments: str) -> str:
     started = sys.argv[0]
     program = started if Path(started).name == "halfbyte" and shutil.which("halfbyte") != started else "halfbyte"
     return shlex.join([program, *arguments])
-
-
-def _disk_full(error: Exception) -> bool:
-    """Whether the error says so; safetensors raises one of its own, which has the number in its text alone."""
-    return getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
 
 
 def _fail(sentence: str) -> int:

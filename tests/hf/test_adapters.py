@@ -45,8 +45,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:peft.utils.warning.PeftWarning")  # on merging
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"lora_bias": False}])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}])
 def test_loss_and_gradients_are_those_of_the_dense_model(
     tiny_model_folder: Path, dtype: torch.dtype, options: dict[str, object]
 ) -> None:

@@ -82,8 +82,11 @@ def matmul_4bit(
         raise TypeError(f"x is on {x.device} and the weight on {packed.device}; both must be on one device")
     if x.ndim == 0 or x.shape[-1] != shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {tuple(shape)} needs [..., {shape[1]}]")
-    if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, but this product needs {x.dtype} ({shape[0]},)")
+    if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, but this product needs {x.dtype} "
+            f"({shape[0]},) on {x.device}"
+        )
     y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
     return y
 
@@ -480,8 +483,8 @@ def _check_absmax(absmax: Tensor, dtype: torch.dtype, n: int, blocksize: int, de
     blocks = -(-n // blocksize)
     if absmax.dtype != dtype or absmax.shape != (blocks,) or absmax.device != device or not absmax.is_contiguous():
         raise ValueError(
-            f"absmax is {absmax.dtype} {tuple(absmax.shape)} on {absmax.device}; {n} values in blocks of {blocksize} "
-            f"need {dtype} ({blocks},) on {device}"
+            f"absmax is {absmax.dtype} {tuple(absmax.shape)} on {absmax.device} with strides {absmax.stride()}; {n} "
+            f"values in blocks of {blocksize} need {dtype} ({blocks},) on {device}, contiguous"
         )
 
 

@@ -1,4 +1,4 @@
-"""Who carries out an operation: the native kernels on a CPU, the torch reference elsewhere.
+"""Who carries out an operation: the native kernels on a CPU, bitsandbytes on CUDA, the torch reference elsewhere.
 
 A provider is a module with the functions of :class:`Provider`; it may take its arguments for granted, since
 :mod:`halfbyte.kernels.operations` has checked them.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.kernels import native, reference
+from halfbyte.kernels import bitsandbytes, native, reference
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
 from halfbyte.kernels.terms import Sum
@@ -115,12 +115,18 @@ class Provider(Protocol):
     ) -> None: ...
 
 
+DEFAULTS = {"cpu": "native", "cuda": "bitsandbytes"}
+"""The provider for each type of device, where it is installed; otherwise the reference."""
+
 _forced: ContextVar[str | None] = ContextVar("halfbyte_provider", default=None)
 
 
 def providers() -> dict[str, Provider]:
     """Return the providers that this installation has, by name."""
-    return {"native": native, "reference": reference} if native.available() else {"reference": reference}
+    known: dict[str, Provider] = {"native": native} if native.available() else {}
+    if bitsandbytes.available():
+        known["bitsandbytes"] = bitsandbytes
+    return known | {"reference": reference}
 
 
 def provider_for(device: torch.device) -> Provider:
@@ -129,7 +135,7 @@ def provider_for(device: torch.device) -> Provider:
     forced = _forced.get()
     if forced is not None:
         return known[forced]
-    return known["native"] if device.type == "cpu" and "native" in known else known["reference"]
+    return known.get(DEFAULTS.get(device.type, ""), reference)
 
 
 @contextlib.contextmanager

@@ -55,13 +55,13 @@ def report() -> list[Finding]:
 
 def line() -> str:
     """Return one line that names the version, the provider and the instruction-set tier in force."""
-    name = _provider()
+    name = _provider("cpu")
     tier = f" ({native.tier()})" if name == "native" else ""
     return f"halfbyte {__version__}: {name} kernels{tier}, {torch.get_num_threads()} threads"
 
 
-def _provider() -> str:
-    chosen = provider_for(torch.device("cpu"))
+def _provider(device: str) -> str:
+    chosen = provider_for(torch.device(device))
     return next(name for name, provider in providers().items() if provider is chosen)
 
 
@@ -70,13 +70,13 @@ def _kernels() -> list[Finding]:
     if native.available():
         tiers = ", ".join(native.tiers())
         return [
-            Finding("kernels", _provider()),
+            Finding("kernels", _provider("cpu")),
             Finding("instruction set", f"{native.tier()} (of {tiers}; HALFBYTE_ISA chooses)"),
             Finding("C++ compiler", compiler or "none (the kernels are built)"),
         ]
     step = "reinstall halfbyte" if compiler else "install a C++ compiler (g++ or clang++), then reinstall halfbyte"
     return [
-        Finding("kernels", _provider(), f"To get the fast native kernels, {step}."),
+        Finding("kernels", _provider("cpu"), f"To get the fast native kernels, {step}."),
         Finding("C++ compiler", compiler or "none"),
     ]
 
@@ -101,7 +101,7 @@ def _memory() -> Finding:
 
 def _bitsandbytes() -> Finding:
     try:
-        return Finding("bitsandbytes", importlib.metadata.version("bitsandbytes"))
+        return Finding("bitsandbytes", f"{importlib.metadata.version('bitsandbytes')} (its kernels serve CUDA tensors)")
     except importlib.metadata.PackageNotFoundError:
         return Finding("bitsandbytes", "none (optional)")
 
@@ -110,7 +110,9 @@ def _cuda() -> Finding:
     if not torch.cuda.is_available():
         return Finding("CUDA", "none (the CPU is used)")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Finding("CUDA", f"{torch.version.cuda}, {', '.join(names)}")
+    kernels = _provider("cuda")
+    hint = "To get the fast kernels for it, install bitsandbytes." if kernels == "reference" else ""
+    return Finding("CUDA", f"{torch.version.cuda}, {', '.join(names)}, {kernels} kernels", hint)
 
 
 def _cache() -> Finding:

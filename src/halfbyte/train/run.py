@@ -14,7 +14,6 @@ stops at once. Resuming goes on bit for bit as if nothing had happened (at the s
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -41,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
-from halfbyte.files import whole_file, write_text
+from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf import activations
 from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
 from halfbyte.plan.memory import anonymous_memory, free_memory
@@ -423,9 +422,7 @@ def _full_disk_told(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors reports what the operating system said, as text
-        full = {errno.ENOSPC, errno.EDQUOT}
-        if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
+        if disk_full(error):
             raise InputError(
                 f"{output}: the disk is full. Checkpoints that were saved are whole: free some space and resume."
             ) from error
