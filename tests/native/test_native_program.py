@@ -1,4 +1,4 @@
-"""The kernels without Python: the program in this folder, built with sanitizers, and for 64-bit Arm under an emulator."""
+"""The kernels without Python: the program in this folder, with sanitizers, and for 64-bit Arm under an emulator."""
 
 import shutil
 import subprocess
