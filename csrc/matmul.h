@@ -126,6 +126,7 @@ void matmul(Matmul* products, int count, int threads);
 // The kernels of a tier for this chip.
 const MatmulKernels* avx2_matmul(Type type);
 const MatmulKernels* avx512_matmul(Type type);
+const MatmulKernels* neon_matmul(Type type);
 
 namespace {
 
