@@ -139,6 +139,7 @@ void matmul(Matmul* products, int count, int threads);
 const MatmulKernels* avx2_matmul(Type type);
 const MatmulKernels* avx512_matmul(Type type);
 const MatmulKernels* amx_matmul(Type type);
+const MatmulKernels* neon_matmul(Type type);
 
 namespace {
 
