@@ -95,6 +95,7 @@ extern const Tier scalar;  // the baseline, everywhere; the other tiers leave od
 extern const Tier avx2;    // AVX2, FMA, F16C
 extern const Tier avx512;  // AVX-512 F, BW, VL, DQ
 extern const Tier amx;     // AMX-BF16, beside AVX-512 with BF16
+extern const Tier neon;    // 64-bit Arm
 
 namespace {
 
