@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <thread>
 
+#include "amx_emulation.h"
 #include "case.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -21,7 +22,13 @@ namespace halfbyte {
 namespace {
 
 // The tiers to check. `scalar` comes last.
-std::vector<const Tier*> tiers() { return available_tiers(); }
+std::vector<const Tier*> tiers() {
+    std::vector<const Tier*> tiers = available_tiers();
+#if defined(__x86_64__)
+    if (emulated_amx.supported()) tiers.insert(tiers.begin(), &emulated_amx);
+#endif
+    return tiers;
+}
 
 // Several threads call at once: each index is worked on once, in ranges as promised.
 void parallel(Case& c) {
@@ -73,7 +80,7 @@ const Case* running = nullptr;
 
 void tell_failure(const char* what) {
     if (!running) return;
-    std::fprintf(stderr, "FAILED: --tier %s --group %s --seed %" PRIu64 " --cases 1:%s: %s\n", running->tier.name,
+    std::fprintf(stderr, "FAILED: --tier '%s' --group %s --seed %" PRIu64 " --cases 1:%s: %s\n", running->tier.name,
                  running_group, running_seed, running->description.str().c_str(), what);
 }
 
@@ -94,7 +101,7 @@ bool run(const Tier& tier, const Group& group, const Options& options) {
         }
         running = nullptr;
     }
-    std::printf("%-8s %-16s %6" PRId64 " cases\n", tier.name, group.name, i);
+    std::printf("%-13s %-16s %6" PRId64 " cases\n", tier.name, group.name, i);
     std::fflush(stdout);
     return true;
 }

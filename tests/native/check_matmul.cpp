@@ -86,13 +86,13 @@ struct Sum {
     explicit Sum(Case& c)
         : type(c.type()),
           y_type(c.random.once_in(2) ? type : c.type()),
-          rows(c.note("rows", c.random.below(c.random.of({10, 20, 20, 300})))),
+          rows(c.note("rows", c.random.once_in(30) ? 500 + c.random.below(700) : c.random.below(c.random.of({10, 20, 300})))),
           width(c.note("width", c.random.once_in(2) ? 1 + c.random.below(400) : 32 * (1 + c.random.below(12)))),
           y_stride(width + c.note("y_gap", c.gap())),
           shift(c.shift()),
           biased(c.note("bias", c.random.once_in(2))),
           bias(width * size_of(y_type), c.shift(), 0) {
-        const int64_t most = c.random.of<int64_t>({50, 300, 300, 1000000 / width / (rows + 1) + 1});  // of the depth
+        const int64_t most = c.random.of<int64_t>({50, 300, 300, rows < 500 ? 1000000 / width / (rows + 1) + 1 : 1500});
         for (int64_t i = c.note("terms", c.random.of({1, 1, 2, 3, 6})); i > 0; --i) {
             terms.emplace_back(c, type, rows, width, most);
         }
