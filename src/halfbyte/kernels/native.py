@@ -238,8 +238,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, sof
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = _heads_last(q.shape, q.dtype)
     lse = torch.empty(*q.shape[:3], dtype=torch.float32, device="cpu")
-    _native.attention(isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_strided, (q, k, v, out)),
-                      lse.data_ptr())  # fmt: skip
+    _native.attention(
+        isa,
+        threads(),
+        *_attention(q, k, ranges, scale, softcap),
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        _strided(out),
+        lse.data_ptr(),
+    )
     return out, lse
 
 
@@ -261,9 +269,19 @@ def attention_backward(
     dout, q, k, v, out = _rows(dout), _rows(q), _rows(k), _rows(v), _rows(out)
     dq, dk, dv = (_heads_last(x.shape, q.dtype) for x in (q, k, v))
     _native.attention_backward(
-        isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_strided, (q, k, v, out)),
-        lse.data_ptr(), *map(_strided, (dout, dq, dk, dv)),
-    )  # fmt: skip
+        isa,
+        threads(),
+        *_attention(q, k, ranges, scale, softcap),
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        _strided(out),
+        lse.data_ptr(),
+        _strided(dout),
+        _strided(dq),
+        _strided(dk),
+        _strided(dv),
+    )
     return dq, dk, dv
 
 
@@ -382,7 +400,8 @@ def _attention(
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:
     """Return the address of ``x`` and the strides of batch, head and row."""
-    return x.data_ptr(), *x.stride()[:3]  # type: ignore[return-value]
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row
 
 
 def _rows(x: Tensor) -> Tensor:
