@@ -259,6 +259,10 @@ void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, 
     for (int64_t n = first; n < last; n += L::kPerLane, panel += kStrip) {
         const int64_t row = n * m.stride + column;
         const bool both = L::kPerLane == 2 && n + 1 < last;
+        for (int64_t c = 0; c < columns; c += 64 / S::kSize) {
+            _mm_prefetch(at(m.values, row + 16 * m.stride + c, S::kSize), _MM_HINT_T0);
+            if (both) _mm_prefetch(at(m.values, row + 17 * m.stride + c, S::kSize), _MM_HINT_T0);
+        }
         for (int64_t c = 0; c < columns; c += width) {
             const __m512i values = L::template from<S>(m.values, row + c, columns - c);
             const __m512i next = L::template from<S>(m.values, row + c + (both ? m.stride : 0), both ? columns - c : 0);
@@ -285,24 +289,35 @@ void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last,
     }
 }
 
+// Where few columns leave registers, the even and the odd lanes are summed apart, so that no sum waits for its last.
 template <class L, int rows, int groups>
 void multiply_tile(const void* x, int64_t stride, const float* panel, int64_t lanes, float* sums, bool add) {
-    __m512 sum[rows][groups];
+    constexpr int parts = groups == 1 ? 2 : 1;
+    __m512 sum[parts][rows][groups];
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < groups; ++c) {
-            sum[r][c] = add ? _mm512_load_ps(sums + r * kStrip + 16 * c) : _mm512_setzero_ps();
+            sum[0][r][c] = add ? _mm512_load_ps(sums + r * kStrip + 16 * c) : _mm512_setzero_ps();
+            if (parts == 2) sum[parts - 1][r][c] = _mm512_setzero_ps();
         }
     }
-    for (int64_t i = 0; i < lanes; ++i) {
+    const auto step = [&](int64_t i, int part) {
         __m512i w[groups];
         for (int c = 0; c < groups; ++c) w[c] = _mm512_load_si512(panel + i * kStrip + 16 * c);
         for (int r = 0; r < rows; ++r) {
             const __m512i lane = _mm512_set1_epi32(load<int32_t>(at(x, r * stride, 1), i));
-            for (int c = 0; c < groups; ++c) sum[r][c] = L::multiply_add(lane, w[c], sum[r][c]);
+            for (int c = 0; c < groups; ++c) sum[part][r][c] = L::multiply_add(lane, w[c], sum[part][r][c]);
         }
+    };
+    int64_t i = 0;
+    for (; i + parts <= lanes; i += parts) {
+        for (int part = 0; part < parts; ++part) step(i + part, part);
     }
+    if (i < lanes) step(i, 0);
     for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < groups; ++c) _mm512_store_ps(sums + r * kStrip + 16 * c, sum[r][c]);
+        for (int c = 0; c < groups; ++c) {
+            const __m512 total = parts == 2 ? _mm512_add_ps(sum[0][r][c], sum[parts - 1][r][c]) : sum[0][r][c];
+            _mm512_store_ps(sums + r * kStrip + 16 * c, total);
+        }
     }
 }
 

@@ -216,39 +216,60 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     const Weight4bit weight = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
                                           blocksize, out_features, in_features);
     const int64_t depth = gradient ? out_features : in_features, width = gradient ? in_features : out_features;
-    const Term term{pointer<const void>(x), depth, gradient, &weight, {}};
+    Term term{pointer<const void>(x), depth, 1, gradient, &weight, {}};
     const Type storage = static_cast<Type>(type);
-    const MatmulKernels& kernels = *tier(isa).matmul(storage);
-    matmul(kernels, kernels, {rows, width, &term, 1, storage, storage, pointer<const void>(bias), pointer<void>(y), width},
-           threads);
+    const MatmulKernels* const kernels = tier(isa).matmul(storage);
+    Matmul product{kernels, kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
+                   pointer<void>(y), width};
+    matmul(&product, 1, threads);
 }
 
-// The terms of a product, as Python gathers them.
-struct Terms {
-    std::vector<Term> terms;
-    std::deque<Weight4bit> weights;  // whose elements stay where they are
+// A sum of products, as Python gathers its terms.
+class Sum {
+  public:
+    Sum(int isa, int64_t rows, int64_t width, int type, int y_type, Address bias, Address y, int64_t y_stride) {
+        matmul_.type = static_cast<Type>(type);
+        matmul_.y_type = static_cast<Type>(y_type);
+        matmul_.kernels = tier(isa).matmul(matmul_.type);
+        matmul_.y_kernels = tier(isa).matmul(matmul_.y_type);
+        matmul_.rows = rows;
+        matmul_.width = width;
+        matmul_.bias = pointer<const void>(bias);
+        matmul_.y = pointer<void>(y);
+        matmul_.y_stride = y_stride;
+    }
 
-    void add_weight(Address x, int64_t stride, bool gradient, Address packed, Address code, Address absmax,
-                    Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+    void add_weight(Address x, int64_t stride, int64_t step, bool gradient, Address packed, Address code,
+                    Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
                     int64_t blocksize, int64_t rows, int64_t columns) {
-        weights.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
-                                      blocksize, rows, columns));
-        terms.push_back({pointer<const void>(x), stride, gradient, &weights.back(), {}});
+        weights_.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                       blocksize, rows, columns));
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, &weights_.back(), {}});
     }
 
-    void add_dense(Address x, int64_t stride, bool gradient, Address values, int type, int64_t rows, int64_t columns,
-                   int64_t values_stride) {
+    void add_dense(Address x, int64_t stride, int64_t step, bool gradient, Address values, int type, int64_t rows,
+                   int64_t columns, int64_t values_stride) {
         const Dense dense{pointer<const void>(values), static_cast<Type>(type), rows, columns, values_stride};
-        terms.push_back({pointer<const void>(x), stride, gradient, nullptr, dense});
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, dense});
     }
+
+    // Valid until something is added.
+    Matmul arguments() {
+        matmul_.terms = terms_.data();
+        matmul_.count = static_cast<int>(terms_.size());
+        return matmul_;
+    }
+
+  private:
+    Matmul matmul_{};
+    std::vector<Term> terms_;
+    std::deque<Weight4bit> weights_;  // whose elements stay where they are
 };
 
-void matmul_terms(int isa, int threads, const Terms& terms, int64_t rows, int64_t width, int type, int y_type,
-                  Address bias, Address y, int64_t y_stride) {
-    const Type x_storage = static_cast<Type>(type), y_storage = static_cast<Type>(y_type);
-    const Matmul arguments{rows, width, terms.terms.data(), static_cast<int>(terms.terms.size()), x_storage, y_storage,
-                           pointer<const void>(bias), pointer<void>(y), y_stride};
-    matmul(*tier(isa).matmul(x_storage), *tier(isa).matmul(y_storage), arguments, threads);
+void matmul_sums(int threads, const std::vector<Sum*>& sums) {
+    std::vector<Matmul> products;
+    for (Sum* sum : sums) products.push_back(sum->arguments());
+    matmul(products.data(), static_cast<int>(products.size()), threads);
 }
 
 // An address, and the strides of batch, head and row in values.
@@ -339,14 +360,14 @@ NB_MODULE(_native, module) {
     module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
-    nb::class_<Terms>(module, "Terms")
-        .def(nb::init<>())
-        .def("add_weight", &Terms::add_weight)
-        .def("add_dense", &Terms::add_dense);
+    nb::class_<Sum>(module, "Sum")
+        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>())
+        .def("add_weight", &Sum::add_weight)
+        .def("add_dense", &Sum::add_dense);
+    module.def("matmul_sums", matmul_sums, unlocked());
     module.def("attends", attends);
     module.def("attention", attention_forward_of, unlocked());
     module.def("attention_backward", attention_backward_of, unlocked());
-    module.def("matmul_terms", matmul_terms, unlocked());
     module.def("exp", elementary<&RowKernels::exp>, unlocked());
     module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
     module.def("tanh", elementary<&RowKernels::tanh>, unlocked());

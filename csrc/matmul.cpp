@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "parallel.h"
 
@@ -39,32 +40,39 @@ struct Piece {
     int64_t first, last, lanes;
 };
 
+int64_t size_of(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+const void* at(const void* x, int64_t bytes) { return static_cast<const char*>(x) + bytes; }
+void* at(void* y, int64_t bytes) { return static_cast<char*>(y) + bytes; }
+
 class Product {
   public:
-    Product(const MatmulKernels& kernels, const MatmulKernels& out, const Matmul& arguments)
-        : k_(kernels),
-          out_(out),
-          a_(arguments),
+    Product(const Matmul& arguments, int threads)
+        : a_(arguments),
+          k_(*a_.kernels),
           per_lane_(k_.pairs ? 2 : 1),
-          size_(a_.type == Type::fp32 ? 4 : 2),
-          y_size_(a_.y_type == Type::fp32 ? 4 : 2),
-          few_(a_.rows <= k_.few_rows && a_.terms->weight && !a_.terms->gradient && a_.terms->weight->piece > 0) {}
-
-    void run(int threads) const {
-        const int64_t strip = few_ ? kFewStrip : kStrip;
-        const int64_t strips = parts(a_.width, strip);
-        const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips));
+          size_(size_of(a_.type)),
+          y_size_(size_of(a_.y_type)),
+          few_(a_.rows <= k_.few_rows && a_.terms->weight && !a_.terms->gradient && a_.terms->weight->piece > 0),
+          strip_(few_ ? kFewStrip : kStrip),
+          strips_(parts(a_.width, strip_)) {
+        const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips_));
         const int64_t chunks = std::max(parts(a_.rows, kChunk), few_ ? 1 : wanted);
-        const int64_t chunk = parts(parts(a_.rows, chunks), k_.tile_rows) * k_.tile_rows;
+        chunk_ = parts(parts(a_.rows, chunks), k_.tile_rows) * k_.tile_rows;
+    }
+
+    int64_t tasks() const { return strips_ * parts(a_.rows, chunk_); }
+
+    // Values of the right factors that a task reads.
+    int64_t values() const {
         int64_t depth = 0;
         for (int i = 0; i < a_.count; ++i) depth += a_.terms[i].depth();
-        const int64_t grain = std::max(kGrain / std::max(strip * depth, int64_t{1}), int64_t{1});
-        parallel_for(strips * chunks, grain, threads, [&](int64_t first, int64_t last) {
-            for (int64_t task = first; task < last; ++task) {
-                const int64_t row = task / strips * chunk, column = task % strips * strip;
-                part(row, std::min(row + chunk, a_.rows), column, std::min(strip, a_.width - column));
-            }
-        });
+        return strip_ * depth;
+    }
+
+    void run(int64_t task) const {
+        const int64_t row = task / strips_ * chunk_, column = task % strips_ * strip_;
+        part(row, std::min(row + chunk_, a_.rows), column, std::min(strip_, a_.width - column));
     }
 
   private:
@@ -72,7 +80,7 @@ class Product {
     void part(int64_t begin, int64_t end, int64_t column, int64_t columns) const {
         Scratch& s = scratch();
         std::fill(s.bias, s.bias + kStrip, 0.0f);
-        if (a_.bias) out_.widen(at(a_.bias, column * y_size_), columns, s.bias);
+        if (a_.bias) a_.y_kernels->widen(at(a_.bias, column * y_size_), columns, s.bias);
         Piece pieces[kPanels];
         Piece next{a_.terms, 0, 0, 0};
         bool add = false;
@@ -160,17 +168,64 @@ class Product {
 
     void finish(int64_t begin, int64_t end, int64_t column, int64_t columns, const float* sums, Scratch& s) const {
         for (int64_t row = begin; row < end; ++row, sums += kStrip) {
-            out_.finish(sums, s.bias, columns, at(a_.y, (row * a_.y_stride + column) * y_size_));
+            a_.y_kernels->finish(sums, s.bias, columns, at(a_.y, (row * a_.y_stride + column) * y_size_));
         }
     }
 
-    static const void* at(const void* x, int64_t bytes) { return static_cast<const char*>(x) + bytes; }
-    static void* at(void* y, int64_t bytes) { return static_cast<char*>(y) + bytes; }
-
-    const MatmulKernels &k_, &out_;
     const Matmul& a_;
+    const MatmulKernels& k_;
     const int64_t per_lane_, size_, y_size_;
     const bool few_;
+    const int64_t strip_, strips_;
+    int64_t chunk_;
+};
+
+// Copies of left factors, kept for the calling thread's next call.
+class Copies {
+  public:
+    // Replace those left factors whose rows are scattered.
+    void take(Matmul* products, int count) {
+        int64_t bytes = 0;
+        each(products, count, [&](const Matmul& a, Term& term) { bytes += a.rows * stride(term) * size_of(a.type); });
+        if (bytes > size_) {
+            bytes_.reset(new char[static_cast<size_t>(bytes)]);
+            size_ = bytes;
+        }
+        char* to = bytes_.get();
+        each(products, count, [&](const Matmul& a, Term& term) {
+            to += size_of(a.type) == 4 ? copy<uint32_t>(a.rows, term, to) : copy<uint16_t>(a.rows, term, to);
+        });
+    }
+
+  private:
+    template <class Body>
+    static void each(Matmul* products, int count, const Body& body) {
+        for (Matmul* a = products; a < products + count; ++a) {
+            for (Term* term = a->terms; term < a->terms + a->count; ++term) {
+                if (term->step != 1) body(*a, *term);
+            }
+        }
+    }
+
+    // Between the rows of a copy: no power of two, since such rows drive each other out of the cache.
+    static int64_t stride(const Term& term) { return parts(term.depth(), 32) * 32 + 32; }
+
+    // Returns the bytes written.
+    template <class T>
+    static int64_t copy(int64_t rows, Term& term, char* bytes) {
+        T* const to = reinterpret_cast<T*>(bytes);
+        const int64_t depth = term.depth(), apart = stride(term);
+        for (int64_t i = 0; i < depth; ++i) {
+            for (int64_t r = 0; r < rows; ++r) to[r * apart + i] = load<T>(term.x, i * term.step + r * term.stride);
+        }
+        term.x = to;
+        term.stride = apart;
+        term.step = 1;
+        return rows * apart * static_cast<int64_t>(sizeof(T));
+    }
+
+    std::unique_ptr<char[]> bytes_;
+    int64_t size_ = 0;
 };
 
 }  // namespace
@@ -203,8 +258,25 @@ void read_scales(const Weight4bit& w, int64_t first, int64_t step, int64_t count
     }
 }
 
-void matmul(const MatmulKernels& kernels, const MatmulKernels& out, const Matmul& arguments, int threads) {
-    if (arguments.rows > 0) Product(kernels, out, arguments).run(threads);
+void matmul(Matmul* products, int count, int threads) {
+    static thread_local Copies copies;
+    copies.take(products, count);
+    std::vector<Product> works;
+    int64_t tasks = 0, values = 0;
+    for (int i = 0; i < count; ++i) {
+        if (products[i].rows == 0 || products[i].width == 0) continue;
+        const Product& work = works.emplace_back(products[i], threads);
+        tasks += work.tasks();
+        values += work.tasks() * work.values();
+    }
+    const int64_t grain = std::max(kGrain * tasks / std::max(values, int64_t{1}), int64_t{1});
+    parallel_for(tasks, grain, threads, [&](int64_t first, int64_t last) {
+        for (const Product& work : works) {
+            for (int64_t task = std::max(first, int64_t{0}); task < std::min(last, work.tasks()); ++task) work.run(task);
+            first -= work.tasks();
+            last -= work.tasks();
+        }
+    });
 }
 
 }  // namespace halfbyte

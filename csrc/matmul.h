@@ -9,8 +9,8 @@
 //
 // Weights are those of dequantize_4bit, rounded to the type of x, except that a chip's bf16 unit takes subnormal
 // values for zero, also among its results. Sums are fp32. Each result is summed in an order that depends on the tier,
-// the type, the terms' depths and on whether the call has few rows: never on the number of threads or on what other
-// rows there are.
+// the type, the width, the terms' depths and on whether the call has few rows: never on the number of threads or on
+// what other rows there are.
 
 #pragma once
 
@@ -96,8 +96,8 @@ struct MatmulKernels {
 
 // One term of a sum of products: x times Wᵀ (forward) or W (gradient).
 struct Term {
-    const void* x;  // rows x depth
-    int64_t stride;  // values from one row of x to the next
+    const void* x;         // rows x depth
+    int64_t stride, step;  // values from one row of x to the next, and from one value of a row to the next
     bool gradient;
     const Weight4bit* weight;  // W; null: `dense` is W
     Dense dense;
@@ -110,17 +110,19 @@ struct Term {
 
 // y = bias + the sum of the terms, rounded once.
 struct Matmul {
+    const MatmulKernels *kernels, *y_kernels;  // of the type of every x; of the type of y and bias
+    Type type, y_type;
     int64_t rows, width;
-    const Term* terms;
+    Term* terms;
     int count;
-    Type type, y_type;  // of every x; of y and bias
-    const void* bias;   // width values, or null
-    void* y;            // out: rows x width values
-    int64_t y_stride;   // values from one row of y to the next
+    const void* bias;  // width values, or null
+    void* y;           // out: rows x width values
+    int64_t y_stride;  // values from one row of y to the next
 };
 
-// `kernels` are those of the type of x, `out` those of the type of y.
-void matmul(const MatmulKernels& kernels, const MatmulKernels& out, const Matmul& arguments, int threads);
+// All of them in one parallel region. Left factors whose rows are scattered (a step that is not 1) are replaced by
+// copies.
+void matmul(Matmul* products, int count, int threads);
 
 // The kernels of a tier for this chip.
 const MatmulKernels* avx2_matmul(Type type);

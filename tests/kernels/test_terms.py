@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import kernels
-from halfbyte.kernels import Nested, Statistics, Term, Weight4bit, native, reference
+from halfbyte.kernels import Nested, Statistics, Sum, Term, Weight4bit, native, reference
 from halfbyte.quant import codebook
 
 # As in test_matmul.py: one rounding of the result, and the errors of fp32 sums.
@@ -70,7 +70,7 @@ def check(terms: list[Term], dtype: torch.dtype, bias: Tensor | None = None) -> 
     rows, width = len(terms[0].x), right_factor(terms[0]).shape[1]
     whole = torch.full((rows + 2, width + 7), torch.nan, dtype=dtype)
     got = whole[1:-1, 3 : width + 3]
-    native.matmul_terms(terms, got, bias)
+    native.matmul_sums([Sum(terms, got, bias)])
     assert whole.isnan().sum() == whole.numel() - got.numel()  # nothing beside it was written
     expected = sum(term.x.double() @ right_factor(term) for term in terms)
     magnitude = sum(term.x.double().abs() @ right_factor(term).abs() for term in terms)
@@ -109,6 +109,32 @@ def test_terms_of_every_kind_add_up(tier: None, dtype: torch.dtype, out: torch.d
             check(terms[::-1], out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_left_factors_may_have_any_strides(tier: None, dtype: torch.dtype) -> None:
+    for rows, depth, width in [(16, 100, 70), (1, 64, 3), (5, 1, 9), (9, 1064, 20)]:
+        random = Random(depth)
+        x = random.dense(depth, rows, dtype, rows + 3).T
+        once = random.dense(1, depth, dtype).expand(rows, depth)
+        weight = random.weight(width, depth)
+        check([Term(x, random.dense(depth, width, dtype), True), Term(once, weight)], torch.float32)
+        check([Term(random.dense(rows, 2 * depth, dtype)[:, ::2], weight), Term(x, weight)], dtype)
+
+
+def test_sums_of_different_types_and_sizes_are_taken_together(tier: None) -> None:
+    random = Random(0)
+    sums, expected = [], []
+    for i, (rows, depth, width) in enumerate([(0, 3, 4), (130, 64, 200), (3, 7, 0), (1, 128, 30), (16, 700, 90)]):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, factor = random.dense(rows, depth, dtype), random.dense(width, depth, dtype)
+            if i % 2:
+                x = x.T.contiguous().T
+            sums.append(Sum([Term(x, factor)], torch.full((rows, width), torch.nan)))
+            expected.append(x.double() @ factor.double().T)
+    native.matmul_sums(sums)
+    for (_, got, _), result in zip(sums, expected, strict=True):
+        torch.testing.assert_close(got.double(), result, rtol=1e-5, atol=1e-4)
+
+
 def test_any_number_of_terms_and_any_depth_do(tier: None) -> None:
     """Panels that fill up in the middle of a term, more terms than there are panels, terms without depth."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -128,8 +154,8 @@ def test_neither_threads_nor_other_rows_change_a_bit(
 
     def products(rows: int) -> list[Tensor]:
         ys = [torch.empty(rows, 200, dtype=dtype) for _ in range(2)]
-        native.matmul_terms([Term(x[:rows], weight), Term(u[:rows], low)], ys[0], None)
-        native.matmul_terms([Term(dy[:rows], transposed, True), Term(u[:rows], low)], ys[1], None)
+        first = Sum([Term(x[:rows], weight), Term(u[:rows], low)], ys[0])
+        native.matmul_sums([first, Sum([Term(dy[:rows], transposed, True), Term(u[:rows], low)], ys[1])])
         return ys
 
     expected = products(300)
@@ -146,7 +172,8 @@ def test_wrong_terms_are_named() -> None:
     random = Random(0)
     x, factor, weight = random.dense(3, 8, torch.float32), random.dense(5, 8, torch.float32), random.weight(5, 8)
     out = torch.empty(3, 5)
-    assert kernels.matmul_terms([Term(x, factor), Term(x, weight)], out) is out
+    kernels.matmul_sums([])
+    kernels.matmul_sums([Sum([Term(x, factor), Term(x, weight)], out)])
     for terms, target, bias, error, message in [
         ([], out, None, ValueError, "no terms"),
         ([Term(x, factor)], out.int(), None, TypeError, "out is torch.int32"),
@@ -155,17 +182,18 @@ def test_wrong_terms_are_named() -> None:
         ([Term(x, factor)], torch.empty(3, 4), None, ValueError, r"transpose of \(5, 8\), but out is \(3, 4\)"),
         ([Term(x, weight, gradient=True)], out, None, ValueError, r"\(3, 8\) by \(5, 8\), but out is \(3, 5\)"),
         ([Term(x, factor), Term(x[:2], factor)], out, None, ValueError, r"term 1 multiplies \(2, 8\)"),
-        ([Term(x.T.contiguous().T, factor)], out, None, ValueError, "x of term 0 has shape"),
+        ([Term(x[0], factor)], out, None, ValueError, r"x of term 0 has shape \(8,\)"),
         ([Term(x, factor.T.contiguous().T)], out, None, ValueError, "the factor of term 0 has shape"),
         ([Term(x, factor), Term(x.half(), factor)], out, None, TypeError, "x of term 1 is torch.float16"),
         ([Term(x.int(), factor)], out, None, TypeError, "x of term 0 is torch.int32"),
         ([Term(x, factor.int())], out, None, TypeError, "the factor of term 0 is torch.int32"),
-        ([Term(x.to("meta"), factor)], out, None, TypeError, "x of term 0 is on meta and out on cpu"),
+        ([Term(x.to("meta"), factor)], out, None, TypeError, "x of term 0 is on meta and the first out on cpu"),
         ([Term(x, factor)], out, torch.zeros(4), ValueError, r"bias is torch.float32 \(4,\)"),
         ([Term(x, factor)], out, torch.zeros(5).half(), ValueError, "bias is torch.float16"),
+        ([Term(x, factor)], out, torch.zeros(10)[::2], ValueError, r"bias has strides \(2,\)"),
     ]:
         with pytest.raises(error, match=message):
-            kernels.matmul_terms(terms, target, bias)
+            kernels.matmul_sums([Sum([Term(x, factor)], out), Sum(terms, target, bias)])
     short = Weight4bit(weight.packed[:-1], weight.statistics, weight.shape)
     with pytest.raises(ValueError, match="packed holds 19 bytes; it must hold 20"):
-        kernels.matmul_terms([Term(x, short)], out)
+        kernels.matmul_sums([Sum([Term(x, short)], out)])

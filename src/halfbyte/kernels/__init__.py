@@ -12,17 +12,18 @@ from halfbyte.kernels.operations import (
     dequantize_4bit,
     dequantize_8bit,
     matmul_4bit,
-    matmul_terms,
+    matmul_sums,
     quantize_4bit,
     quantize_8bit,
 )
 from halfbyte.kernels.provider import provider_for, providers, use_provider
 from halfbyte.kernels.statistics import Nested, Statistics
-from halfbyte.kernels.terms import Term, Weight4bit
+from halfbyte.kernels.terms import Sum, Term, Weight4bit
 
 __all__ = [
     "Nested",
     "Statistics",
+    "Sum",
     "Term",
     "Weight4bit",
     "adamw_8bit",
@@ -32,7 +33,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_8bit",
     "matmul_4bit",
-    "matmul_terms",
+    "matmul_sums",
     "provider_for",
     "providers",
     "quantize_4bit",

@@ -24,7 +24,7 @@ from torch import Tensor
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import reference
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Term, Weight4bit
+from halfbyte.kernels.terms import Sum, Weight4bit
 
 _AVAILABLE = importlib.util.find_spec("halfbyte._native") is not None
 if _AVAILABLE:
@@ -175,52 +175,51 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return _matmul(dy, packed, statistics, shape, None, gradient=True)
 
 
-def matmul_terms(terms: Sequence[Term], out: Tensor, bias: Tensor | None) -> None:
-    """A sum of products into ``out``, each value rounded once.
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products, each value rounded once, all in one parallel region.
 
     As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; up to 8 rows
     are summed in another order than more where the first term is a 4-bit weight, no gradient.
     """
     isa = _tier()
     if not _native.multiplies(isa):
-        return reference.matmul_terms(terms, out, bias)
-    gathered, kept = _native.Terms(), []
-    for x, factor, gradient in terms:
-        if isinstance(factor, Weight4bit):
-            code, nested_code = _tables(factor.statistics)
-            kept.append((code, nested_code))
-            gathered.add_weight(
-                x.data_ptr(),
-                x.stride(0),
-                gradient,
-                factor.packed.data_ptr(),
-                code.data_ptr(),
-                *_scales(factor.statistics, nested_code),
-                factor.statistics.blocksize,
-                *factor.shape,
-            )
-        else:
-            gathered.add_dense(
-                x.data_ptr(),
-                x.stride(0),
-                gradient,
-                factor.data_ptr(),
-                _TYPES[factor.dtype],
-                *factor.shape,
-                factor.stride(0),
-            )
-    bias = None if bias is None else bias.contiguous()
-    _native.matmul_terms(
-        isa,
-        threads(),
-        gathered,
-        *out.shape,
-        _TYPES[terms[0].x.dtype],
-        _TYPES[out.dtype],
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-    )
+        return reference.matmul_sums(sums)
+    gathered, kept = [], []
+    for terms, out, bias in sums:
+        rows, width = out.shape
+        types = _TYPES[terms[0].x.dtype], _TYPES[out.dtype]
+        addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        gathered.append(_native.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
+        for x, factor, gradient in terms:
+            step = x.stride(1) if x.shape[1] > 1 else 1
+            if isinstance(factor, Weight4bit):
+                code, nested_code = _tables(factor.statistics)
+                kept.append((code, nested_code))
+                gathered[-1].add_weight(
+                    x.data_ptr(),
+                    x.stride(0),
+                    step,
+                    gradient,
+                    factor.packed.data_ptr(),
+                    code.data_ptr(),
+                    *_scales(factor.statistics, nested_code),
+                    factor.statistics.blocksize,
+                    *factor.shape,
+                )
+            else:
+                rows, columns = factor.shape
+                gathered[-1].add_dense(
+                    x.data_ptr(),
+                    x.stride(0),
+                    step,
+                    gradient,
+                    factor.data_ptr(),
+                    _TYPES[factor.dtype],
+                    rows,
+                    columns,
+                    factor.stride(0),
+                )
+    _native.matmul_sums(threads(), gathered)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:

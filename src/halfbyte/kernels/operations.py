@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfbyte.kernels.provider import provider_for
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Term
+from halfbyte.kernels.terms import Sum, Term
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 512  # values of a head in attention: as many as a panel is deep (csrc/matmul.h)
@@ -86,53 +86,22 @@ def matmul_4bit(
     return y
 
 
-def matmul_terms(terms: Sequence[Term], out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A sum of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), summed in fp32 and rounded once.
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
 
-    Not differentiable: gradients are such sums themselves (:mod:`halfbyte.nn.lora`).
+    The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once. The sums must not depend on
+    each other. Not differentiable: gradients are such sums themselves (:mod:`halfbyte.nn.lora`).
 
     Args:
-        terms: one or more, all ``x`` of one dtype (fp32, bf16 or fp16), to which the factors ``R`` are rounded.
-        out: where to write ``y``, ``[rows, width]``, fp32, bf16 or fp16; only its rows must be contiguous.
-        bias: ``[width]`` in the dtype of ``out``, or None.
-
-    Returns:
-        ``out``.
+        sums: on one device; shapes and dtypes as in :class:`Sum` and :class:`Term`.
     """
-    if not terms:
-        raise ValueError("there are no terms; a sum of products needs one or more")
-    _check_floating("out", out)
-    _check_matrix("out", out, out.device)
-    rows, width = out.shape
-    for i, (x, factor, gradient) in enumerate(terms):
-        _check_matrix(f"x of term {i}", x, out.device)
-        if isinstance(factor, Tensor):
-            _check_floating(f"the factor of term {i}", factor)
-            _check_matrix(f"the factor of term {i}", factor, out.device)
-        else:
-            _check_weight(factor.packed, factor.statistics, factor.shape[0] * factor.shape[1])
-            if factor.packed.device != out.device:
-                raise TypeError(f"the weight of term {i} is on {factor.packed.device} and out on {out.device}")
-        if x.dtype not in FLOATING or x.dtype != terms[0].x.dtype:
-            raise TypeError(
-                f"x of term {i} is {x.dtype} and that of term 0 {terms[0].x.dtype}; all must be one of float32, "
-                "bfloat16 and float16"
-            )
-        needed = (x.shape[1], width) if gradient else (width, x.shape[1])
-        if len(x) != rows or tuple(factor.shape) != needed:
-            raise ValueError(
-                f"term {i} multiplies {tuple(x.shape)} by {'' if gradient else 'the transpose of '}"
-                f"{tuple(factor.shape)}, but out is {tuple(out.shape)}"
-            )
-    if bias is not None and (bias.shape != (width,) or bias.dtype != out.dtype or bias.device != out.device):
-        raise ValueError(
-            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, but out needs {out.dtype} ({width},) on "
-            f"{out.device}"
-        )
-    if out.numel():
-        with torch.autocast(out.device.type, enabled=False):
-            provider_for(out.device).matmul_terms(terms, out, bias)
-    return out
+    if not sums:
+        return
+    device = sums[0].out.device
+    for terms, out, bias in sums:
+        _check_sum(terms, out, bias, device)
+    with torch.autocast(device.type, enabled=False):
+        provider_for(device).matmul_sums(sums)
 
 
 def attention(
@@ -300,10 +269,45 @@ def _check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is {x.dtype}; it must be float32, bfloat16 or float16")
 
 
-def _check_matrix(name: str, x: Tensor, device: torch.device) -> None:
+def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: torch.device) -> None:
+    if not terms:
+        raise ValueError("there are no terms; a sum of products needs one or more")
+    _check_floating("out", out)
+    _check_matrix("out", out, device)
+    rows, width = out.shape
+    for i, (x, factor, gradient) in enumerate(terms):
+        _check_matrix(f"x of term {i}", x, device, any_strides=True)
+        if isinstance(factor, Tensor):
+            _check_floating(f"the factor of term {i}", factor)
+            _check_matrix(f"the factor of term {i}", factor, device)
+        else:
+            _check_weight(factor.packed, factor.statistics, factor.shape[0] * factor.shape[1])
+            if factor.packed.device != device:
+                raise TypeError(f"the weight of term {i} is on {factor.packed.device} and out on {device}")
+        if x.dtype not in FLOATING or x.dtype != terms[0].x.dtype:
+            raise TypeError(
+                f"x of term {i} is {x.dtype} and that of term 0 {terms[0].x.dtype}; all must be one of float32, "
+                "bfloat16 and float16"
+            )
+        needed = (x.shape[1], width) if gradient else (width, x.shape[1])
+        if len(x) != rows or tuple(factor.shape) != needed:
+            raise ValueError(
+                f"term {i} multiplies {tuple(x.shape)} by {'' if gradient else 'the transpose of '}"
+                f"{tuple(factor.shape)}, but out is {tuple(out.shape)}"
+            )
+    if bias is not None and (bias.shape != (width,) or bias.dtype != out.dtype or bias.device != device):
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, but out needs {out.dtype} ({width},) on "
+            f"{device}"
+        )
+    if bias is not None and not bias.is_contiguous():
+        raise ValueError(f"bias has strides {bias.stride()}; it must be contiguous")
+
+
+def _check_matrix(name: str, x: Tensor, device: torch.device, any_strides: bool = False) -> None:
     if x.device != device:
-        raise TypeError(f"{name} is on {x.device} and out on {device}; both must be on one device")
-    if x.ndim != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise TypeError(f"{name} is on {x.device} and the first out on {device}; all must be on one device")
+    if x.ndim != 2 or not (any_strides or x.shape[1] <= 1 or x.stride(1) == 1):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; it must be a matrix with contiguous rows"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import native, reference
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Term
+from halfbyte.kernels.terms import Sum
 
 
 class Provider(Protocol):
@@ -37,7 +37,7 @@ class Provider(Protocol):
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
 
-    def matmul_terms(self, terms: Sequence[Term], out: Tensor, bias: Tensor | None) -> None: ...
+    def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float

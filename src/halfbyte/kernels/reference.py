@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Term, Weight4bit
+from halfbyte.kernels.terms import Sum, Weight4bit
 
 SMALLEST_ABSMAX = 1e-38
 
@@ -135,22 +135,20 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
 
 
-def matmul_terms(terms: Sequence[Term], out: Tensor, bias: Tensor | None) -> None:
-    """A sum of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), summed in fp32 and rounded once.
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
 
-    Args:
-        terms: all ``x`` in one dtype, to which the factors ``R`` are rounded first.
-        out: ``y``, ``[rows, width]``, floating; only its rows must be contiguous.
-        bias: ``[width]`` in the dtype of ``out``, or None.
+    The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once.
     """
-    y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
-    for x, factor, gradient in terms:
-        if isinstance(factor, Weight4bit):
-            rows, columns = factor.shape
-            factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
-        rounded = factor.to(x.dtype).float()
-        y = y + x.float() @ (rounded if gradient else rounded.T)
-    out.copy_(y)
+    for terms, out, bias in sums:
+        y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
+        for x, factor, gradient in terms:
+            if isinstance(factor, Weight4bit):
+                rows, columns = factor.shape
+                factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
+            rounded = factor.to(x.dtype).float()
+            y = y + x.float() @ (rounded if gradient else rounded.T)
+        out.copy_(y)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
