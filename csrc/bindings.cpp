@@ -239,13 +239,13 @@ void matmul_sums(int threads, const std::vector<Sum*>& sums) {
 }
 
 // An address, and the strides of batch, head and row in values.
-using StridedHeads = std::array<int64_t, 4>;
+using Lying = std::array<int64_t, 4>;
 
-Heads heads(const StridedHeads& x) { return {pointer<void>(static_cast<Address>(x[0])), x[1], x[2], x[3]}; }
+Heads heads(const Lying& x) { return {pointer<void>(static_cast<Address>(x[0])), x[1], x[2], x[3]}; }
 
 // `sizes`: batches, heads, key/value heads, queries, keys, values of a head.
 Attention attention(const std::array<int64_t, 6>& sizes, int type, Address ranges, float scale, float cap,
-                    const StridedHeads& q, const StridedHeads& k, const StridedHeads& v, const StridedHeads& out, Address lse) {
+                    const Lying& q, const Lying& k, const Lying& v, const Lying& out, Address lse) {
     Attention arguments{};
     arguments.batches = sizes[0];
     arguments.heads = sizes[1];
@@ -268,17 +268,17 @@ Attention attention(const std::array<int64_t, 6>& sizes, int type, Address range
 bool attends(int isa) { return tier(isa).matmul && tier(isa).attention; }
 
 void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
-                          float scale, float cap, const StridedHeads& q, const StridedHeads& k, const StridedHeads& v,
-                          const StridedHeads& out, Address lse) {
+                          float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
+                          const Lying& out, Address lse) {
     const Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
     const MatmulKernels& products = *tier(isa).matmul(arguments.type);
     attention_forward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
 }
 
 void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
-                           float scale, float cap, const StridedHeads& q, const StridedHeads& k, const StridedHeads& v,
-                           const StridedHeads& out, Address lse, const StridedHeads& dout, const StridedHeads& dq, const StridedHeads& dk,
-                           const StridedHeads& dv) {
+                           float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
+                           const Lying& out, Address lse, const Lying& dout, const Lying& dq, const Lying& dk,
+                           const Lying& dv) {
     Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
     arguments.dout = heads(dout);
     arguments.dq = heads(dq);

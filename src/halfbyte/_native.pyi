@@ -118,6 +118,41 @@ class Sum:
     ) -> None: ...
 
 def matmul_sums(threads: int, sums: list[Sum], /) -> None: ...
+def attends(isa: int, /) -> bool: ...
+def attention(
+    isa: int,
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int],
+    type: int,
+    ranges: int,
+    scale: float,
+    cap: float,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    lse: int,
+    /,
+) -> None: ...
+def attention_backward(
+    isa: int,
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int],
+    type: int,
+    ranges: int,
+    scale: float,
+    cap: float,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    lse: int,
+    dout: tuple[int, int, int, int],
+    dq: tuple[int, int, int, int],
+    dk: tuple[int, int, int, int],
+    dv: tuple[int, int, int, int],
+    /,
+) -> None: ...
 def adamw_32bit(
     isa: int,
     threads: int,

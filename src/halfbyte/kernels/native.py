@@ -240,8 +240,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, sof
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     out = _heads_last(q.shape, q.dtype)
     lse = torch.empty(*q.shape[:3], dtype=torch.float32, device="cpu")
-    _native.attention(isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_head_strides, (q, k, v, out)),
-                      lse.data_ptr())  # fmt: skip
+    _native.attention(
+        isa,
+        threads(),
+        *_attention(q, k, ranges, scale, softcap),
+        _head_strides(q),
+        _head_strides(k),
+        _head_strides(v),
+        _head_strides(out),
+        lse.data_ptr(),
+    )
     return out, lse
 
 
@@ -263,9 +271,19 @@ def attention_backward(
     dout, q, k, v, out = map(_dense_rows, (dout, q, k, v, out))
     dq, dk, dv = (_heads_last(x.shape, q.dtype) for x in (q, k, v))
     _native.attention_backward(
-        isa, threads(), *_attention(q, k, ranges, scale, softcap), *map(_head_strides, (q, k, v, out)),
-        lse.data_ptr(), *map(_head_strides, (dout, dq, dk, dv)),
-    )  # fmt: skip
+        isa,
+        threads(),
+        *_attention(q, k, ranges, scale, softcap),
+        _head_strides(q),
+        _head_strides(k),
+        _head_strides(v),
+        _head_strides(out),
+        lse.data_ptr(),
+        _head_strides(dout),
+        _head_strides(dq),
+        _head_strides(dk),
+        _head_strides(dv),
+    )
     return dq, dk, dv
 
 
@@ -501,7 +519,8 @@ def _attention(
 
 def _head_strides(x: Tensor) -> tuple[int, int, int, int]:
     """Return the address of ``x`` and the strides of batch, head and row."""
-    return x.data_ptr(), *x.stride()[:3]  # type: ignore[return-value]
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row
 
 
 def _heads_last(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -201,8 +201,8 @@ def attention_backward(
     ds = p * (dout.float() @ _for_queries(v, q).mT - d) * slope * scale
     dq = ds @ _for_queries(k, q)
     dk, dv = ds.mT @ q.float(), p.mT @ dout.float()
-    groups = (k.shape[1], q.shape[1] // k.shape[1])
-    dk, dv = (x.unflatten(1, groups).sum(2) for x in (dk, dv))
+    batches, kv_heads, keys, size = k.shape
+    dk, dv = (x.view(batches, kv_heads, -1, keys, size).sum(2) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
