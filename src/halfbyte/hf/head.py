@@ -84,7 +84,7 @@ def _is_bound(model: PreTrainedModel) -> bool:
 
 def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the output for this call, or None if it is not one for this head."""
-    inputs = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs
+    inputs = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs  # type: ignore[arg-type]
     labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
     fused = inputs.pop("fused_lm_head", False)
     if (labels is None and shifted is None) or not (fused or model.training):
@@ -206,12 +206,12 @@ def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
         scores, _ = _score(layer, head, hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
         loss = -scores.log_prob.mean()
     # each rounds to the dtype of the head, after other steps
-    close = {"rtol": 0.02, "atol": 0.02 * float(z.abs().max())}
-    same = own.logits.shape == z.shape and torch.allclose(own.logits.float(), z, **close)
-    return head if same and torch.allclose(own.loss.float(), loss, **close) else None
+    bound = 0.02 * float(z.abs().max())
+    same = own.logits.shape == z.shape and torch.allclose(own.logits.float(), z, rtol=0.02, atol=bound)
+    return head if same and torch.allclose(own.loss.float(), loss, rtol=0.02, atol=bound) else None
 
 
-class _Lenient(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
+class _Lenient(BaseModelOutputWithPastAndCrossAttentions):
     """What any family's head reads of its layers' output: None, but for the hidden states."""
 
     def __getattr__(self, name: str) -> None:
@@ -222,7 +222,7 @@ class _Lenient(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
 def _returning(backbone: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let ``backbone`` return ``hidden``, whatever it is given."""
     before = vars(backbone).get("forward")
-    backbone.forward = lambda *_, **__: _Lenient(last_hidden_state=hidden)  # type: ignore[method-assign]
+    backbone.forward = lambda *_, **__: _Lenient(last_hidden_state=hidden)
     try:
         yield
     finally:

@@ -19,23 +19,26 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 Left out: evaluation within the loop, and checkpoints of more than one process.
 """
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import trl
+from accelerate import DistributedType
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -48,11 +51,17 @@ from halfbyte.hf.diverged import describe
 from halfbyte.hf.head import IGNORED, base_of, bind_head
 from halfbyte.nn import Linear4bit
 
+if TYPE_CHECKING:
+    from trl import SFTTrainer as _Theirs  # one of the classes that our shared one stands before
+else:
+    _Theirs = object
+
 CHECKPOINTS_KEPT = 2
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
+class SFTConfig(trl.SFTConfig):
     """``trl.SFTConfig`` with bf16 autocast and gradient checkpointing off unless asked for.
 
     The model runs in its own dtype and computes its 4-bit layers in ``compute_dtype``. TRL turns both on by default;
@@ -66,7 +75,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):  # type: ignore[misc]
+class DPOConfig(trl.DPOConfig):
     """``trl.DPOConfig`` with the defaults of :class:`SFTConfig`."""
 
     bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
@@ -76,7 +85,7 @@ class DPOConfig(trl.DPOConfig):  # type: ignore[misc]
 
 
 @dataclass
-class KTOConfig(trl.KTOConfig):  # type: ignore[misc]
+class KTOConfig(trl.KTOConfig):
     """``trl.KTOConfig`` with the defaults of :class:`SFTConfig`."""
 
     bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
@@ -85,7 +94,7 @@ class KTOConfig(trl.KTOConfig):  # type: ignore[misc]
     )
 
 
-class _Trainer:
+class _Trainer(_Theirs):
     """What our trainers share; stands before TRL's class in theirs."""
 
     _config: type[TrainingArguments]
@@ -123,7 +132,25 @@ class _Trainer:
                 raise self._diverged("loss and with it the gradient")
         return result
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; arguments and result are Trainer's."""
+        self._parameters = list(self.model.parameters())
+        with _few_walks(self.model, self._parameters):
+            return super().train(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if not self._is_plain:
+            return super()._clip_grad_norm(model)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether parameters and gradients are ordinary tensors, unscaled and whole in this process."""
+        return self.accelerator.scaler is None and self.accelerator.distributed_type in WHOLE
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._is_plain:
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         norm = super()._get_grad_norm(model, grad_norm)
         if not torch.as_tensor(norm).isfinite():
             raise self._diverged("gradient")
@@ -203,7 +230,30 @@ class _Trainer:
             _set_random_state(tensors, numbers["random"])
 
 
-class SFTTrainer(_Trainer, trl.SFTTrainer):  # type: ignore[misc]
+@contextlib.contextmanager
+def _few_walks(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
+    """Spare the walks through all modules that Trainer (transformers 5.23) makes in each step.
+
+    A model of thirty layers has some three thousand modules with PEFT's, and each walk takes milliseconds: for
+    ``model.train()``, which changes nothing from the second time on, and for ``model.zero_grad()``.
+    """
+    model.train()
+
+    def train(mode: bool = True) -> nn.Module:
+        return model if model.training == mode else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.train, model.zero_grad
+
+
+class SFTTrainer(_Trainer, trl.SFTTrainer):
     """``trl.SFTTrainer`` for a PEFT model: same arguments, see this file's head for what differs.
 
     Attributes:
@@ -229,13 +279,13 @@ class SFTTrainer(_Trainer, trl.SFTTrainer):  # type: ignore[misc]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class DPOTrainer(_Trainer, trl.DPOTrainer):  # type: ignore[misc]
+class DPOTrainer(_Trainer, trl.DPOTrainer):
     """``trl.DPOTrainer`` for a PEFT model: same arguments, see this file's head for what differs."""
 
     _config = DPOConfig
 
 
-class KTOTrainer(_Trainer, trl.KTOTrainer):  # type: ignore[misc]
+class KTOTrainer(_Trainer, trl.KTOTrainer):
     """``trl.KTOTrainer`` for a PEFT model: same arguments, see this file's head for what differs."""
 
     _config = KTOConfig

@@ -454,12 +454,14 @@ def fold_softmax(
     logits: Tensor, labels: Tensor, first: int, softmax: RunningSoftmax, scale: float, cap: float | None, gradient: bool
 ) -> None:
     """Take a chunk of the vocabulary into the softmax of each row; tiers differ in the last places of fp32."""
+    rows, width = logits.shape
     _native.fold_softmax(
         _tier(),
         threads(),
         logits.data_ptr(),
         _TYPES[logits.dtype],
-        *logits.shape,
+        rows,
+        width,
         labels.data_ptr(),
         first,
         scale,

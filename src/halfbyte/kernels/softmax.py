@@ -54,7 +54,9 @@ class RunningSoftmax:
         numbers = torch.zeros(8, n, dtype=torch.float32, device=device)
         numbers[0] = torch.finfo(torch.float32).min
         numbers[5:7] = torch.nan
-        return cls(*numbers.unbind(0), torch.zeros(n, dtype=torch.int64, device=device))
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "top"]
+        top = torch.zeros(n, dtype=torch.int64, device=device)
+        return cls(**dict(zip(names, numbers.unbind(0), strict=True)), top=top)
 
     def log_sum(self) -> Tensor:
         """log Σ exp(z), fp32 ``[n]``."""

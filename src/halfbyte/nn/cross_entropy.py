@@ -107,20 +107,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         gradient = grad_enabled and ctx.needs_input_grad[0]
         dhidden = torch.empty_like(hidden) if gradient else None
-        scores = Scores(
-            *(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(4)), torch.empty_like(labels)
-        )
+        log_prob, entropy, log_sum_squares, mean_logit = hidden.new_empty(4, len(hidden), dtype=torch.float32)
+        scores = Scores(log_prob, entropy, log_sum_squares, mean_logit, torch.empty_like(labels))
         log_sum = torch.empty_like(scores.log_prob)
         for first in range(0, len(hidden), ROWS):
             rows = slice(first, first + ROWS)
             softmax, taken = _fold_vocabulary(hidden[rows].to(dtype), weight, bias, labels[rows], scale, cap, gradient)
-            log_prob = softmax.log_prob()
+            known = softmax.log_prob()
             if dhidden is not None and taken is not None:
-                given = -log_prob.expm1() * softmax.slope
+                given = -known.expm1() * softmax.slope
                 taken.div_(softmax.sum.unsqueeze(1))
                 dhidden[rows] = torch.addcmul(-taken, given.unsqueeze(1), weight[labels[rows]].float())
             log_sum[rows] = softmax.log_sum()
-            results = (log_prob, softmax.entropy(), softmax.log_sum_squares(), softmax.total / len(weight), softmax.top)
+            results = (known, softmax.entropy(), softmax.log_sum_squares(), softmax.total / len(weight), softmax.top)
             for score, result in zip(scores, results, strict=True):
                 score[rows] = result
         ctx.mark_non_differentiable(*scores[1:])
