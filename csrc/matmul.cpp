@@ -127,14 +127,16 @@ class Product {
 
     void fill(const Piece& piece, int64_t column, int64_t columns, float* panel) const {
         const Term& term = *piece.term;
+        const int64_t first = piece.first, last = piece.last;
         if (term.weight) {
-            (term.gradient ? k_.expand_gradient : k_.expand_forward)(*term.weight, column, piece.first, piece.last,
-                                                                     panel);
-            return;
+            (term.gradient ? k_.expand_gradient : k_.expand_forward)(*term.weight, column, first, last, panel);
+        } else if (term.bytes) {
+            (term.gradient ? k_.bytes_gradient : k_.bytes_forward)(*term.bytes, column, first, last, panel);
+        } else {
+            Dense dense = term.dense;
+            (term.gradient ? dense.columns : dense.rows) = column + columns;  // no more than are wanted
+            (term.gradient ? k_.dense_gradient : k_.dense_forward)(dense, column, first, last, panel);
         }
-        Dense dense = term.dense;
-        (term.gradient ? dense.columns : dense.rows) = column + columns;  // no more than are wanted
-        (term.gradient ? k_.dense_gradient : k_.dense_forward)(dense, column, piece.first, piece.last, panel);
     }
 
     void multiply(const Piece& piece, int64_t row, int64_t rows, const float* panel, int64_t columns, float* sums,

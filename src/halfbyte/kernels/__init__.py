@@ -9,14 +9,17 @@ from halfbyte.kernels.operations import (
     adamw_32bit,
     dequantize_4bit,
     dequantize_8bit,
+    dequantize_int8,
     matmul_4bit,
+    matmul_int8,
     matmul_sums,
     quantize_4bit,
     quantize_8bit,
+    quantize_int8,
 )
 from halfbyte.kernels.provider import provider_for, providers, use_provider
 from halfbyte.kernels.statistics import Nested, Statistics
-from halfbyte.kernels.terms import Sum, Term, Weight4bit
+from halfbyte.kernels.terms import Sum, Term, Weight4bit, Weight8bit
 
 __all__ = [
     "Nested",
@@ -24,15 +27,19 @@ __all__ = [
     "Sum",
     "Term",
     "Weight4bit",
+    "Weight8bit",
     "adamw_8bit",
     "adamw_32bit",
     "dequantize_4bit",
     "dequantize_8bit",
+    "dequantize_int8",
     "matmul_4bit",
+    "matmul_int8",
     "matmul_sums",
     "provider_for",
     "providers",
     "quantize_4bit",
     "quantize_8bit",
+    "quantize_int8",
     "use_provider",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import native, reference
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.terms import Sum, Weight8bit
 
 
 class Provider(Protocol):
@@ -36,6 +36,10 @@ class Provider(Protocol):
     ) -> Tensor: ...
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
+
+    def quantize_int8(self, x: Tensor, blocksize: int) -> Weight8bit: ...
+
+    def dequantize_int8(self, weight: Weight8bit, dtype: torch.dtype) -> Tensor: ...
 
     def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
 
