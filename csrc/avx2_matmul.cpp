@@ -122,37 +122,58 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
     }
 }
 
-// The first `count` of eight values of type S, rounded to T, and zeros.
+// The rows of a dense matrix with values of type S: the first `count` of eight values from position i of a row on,
+// rounded to T, and zeros.
 template <class T, class S>
-__m256 values_of(const void* x, int64_t i, int64_t count) {
-    if (count >= 8) return T::nearest(S::load(x, i));
-    float rest[8] = {};
-    if (count > 0) std::memcpy(rest, at(x, i * S::kSize), static_cast<size_t>(count * S::kSize));
-    return T::nearest(S::load(rest, 0));
-}
+struct DenseRows {
+    const Dense& m;
+    __m256 read(int64_t row, int64_t i, int64_t count) const {
+        const int64_t begin = row * m.stride + i;
+        if (count >= 8) return T::nearest(S::load(m.values, begin));
+        float rest[8] = {};
+        std::memcpy(rest, at(m.values, begin * S::kSize), static_cast<size_t>(count * S::kSize));
+        return T::nearest(S::load(rest, 0));
+    }
+};
 
-template <class T, class S>
-void pack_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    alignas(64) float rows[8][8];
-    for (int64_t c = 0; c < least(kStrip, m.rows - column); c += 8) {
+// Those of a weight in bytes.
+template <class T>
+struct BytesRows {
+    const Weight8bit& m;
+    __m256 read(int64_t row, int64_t i, int64_t count) const {
+        const int64_t begin = row * m.columns + i;
+        if (m.pieces) {
+            const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(at(m.codes, begin)));
+            return T::nearest(_mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(m.scale(begin))));
+        }
+        float values[8] = {};
+        for (int64_t n = 0; n < least(count, 8); ++n) {
+            values[n] = static_cast<float>(m.codes[begin + n]) * m.scale(begin + n);
+        }
+        return T::nearest(_mm256_loadu_ps(values));
+    }
+};
+
+template <class Rows>
+void pack_forward(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
+    alignas(64) float lanes[8][8];
+    for (int64_t c = 0; c < least(kStrip, rows.m.rows - column); c += 8) {
         float* const out = panel + c / kPart * part_size(last - first) + c % kPart;
         for (int64_t i = first; i < last; i += 8) {
             for (int64_t r = 0; r < 8; ++r) {
-                const int64_t row = least(column + c + r, m.rows - 1);
-                _mm256_store_ps(rows[r], values_of<T, S>(m.values, row * m.stride + i, last - i));
+                _mm256_store_ps(lanes[r], rows.read(least(column + c + r, rows.m.rows - 1), i, last - i));
             }
-            transpose(rows[0], 8, out + (i - first) * kPart);
+            transpose(lanes[0], 8, out + (i - first) * kPart);
         }
     }
 }
 
-template <class T, class S>
-void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    const int64_t columns = least(kStrip, m.columns - column);
+template <class Rows>
+void pack_gradient(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
+    const int64_t columns = least(kStrip, rows.m.columns - column);
     for (int64_t n = first; n < last; ++n, panel += kPart) {
         for (int64_t c = 0; c < columns; c += 8) {
-            const __m256 values = values_of<T, S>(m.values, n * m.stride + column + c, columns - c);
-            _mm256_store_ps(panel + c / kPart * part_size(last - first) + c % kPart, values);
+            _mm256_store_ps(panel + c / kPart * part_size(last - first) + c % kPart, rows.read(n, column + c, columns - c));
         }
     }
 }
@@ -160,19 +181,29 @@ void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, 
 template <class T>
 void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
     switch (m.type) {
-        case Type::bf16: return pack_forward<T, Bf16>(m, column, first, last, panel);
-        case Type::fp16: return pack_forward<T, Fp16>(m, column, first, last, panel);
-        default: return pack_forward<T, Fp32>(m, column, first, last, panel);
+        case Type::bf16: return pack_forward(DenseRows<T, Bf16>{m}, column, first, last, panel);
+        case Type::fp16: return pack_forward(DenseRows<T, Fp16>{m}, column, first, last, panel);
+        default: return pack_forward(DenseRows<T, Fp32>{m}, column, first, last, panel);
     }
 }
 
 template <class T>
 void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
     switch (m.type) {
-        case Type::bf16: return pack_gradient<T, Bf16>(m, column, first, last, panel);
-        case Type::fp16: return pack_gradient<T, Fp16>(m, column, first, last, panel);
-        default: return pack_gradient<T, Fp32>(m, column, first, last, panel);
+        case Type::bf16: return pack_gradient(DenseRows<T, Bf16>{m}, column, first, last, panel);
+        case Type::fp16: return pack_gradient(DenseRows<T, Fp16>{m}, column, first, last, panel);
+        default: return pack_gradient(DenseRows<T, Fp32>{m}, column, first, last, panel);
     }
+}
+
+template <class T>
+void bytes_forward(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    pack_forward(BytesRows<T>{w}, column, first, last, panel);
+}
+
+template <class T>
+void bytes_gradient(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    pack_gradient(BytesRows<T>{w}, column, first, last, panel);
 }
 
 template <int rows>
@@ -278,18 +309,19 @@ void widen(const void* x, int64_t n, float* out) {
 
 template <class T>
 void finish(const float* sums, const float* bias, int64_t n, void* y) {
-    float partial[kStrip];
-    void* out = n < kStrip ? partial : y;
-    for (int64_t i = 0; i < kStrip; i += 8) {
-        T::store(out, i, _mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(bias + i)));
+    const int64_t whole = n / 8 * 8;
+    for (int64_t i = 0; i < whole; i += 8) T::store(y, i, _mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(bias + i)));
+    if (whole < n) {
+        float rest[8];
+        T::store(rest, 0, _mm256_add_ps(_mm256_load_ps(sums + whole), _mm256_load_ps(bias + whole)));
+        std::memcpy(at(y, whole * T::kSize), rest, static_cast<size_t>((n - whole) * T::kSize));
     }
-    if (n < kStrip) std::memcpy(y, partial, static_cast<size_t>(n * T::kSize));
 }
 
 template <class T>
 const MatmulKernels kernels = {
     false,    6,      8,        expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
-    multiply, dot<T>, widen<T>, finish<T>,
+    bytes_forward<T>, bytes_gradient<T>, multiply, dot<T>, widen<T>, finish<T>,
 };
 
 }  // namespace

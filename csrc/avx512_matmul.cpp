@@ -43,11 +43,17 @@ struct Pairs {
 
     static __m512i lanes(const void* x, int64_t i) { return _mm512_loadu_si512(at(x, i, 2)); }
 
+    // 32 values, the second sixteen of which `high` gives.
+    template <class High>
+    static __m512i round(__m512 low, const High& high) {
+        return (__m512i)_mm512_cvtne2ps_pbh(high(), low);
+    }
+
     // The first `count` of 32 values of type S.
     template <class S>
     static __m512i from(const void* x, int64_t i, int64_t count) {
-        const __m512 low = S::load(x, i, first16(count)), high = S::load(x, i + 16, first16(count < 16 ? 0 : count - 16));
-        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        return round(S::load(x, i, first16(count)),
+                     [&] { return S::load(x, i + 16, first16(count < 16 ? 0 : count - 16)); });
     }
 
     // Two rows of 32 values, as pairs.
@@ -99,10 +105,16 @@ struct Singles {
 
     static __m512i lanes(const void* x, int64_t i) { return _mm512_castps_si512(T::load(x, i)); }
 
+    // Sixteen values; there are no second sixteen.
+    template <class High>
+    static __m512i round(__m512 low, const High&) {
+        return _mm512_castps_si512(T::nearest(low));
+    }
+
     // The first `count` of sixteen values of type S.
     template <class S>
     static __m512i from(const void* x, int64_t i, int64_t count) {
-        return _mm512_castps_si512(T::nearest(S::load(x, i, first16(count))));
+        return round(S::load(x, i, first16(count)), 0);
     }
 
     static void store(float* panel, __m512i row, __m512i) { _mm512_store_si512(panel, row); }
@@ -237,35 +249,70 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
     }
 }
 
+// The rows of a dense matrix with values of type S: the first `count` lanes' values from position i of a row on.
 template <class L, class S>
-void pack_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+struct DenseRows {
+    const Dense& m;
+    // A strip is a small part of each row: what lies ahead is asked for, since no processor guesses it.
+    void prefetch(int64_t row, int64_t i, int64_t count) const {
+        for (int64_t c = 0; c < count; c += 64 / S::kSize) {
+            _mm_prefetch(at(m.values, row * m.stride + i + c, S::kSize), _MM_HINT_T0);
+        }
+    }
+    __m512i read(int64_t row, int64_t i, int64_t count) const {
+        return L::template from<S>(m.values, row * m.stride + i, count);
+    }
+};
+
+// Those of a weight in bytes.
+template <class L>
+struct BytesRows {
+    const Weight8bit& m;
+    void prefetch(int64_t row, int64_t i, int64_t) const {
+        _mm_prefetch(reinterpret_cast<const char*>(m.codes + row * m.columns + i), _MM_HINT_T0);
+    }
+    __m512i read(int64_t row, int64_t i, int64_t count) const {
+        const int64_t begin = row * m.columns + i;
+        if (m.pieces && count > 0) {
+            const __m512 scale = _mm512_set1_ps(m.scale(begin));
+            const auto values = [&](int64_t from) {
+                const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(m.codes + begin + from));
+                return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scale);
+            };
+            return L::round(values(0), [&] { return values(16); });
+        }
+        alignas(64) float values[16 * L::kPerLane] = {};
+        for (int64_t n = 0; n < least(count, 16 * L::kPerLane); ++n) {
+            values[n] = static_cast<float>(m.codes[begin + n]) * m.scale(begin + n);
+        }
+        return L::template from<Fp32>(values, 0, 16 * L::kPerLane);
+    }
+};
+
+template <class L, class Rows>
+void pack_forward(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
     constexpr int64_t width = 16 * L::kPerLane;
-    alignas(64) __m512i rows[16];
-    for (int64_t c = 0; c < least(kStrip, m.rows - column); c += 16) {
+    alignas(64) __m512i lanes[16];
+    for (int64_t c = 0; c < least(kStrip, rows.m.rows - column); c += 16) {
         for (int64_t i = first; i < last; i += width) {
             for (int64_t r = 0; r < 16; ++r) {
-                const int64_t row = least(column + c + r, m.rows - 1);
-                rows[r] = L::template from<S>(m.values, row * m.stride + i, last - i);
+                lanes[r] = rows.read(least(column + c + r, rows.m.rows - 1), i, last - i);
             }
-            transpose(rows, sizeof rows[0], panel + (i - first) / L::kPerLane * kStrip + c);
+            transpose(lanes, sizeof lanes[0], panel + (i - first) / L::kPerLane * kStrip + c);
         }
     }
 }
 
-template <class L, class S>
-void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+template <class L, class Rows>
+void pack_gradient(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
     constexpr int64_t width = 16 * L::kPerLane;
-    const int64_t columns = least(kStrip, m.columns - column);
+    const int64_t columns = least(kStrip, rows.m.columns - column);
     for (int64_t n = first; n < last; n += L::kPerLane, panel += kStrip) {
-        const int64_t row = n * m.stride + column;
-        const bool both = L::kPerLane == 2 && n + 1 < last;
-        for (int64_t c = 0; c < columns; c += 64 / S::kSize) {
-            _mm_prefetch(at(m.values, row + 16 * m.stride + c, S::kSize), _MM_HINT_T0);
-            if (both) _mm_prefetch(at(m.values, row + 17 * m.stride + c, S::kSize), _MM_HINT_T0);
-        }
+        const bool both = L::kPerLane == 2 && n + 1 < last;  // otherwise the other half of the lanes is zero
+        for (int64_t ahead = n + 16; ahead < n + 16 + L::kPerLane; ++ahead) rows.prefetch(ahead, column, columns);
         for (int64_t c = 0; c < columns; c += width) {
-            const __m512i values = L::template from<S>(m.values, row + c, columns - c);
-            const __m512i next = L::template from<S>(m.values, row + c + (both ? m.stride : 0), both ? columns - c : 0);
+            const __m512i values = rows.read(n, column + c, columns - c);
+            const __m512i next = both ? rows.read(n + 1, column + c, columns - c) : _mm512_setzero_si512();
             L::store(panel + c, values, next);
         }
     }
@@ -274,19 +321,29 @@ void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, 
 template <class L>
 void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
     switch (m.type) {
-        case Type::bf16: return pack_forward<L, Bf16>(m, column, first, last, panel);
-        case Type::fp16: return pack_forward<L, Fp16>(m, column, first, last, panel);
-        default: return pack_forward<L, Fp32>(m, column, first, last, panel);
+        case Type::bf16: return pack_forward<L>(DenseRows<L, Bf16>{m}, column, first, last, panel);
+        case Type::fp16: return pack_forward<L>(DenseRows<L, Fp16>{m}, column, first, last, panel);
+        default: return pack_forward<L>(DenseRows<L, Fp32>{m}, column, first, last, panel);
     }
 }
 
 template <class L>
 void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
     switch (m.type) {
-        case Type::bf16: return pack_gradient<L, Bf16>(m, column, first, last, panel);
-        case Type::fp16: return pack_gradient<L, Fp16>(m, column, first, last, panel);
-        default: return pack_gradient<L, Fp32>(m, column, first, last, panel);
+        case Type::bf16: return pack_gradient<L>(DenseRows<L, Bf16>{m}, column, first, last, panel);
+        case Type::fp16: return pack_gradient<L>(DenseRows<L, Fp16>{m}, column, first, last, panel);
+        default: return pack_gradient<L>(DenseRows<L, Fp32>{m}, column, first, last, panel);
     }
+}
+
+template <class L>
+void bytes_forward(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    pack_forward<L>(BytesRows<L>{w}, column, first, last, panel);
+}
+
+template <class L>
+void bytes_gradient(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    pack_gradient<L>(BytesRows<L>{w}, column, first, last, panel);
 }
 
 // Where few columns leave registers, the even and the odd lanes are summed apart, so that no sum waits for its last.
@@ -421,18 +478,19 @@ void widen(const void* x, int64_t n, float* out) {
 
 template <class T>
 void finish(const float* sums, const float* bias, int64_t n, void* y) {
-    float partial[kStrip];
-    void* out = n < kStrip ? partial : y;
-    for (int64_t i = 0; i < kStrip; i += 16) {
-        T::store(out, i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(bias + i)));
+    const int64_t whole = n / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16) T::store(y, i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(bias + i)));
+    if (whole < n) {
+        float rest[16];
+        T::store(rest, 0, _mm512_add_ps(_mm512_load_ps(sums + whole), _mm512_load_ps(bias + whole)));
+        std::memcpy(at(y, whole, T::kSize), rest, static_cast<size_t>((n - whole) * T::kSize));
     }
-    if (n < kStrip) std::memcpy(y, partial, static_cast<size_t>(n * T::kSize));
 }
 
 template <class L, class T>
 const MatmulKernels kernels = {
     L::kPerLane == 2,  6,           8,      expand_forward<L>, expand_gradient<L>, dense_forward<L>, dense_gradient<L>,
-    multiply<L>,       dot<L>,      widen<T>, finish<T>,
+    bytes_forward<L>, bytes_gradient<L>, multiply<L>,       dot<L>,      widen<T>, finish<T>,
 };
 
 }  // namespace

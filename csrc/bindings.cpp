@@ -182,7 +182,7 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     const Weight4bit weight = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
                                           blocksize, out_features, in_features);
     const int64_t depth = gradient ? out_features : in_features, width = gradient ? in_features : out_features;
-    Term term{pointer<const void>(x), depth, 1, gradient, &weight, {}};
+    Term term{pointer<const void>(x), depth, 1, gradient, &weight, nullptr, {}};
     const Type storage = static_cast<Type>(type);
     const MatmulKernels* const kernels = tier(isa).matmul(storage);
     Matmul product{kernels, kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
@@ -210,13 +210,20 @@ class Sum {
                     int64_t blocksize, int64_t rows, int64_t columns) {
         weights_.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
                                        blocksize, rows, columns));
-        terms_.push_back({pointer<const void>(x), stride, step, gradient, &weights_.back(), {}});
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, &weights_.back(), nullptr, {}});
+    }
+
+    void add_bytes(Address x, int64_t stride, int64_t step, bool gradient, Address codes, Address absmax,
+                   int64_t blocksize, int64_t rows, int64_t columns) {
+        bytes_.push_back({pointer<const int8_t>(codes), pointer<const float>(absmax), Divisor(blocksize), rows, columns,
+                          blocksize % 32 == 0 && columns % 32 == 0});
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, &bytes_.back(), {}});
     }
 
     void add_dense(Address x, int64_t stride, int64_t step, bool gradient, Address values, int type, int64_t rows,
                    int64_t columns, int64_t values_stride) {
         const Dense dense{pointer<const void>(values), static_cast<Type>(type), rows, columns, values_stride};
-        terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, dense});
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, nullptr, dense});
     }
 
     // Valid until something is added.
@@ -230,6 +237,7 @@ class Sum {
     Matmul matmul_{};
     std::vector<Term> terms_;
     std::deque<Weight4bit> weights_;  // whose elements stay where they are
+    std::deque<Weight8bit> bytes_;
 };
 
 void matmul_sums(int threads, const std::vector<Sum*>& sums) {
@@ -423,6 +431,7 @@ NB_MODULE(_native, module) {
     nb::class_<Sum>(module, "Sum")
         .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>())
         .def("add_weight", &Sum::add_weight)
+        .def("add_bytes", &Sum::add_bytes)
         .def("add_dense", &Sum::add_dense);
     module.def("matmul_sums", matmul_sums, unlocked());
     module.def("attends", attends);

@@ -207,14 +207,16 @@ class Product {
 
     void fill(const Piece& piece, int64_t column, int64_t columns, float* panel) const {
         const Term& term = *piece.term;
+        const int64_t first = piece.first, last = piece.last;
         if (term.weight) {
-            (term.gradient ? k_.expand_gradient : k_.expand_forward)(*term.weight, column, piece.first, piece.last,
-                                                                     panel);
-            return;
+            (term.gradient ? k_.expand_gradient : k_.expand_forward)(*term.weight, column, first, last, panel);
+        } else if (term.bytes) {
+            (term.gradient ? k_.bytes_gradient : k_.bytes_forward)(*term.bytes, column, first, last, panel);
+        } else {
+            Dense dense = term.dense;
+            (term.gradient ? dense.columns : dense.rows) = column + columns;  // no more than are wanted
+            (term.gradient ? k_.dense_gradient : k_.dense_forward)(dense, column, first, last, panel);
         }
-        Dense dense = term.dense;
-        (term.gradient ? dense.columns : dense.rows) = column + columns;  // no more than are wanted
-        (term.gradient ? k_.dense_gradient : k_.dense_forward)(dense, column, piece.first, piece.last, panel);
     }
 
     void multiply(const Piece& piece, int64_t row, int64_t rows, const float* panel, int64_t columns, float* sums,
@@ -324,8 +326,8 @@ class Copies {
     static int64_t copy(int64_t rows, Term& term, char* bytes) {
         T* const to = reinterpret_cast<T*>(bytes);
         const int64_t depth = term.depth(), apart = stride(term);
-        for (int64_t i = 0; i < depth; ++i) {
-            for (int64_t r = 0; r < rows; ++r) to[r * apart + i] = load<T>(term.x, i * term.step + r * term.stride);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = 0; i < depth; ++i) to[r * apart + i] = load<T>(term.x, i * term.step + r * term.stride);
         }
         term.x = to;
         term.stride = apart;

@@ -1,5 +1,5 @@
-// Products with a 4-bit weight W[N, K]: y[M, N] = x[M, K] Wᵀ + bias, and the gradient dx[M, K] = dy[M, N] W; with dense
-// matrices; and sums of several such products (LoRA's terms, the layers that read one x) that are rounded once.
+// Products with a 4-bit weight W[N, K]: y[M, N] = x[M, K] Wᵀ + bias, and the gradient dx[M, K] = dy[M, N] W; with 8-bit
+// weights and dense matrices; and sums of several such products (LoRA's terms, the layers that read one x) that are rounded once.
 //
 // Each is a product of `rows` x `depth` times `depth` x `width`. W is never whole in memory: a strip of columns and
 // a block of the depth at a time is expanded into a panel that stays in cache, in the layout that the inner product
@@ -55,6 +55,17 @@ struct Weight4bit {
 // The scales of the values first, first + step, ... of the flattened weight.
 void read_scales(const Weight4bit& w, int64_t first, int64_t step, int64_t count, float* out);
 
+// A weight in whole bytes: each value is its code times absmax / 127 of its block.
+struct Weight8bit {
+    const int8_t* codes;
+    const float* absmax;  // one per block
+    Divisor blocksize;
+    int64_t rows, columns;  // N, K
+    bool pieces;            // whether each 32 values from a multiple of 32 of a row on have one scale
+
+    float scale(int64_t i) const { return load<float>(absmax, blocksize.quotient(i)) / 127.0f; }
+};
+
 // A dense matrix of any address, row-major.
 struct Dense {
     const void* values;
@@ -79,6 +90,10 @@ struct MatmulKernels {
     // The same of a dense matrix M, rounded to the panel's values: the columns of Mᵀ (forward) or M (gradient).
     void (*dense_forward)(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel);
     void (*dense_gradient)(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel);
+
+    // The same of a weight in bytes.
+    void (*bytes_forward)(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel);
+    void (*bytes_gradient)(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel);
 
     // sums[r][0 .. columns) = (add ? sums : 0) + x[r] panel, for up to `tile_rows` rows of x as lanes, `stride` bytes
     // apart, and at most kStrip columns; sums[r] = sums + r * kStrip, whose other values may be overwritten.
@@ -110,12 +125,14 @@ struct Term {
     const void* x;         // rows x depth
     int64_t stride, step;  // values from one row of x to the next, and from one value of a row to the next
     bool gradient;
-    const Weight4bit* weight;  // W; null: `dense` is W
-    Dense dense;
+    const Weight4bit* weight;  // W, or null
+    const Weight8bit* bytes;   // W, or null
+    Dense dense;               // W where both are null
 
-    int64_t depth() const {
-        if (weight) return gradient ? weight->rows : weight->columns;
-        return gradient ? dense.rows : dense.columns;
+    int64_t depth() const { return weight ? side(*weight) : bytes ? side(*bytes) : side(dense); }
+    template <class Factor>
+    int64_t side(const Factor& w) const {
+        return gradient ? w.rows : w.columns;
     }
 };
 

@@ -103,6 +103,19 @@ class Sum:
         columns: int,
         /,
     ) -> None: ...
+    def add_bytes(
+        self,
+        x: int,
+        stride: int,
+        step: int,
+        gradient: bool,
+        codes: int,
+        absmax: int,
+        blocksize: int,
+        rows: int,
+        columns: int,
+        /,
+    ) -> None: ...
     def add_dense(
         self,
         x: int,

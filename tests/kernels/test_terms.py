@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import kernels
-from halfbyte.kernels import Nested, Statistics, Sum, Term, Weight4bit, native, reference
+from halfbyte.kernels import Nested, Statistics, Sum, Term, Weight4bit, Weight8bit, native, reference
 from halfbyte.quant import codebook
 
 # As in test_matmul.py: one rounding of the result, and the errors of fp32 sums.
@@ -54,11 +54,20 @@ class Random:
         nested = Nested(second, codebook("dynamic"), 256, offset)
         return Weight4bit(packed, Statistics(codes, codebook("nf4"), blocksize, nested), (rows, columns))
 
+    def bytes(self, rows: int, columns: int, blocksize: int) -> Weight8bit:
+        """Return a weight whose codes begin at an odd address."""
+        codes = torch.randint(-128, 128, (rows * columns + 1,), dtype=torch.int8, generator=self.generator)[1:]
+        absmax = torch.rand(-(-rows * columns // blocksize), generator=self.generator) + 0.1
+        return Weight8bit(codes.view(rows, columns), absmax, blocksize)
+
 
 def right_factor(term: Term) -> Tensor:
     """Return R of a term, rounded to the dtype of its x, in fp64."""
     x, factor, gradient = term
-    if isinstance(factor, Weight4bit):
+    if isinstance(factor, Weight8bit):
+        steps = (factor.absmax / 127).repeat_interleave(factor.blocksize)[: factor.codes.numel()]
+        factor = factor.codes * steps.view(factor.shape)
+    elif isinstance(factor, Weight4bit):
         rows, columns = factor.shape
         factor = reference.dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype)
         factor = factor.view(rows, columns)
@@ -107,6 +116,17 @@ def test_terms_of_every_kind_add_up(tier: None, dtype: torch.dtype, out: torch.d
                 terms.append(Term(random.dense(rows, depth, dtype, depth + i), factor, gradient))
             check(terms, out, bias)
             check(terms[::-1], out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", [64, 32, 4096, 48, 7])
+def test_8_bit_weights_are_those_of_their_codes(tier: None, dtype: torch.dtype, blocksize: int) -> None:
+    for rows, depth, width in [(1, 1, 1), (3, 64, 96), (9, 33, 65), (13, 160, 70), (20, 1088, 17), (7, 65, 1057)]:
+        random = Random(rows)
+        weight, transposed = random.bytes(width, depth, blocksize), random.bytes(depth, width, blocksize)
+        x, u = random.dense(rows, depth, dtype), random.dense(rows, 5, dtype)
+        check([Term(x, weight)], dtype, random.dense(1, width, dtype)[0])
+        check([Term(u, random.dense(width, 5, dtype)), Term(x, transposed, gradient=True)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,14 +12,17 @@ from halfbyte.kernels.operations import (
     attention_backward,
     dequantize_4bit,
     dequantize_8bit,
+    dequantize_int8,
     fold_softmax,
     gated,
     gated_gradient,
     gated_halves_gradient,
     matmul_4bit,
+    matmul_int8,
     matmul_sums,
     quantize_4bit,
     quantize_8bit,
+    quantize_int8,
     rms_norm,
     rms_norm_gradient,
     rms_norm_weight_gradient,
@@ -28,7 +31,7 @@ from halfbyte.kernels.operations import (
 from halfbyte.kernels.provider import provider_for, providers, use_provider
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Nested, Statistics
-from halfbyte.kernels.terms import Sum, Term, Weight4bit
+from halfbyte.kernels.terms import Sum, Term, Weight4bit, Weight8bit
 
 __all__ = [
     "Nested",
@@ -37,22 +40,26 @@ __all__ = [
     "Sum",
     "Term",
     "Weight4bit",
+    "Weight8bit",
     "adamw_8bit",
     "adamw_32bit",
     "attention",
     "attention_backward",
     "dequantize_4bit",
     "dequantize_8bit",
+    "dequantize_int8",
     "fold_softmax",
     "gated",
     "gated_gradient",
     "gated_halves_gradient",
     "matmul_4bit",
+    "matmul_int8",
     "matmul_sums",
     "provider_for",
     "providers",
     "quantize_4bit",
     "quantize_8bit",
+    "quantize_int8",
     "rms_norm",
     "rms_norm_gradient",
     "rms_norm_weight_gradient",

@@ -26,7 +26,7 @@ from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import reference
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit
+from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
 
 _AVAILABLE = importlib.util.find_spec("halfbyte._native") is not None
 if _AVAILABLE:
@@ -161,6 +161,16 @@ def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch
     return out
 
 
+def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+    """Block-wise quantization to int8, by torch: it is done once."""
+    return reference.quantize_int8(x, blocksize)
+
+
+def dequantize_int8(weight: Weight8bit, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_int8`, by torch: products read the codes themselves."""
+    return reference.dequantize_int8(weight, dtype)
+
+
 def matmul_4bit(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
@@ -209,8 +219,21 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
                     factor.statistics.blocksize,
                     *factor.shape,
                 )
+                continue
+            rows, columns = factor.shape
+            if isinstance(factor, Weight8bit):
+                gathered[-1].add_bytes(
+                    x.data_ptr(),
+                    x.stride(0),
+                    step,
+                    gradient,
+                    factor.codes.data_ptr(),
+                    factor.absmax.data_ptr(),
+                    factor.blocksize,
+                    rows,
+                    columns,
+                )
             else:
-                rows, columns = factor.shape
                 gathered[-1].add_dense(
                     x.data_ptr(),
                     x.stride(0),

@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.kernels.provider import provider_for
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Term
+from halfbyte.kernels.terms import Sum, Term, Weight8bit
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 512  # values of a head in attention: as many as a panel is deep (csrc/matmul.h)
@@ -89,6 +89,43 @@ def matmul_4bit(
         )
     y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
     return y
+
+
+def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+    """Quantize a matrix block-wise to int8; see :func:`halfbyte.kernels.reference.quantize_int8`."""
+    _check_floating("x", x)
+    _check_blocksize(blocksize)
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be a matrix")
+    return provider_for(x.device).quantize_int8(x, blocksize)
+
+
+def dequantize_int8(weight: Weight8bit, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inverse of :func:`quantize_int8`, as ``dtype`` ``[N, K]``."""
+    _check_int8(weight)
+    _check_dtype(dtype)
+    return provider_for(weight.codes.device).dequantize_int8(weight, dtype)
+
+
+def matmul_int8(x: Tensor, weight: Weight8bit, bias: Tensor | None = None) -> Tensor:
+    """The 8-bit linear product ``y = x Wᵀ + bias``, differentiable in ``x`` and ``bias``; ``W`` is never whole.
+
+    Args:
+        x: ``[..., K]``, fp32, bf16 or fp16.
+        weight: ``[N, K]``.
+        bias: ``[N]`` in the dtype of ``x``, or None.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    _check_int8(weight)
+    _check_floating("x", x)
+    rows, columns = weight.shape
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {weight.shape} needs [..., {columns}]")
+    flat = x.reshape(-1, columns)
+    y: Tensor = _MatmulInt8.apply(flat, bias, weight)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], rows)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
@@ -405,6 +442,25 @@ def _check_heads(name: str, x: Tensor, q: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be {tuple(shape)}")
 
 
+class _MatmulInt8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Weight8bit) -> Tensor:
+        ctx.weight = weight
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        matmul_sums([Sum([Term(x, weight)], y, None if bias is None else bias.contiguous())])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = dy.new_empty(dy.shape[0], ctx.weight.shape[1])
+            matmul_sums([Sum([Term(dy, ctx.weight, gradient=True)], dx)])
+        if ctx.needs_input_grad[1]:
+            dbias = dy.sum(0)
+        return dx, dbias, None
+
+
 def _check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} is {x.dtype}; it must be float32, bfloat16 or float16")
@@ -421,10 +477,12 @@ def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: 
         if isinstance(factor, Tensor):
             _check_floating(f"the factor of term {i}", factor)
             _check_matrix(f"the factor of term {i}", factor, device)
+        elif isinstance(factor, Weight8bit):
+            _check_int8(factor)
+            _check_device(f"the weight of term {i}", factor.codes, device)
         else:
             _check_weight(factor.packed, factor.statistics, factor.shape[0] * factor.shape[1])
-            if factor.packed.device != device:
-                raise TypeError(f"the weight of term {i} is on {factor.packed.device} and out on {device}")
+            _check_device(f"the weight of term {i}", factor.packed, device)
         if x.dtype not in FLOATING or x.dtype != terms[0].x.dtype:
             raise TypeError(
                 f"x of term {i} is {x.dtype} and that of term 0 {terms[0].x.dtype}; all must be one of float32, "
@@ -446,12 +504,26 @@ def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: 
 
 
 def _check_matrix(name: str, x: Tensor, device: torch.device, any_strides: bool = False) -> None:
-    if x.device != device:
-        raise TypeError(f"{name} is on {x.device} and the first out on {device}; all must be on one device")
+    _check_device(name, x, device)
     if x.ndim != 2 or not (any_strides or x.shape[1] <= 1 or x.stride(1) == 1):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; it must be a matrix with contiguous rows"
         )
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise TypeError(f"{name} is on {x.device} and the first out on {device}; all must be on one device")
+
+
+def _check_int8(weight: Weight8bit) -> None:
+    codes = weight.codes
+    if codes.dtype != torch.int8 or not codes.is_contiguous():
+        raise TypeError(f"codes are {codes.dtype} with strides {codes.stride()}; they must be int8 and contiguous")
+    if codes.ndim != 2:
+        raise ValueError(f"codes have shape {tuple(codes.shape)}; they must be a matrix")
+    _check_blocksize(weight.blocksize)
+    _check_absmax(weight.absmax, torch.float32, codes.numel(), weight.blocksize, codes.device)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

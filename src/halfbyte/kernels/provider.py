@@ -16,7 +16,7 @@ from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import bitsandbytes, native, reference
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.terms import Sum, Weight8bit
 
 
 class Provider(Protocol):
@@ -37,6 +37,10 @@ class Provider(Protocol):
     ) -> Tensor: ...
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
+
+    def quantize_int8(self, x: Tensor, blocksize: int) -> Weight8bit: ...
+
+    def dequantize_int8(self, weight: Weight8bit, dtype: torch.dtype) -> Tensor: ...
 
     def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Sums of products, their terms, and the 4-bit weight as a factor of one."""
+"""Sums of products, their terms, and quantized weights as factors of one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,18 +24,39 @@ class Weight4bit:
     shape: tuple[int, int]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight8bit:
+    """An 8-bit weight ``W``: each value is ``code * (absmax / 127)``.
+
+    Attributes:
+        codes: int8 ``[N, K]``, any address.
+        absmax: fp32, one per block of the flattened weight.
+        blocksize: values per block. With K it is bitsandbytes' row-wise LLM.int8 weight.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    blocksize: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+
 class Term(NamedTuple):
     """One product: ``x factorᵀ``, or ``x factor`` where it is a ``gradient`` (``dx = dy W``).
 
     Attributes:
         x: ``[rows, depth]``, of any strides.
-        factor: a 4-bit weight, or a dense matrix of any floating dtype: ``[width, depth]``, or ``[depth, width]`` of a
-            ``gradient``; contiguous rows.
+        factor: a 4-bit or 8-bit weight, or a dense matrix of any floating dtype with contiguous rows:
+            ``[width, depth]``, or ``[depth, width]`` of a ``gradient``.
         gradient: which of the two.
     """
 
     x: Tensor
-    factor: Weight4bit | Tensor
+    factor: Weight4bit | Weight8bit | Tensor
     gradient: bool = False
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte import kernels
-from halfbyte.kernels import Sum, Term, Weight4bit
+from halfbyte.kernels import Sum, Term, Weight4bit, Weight8bit
 
 
 class LowRank(NamedTuple):
@@ -51,7 +51,7 @@ class Projection(NamedTuple):
         adapters: any number, which add up.
     """
 
-    weight: Weight4bit
+    weight: Weight4bit | Weight8bit
     bias: Tensor | None
     adapters: Sequence[LowRank]
 

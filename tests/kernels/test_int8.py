@@ -1,0 +1,91 @@
+"""8-bit weights against bitsandbytes' LLM.int8 codes, and their products against the dequantized weight in fp64."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from halfbyte import kernels
+from halfbyte.kernels import Weight8bit, providers
+
+
+@pytest.fixture(params=list(providers()))
+def provider(request: pytest.FixtureRequest) -> object:
+    with kernels.use_provider(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_are_quantized_as_bitsandbytes_does(provider: str, dtype: torch.dtype) -> None:
+    x = torch.randn(37, 129)
+    x[3] *= 1e-3
+    x = x.to(dtype)
+    weight = kernels.quantize_int8(x, 129)
+    codes, absmax, _ = bnb.int8_vectorwise_quant(x.float())
+    assert torch.equal(weight.codes, codes) and torch.equal(weight.absmax, absmax)
+    dense = bnb.int8_vectorwise_dequant(codes, absmax)
+    torch.testing.assert_close(kernels.dequantize_int8(weight), dense, rtol=3e-7, atol=0)  # three roundings
+
+
+@pytest.mark.parametrize("blocksize", [1, 7, 64, 1000])
+def test_every_value_is_within_half_a_step(provider: str, blocksize: int) -> None:
+    x = torch.randn(9, 33)
+    x[2, :10] = 0
+    weight = kernels.quantize_int8(x, blocksize)
+    assert weight.codes.shape == x.shape and len(weight.absmax) == -(-9 * 33 // blocksize)
+    step = (weight.absmax / 127).repeat_interleave(blocksize)[: x.numel()].view_as(x)
+    assert ((kernels.dequantize_int8(weight) - x).abs() <= step * (0.5 + 1e-5)).all()
+    again = kernels.quantize_int8(kernels.dequantize_int8(weight), blocksize)
+    assert torch.equal(again.codes, weight.codes)
+
+
+def test_a_block_of_zeros_and_an_empty_matrix_stay_what_they_are(provider: str) -> None:
+    for shape in [(4, 8), (0, 5)]:
+        weight = kernels.quantize_int8(torch.zeros(shape), 16)
+        assert torch.equal(kernels.dequantize_int8(weight), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_products_and_gradients_are_those_of_the_dequantized_weight(
+    provider: str, dtype: torch.dtype, bound: float
+) -> None:
+    for blocksize in (96, 64, 5):
+        weight = kernels.quantize_int8(torch.randn(70, 96), blocksize)
+        x = torch.randn(2, 5, 96).to(dtype).requires_grad_()
+        bias = torch.randn(70).to(dtype).requires_grad_()
+        y = kernels.matmul_int8(x, weight, bias)
+        dense = kernels.dequantize_int8(weight, dtype).double()
+        expected = x.double() @ dense.T + bias.double()
+        dy = torch.randn_like(y)
+        results = [y, *torch.autograd.grad(y, [x, bias], dy)]
+        for got, result in zip(
+            results, [expected, *torch.autograd.grad(expected, [x, bias], dy.double())], strict=True
+        ):
+            assert got.dtype == dtype and got.shape == result.shape
+            assert (got.double() - result).norm() <= bound * result.norm()
+
+
+def test_wrong_arguments_are_named() -> None:
+    good = kernels.quantize_int8(torch.randn(4, 6), 6)
+    x = torch.randn(2, 6)
+    for weight, error, message in [
+        (Weight8bit(good.codes.short(), good.absmax, 6), TypeError, "codes are torch.int16"),
+        (Weight8bit(good.codes.T, good.absmax, 6), TypeError, r"with strides \(1, 6\)"),
+        (Weight8bit(good.codes.view(-1), good.absmax, 6), ValueError, r"codes have shape \(24,\)"),
+        (Weight8bit(good.codes, good.absmax, 0), ValueError, "blocksize is 0"),
+        (
+            Weight8bit(good.codes, good.absmax, 5),
+            ValueError,
+            r"absmax is torch.float32 \(4,\).*need .* \(5,\)",
+        ),
+    ]:
+        for call in (kernels.dequantize_int8, lambda w: kernels.matmul_int8(x, w)):
+            with pytest.raises(error, match=message):
+                call(weight)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5\), but a weight of shape \(4, 6\)"):
+        kernels.matmul_int8(x[:, :5], good)
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+        kernels.quantize_int8(torch.ones(2, 2, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match=r"x has shape \(3,\)"):
+        kernels.quantize_int8(torch.ones(3), 2)
+    with pytest.raises(TypeError, match=r"dtype is torch\.int8"):
+        kernels.dequantize_int8(good, torch.int8)
