@@ -275,12 +275,13 @@ void widen(const void* x, int64_t n, float* out) {
 
 template <class T>
 void finish(const float* sums, const float* bias, int64_t n, void* y) {
-    float partial[kStrip];
-    void* out = n < kStrip ? partial : y;
-    for (int64_t i = 0; i < kStrip; i += 8) {
-        T::store(out, i, _mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(bias + i)));
+    const int64_t whole = n / 8 * 8;
+    for (int64_t i = 0; i < whole; i += 8) T::store(y, i, _mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(bias + i)));
+    if (whole < n) {
+        float rest[8];
+        T::store(rest, 0, _mm256_add_ps(_mm256_load_ps(sums + whole), _mm256_load_ps(bias + whole)));
+        std::memcpy(at(y, whole * T::kSize), rest, static_cast<size_t>((n - whole) * T::kSize));
     }
-    if (n < kStrip) std::memcpy(y, partial, static_cast<size_t>(n * T::kSize));
 }
 
 template <class T>

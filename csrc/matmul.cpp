@@ -324,8 +324,8 @@ class Copies {
     static int64_t copy(int64_t rows, Term& term, char* bytes) {
         T* const to = reinterpret_cast<T*>(bytes);
         const int64_t depth = term.depth(), apart = stride(term);
-        for (int64_t i = 0; i < depth; ++i) {
-            for (int64_t r = 0; r < rows; ++r) to[r * apart + i] = load<T>(term.x, i * term.step + r * term.stride);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = 0; i < depth; ++i) to[r * apart + i] = load<T>(term.x, i * term.step + r * term.stride);
         }
         term.x = to;
         term.stride = apart;
