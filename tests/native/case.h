@@ -214,6 +214,7 @@ void quantize_8bit(Case& c);
 void dequantize_4bit(Case& c);
 void dequantize_8bit(Case& c);
 void matmul(Case& c);
+void multiply(Case& c);
 void adamw_32bit(Case& c);
 void adamw_8bit(Case& c);
 

@@ -1,6 +1,7 @@
 // Products: each element within its bound of the sum of the terms' products in double, whose right factors are
 // dequantized and rounded to the type of x, and bit for bit the same for every number of threads.
 
+#include <cstdlib>
 #include <deque>
 
 #include "case.h"
@@ -86,7 +87,8 @@ struct Sum {
     explicit Sum(Case& c)
         : type(c.type()),
           y_type(c.random.once_in(2) ? type : c.type()),
-          rows(c.note("rows", c.random.once_in(30) ? 500 + c.random.below(700) : c.random.below(c.random.of({10, 20, 300})))),
+          rows(c.note("rows", c.random.once_in(30) ? 500 + c.random.below(700)
+                                                   : c.random.below(c.random.of({10, 20, 20, 300})))),
           width(c.note("width", c.random.once_in(2) ? 1 + c.random.below(400) : 32 * (1 + c.random.below(12)))),
           y_stride(width + c.note("y_gap", c.gap())),
           shift(c.shift()),
@@ -161,6 +163,80 @@ void matmul(Case& c) {
         sums[i].check(c, results[0][i]);
         c.same(results[1][i], results[0][i], "bytes of y on two threads");
         c.same(results[2][i], results[0][i], "bytes of y on three threads");
+    }
+}
+
+namespace {
+
+// Whole floats at an address that is a multiple of 64, of exactly that size.
+struct Floats {
+    Floats(int64_t n, int fill)
+        : size(static_cast<size_t>(n) * 4), data(static_cast<float*>(std::aligned_alloc(64, size))) {
+        std::memset(data, fill, size);
+    }
+    ~Floats() { std::free(data); }
+    size_t size;
+    float* data;
+};
+
+}  // namespace
+
+// A panel from a dense matrix, and rows of x, as attention multiplies them: nothing beyond the rows, the lanes and the
+// depth is read or written. Packed rows, of any number, give the same bytes.
+void multiply(Case& c) {
+    const Type type = c.type();
+    const MatmulKernels& k = *c.tier.matmul(type);
+    const Type lane_type = k.pairs ? Type::bf16 : Type::fp32;
+    const int64_t per_lane = k.pairs ? 2 : 1, rows = c.note("rows", 1 + c.random.below(k.pack ? 100 : k.tile_rows));
+    const int64_t columns = c.note("columns", 1 + c.random.below(kStrip));
+    const int64_t depth = c.note("depth", 1 + c.random.below(c.random.of({40, 300, int(kLanes * per_lane)})));
+    const int64_t lanes = (depth + per_lane - 1) / per_lane, stride = 4 * (lanes + c.note("gap", c.gap()));
+    const bool gradient = c.note("gradient", c.random.once_in(2)), add = c.note("add", c.random.once_in(2));
+
+    const Buffer values = c.values(columns * depth, type, false);
+    const Dense dense{values.data, type, gradient ? depth : columns, gradient ? columns : depth,
+                      gradient ? columns : depth};
+    const Floats panel(kLanes * kStrip, 0xff);  // NaN
+    (gradient ? k.dense_gradient : k.dense_forward)(dense, 0, 0, depth, panel.data);
+
+    const Buffer x((rows - 1) * stride + 4 * lanes, c.shift(), 0xff);
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < lanes * per_lane; ++i) {
+            put(x.data + r * stride, i, lane_type, i < depth ? c.random.normal() : 0.0f);
+        }
+    }
+    const Floats before(rows * kStrip, 0), sums(rows * kStrip, 0xff);
+    for (int64_t i = 0; i < rows * kStrip; ++i) before.data[i] = c.random.normal();
+    if (add) std::memcpy(sums.data, before.data, sums.size);
+    for (int64_t r = 0; r < rows; r += k.tile_rows) {
+        k.multiply(x.data + r * stride, stride, least(k.tile_rows, rows - r), panel.data, lanes, columns,
+                   sums.data + r * kStrip, add);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < columns; ++i) {
+            double sum = add ? before.data[r * kStrip + i] : 0.0, size = std::abs(sum);
+            for (int64_t n = 0; n < depth; ++n) {
+                const double term = double{get(x.data + r * stride, n, lane_type)} *
+                                    get(values.data, gradient ? n * columns + i : i * depth + n, type);
+                sum += term;
+                size += std::abs(term);
+            }
+            const double got = sums.data[r * kStrip + i];
+            const bool right = size > 3e38 || std::abs(got - sum) <= 2e-6 * size + static_cast<double>(depth) * 0x1p-125;
+            c.require(right, right ? "" : c.differ("sums", r * kStrip + i, got, sum));
+        }
+    }
+    if (!k.pack) return;
+    const int64_t row_bytes = (depth + 2 * kTile - 1) / (2 * kTile) * kTileBytes;
+    const Floats tiles((rows + kTile - 1) / kTile * row_bytes / 4, 0xff), packed(rows * kStrip, 0xff);
+    for (int64_t r = 0; r < rows; r += kTile) {
+        k.pack(x.data + r * stride, stride, least(kTile, rows - r), depth, tiles.data + r / kTile * row_bytes / 4);
+    }
+    if (add) std::memcpy(packed.data, before.data, packed.size);
+    k.multiply_packed(tiles.data, row_bytes, rows, panel.data, lanes, columns, packed.data, add);
+    for (int64_t r = 0; r < rows; ++r) {
+        const bool same = !std::memcmp(packed.data + r * kStrip, sums.data + r * kStrip, static_cast<size_t>(columns) * 4);
+        c.require(same, "packed rows give other sums");
     }
 }
 
