@@ -80,6 +80,44 @@ def matmul_4bit(
     y: int,
     /,
 ) -> None: ...
+
+class Sum:
+    def __init__(
+        self, isa: int, rows: int, width: int, type: int, y_type: int, bias: int, y: int, y_stride: int, /
+    ) -> None: ...
+    def add_weight(
+        self,
+        x: int,
+        stride: int,
+        step: int,
+        gradient: bool,
+        packed: int,
+        code: int,
+        absmax: int,
+        nested_absmax: int,
+        nested_code: int,
+        nested_blocksize: int,
+        offset: float,
+        blocksize: int,
+        rows: int,
+        columns: int,
+        /,
+    ) -> None: ...
+    def add_dense(
+        self,
+        x: int,
+        stride: int,
+        step: int,
+        gradient: bool,
+        values: int,
+        type: int,
+        rows: int,
+        columns: int,
+        values_stride: int,
+        /,
+    ) -> None: ...
+
+def matmul_sums(threads: int, sums: list[Sum], /) -> None: ...
 def adamw_32bit(
     isa: int,
     threads: int,

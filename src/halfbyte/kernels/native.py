@@ -186,24 +186,20 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
         return reference.matmul_sums(sums)
     gathered, kept = [], []
     for terms, out, bias in sums:
-        gathered.append(
-            _native.Sum(
-                isa,
-                *out.shape,
-                _TYPES[terms[0].x.dtype],
-                _TYPES[out.dtype],
-                0 if bias is None else bias.data_ptr(),
-                out.data_ptr(),
-                out.stride(0),
-            )
-        )
+        rows, width = out.shape
+        types = _TYPES[terms[0].x.dtype], _TYPES[out.dtype]
+        addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        gathered.append(_native.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
         for x, factor, gradient in terms:
-            left = x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 1, gradient
+            step = x.stride(1) if x.shape[1] > 1 else 1
             if isinstance(factor, Weight4bit):
                 code, nested_code = _tables(factor.statistics)
                 kept.append((code, nested_code))
                 gathered[-1].add_weight(
-                    *left,
+                    x.data_ptr(),
+                    x.stride(0),
+                    step,
+                    gradient,
                     factor.packed.data_ptr(),
                     code.data_ptr(),
                     *_scales(factor.statistics, nested_code),
@@ -211,7 +207,18 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
                     *factor.shape,
                 )
             else:
-                gathered[-1].add_dense(*left, factor.data_ptr(), _TYPES[factor.dtype], *factor.shape, factor.stride(0))
+                rows, columns = factor.shape
+                gathered[-1].add_dense(
+                    x.data_ptr(),
+                    x.stride(0),
+                    step,
+                    gradient,
+                    factor.data_ptr(),
+                    _TYPES[factor.dtype],
+                    rows,
+                    columns,
+                    factor.stride(0),
+                )
     _native.matmul_sums(threads(), gathered)
 
 

@@ -1,6 +1,6 @@
 """Layers over 4-bit weights."""
 
 from halfbyte.nn.linear4bit import Linear4bit
-from halfbyte.nn.lora import lora_delta
+from halfbyte.nn.lora import LowRank, Projection, lora_linear
 
-__all__ = ["Linear4bit", "lora_delta"]
+__all__ = ["Linear4bit", "LowRank", "Projection", "lora_linear"]
