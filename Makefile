@@ -52,10 +52,10 @@ fuzz:
 	build/native/sanitize/check --seconds $(SECONDS) --seed $$(date +%s)
 
 test-neon:
-	@command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || \
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || \
 		{ echo "No cross compiler or no emulator: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
 	$(MAKE) -C tests/native --no-print-directory neon
-	qemu-aarch64 -E ASAN_OPTIONS=detect_leaks=0 -L /usr/aarch64-linux-gnu build/native/neon/check --cases 50
+	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -L /usr/aarch64-linux-gnu build/native/neon/check --cases 50
 
 bench: setup
 	$(BIN)/halfbyte bench kernels

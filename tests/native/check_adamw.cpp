@@ -78,6 +78,16 @@ std::vector<Tensor> tensors(Case& c, int64_t blocksize) {
     return tensors;
 }
 
+// Gradients next to where the code of m changes, beside a 1 that makes their scale 1.
+void put_near_midpoints(Case& c, const Table8bit& table, int64_t blocksize, const Tensor& t) {
+    for (int64_t i = 0; i < t.n; ++i) {
+        const int64_t k = c.random.below(255);
+        const float middle = (table.value[k] + table.value[k + 1]) / 2;
+        const float near = c.random.of({middle, std::nextafter(middle, 2.0f), std::nextafter(middle, -2.0f)});
+        put(t.grad.data, i, t.type, i % blocksize ? near : 1.0f);
+    }
+}
+
 }  // namespace
 
 void adamw_32bit(Case& c) {
@@ -96,11 +106,17 @@ void adamw_32bit(Case& c) {
 }
 
 void adamw_8bit(Case& c) {
-    const Adamw a = constants(c);
+    Adamw a = constants(c);
     const int64_t blocksize = c.blocksize();
     const auto m = std::make_unique<Table8bit>(table8bit(table_of(c, 256).data()));
     const auto v = std::make_unique<Table8bit>(table8bit(table_of(c, 256).data()));
-    const std::vector<Tensor> before = tensors(c, blocksize), ours = before, theirs = before;
+    const std::vector<Tensor> before = tensors(c, blocksize);
+    if (c.note("near_midpoints", c.random.once_in(3))) {
+        a.beta1 = 0;  // m is the gradient
+        a.rest1 = 1;
+        for (const Tensor& t : before) put_near_midpoints(c, *m, blocksize, t);
+    }
+    const std::vector<Tensor> ours = before, theirs = before;
     const auto step = [&](const AdamwKernels& kernels, const std::vector<Tensor>& tensors, int threads) {
         std::vector<Stepped8bit> stepped;
         for (const Tensor& t : tensors) stepped.push_back(t.over_8bit());
