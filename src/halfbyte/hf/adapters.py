@@ -1,25 +1,19 @@
 """PEFT's LoRA layers over 4-bit weights: theirs to configure, save and load, ours to run.
 
 PEFT (0.21) wraps a :class:`~halfbyte.nn.Linear4bit` in its ``lora.Linear``, which would compute the low-rank part in
-fp32 and, asked to merge, add floats to packed bytes. :func:`prepare_for_training` turns each of those, by class swap,
-into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's, and :func:`unprepare` turns them back. The
-model's output head is bound too (:mod:`halfbyte.hf.head`): while training with labels it returns no logits.
+fp32 and, asked to merge, add floats to packed bytes. :mod:`halfbyte.hf.prepare` turns each of those, by class swap,
+into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
-from halfbyte.hf.head import base_of, bind_head, unbind_head
 from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class LoraLinear4bit(LoraLinear):
@@ -47,7 +41,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     It is for 4-bit layers, with plain LoRA or without, whose compute dtype and LoRA dropout agree. Others, and layers
     with hooks or with somebody else's forward, are called one by one.
     """
-    projections = [_projection(layer) if _untouched(layer) else None for layer in layers]
+    projections = [_projection(layer) if untouched(layer) else None for layer in layers]
     shared = [p for p in projections if p is not None]
     dtypes = {p.compute_dtype for p in shared}
     dropouts = {p.dropout for p in shared if p.projection.adapters}
@@ -83,7 +77,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     dropouts = {_probability(layer.lora_dropout[name]) for name in names} or {0.0}
     dropout = dropouts.pop()
-    if any(name in layer.lora_variant for name in names) or dropouts or dropout is None or not _untouched(base):
+    if any(name in layer.lora_variant for name in names) or dropouts or dropout is None or not untouched(base):
         return None
     if type(base) is not Linear4bit:
         return None
@@ -105,55 +99,14 @@ def _probability(dropout: nn.Module) -> float | None:
     return dropout.p if dropout.training else 0.0
 
 
-def _untouched(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """Return whether calling ``module`` is its class's forward and no more; what torch 2.13's ``__call__`` asks."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     everywhere = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     return "forward" not in vars(module) and not any(hooks) and not everywhere
 
 
-def prepare_for_training(model: Model) -> Model:
-    """Make a PEFT model over 4-bit weights ready to train (and to run) with our LoRA layers.
-
-    Args:
-        model: what ``get_peft_model`` or ``PeftModel.from_pretrained`` returned; changed in place.
-
-    Returns:
-        The same model.
-
-    Raises:
-        InputError: there is no LoRA layer over a 4-bit weight in it.
-    """
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    ours = [layer for layer in layers if isinstance(layer.base_layer, Linear4bit)]
-    if not ours:
-        raise InputError(
-            f"{type(model).__name__} has no LoRA layer over a 4-bit weight: load the model with HalfbyteConfig and "
-            "call peft.get_peft_model(model, LoraConfig(target_modules='all-linear', ...)) first."
-        )
-    for layer in ours:
-        layer.__class__ = LoraLinear4bit
-    base = base_of(model)
-    if isinstance(base, PreTrainedModel):
-        bind_head(base)
-    if isinstance(model, PeftModel):
-        model.get_nb_trainable_parameters = _Counts(model)
-    return model
-
-
-def unprepare(model: Model) -> Model:
-    """Undo :func:`prepare_for_training`: PEFT's own classes again, in place; returns the same model."""
-    for module in model.modules():
-        if isinstance(module, LoraLinear4bit):
-            module.__class__ = LoraLinear
-    base = base_of(model)
-    if isinstance(base, PreTrainedModel):
-        unbind_head(base)
-    vars(model).pop("get_nb_trainable_parameters", None)
-    return model
-
-
-class _Counts:
+class Counts:
     """PEFT's ``get_nb_trainable_parameters`` for packed weights, which would count two 4-bit values as one."""
 
     def __init__(self, model: nn.Module) -> None:

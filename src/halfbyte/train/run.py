@@ -121,6 +121,7 @@ def fine_tune(config: TrainConfig, display: Display | None = None) -> RunResult:
         model = _load_model(config)
         trained, parameters = model.get_nb_trainable_parameters()
         display.note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
+        display.note(f"Decoder layers {hf.decoder_path(model)}")
         policy = _plan_activations(config, model, rows)
         display.note(str(policy))
         if checkpoint:

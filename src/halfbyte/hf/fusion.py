@@ -1,0 +1,348 @@
+"""Decoder layers of known families of transformers with the fused pieces of :mod:`halfbyte.nn`.
+
+:func:`fuse` swaps the class of each decoder layer, of its attention and of its MLP for a subclass of the family's own
+class with our forward; parameters, names, files, hooks and the output recorder see no difference, and :func:`unfuse`
+swaps back. Ours does what the family's forward does, with one pass over memory each for residual and RMSNorm, for the
+rotation of queries and keys, and for activation and product of a gated MLP, and with projections of one input sharing
+its work. Attention itself goes through transformers' attention interface as the family calls it.
+
+A family is recognised by its class and by the text of what is replaced (:func:`_digest`; the table was written against
+transformers 5.23, whose private layout this file relies on): a subclass, remote code, or a forward that somebody
+changed runs as it is. So does, at a call, a norm, projection or activation with hooks or with a forward of its own, and
+everything under autocast or on another device.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from halfbyte.hf.adapters import project, untouched
+from halfbyte.nn import gated, gated_halves, rms_norm, rotary
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATIONS = {type(ACT2FN["silu"]): "silu", nn.SiLU: "silu", type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh"}
+
+
+def fuse(model: nn.Module) -> str:
+    """Swap the decoder layers of known families in ``model`` for fused ones, in place.
+
+    Returns:
+        What :func:`decoder_path` does.
+    """
+    layers = [module for module in model.modules() if type(module).__name__ in _FAMILIES]
+    families = {cls: _family(cls) for cls in {type(layer) for layer in layers}}
+    for layer in layers:
+        family = families[type(layer)]
+        if family is None or not family.fits(layer):
+            continue
+        layer.self_attn.__class__ = _fused(_Attention, type(layer.self_attn), family)
+        if type(_activation(layer.mlp)) in _ACTIVATIONS:
+            layer.mlp.__class__ = _fused(_Mlp, type(layer.mlp), family)
+        layer.__class__ = _fused(family.layer, type(layer), family)
+    return decoder_path(model)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo :func:`fuse`, in place."""
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            module.__class__ = type(module).unfused
+
+
+def decoder_path(model: nn.Module) -> str:
+    """Return which way the decoder layers of ``model`` run, for a run's log.
+
+    For example ``fused: 30 Llama layers`` or ``unfused: GPTNeoXLayer is not known``.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    fused = Counter(layer.family.name for layer in layers if isinstance(layer, _Fused))
+    lines = [f"fused: {count} {name} layer{'s' * (count > 1)}" for name, count in fused.items()]
+    for name in sorted({type(layer).__name__ for layer in layers if not isinstance(layer, _Fused)}):
+        reason = "is not the one that is known, or not on a CPU" if name in _FAMILIES else "is not known"
+        lines.append(f"unfused: {name} {reason}")
+    return "; ".join(lines) or "unfused: there is no decoder layer"
+
+
+class _Fused(nn.Module):
+    """What the swapped classes share; they are made by :func:`_fused`."""
+
+    family: "_Family"
+    unfused: type[nn.Module]
+
+
+class _Layer(_Fused):
+    """A decoder layer: its named arguments go on to attention, as in every family here."""
+
+    defaults: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[batch, length, width]`` to the same."""
+        if args or not _plain(hidden_states):
+            theirs: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return theirs
+        return self.pieces(hidden_states, self.defaults | kwargs)
+
+    def pieces(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+    def norm(self, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``x + residual`` and its norm by the module ``name``."""
+        return self.family.norm(getattr(self, name), x, residual)
+
+
+class _PreNorm(_Layer):
+    """Norms before attention and MLP: Llama and most others. Phi-3 has dropout on both results."""
+
+    def pieces(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        x, y = self.norm("input_layernorm", x)
+        y, _ = self.self_attn(hidden_states=y, **arguments)
+        if hasattr(self, "resid_attn_dropout"):
+            y = self.resid_attn_dropout(y)
+        x, y = self.norm("post_attention_layernorm", y, x)
+        y = self.mlp(y)
+        if hasattr(self, "resid_mlp_dropout"):
+            y = self.resid_mlp_dropout(y)
+        return x + y
+
+
+class _BothNorms(_Layer):
+    """Norms before and after attention and MLP: Gemma 2 and 3."""
+
+    def pieces(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        x, y = self.norm("input_layernorm", x)
+        y, _ = self.self_attn(hidden_states=y, **arguments)
+        _, y = self.norm("post_attention_layernorm", y)
+        x, y = self.norm("pre_feedforward_layernorm", y, x)
+        _, y = self.norm("post_feedforward_layernorm", self.mlp(y))
+        return x + y
+
+
+class _PostNorm(_Layer):
+    """Norms after attention and MLP: OLMo 2."""
+
+    def pieces(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        y, _ = self.self_attn(hidden_states=x, **arguments)
+        x = x + self.norm("post_attention_layernorm", y)[1]
+        return x + self.norm("post_feedforward_layernorm", self.mlp(x))[1]
+
+
+class _Attention(_Fused):
+    """Projections, norms of queries and keys, rotation, cache, attention, projection."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[batch, length, width]`` to the same, and the attention's weights if its implementation gives them."""
+        if not _plain(hidden_states) or not self.family.turns(hidden_states, position_embeddings):
+            theirs: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+            return theirs
+        shape = hidden_states.shape[:-1]
+        query, key, value = self.projections(hidden_states)
+        if hasattr(self, "q_norm"):
+            query, key = self.norm(self.q_norm, query), self.norm(self.k_norm, key)
+        query, key, value = (x.view(*shape, -1, self.head_dim) for x in (query, key, value))
+        if position_embeddings is not None and getattr(self, "use_rope", True):
+            query, key = rotary(query, key, *position_embeddings)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, vars(sys.modules[self.unfused.__module__])["eager_attention_forward"]
+        )
+        y, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **self.family.extras(self),
+            **kwargs,
+        )
+        return self.o_proj(y.reshape(*shape, -1).contiguous()), weights
+
+    def projections(self, x: Tensor) -> list[Tensor]:
+        """Return queries, keys and values, ``[batch, length, heads * head_dim]``."""
+        if not hasattr(self, "qkv_proj"):
+            return project([self.q_proj, self.k_proj, self.v_proj], x)
+        of_queries = self.config.num_attention_heads * self.head_dim
+        of_keys = self.num_key_value_heads * self.head_dim
+        return list(self.qkv_proj(x).split([of_queries, of_keys, of_keys], dim=-1))
+
+    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Normalize by head or, where the norm is that wide (OLMo 2), all heads together."""
+        return self.family.norm(module, x.unflatten(-1, (-1, len(module.weight))))[1].flatten(-2)
+
+
+class _Mlp(_Fused):
+    """A gated MLP, gate and up projected together or, in Phi-3, by one layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, length, width]`` to the same."""
+        activation = _activation(self)
+        if not _plain(x) or not untouched(activation):
+            theirs: Tensor = super().forward(x)
+            return theirs
+        name = _ACTIVATIONS[type(activation)]
+        if hasattr(self, "gate_up_proj"):
+            y: Tensor = self.down_proj(gated_halves(self.gate_up_proj(x), name))
+        else:
+            y = self.down_proj(gated(*project([self.gate_proj, self.up_proj], x), name))
+        return y
+
+
+def _activation(mlp: Any) -> nn.Module:
+    activation: nn.Module = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
+    return activation
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether the fused pieces give what the family's own give: on a CPU, without autocast."""
+    return x.device.type == "cpu" and x.dtype in _DTYPES and not torch.is_autocast_enabled("cpu")
+
+
+def _nothing(attention: Any) -> dict[str, Any]:
+    return {}
+
+
+def _configured_window(attention: Any) -> dict[str, Any]:
+    return {"sliding_window": getattr(attention.config, "sliding_window", None)}
+
+
+def _own_window(attention: Any) -> dict[str, Any]:
+    return {"sliding_window": attention.sliding_window}
+
+
+def _own_window_and_cap(attention: Any) -> dict[str, Any]:
+    return {"sliding_window": attention.sliding_window, "softcap": attention.attn_logit_softcapping}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A family of transformers: ``models/<folder>/modeling_<folder>.py`` and what is particular about it.
+
+    Attributes:
+        name: the prefix of its classes.
+        digest: of the functions that are replaced.
+        layer: how its decoder layer is built.
+        extras: what its attention passes on beyond scaling and dropout.
+        offset: of its RMSNorm's weight.
+        rounded: whether its RMSNorm rounds before the weight.
+        fp32_angles: whether cosines and sines are fp32 whatever the model's dtype, and queries and keys stay in it.
+    """
+
+    name: str
+    digest: str
+    layer: type[_Layer] = _PreNorm
+    extras: Callable[[Any], dict[str, Any]] = _nothing
+    offset: float = 0.0
+    rounded: bool = True
+    fp32_angles: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module that defines the family."""
+        return f"transformers.models.{self.name.lower()}.modeling_{self.name.lower()}"
+
+    def of(self, part: str) -> Any:
+        """Return the family's own class or function, or None."""
+        return vars(sys.modules[self.module]).get(part)
+
+    def fits(self, layer: Any) -> bool:
+        """Whether a decoder layer of this family is built from the family's own parts, and on a CPU."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return (
+            type(attention) is self.of(f"{self.name}Attention")
+            and type(mlp) is self.of(f"{self.name}MLP")
+            and not any("forward" in vars(module) for module in (layer, attention, mlp))
+            and getattr(attention.config, "clip_qkv", None) is None
+            and all(parameter.device.type == "cpu" for parameter in layer.parameters())
+        )
+
+    def turns(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether rotation by these angles keeps the dtype of queries and keys."""
+        dtype = torch.float32 if self.fp32_angles else x.dtype
+        return position_embeddings is None or position_embeddings[0].dtype == dtype
+
+    def norm(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``x + residual`` and its norm; by ``module`` itself if it is not the family's plain RMSNorm."""
+        plain = type(module) is self.of(f"{self.name}RMSNorm") and untouched(module)
+        if not plain or module.weight.dtype != x.dtype:
+            h = x if residual is None else residual + x
+            return h, module(h)
+        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        return rms_norm(x, module.weight, residual, eps=eps, offset=self.offset, rounded=self.rounded)
+
+
+_FAMILIES = {
+    f"{family.name}DecoderLayer": family
+    for family in (
+        _Family("Llama", "dc50c4f1a7fea8d2"),
+        _Family("Mistral", "535aef00e31fc4e9", extras=_configured_window),
+        _Family("Qwen2", "5d7ce114dd406178", extras=_own_window),
+        _Family("Qwen3", "5ab423f8f24e9617", extras=_own_window),
+        _Family("SmolLM3", "0cfdc84b4929ef05", extras=_own_window),
+        _Family("Phi3", "f7d6135036a636f3", extras=_configured_window),
+        _Family("Gemma2", "3479c5435cf34b4b", _BothNorms, _own_window_and_cap, offset=1.0, rounded=False),
+        _Family("Gemma3", "2840cb8ae4850127", _BothNorms, _own_window, offset=1.0, rounded=False),
+        _Family("Olmo", "5fba39abaad52718", fp32_angles=True),
+        _Family("Olmo2", "fb26469ba89f4d25", _PostNorm, rounded=False, fp32_angles=True),
+    )
+}
+
+
+def _family(cls: type[nn.Module]) -> _Family | None:
+    """Return the family whose own, unchanged decoder layer ``cls`` is."""
+    family = _FAMILIES[cls.__name__]
+    if cls.__module__ != family.module or cls is not family.of(cls.__name__):
+        return None
+    return family if _digest(family) == family.digest else None
+
+
+def _digest(family: _Family) -> str:
+    """Return the digest of all that the fused layers do in place of the family's own code.
+
+    It is taken over arguments and statements, without annotations, docstrings and comments.
+    """
+    classes = [family.of(f"{family.name}{part}") for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm")]
+    functions = [inspect.unwrap(cls.forward) for cls in classes if cls is not None]
+    functions += [family.of("apply_rotary_pos_emb"), family.of("rotate_half"), getattr(classes[-1], "_norm", None)]
+    lines = []
+    for function in functions:
+        if function is not None:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
+            assert isinstance(tree, ast.FunctionDef)
+            lines.append(",".join(argument.arg for argument in (*tree.args.args, *tree.args.kwonlyargs)))
+            lines += [ast.unparse(node) for node in tree.body[ast.get_docstring(tree) is not None :]]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _fused(kind: type[_Fused], cls: type[nn.Module], family: _Family) -> type[_Fused]:
+    """Return the subclass of ``cls`` that runs as ``kind``, under the same name (FSDP wraps layers by it)."""
+    members: dict[str, Any] = {"family": family, "unfused": cls, "__module__": __name__}
+    if issubclass(kind, _Layer):
+        parameters = list(inspect.signature(inspect.unwrap(cls.forward)).parameters.values())
+        members["defaults"] = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return type(cls.__name__, (kind, cls), members)
