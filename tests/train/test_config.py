@@ -52,7 +52,6 @@ def test_a_saved_configuration_reads_back_the_same_without_run_options(tmp_path:
     [
         ({"lerning_rate": 1}, "unknown option 'lerning_rate' (did you mean 'learning_rate'?)"),
         ({"rank": "many"}, "option 'rank': 'many' is wrong"),
-        ({"memory": "much"}, "option 'memory': 'much' is wrong, it is no amount of memory such as 8GiB or 900MiB"),
         ({"rank": 0}, "option 'rank': 0 is wrong, it should be greater than or equal to 1"),
         ({"quant_type": "nf5"}, "option 'quant_type': 'nf5' is wrong, it should be 'nf4'"),
         ({"preset": "quik"}, "option 'preset': 'quik' is wrong, it should be 'paper' or 'quick'"),

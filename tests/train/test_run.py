@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 from halfbyte import data, hf
 from halfbyte.errors import InputError
-from halfbyte.hf import activations
-from halfbyte.train import Interrupted, TrainConfig, fine_tune, run
+from halfbyte.train import Interrupted, TrainConfig, fine_tune
 from halfbyte.train.display import Display, StepMetrics, TerminalDisplay
 
 ANSWERS = ["yes", "no, never", "perhaps on Sunday", "ask again"]
@@ -59,10 +58,6 @@ class Recorder(Display):
         self.begun: list[tuple[int, int]] = []
         self.steps: list[StepMetrics] = []
         self.ended = 0
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
     def begin(self, first_step: int, total_steps: int) -> None:
         self.begun.append((first_step, total_steps))
@@ -357,33 +352,3 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files(options: dict[str, A
     first, *files = done.stdout.splitlines()
     assert first.startswith("InputError") and "the disk is full" in first
     assert "step-000001 False" in files and not [line for line in files if ".part" in line]
-
-
-def test_memory_that_is_too_little_is_refused_before_anything_is_lost(options: dict[str, Any]) -> None:
-    first = fine_tune(TrainConfig(**options, max_steps=1))
-    with pytest.raises(
-        InputError, match=r"needs about .* with every layer computed again, and 0.0 MiB are left for it"
-    ):
-        fine_tune(TrainConfig(**options, max_steps=1, overwrite=True, memory="1MiB"))
-    assert (first.output / "summary.json").exists()
-
-
-def test_less_memory_recomputes_layers_and_changes_no_bit(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    measure = activations.measure_activations
-
-    def noted(*args: Any) -> activations.Activations:
-        found.append(measure(*args))
-        return found[-1]
-
-    monkeypatch.setattr(activations, "measure_activations", noted)
-    monkeypatch.setattr(run, "own_memory", lambda: 0)
-    plain = fine_tune(TrainConfig(**options, max_steps=2, lora_dropout=0.1), recorder := Recorder())
-    assert any("activations of all layers" in line for line in recorder.notes)
-    options |= {"output": tmp_path / "small", "memory": f"{found[0].needed(2, 1)}B"}
-    small = fine_tune(TrainConfig(**options, max_steps=2, lora_dropout=0.1), recorder := Recorder())
-    assert any("1 of 2 layers" in line and "50 % of the forward pass" in line for line in recorder.notes)
-    one, other = (load_file(result.output / "adapter_model.safetensors") for result in (plain, small))
-    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -1,6 +1,5 @@
 """Everything that knows the internals of transformers, peft and trl."""
 
-from halfbyte.hf.activations import fit_activations
 from halfbyte.hf.adapters import LoraLinear4bit, count_parameters, prepare_for_training, unprepare
 from halfbyte.hf.checkpoint import quantize_checkpoint
 from halfbyte.hf.config import HalfbyteConfig
@@ -12,7 +11,6 @@ __all__ = [
     "HalfbyteQuantizer",
     "LoraLinear4bit",
     "count_parameters",
-    "fit_activations",
     "load",
     "load_tokenizer",
     "prepare_for_training",

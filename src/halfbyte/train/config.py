@@ -13,16 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import write_text
@@ -79,12 +70,7 @@ class TrainConfig(BaseModel):
     max_length: int = Field(default=512, ge=2, description="Tokens per sequence; longer ones are cut at the end.")
     group_by_length: bool = Field(default=True, description="Put sequences of similar length into one batch.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute all activations in the backward pass: less memory, a third more time."
-    )
-    memory: str | None = Field(
-        default=None,
-        description="Memory that the run may take, such as 8GiB, mapped weights apart: as many layers as it needs "
-        "recompute their activations; what is free, unless given.",
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
 
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = Field(
@@ -111,18 +97,6 @@ class TrainConfig(BaseModel):
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     resume: bool = Field(default=False, description="Go on from the last checkpoint in the run folder.")
     overwrite: bool = Field(default=False, description="Replace the run that the run folder holds.")
-
-    @field_validator("memory")
-    @classmethod
-    def _is_an_amount(cls, value: str | None) -> str | None:
-        if value is not None:
-            _bytes(value)
-        return value
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """``memory`` as a number."""
-        return None if self.memory is None else _bytes(self.memory)
 
     @model_validator(mode="before")
     @classmethod
@@ -159,13 +133,6 @@ class TrainConfig(BaseModel):
         """Write every option but ``resume`` and ``overwrite`` to ``path``, as :meth:`from_yaml` reads it."""
         values = self.model_dump(mode="json", exclude=set(RUN_OPTIONS))
         write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def _bytes(amount: str) -> int:
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(amount))
-    except ValidationError:
-        raise ValueError("is no amount of memory such as 8GiB or 900MiB") from None
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -43,7 +43,6 @@ from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.files import whole_file, write_text
 from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
-from halfbyte.plan.memory import free_memory, own_memory
 from halfbyte.train.config import RUN_OPTIONS, TrainConfig
 from halfbyte.train.display import Display, StepMetrics
 
@@ -119,7 +118,6 @@ def fine_tune(config: TrainConfig, display: Display | None = None) -> RunResult:
         model = _load_model(config)
         trained, parameters = model.get_nb_trainable_parameters()
         display.note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
-        display.note(_fit(config, model, rows))
         if checkpoint:
             display.note(f"Going on from {checkpoint}")
         else:
@@ -165,7 +163,7 @@ def _check_folder(config: TrainConfig) -> Path | None:
     before = TrainConfig.from_yaml(output / "config.yaml", {"output": output})
     for name in TrainConfig.model_fields:
         old, new = getattr(before, name), getattr(config, name)
-        if old != new and name not in (*RUN_OPTIONS, "save_steps", "memory"):
+        if old != new and name not in (*RUN_OPTIONS, "save_steps"):
             raise InputError(
                 f"{output} was begun with {name} {old!r} and cannot go on with {new!r}; "
                 f"use its own config.yaml, or name another folder."
@@ -215,14 +213,6 @@ def _load_model(config: TrainConfig) -> Any:
     return hf.prepare_for_training(model)
 
 
-def _fit(config: TrainConfig, model: Any, rows: data.Tokenized) -> str:
-    """Let so many layers recompute their activations that a step fits into the memory; return a line about it."""
-    free = free_memory() if config.memory_bytes is None else config.memory_bytes - own_memory()
-    keep = not config.gradient_checkpointing
-    longest = max((row["input_ids"] for row in rows.rows), key=len)
-    return hf.fit_activations(model, longest, len(longest), min(config.batch_size, len(rows.rows)), free, keep=keep)
-
-
 def _trainer(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase, rows: data.Tokenized) -> SFTTrainer:
     warm_constant = config.lr_scheduler_type == "constant" and config.warmup_ratio > 0
     arguments = SFTConfig(
@@ -236,6 +226,7 @@ def _trainer(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        activation_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
         save_steps=config.save_steps,
         logging_steps=1,
