@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 
 #include "adamw.h"
+#include "attention.h"
 #include "avx2.h"
 #include "matmul.h"
 #include "rows.h"
@@ -245,6 +246,7 @@ bool supported() {
 
 const Tier avx2 = {
     "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw, &avx2_rows,
+    avx2_attention,
 };
 
 }  // namespace halfbyte

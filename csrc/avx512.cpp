@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 
 #include "adamw.h"
+#include "attention.h"
 #include "avx512.h"
 #include "matmul.h"
 #include "rows.h"
@@ -208,6 +209,7 @@ bool supported() {
 
 const Tier avx512 = {
     "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul, &avx512_adamw, &avx512_rows,
+    avx512_attention,
 };
 
 }  // namespace halfbyte

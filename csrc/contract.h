@@ -78,6 +78,7 @@ using Dequantize8bit = Dequantize<8>;
 
 struct MatmulKernels;
 struct AdamwKernels;
+struct AttentionKernels;
 struct RowKernels;
 
 // The blocks [first, last). With 4 bits and an odd block size `first` must be even, so that no byte is shared between
@@ -92,11 +93,15 @@ struct Tier {
     const MatmulKernels* (*matmul)(Type);  // see matmul.h; null: none
     const AdamwKernels* adamw;             // see adamw.h
     const RowKernels* rows;                // see rows.h
+    // See attention.h; null: none. `pairs` as in the products of this type.
+    const AttentionKernels* (*attention)(Type, bool pairs);
 };
 
 extern const Tier scalar;  // the baseline, everywhere; the other tiers leave odd cases to it
 extern const Tier avx2;    // AVX2, FMA, F16C
 extern const Tier avx512;  // AVX-512 F, BW, VL, DQ
+extern const Tier amx;     // AMX-BF16, beside AVX-512 with BF16
+extern const Tier neon;    // 64-bit Arm
 
 namespace {
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "adamw.h"
+#include "attention.h"
 #include "rows.h"
 #include "scalar.h"
 
@@ -81,6 +82,7 @@ bool supported() { return true; }
 
 const Tier scalar = {
     "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr, &scalar_adamw, &scalar_rows,
+    nullptr,
 };
 
 }  // namespace halfbyte

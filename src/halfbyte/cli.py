@@ -7,7 +7,6 @@ it. torch and the libraries over it take seconds to import, so each command impo
 """
 
 import contextlib
-import errno
 import inspect
 import logging
 import os
@@ -23,14 +22,17 @@ from typing import Annotated, Any, Literal
 import rich.filesize
 import safetensors
 import typer
+from pydantic import ByteSize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from halfbyte import __version__
 from halfbyte.errors import InputError
+from halfbyte.files import disk_full
 from halfbyte.train.config import TrainConfig
 
 INTERRUPTED = 130
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TABLE_WIDTH = 160
 """Characters, where standard output is not a terminal."""
 
@@ -58,7 +60,7 @@ def main() -> None:
     except (InputError, typer.TyperException) as error:
         code = _fail(error.format_message() if isinstance(error, typer.TyperException) else str(error))
     except (OSError, safetensors.SafetensorError) as error:
-        if not _disk_full(error):
+        if not disk_full(error):
             raise
         code = _fail(f"The disk is full ({error}); free some space and try again.")
     if code == INTERRUPTED:
@@ -124,10 +126,10 @@ def _train_signature() -> inspect.Signature:
 
 
 def _flag_type(annotation: Any) -> Any:
-    """Return what a flag for a field of this type takes: the first member of a union."""
+    """Return what a flag for a field of this type takes: the first member of a union; a size is text to pydantic."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return typing.get_args(annotation)[0]
-    return annotation
+        return _flag_type(typing.get_args(annotation)[0])
+    return str if annotation is ByteSize else annotation
 
 
 _train.__signature__ = _train_signature()  # type: ignore[attr-defined]
@@ -324,6 +326,71 @@ def bench_kernels(
     typer.echo(f"Every time that was taken, and the roofline, are in {folder}.")
 
 
+@benchmarks.command("train")
+def bench_train(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="16-bit model folders or hub ids, or 135m, 0.5b, 1b, 3b: random weights of such a shape.  "
+            f"[default: {SMOLLM2}]",
+        ),
+    ] = None,
+    vs: Annotated[
+        list[str] | None,
+        typer.Option("--vs", help="bitsandbytes or lora16 (a bf16 base); may be repeated.  [default: both]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    lengths: Annotated[
+        str | None, typer.Option(help="Several lengths, such as 256,512,1024; takes the place of --length.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA matrices.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each side that are counted.")] = 5,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder for the results.  [default: benchmarks/results/<date>-<commit>-<tier>]"
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each side.  [default: torch's]")] = None,
+) -> None:
+    """Measure training on the CPU: tokens/s, memory, where the time goes.
+
+    The sides do the same work in turns, each in a process of its own and in its fastest setting: halfbyte, and beside
+    it transformers and peft over bitsandbytes or over a bf16 base. Prints a table; writes training.json and
+    training.png.
+    """
+    try:
+        measured = [int(part) for part in lengths.split(",")] if lengths else [length]
+    except ValueError:
+        raise InputError(f"--lengths is {lengths!r}; give numbers with commas between, such as 256,512.") from None
+    if min(measured) < 2:
+        raise InputError(f"--lengths is {lengths!r}; a row needs 2 tokens or more.")
+    _quiet()
+    from halfbyte import bench
+    from halfbyte.bench.stacks import PEERS, Halfbyte
+    from halfbyte.bench.train import bench_train as measure
+    from halfbyte.train import fine_tune
+
+    with notes.status("Measuring") if notes.is_terminal else contextlib.nullcontext() as status:
+        report = measure(
+            models or [SMOLLM2],
+            Halfbyte(TrainConfig, fine_tune),
+            versus=vs or list(PEERS),
+            batch=batch,
+            lengths=measured,
+            rank=rank,
+            steps=steps,
+            threads=threads,
+            progress=status.update if status else notes.print,
+        )
+    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(report.table())
+    folder = output or bench.default_folder(report)
+    report.write(folder)
+    typer.echo(f"Every time that was taken, and the picture, are in {folder}.")
+
+
 def _load(path: str, seed: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
     with notes.status(f"Loading {path}") if notes.is_terminal else contextlib.nullcontext():
         _quiet()
@@ -378,11 +445,6 @@ def _command(*arguments: str) -> str:
     started = sys.argv[0]
     program = started if Path(started).name == "halfbyte" and shutil.which("halfbyte") != started else "halfbyte"
     return shlex.join([program, *arguments])
-
-
-def _disk_full(error: Exception) -> bool:
-    """Whether the error says so; safetensors raises one of its own, which has the number in its text alone."""
-    return getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
 
 
 def _fail(sentence: str) -> int:

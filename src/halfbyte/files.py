@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all: write beside the target, sync, rename."""
+"""Files and folders that appear whole or not at all: write beside the target, sync, rename. And the full disk."""
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -58,6 +59,15 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def disk_full(error: BaseException) -> bool:
+    """Return whether ``error`` says that the disk, or the user's share of it, is full.
+
+    safetensors raises errors of its own that have the operating system's number in their text alone.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -87,6 +87,22 @@ def test_shards_are_written_and_opened(
     assert torch.equal(*logits)
 
 
+def test_a_folder_without_or_with_a_broken_tokenizer_is_told_in_a_whole_sentence(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tiny_model_folder / "config.json", folder)
+    with pytest.raises(
+        InputError, match=r"^The folder .*model holds no tokenizer; copy tokenizer\.json .*into it\.$"
+    ) as error:
+        halfbyte.load_tokenizer(folder)
+    assert error.value.__cause__ is not None
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"^The tokenizer of .*model cannot be opened: "):
+        halfbyte.load_tokenizer(folder)
+
+
 def test_a_quantized_copy_brings_its_tokenizer(tiny_model_folder: Path, tmp_path: Path) -> None:
     quantize_checkpoint(str(tiny_model_folder), tmp_path / "q")
     text = "<|im_start|>user\nhello<|im_end|>"

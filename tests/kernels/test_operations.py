@@ -104,6 +104,8 @@ def test_nothing_dense_is_kept_for_the_backward() -> None:
 NF4, DYNAMIC = codebook("nf4"), codebook("dynamic")
 PACKED, STATISTICS, _ = make_weight((8, 64), double_quant=False)
 NESTED = make_weight((8, 64), double_quant=True)[1]
+assert NESTED.nested is not None
+SHORT_NESTED = dataclasses.replace(NESTED, nested=dataclasses.replace(NESTED.nested, blocksize=4))
 HALF = torch.zeros(8, dtype=torch.bfloat16)
 
 MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
@@ -183,6 +185,74 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         ValueError,
         r"bias is torch.bfloat16 \(8,\).*torch.float32",
         lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED, STATISTICS, (8, 64), HALF),
+    ),
+    "a bias elsewhere": (
+        ValueError,
+        r"bias is torch.float32 \(8,\) on meta.*torch.float32 \(8,\) on cpu",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED, STATISTICS, (8, 64), torch.zeros(8, device="meta")),
+    ),
+    "packed floats": (
+        TypeError,
+        "packed is torch.float32.*uint8",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED.float(), STATISTICS, (8, 64)),
+    ),
+    "strided packed codes": (
+        TypeError,
+        r"packed is torch.uint8 with strides \(2,\).*contiguous",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED.repeat_interleave(2)[::2], STATISTICS, (8, 64)),
+    ),
+    "a packed buffer that is too short": (
+        ValueError,
+        "packed holds 200 bytes; it must hold 256",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED[:200], STATISTICS, (8, 64)),
+    ),
+    "a weight of another shape": (
+        ValueError,
+        "packed holds 256 bytes; it must hold 288",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED, STATISTICS, (9, 64)),
+    ),
+    "an input of doubles": (
+        TypeError,
+        "x is torch.float64; it must be float32, bfloat16 or float16",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64).double(), PACKED, STATISTICS, (8, 64)),
+    ),
+    "scales elsewhere": (
+        ValueError,
+        r"absmax is torch.float32 \(8,\) on meta.*on cpu",
+        lambda: kernels.matmul_4bit(
+            torch.zeros(2, 64), PACKED, dataclasses.replace(STATISTICS, absmax=STATISTICS.absmax.to("meta")), (8, 64)
+        ),
+    ),
+    "strided scales": (
+        ValueError,
+        r"absmax is torch.float32 \(8,\) on cpu with strides \(2,\).*contiguous",
+        lambda: kernels.matmul_4bit(
+            torch.zeros(2, 64), PACKED, dataclasses.replace(STATISTICS, absmax=torch.ones(16)[::2]), (8, 64)
+        ),
+    ),
+    "a table elsewhere": (
+        ValueError,
+        r"code is torch.float32 \(16,\) on meta.*on cpu",
+        lambda: kernels.matmul_4bit(
+            torch.zeros(2, 64), PACKED, dataclasses.replace(STATISTICS, code=NF4.to("meta")), (8, 64)
+        ),
+    ),
+    "a block size that is not supported": (
+        ValueError,
+        "blocksize is -64; it must be 1 or more",
+        lambda: kernels.matmul_4bit(
+            torch.zeros(2, 64), PACKED, dataclasses.replace(STATISTICS, blocksize=-64), (8, 64)
+        ),
+    ),
+    "another block size than that of the scales": (
+        ValueError,
+        r"absmax is torch.float32 \(8,\).*512 values in blocks of 32 need torch.float32 \(16,\)",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED, dataclasses.replace(STATISTICS, blocksize=32), (8, 64)),
+    ),
+    "too few second-level scales": (
+        ValueError,
+        r"absmax is torch.float32 \(1,\).*8 values in blocks of 4 need torch.float32 \(2,\)",
+        lambda: kernels.matmul_4bit(torch.zeros(2, 64), PACKED, SHORT_NESTED, (8, 64)),
     ),
     "an input elsewhere": (
         TypeError,

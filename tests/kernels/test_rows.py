@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte import kernels
 from halfbyte.kernels import native
 
 
@@ -48,3 +49,28 @@ def test_a_short_last_step_neither_reads_nor_writes_beyond_the_end() -> None:
         native._native.exp(native._tier(), x.data_ptr(), n, y.data_ptr())
         assert torch.equal(y[:n], native.elementary("exp", torch.cat([x, x.new_zeros(16)]))[:n])
         assert torch.equal(y[n:], torch.full((16,), 7.0))
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    generator, before, results = seeded(0), torch.get_num_threads(), []
+    x, dy = (torch.randn(700, 257, generator=generator).bfloat16() for _ in range(2))
+    weight, heads = torch.randn(257, generator=generator).bfloat16(), torch.randn(2, 350, 4, 64, generator=generator)
+    angles = torch.rand(2, 350, 64, generator=generator)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        h, y, scale = kernels.rms_norm(x, dy, weight, eps=1e-6)
+        results.append(
+            [
+                h,
+                y,
+                scale,
+                kernels.rms_norm_gradient(dy, x, h, weight, scale),
+                kernels.rms_norm_weight_gradient(dy, h, scale),
+                kernels.gated(x, dy, "gelu_tanh"),
+                *kernels.gated_gradient(dy, x, y, "silu"),
+                kernels.rotary(heads, angles, angles),
+            ]
+        )
+    torch.set_num_threads(before)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))

@@ -20,6 +20,8 @@ from halfbyte.errors import InputError
 
 # Under and over the 4096 elements from which state takes 8 bits; whole blocks of 256, a short last one, one short one.
 SHAPES = [(64, 96), (65, 71), (4096,), (5, 3, 277), (4095,), (7,), ()]
+# bitsandbytes' CPU library does not take the nearest 8-bit code: tests/kernels/test_bitsandbytes.py says how far it is.
+EXACT = [name for name in kernels.providers() if name != "bitsandbytes"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -136,7 +138,7 @@ class Formula8bit:
         return out
 
 
-@pytest.mark.parametrize("provider", kernels.providers())
+@pytest.mark.parametrize("provider", EXACT)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_8_bit_steps_are_bitwise_the_formula_with_moments_rounded_to_the_nearest_code(
     dtype: torch.dtype, provider: str

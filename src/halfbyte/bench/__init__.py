@@ -1,4 +1,7 @@
-"""Benchmarks: the kernels against bitsandbytes, dense torch and the machine's own ceilings."""
+"""Benchmarks: the kernels against bitsandbytes, dense torch and the machine's own ceilings; training against peers.
+
+The latter is in :mod:`halfbyte.bench.train`, which imports more.
+"""
 
 from halfbyte.bench.report import Report
 from halfbyte.bench.run import bench_kernels, default_folder

@@ -56,6 +56,16 @@ class Circumstances(BaseModel):
     commit: str | None
     changed: bool
 
+    @property
+    def title(self) -> str:
+        """All of it that a reader needs, in two lines."""
+        commit = f", commit {self.commit}{' with changes' if self.changed else ''}" if self.commit else ""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"{self.machine}, {self.threads} threads, {self.tier} ({self.arithmetic})\n"
+            f"{versions}{commit}, {self.date[:10]}"
+        )
+
 
 class Row(BaseModel):
     """One work.
@@ -81,7 +91,7 @@ class Row(BaseModel):
     @property
     def milliseconds(self) -> dict[str, Spread]:
         """Of one call of each implementation."""
-        return {name: _spread(1e3 * second for second in times) for name, times in self.seconds.items()}
+        return {name: spread(1e3 * second for second in times) for name, times in self.seconds.items()}
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -89,7 +99,7 @@ class Row(BaseModel):
         """How many times as long each of the others takes."""
         ours = self.seconds["halfbyte"]
         return {
-            name: _spread(theirs / own for theirs, own in zip(times, ours, strict=True))
+            name: spread(theirs / own for theirs, own in zip(times, ours, strict=True))
             for name, times in self.seconds.items()
             if name != "halfbyte"
         }
@@ -106,7 +116,7 @@ class Row(BaseModel):
     def fraction(self) -> Spread:
         """What part of the ceiling was reached."""
         ceilings = zip(self.seconds["halfbyte"], self.peak_flops, self.copy_bandwidth, strict=True)
-        return _spread(max(self.flop / peak, self.bytes / copy) / own for own, peak, copy in ceilings)
+        return spread(max(self.flop / peak, self.bytes / copy) / own for own, peak, copy in ceilings)
 
 
 class Report(BaseModel):
@@ -128,10 +138,7 @@ class Report(BaseModel):
     @property
     def title(self) -> str:
         """Where, with what and when it was measured, in two lines."""
-        c = self.circumstances
-        commit = f", commit {c.commit}{' with changes' if c.changed else ''}" if c.commit else ""
-        versions = ", ".join(f"{name} {version}" for name, version in c.versions.items())
-        return f"{c.machine}, {c.threads} threads, {c.tier} ({c.arithmetic})\n{versions}{commit}, {c.date[:10]}"
+        return self.circumstances.title
 
     def write(self, folder: Path) -> None:
         """Write ``kernels.json`` and ``roofline.png`` to ``folder``."""
@@ -140,12 +147,12 @@ class Report(BaseModel):
             roofline.Point(row.operation, row.size, row.flop / row.bytes, row.fraction.median) for row in self.rows
         ]
         with whole_file(folder / "roofline.png") as part:
-            roofline.draw(points, self.peak_flops, self.copy_bandwidth, self.title, part)
+            roofline.draw(points, self.peak_flops, self.copy_bandwidth, self.circumstances.title, part)
 
     def table(self) -> Table:
         """Return the rows for the terminal."""
         table = Table(
-            title=self.title,
+            title=self.circumstances.title,
             caption=(
                 f"Ceilings: {self.peak_flops / 1e9:,.0f} GFLOP/s, copy {self.copy_bandwidth / 1e9:.1f} GB/s. "
                 "×: how many times as long the other takes, median (and quartiles) over the rounds. "
@@ -172,7 +179,8 @@ class Report(BaseModel):
         return table
 
 
-def _spread(values: Iterable[float]) -> Spread:
+def spread(values: Iterable[float]) -> Spread:
+    """Return the quartiles of ``values``, two or more."""
     return Spread(*statistics.quantiles(values, method="inclusive"))
 
 
@@ -180,15 +188,16 @@ def _milliseconds(row: Row, name: str) -> str:
     if name not in row.seconds:
         return ""
     letter = row.settings.get(name, "")[:1] if name == "bitsandbytes" else ""
-    return f"{_digits(row.milliseconds[name].median)} {letter}".rstrip()
+    return f"{digits(row.milliseconds[name].median)} {letter}".rstrip()
 
 
 def _ratio(row: Row, name: str) -> str:
     if name not in row.ratios:
         return ""
-    lower, median, upper = map(_digits, row.ratios[name])
+    lower, median, upper = map(digits, row.ratios[name])
     return f"{median} ({lower}–{upper})"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """Return ``value`` with three digits or so."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

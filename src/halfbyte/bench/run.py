@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
@@ -48,9 +49,9 @@ def bench_kernels(
     Raises:
         InputError: there is no such tier here.
     """
-    with _forced(isa, threads), memory_kept():
-        arithmetic, flop, peak = _peak()
-        circumstances = _circumstances(arithmetic)
+    with forced(isa, threads), memory_kept():
+        arithmetic, flop, ceiling = peak()
+        found = circumstances(arithmetic)
         moved, copy = _copy()
         rows = []
         for done, work in enumerate(works):
@@ -59,7 +60,7 @@ def bench_kernels(
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 sides = work.sides()
-            seconds = interleaved({**sides, "arithmetic": peak, "copy": copy}, rounds)
+            seconds = interleaved({**sides, "arithmetic": ceiling, "copy": copy}, rounds)
             rows.append(
                 Row(
                     operation=work.operation,
@@ -72,10 +73,16 @@ def bench_kernels(
                     seconds=seconds,
                 )
             )
-    return Report(circumstances=circumstances, rows=rows)
+    return Report(circumstances=found, rows=rows)
 
 
-def default_folder(report: Report) -> Path:
+class Measured(Protocol):
+    """A report, of whatever was measured."""
+
+    circumstances: Circumstances
+
+
+def default_folder(report: Measured) -> Path:
     """Return where a report goes: ``benchmarks/results/`` of the checkout, else the working directory."""
     c = report.circumstances
     if c.commit is None:
@@ -84,7 +91,7 @@ def default_folder(report: Report) -> Path:
 
 
 @contextlib.contextmanager
-def _forced(isa: str | None, threads: int | None) -> Iterator[None]:
+def forced(isa: str | None, threads: int | None) -> Iterator[None]:
     """Run with this tier and this number of threads, and put things back afterwards."""
     if isa is not None and isa not in native.tiers():
         known = ", ".join(native.tiers()) or "none, since the native kernels are not installed"
@@ -102,7 +109,7 @@ def _forced(isa: str | None, threads: int | None) -> Iterator[None]:
         torch.set_num_threads(torch_threads)
 
 
-def _peak() -> tuple[str, int, Side]:
+def peak() -> tuple[str, int, Side]:
     """Return what measures the ceiling of arithmetic: its name, the flop of a call, the calls."""
     if _native():
         flop = native.probe(PROBE_ROUNDS)
@@ -123,9 +130,10 @@ def _native() -> bool:
     return provider_for(torch.device("cpu")) is native
 
 
-def _circumstances(arithmetic: str) -> Circumstances:
+def circumstances(arithmetic: str, libraries: Sequence[str] = LIBRARIES) -> Circumstances:
+    """Return where, with what and when this process measures: see :class:`Circumstances`."""
     versions = {"Python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in libraries:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     commit = _git("rev-parse", "--short", "HEAD")

@@ -19,6 +19,8 @@ from halfbyte.hf.adapters import prepare_for_training
 from halfbyte.hf.config import HalfbyteConfig
 
 ADAPTER = "adapter_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+"""The files of which a folder with a tokenizer has one."""
 
 
 def load(
@@ -109,7 +111,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(_first_sentence(f"The tokenizer of {path} cannot be opened: {error}")) from error
+        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZERS):
+            message = f"The folder {path} holds no tokenizer; copy tokenizer.json and tokenizer_config.json into it."
+        else:
+            message = _first_sentence(f"The tokenizer of {path} cannot be opened: {error}")
+        raise InputError(message) from error
 
 
 def _adapter_base(folder: Path) -> str:

@@ -1,11 +1,11 @@
-"""Who carries out an operation: the native kernels on a CPU, the torch reference elsewhere.
+"""Who carries out an operation: the native kernels on a CPU, bitsandbytes on CUDA, the torch reference elsewhere.
 
 A provider is a module with the functions of :class:`Provider`; it may take its arguments for granted, since
 :mod:`halfbyte.kernels.operations` has checked them.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.kernels import native, reference
+from halfbyte.kernels import bitsandbytes, native, reference
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum
 
 
 class Provider(Protocol):
@@ -36,6 +37,25 @@ class Provider(Protocol):
     ) -> Tensor: ...
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
+
+    def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attention_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        ranges: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def adamw_32bit(
         self,
@@ -68,6 +88,21 @@ class Provider(Protocol):
         weight_decay: float,
     ) -> None: ...
 
+    def rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, rounded: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def rms_norm_gradient(
+        self, dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, offset: float
+    ) -> Tensor: ...
+
+    def rms_norm_weight_gradient(self, dy: Tensor, h: Tensor, scale: Tensor) -> Tensor: ...
+
+    def gated(self, gate: Tensor, up: Tensor, name: str) -> Tensor: ...
+
+    def gated_gradient(self, dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None: ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor: ...
     def fold_softmax(
         self,
         logits: Tensor,
@@ -80,12 +115,18 @@ class Provider(Protocol):
     ) -> None: ...
 
 
+DEFAULTS = {"cpu": "native", "cuda": "bitsandbytes"}
+"""The provider for each type of device, where it is installed; otherwise the reference."""
+
 _forced: ContextVar[str | None] = ContextVar("halfbyte_provider", default=None)
 
 
 def providers() -> dict[str, Provider]:
     """Return the providers that this installation has, by name."""
-    return {"native": native, "reference": reference} if native.available() else {"reference": reference}
+    known: dict[str, Provider] = {"native": native} if native.available() else {}
+    if bitsandbytes.available():
+        known["bitsandbytes"] = bitsandbytes
+    return known | {"reference": reference}
 
 
 def provider_for(device: torch.device) -> Provider:
@@ -94,7 +135,7 @@ def provider_for(device: torch.device) -> Provider:
     forced = _forced.get()
     if forced is not None:
         return known[forced]
-    return known["native"] if device.type == "cpu" and "native" in known else known["reference"]
+    return known.get(DEFAULTS.get(device.type, ""), reference)
 
 
 @contextlib.contextmanager

@@ -13,14 +13,14 @@ Where bitsandbytes disagrees with itself:
   decays after), so that 32 and 8 bits mean the same.
 - Moments take the nearest code. Its CPU library looks codes up in a table of 65,536 even steps instead, which turns a
   zero moment into 2e-5 of its block's largest; its CUDA kernel then moves a first moment that rounding took across
-  zero to the smallest code of its old sign.
+  zero to the smallest code of its old sign. On a GPU its kernel is the one that runs, with these departures.
 - A NaN or infinite gradient: over 8 bits the element is skipped and its moments start anew, as in its CUDA kernel;
   over 32 bits it spoils that element, as in torch.
 
 State of a parameter: ``step`` (an int), ``exp_avg`` and ``exp_avg_sq`` (torch's names; fp32 or uint8 in the shape of
 the parameter), and over 8 bits ``exp_avg_absmax`` and ``exp_avg_sq_absmax`` (fp32, one per block). The tables are not
 part of it. 32-bit state goes to and from ``torch.optim.AdamW``. Left out: amsgrad, maximize, sparse gradients, tensor
-learning rates, and paging on a GPU.
+learning rates.
 """
 
 from collections import defaultdict
@@ -52,7 +52,8 @@ class AdamW(torch.optim.Optimizer):
         params: contiguous fp32, bf16 or fp16 parameters, or groups of them as in any torch optimizer.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; each group may have its own.
         state_bits: 32 or 8.
-        paged: whether the state is a mapped file, which the operating system may evict (CPU only).
+        paged: whether the state may be evicted: by the operating system from a mapped file, or on a CUDA device, with
+            bitsandbytes, by its driver from managed memory (:mod:`halfbyte.optim.paged`).
         page_dir: the folder of that file; where it lies in memory (tmpfs), or none is given, the temporary folder or
             ``/var/tmp``. The attribute ``page_dir`` tells which was taken.
 
@@ -93,10 +94,10 @@ class AdamW(torch.optim.Optimizer):
                     f"Parameter {index} is {param.dtype} {tuple(param.shape)} with strides {param.stride()}; AdamW "
                     "steps contiguous float32, bfloat16 or float16 parameters."
                 )
-            if self.page_dir is not None and param.device.type != "cpu":
+            if self.page_dir is not None and not paging.possible(param.device):
                 raise InputError(
-                    f"Parameter {index} is on {param.device}, and optimizer state is paged on a CPU only; "
-                    "use an optimizer that is not paged."
+                    f"Parameter {index} is on {param.device}, and optimizer state is paged on a CPU or, with "
+                    "bitsandbytes, on a CUDA device; use an optimizer that is not paged."
                 )
 
     @overload
@@ -220,18 +221,21 @@ class AdamW(torch.optim.Optimizer):
         }
 
     def _zero_states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """Return the state before the first step of each of ``params``; if paged, in one file together."""
+        """Return the state before the first step of each of ``params``; if paged, in one piece for each device."""
         layouts = [self._layout(p) for p in params]
+        by_device: dict[torch.device, list[tuple[torch.dtype, torch.Size]]] = defaultdict(list)
+        for p, layout in zip(params, layouts, strict=True):
+            by_device[p.device] += layout.values()
+        ordered = {device: iter(self._zeros(entries, device)) for device, entries in by_device.items()}
+        return [
+            {"step": 0} | {name: next(ordered[p.device]) for name in layout}
+            for p, layout in zip(params, layouts, strict=True)
+        ]
+
+    def _zeros(self, entries: Sequence[tuple[torch.dtype, torch.Size]], device: torch.device) -> list[Tensor]:
         if self.page_dir is not None:
-            zeros = paging.zeros([entry for layout in layouts for entry in layout.values()], self.page_dir)
-        else:
-            zeros = [
-                torch.zeros(shape, dtype=dtype, device=p.device)
-                for p, layout in zip(params, layouts, strict=True)
-                for dtype, shape in layout.values()
-            ]
-        ordered = iter(zeros)
-        return [{"step": 0} | {name: next(ordered) for name in layout} for layout in layouts]
+            return paging.zeros(entries, self.page_dir if device.type == "cpu" else device)
+        return [torch.zeros(shape, dtype=dtype, device=device) for dtype, shape in entries]
 
 
 def _describe(layout: Layout) -> str:

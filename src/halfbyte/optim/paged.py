@@ -4,6 +4,10 @@ On a GPU the paper keeps the state in unified memory, from which the driver evic
 below memory is the disk, so here the state is a file, mapped and shared: under pressure the operating system writes
 its pages back and drops them, and reads them again when a step touches them. Arithmetic sees ordinary tensors.
 
+On a CUDA device it is the paper's way: managed memory, as bitsandbytes allocates it
+(:func:`halfbyte.kernels.bitsandbytes.managed_memory`), which has not been run for want of a GPU. What follows is of the
+CPU's way.
+
 - The file has no name (it is gone when its last tensor is, or the process, however that ends).
 - Its blocks are reserved beforehand with ``posix_fallocate``: a full disk is an error at once, not a bus fault later.
   (A copy-on-write file system, such as btrfs, may still need new blocks to rewrite old ones.)
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
+from halfbyte.kernels import bitsandbytes
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 ALIGNMENT = 64
@@ -60,8 +65,17 @@ def filesystem(folder: Path) -> str:
     return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype
 
 
-def zeros(layouts: Sequence[tuple[torch.dtype, torch.Size]], folder: Path) -> list[Tensor]:
-    """Return zero tensors of the given dtypes and shapes on the CPU, all in one unnamed, mapped file in ``folder``.
+def possible(device: torch.device) -> bool:
+    """Return whether optimizer state of parameters on ``device`` can be paged."""
+    return device.type == "cpu" or (device.type == "cuda" and bitsandbytes.available())
+
+
+def zeros(layouts: Sequence[tuple[torch.dtype, torch.Size]], place: Path | torch.device) -> list[Tensor]:
+    """Return zero tensors of the given dtypes and shapes, all in one piece that can be paged.
+
+    Args:
+        layouts: dtype and shape of each.
+        place: the folder of an unnamed, mapped file, for tensors on the CPU; or the CUDA device that they are to be on.
 
     Raises:
         InputError: the disk is too full, or the folder cannot be written.
@@ -72,7 +86,11 @@ def zeros(layouts: Sequence[tuple[torch.dtype, torch.Size]], folder: Path) -> li
     for dtype, shape in layouts:
         starts.append(size)
         size += -(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    memory = torch.frombuffer(reserve(folder, max(size, ALIGNMENT)), dtype=torch.uint8)
+    size = max(size, ALIGNMENT)
+    if isinstance(place, torch.device):
+        memory = bitsandbytes.managed_memory(size, place)
+    else:
+        memory = torch.frombuffer(reserve(place, size), dtype=torch.uint8)
     return [
         memory[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
         for start, (dtype, shape) in zip(starts, layouts, strict=True)

@@ -1,15 +1,11 @@
-"""What is installed here, what this machine offers, and what to do about what is missing.
-
-The memory limit of a container is read from its control groups, version 2 (``memory.max``) and version 1
-(``memory.limit_in_bytes``), since ``psutil`` reports the machine's memory whatever the container may use.
-"""
+"""What is installed here, what this machine offers, and what to do about what is missing."""
 
 import dataclasses
 import importlib.metadata
 import os
 import platform
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import huggingface_hub.constants
 import psutil
@@ -17,6 +13,7 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.kernels import native, provider_for, providers
+from halfbyte.plan.memory import memory_limit
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 COMPILERS = ("c++", "g++", "clang++")
@@ -58,33 +55,13 @@ def report() -> list[Finding]:
 
 def line() -> str:
     """Return one line that names the version, the provider and the instruction-set tier in force."""
-    name = _provider()
+    name = _provider("cpu")
     tier = f" ({native.tier()})" if name == "native" else ""
     return f"halfbyte {__version__}: {name} kernels{tier}, {torch.get_num_threads()} threads"
 
 
-def cgroup_memory_limit(membership: str, root: Path) -> int | None:
-    """Return the lowest memory limit in bytes of the control groups that a process is in, or None.
-
-    Args:
-        membership: the text of ``/proc/<pid>/cgroup``.
-        root: where the control groups are mounted, ``/sys/fs/cgroup``.
-    """
-    limits = []
-    for entry in membership.splitlines():
-        _, controllers, path = entry.split(":", 2)
-        group = PurePosixPath(path.lstrip("/"))
-        for folder in (group, *group.parents):
-            if controllers == "":
-                limits.append(root / folder / "memory.max")
-            elif "memory" in controllers.split(","):
-                limits.append(root / "memory" / folder / "memory.limit_in_bytes")
-    texts = [file.read_text().strip() for file in limits if file.is_file()]
-    return min((int(text) for text in texts if text != "max"), default=None)
-
-
-def _provider() -> str:
-    chosen = provider_for(torch.device("cpu"))
+def _provider(device: str) -> str:
+    chosen = provider_for(torch.device(device))
     return next(name for name, provider in providers().items() if provider is chosen)
 
 
@@ -93,13 +70,13 @@ def _kernels() -> list[Finding]:
     if native.available():
         tiers = ", ".join(native.tiers())
         return [
-            Finding("kernels", _provider()),
+            Finding("kernels", _provider("cpu")),
             Finding("instruction set", f"{native.tier()} (of {tiers}; HALFBYTE_ISA chooses)"),
             Finding("C++ compiler", compiler or "none (the kernels are built)"),
         ]
     step = "reinstall halfbyte" if compiler else "install a C++ compiler (g++ or clang++), then reinstall halfbyte"
     return [
-        Finding("kernels", _provider(), f"To get the fast native kernels, {step}."),
+        Finding("kernels", _provider("cpu"), f"To get the fast native kernels, {step}."),
         Finding("C++ compiler", compiler or "none"),
     ]
 
@@ -116,17 +93,15 @@ def _threads() -> Finding:
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
     value = f"{_gib(memory.total)}, {_gib(memory.available)} available"
-    membership = Path("/proc/self/cgroup")
-    if membership.is_file():
-        limit = cgroup_memory_limit(membership.read_text(), Path("/sys/fs/cgroup"))
-        if limit is not None and limit < memory.total:
-            value += f", {_gib(limit)} allowed to this container"
+    limit = memory_limit()
+    if limit is not None and limit < memory.total:
+        value += f", {_gib(limit)} allowed to this container"
     return Finding("memory", value)
 
 
 def _bitsandbytes() -> Finding:
     try:
-        return Finding("bitsandbytes", importlib.metadata.version("bitsandbytes"))
+        return Finding("bitsandbytes", f"{importlib.metadata.version('bitsandbytes')} (its kernels serve CUDA tensors)")
     except importlib.metadata.PackageNotFoundError:
         return Finding("bitsandbytes", "none (optional)")
 
@@ -135,7 +110,9 @@ def _cuda() -> Finding:
     if not torch.cuda.is_available():
         return Finding("CUDA", "none (the CPU is used)")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Finding("CUDA", f"{torch.version.cuda}, {', '.join(names)}")
+    kernels = _provider("cuda")
+    hint = "To get the fast kernels for it, install bitsandbytes." if kernels == "reference" else ""
+    return Finding("CUDA", f"{torch.version.cuda}, {', '.join(names)}, {kernels} kernels", hint)
 
 
 def _cache() -> Finding:

@@ -15,9 +15,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
 from halfbyte import kernels
@@ -27,6 +28,7 @@ from halfbyte.quant.codebooks import FOUR_BIT, codebook
 from halfbyte.quant.double_quant import quantize_statistics
 
 BLOCKSIZES = range(32, 4097)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATE = "quant_state.bitsandbytes__"
 
 
@@ -103,7 +105,8 @@ class QuantizedWeight:
         """Inverse of :meth:`state_dict`. Takes the tensors as they are: what is mapped from a file stays mapped.
 
         Raises:
-            InputError: a tensor is missing, or sizes do not agree with the recorded shape and block size.
+            InputError: a tensor is missing or not of its dtype, the JSON is not one of a 4-bit weight, or sizes do not
+                agree with the recorded shape and block size.
         """
         packed = _entry(state, prefix)
         states = [key for key in state if key.startswith(f"{prefix}.{STATE}")]
@@ -112,33 +115,69 @@ class QuantizedWeight:
                 f"{prefix} should come with one entry {prefix}.{STATE}nf4 or ...fp4, but it comes with "
                 f"{states or 'none'}: this is not a 4-bit weight in bitsandbytes' format."
             )
-        about = json.loads(bytes(state[states[0]].cpu().numpy()))
+        about = _read_about(state, states[0])
         nested = None
-        if "nested_blocksize" in about:
+        if about.nested_blocksize is not None:
             nested = Nested(
-                _entry(state, f"{prefix}.nested_absmax"),
-                _shared_code(_entry(state, f"{prefix}.nested_quant_map"), "dynamic"),
-                about["nested_blocksize"],
-                about["nested_offset"],
+                _floats(state, f"{prefix}.nested_absmax"),
+                _shared_code(_floats(state, f"{prefix}.nested_quant_map"), "dynamic"),
+                about.nested_blocksize,
+                about.nested_offset,
             )
-        statistics = Statistics(
-            _entry(state, f"{prefix}.absmax"),
-            _shared_code(_entry(state, f"{prefix}.quant_map"), about["quant_type"]),
-            about["blocksize"],
-            nested,
-        )
-        shape = torch.Size(about["shape"])
+        absmax = _entry(state, f"{prefix}.absmax") if nested else _floats(state, f"{prefix}.absmax")
+        code = _shared_code(_floats(state, f"{prefix}.quant_map"), about.quant_type)
+        shape = torch.Size(about.shape)
         packed = packed.view(torch.uint8).view(-1, 1)
-        for name, found, needed in (
+        sizes = [
             ("packed bytes", packed.numel(), math.ceil(shape.numel() / 2)),
-            ("block constants", statistics.absmax.numel(), math.ceil(shape.numel() / statistics.blocksize)),
-        ):
+            ("block constants", absmax.numel(), math.ceil(shape.numel() / about.blocksize)),
+            ("table values", code.numel(), 16),
+        ]
+        if nested:
+            needed = math.ceil(absmax.numel() / nested.blocksize)
+            sizes.append(("constants of block constants", nested.absmax.numel(), needed))
+            sizes.append(("second table values", nested.code.numel(), 256))
+        for name, found, needed in sizes:
             if found != needed:
                 raise InputError(
                     f"{prefix} holds {found} {name}, but its shape {tuple(shape)} in blocks of "
-                    f"{statistics.blocksize} needs {needed}: the checkpoint is damaged."
+                    f"{about.blocksize} needs {needed}: the checkpoint is damaged."
                 )
-        return cls(packed, statistics, about["quant_type"], shape, getattr(torch, about["dtype"]))
+        if nested and absmax.dtype != torch.uint8:
+            raise InputError(
+                f"{prefix}.absmax is {absmax.dtype}, but doubly quantized block constants are torch.uint8: the "
+                "checkpoint is damaged."
+            )
+        statistics = Statistics(absmax, code, about.blocksize, nested)
+        return cls(packed, statistics, about.quant_type, shape, DTYPES[about.dtype])
+
+
+class _About(BaseModel):
+    """The JSON of a weight's ``quant_state``."""
+
+    model_config = ConfigDict(strict=True)
+
+    quant_type: Literal[FOUR_BIT]  # type: ignore[valid-type]
+    blocksize: int = Field(ge=BLOCKSIZES[0], le=BLOCKSIZES[-1])
+    dtype: Literal["float32", "bfloat16", "float16"]
+    shape: list[PositiveInt]
+    nested_blocksize: PositiveInt | None = None
+    nested_offset: FiniteFloat = 0.0
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> "_About":
+        if (self.nested_blocksize is None) != ("nested_offset" not in self.model_fields_set):
+            raise ValueError("nested_blocksize and nested_offset come together")
+        return self
+
+
+def _read_about(state: Mapping[str, Tensor], key: str) -> _About:
+    try:
+        return _About.model_validate_json(bytes(state[key].cpu().view(torch.uint8).numpy()))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+        raise InputError(f"{key} does not describe a 4-bit weight ({reason}): the checkpoint is damaged.") from error
 
 
 def check_format(quant_type: str, blocksize: int) -> None:
@@ -186,6 +225,13 @@ def _entry(state: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in state:
         raise InputError(f"{key} is missing: the 4-bit checkpoint is not complete.")
     return state[key]
+
+
+def _floats(state: Mapping[str, Tensor], key: str) -> Tensor:
+    tensor = _entry(state, key)
+    if tensor.dtype != torch.float32:
+        raise InputError(f"{key} is {tensor.dtype}, but it should be torch.float32: the checkpoint is damaged.")
+    return tensor
 
 
 def _shared_code(code: Tensor, name: str) -> Tensor:

@@ -1,0 +1,139 @@
+"""Where the time of a training step goes, by what is done.
+
+torch's profiler records each operator with the shapes of its arguments; the native kernels, which are none of torch's,
+are recorded through a wrapper around the functions of :mod:`halfbyte.kernels.native` while a profile runs. An event
+counts for the time that no event within it takes.
+
+- What runs in an optimizer's step is the optimizer's.
+- What runs between the end of the decoder's forward pass (a module with a list of ``layers``, as transformers' are) and
+  the moment that the gradient comes back to its output is head and loss, however these are computed.
+- For the rest the name counts, its own or that of an event around it. A product of torch's that has LoRA's rank among
+  its dimensions is LoRA's; LoRA products that a native kernel does together with the base's count as the base's.
+
+What is between the events, the interpreter above all, is the rest. A profiled step is slower than others (each event
+costs some microseconds), which makes the parts of many small operations look larger.
+"""
+
+import functools
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.kernels import native
+
+PARTS = ("base products", "LoRA", "attention", "element-wise", "head and loss", "optimizer", "rest")
+"""``base products``: with the frozen 4-bit weights. ``element-wise``: norms, rotary embedding, gating, residuals,
+casts, copies, clipping. ``head and loss``: the products with the vocabulary included. ``rest``: between the events."""
+
+MATRIX_WORK = ("base products", "LoRA", "attention", "head and loss")
+"""The parts that are matrix products, with what is done in the same kernels (the softmax of attention and loss)."""
+
+NATIVE = "halfbyte::"
+HEAD_BEGINS, HEAD_ENDS = "halfbyte: the head begins", "halfbyte: the head ends"
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear", "matmul", "_mkl_linear", "dot")
+NATIVE_PARTS = {
+    "attention": "attention",
+    "adamw": "optimizer",
+    "matmul": "base products",
+    "dequantize": "base products",
+}
+
+
+class Profile:
+    """A profile of this process, from its making to :meth:`stop`."""
+
+    def __init__(self) -> None:
+        self._functions = {
+            name: function
+            for name, function in inspect.getmembers(native, inspect.isfunction)
+            if function.__module__ == native.__name__
+            and not name.startswith("_")
+            and inspect.signature(function).parameters  # the others ask, they do not compute
+        }
+        for name, function in self._functions.items():
+            setattr(native, name, _recorded(name, function))
+        self._hook = nn.modules.module.register_module_forward_hook(_mark_head)
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+        self._profiler.start()
+        self._begun = time.perf_counter()
+
+    def stop(self, rank: int) -> dict[str, float]:
+        """Return the fraction of the time that each of :data:`PARTS` took, of all together 1; ``rank`` is LoRA's."""
+        seconds = time.perf_counter() - self._begun
+        self._profiler.stop()
+        self._hook.remove()
+        for name, function in self._functions.items():
+            setattr(native, name, function)
+        events = self._profiler.events() or ()  # type: ignore[no-untyped-call]
+        heads = _heads(events)
+        found = dict.fromkeys(PARTS, 0.0)
+        for event in events:
+            found[_part(event, rank, heads)] += event.self_cpu_time_total / 1e6
+        found["rest"] += max(0.0, seconds - sum(found.values()))
+        whole = sum(found.values())
+        return {part: value / whole for part, value in found.items()}
+
+
+def _mark_head(module: nn.Module, _: Any, output: Any) -> None:
+    """Mark the end of the decoder's forward pass, and the return of the gradient to it."""
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None or not hidden.requires_grad or not isinstance(getattr(module, "layers", None), nn.ModuleList):
+        return
+    hidden.register_hook(lambda _: _mark(HEAD_ENDS))
+    _mark(HEAD_BEGINS)
+
+
+def _mark(name: str) -> None:
+    with torch.profiler.record_function(name):
+        pass
+
+
+def _heads(events: Iterable[Any]) -> list[tuple[float, float]]:
+    """Return the times between the marks, in the events' clock."""
+    marks = sorted((e.time_range.start, e.name) for e in events if e.name in (HEAD_BEGINS, HEAD_ENDS))
+    return [
+        (begun, ended)
+        for (begun, first), (ended, second) in itertools.pairwise(marks)
+        if (first, second) == (HEAD_BEGINS, HEAD_ENDS)
+    ]
+
+
+def _recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def record(*arguments: Any, **options: Any) -> Any:
+        with torch.profiler.record_function(NATIVE + name):
+            return function(*arguments, **options)
+
+    return record
+
+
+def _part(event: Any, rank: int, heads: Sequence[tuple[float, float]]) -> str:
+    around = [event]
+    while around[-1].cpu_parent is not None:
+        around.append(around[-1].cpu_parent)
+    names = [e.name for e in around]
+    if any(name.startswith("Optimizer.step") for name in names):
+        return "optimizer"
+    if any(begun <= event.time_range.start < ended for begun, ended in heads):
+        return "head and loss"
+    for name in names:
+        if name.startswith(NATIVE):
+            return next((part for word, part in NATIVE_PARTS.items() if word in name), "element-wise")
+    if any("attention" in name for name in names):
+        return "attention"
+    operators = [e for e in around if e.name.startswith(("aten::", "mkldnn::"))]
+    if not operators:
+        return "rest"
+    sizes = {size for e in operators for shape in e.input_shapes or () for size in _flat(shape)}
+    if any(e.name.split("::")[1] in PRODUCTS for e in operators):
+        return "LoRA" if rank in sizes else "base products"
+    return "element-wise"
+
+
+def _flat(shape: Any) -> list[int]:
+    return [size for entry in shape for size in (_flat(entry) if isinstance(entry, list) else [entry])]

@@ -1,0 +1,237 @@
+"""bitsandbytes' kernels (0.50, ``torch.ops.bitsandbytes``) as a provider, on the same bytes.
+
+The default for CUDA tensors where bitsandbytes is installed. On a CPU it has to be asked for, with
+``use_provider("bitsandbytes")``; that is how the wiring here is tested: the CUDA kernels behind it were not run.
+
+What bitsandbytes cannot do the reference does:
+
+- 4 bits: tables other than nf4 and fp4; blocks of other sizes than the powers of two from 32 to 4096 (to 1024 on a
+  CPU, where it hands larger ones to ``torch.compile``).
+- 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
+- 8-bit optimizer state: blocks of other sizes than 256.
+- Tensors of 2³¹ elements and more, which its kernels count in 32 bits, and empty ones.
+- The other pieces of a training step: attention, norms, gating, rotary embedding, the softmax of the output head.
+
+Its fused product takes rows of whole blocks and double quantization in blocks of 256; for others, and for the gradient,
+the weight is dequantized and torch multiplies. A short last block is filled up first, since its AVX-512 kernel places
+the scales of such blocks wrongly.
+
+Where its numbers depart from the reference: on a CPU about one 8-bit code in 500 is the second nearest (a table of
+65,536 even steps), and with it everything made from 8-bit codes: double quantization, 8-bit optimizer state. On CUDA,
+by its source: its 8-bit kernel decays weights after the update, moves a first moment that rounding took across zero to
+the smallest code of its old sign, and skips elements whose gradient is not finite (which the CPU does not).
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from halfbyte.kernels import reference
+from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum, Weight4bit
+
+BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZES_8BIT = BLOCKSIZES_4BIT[1:]
+LARGEST_ON_CPU = 1024
+BLOCKSIZE_NESTED = BLOCKSIZE_STATE = 256
+LARGEST_COUNT = 2**31 - 1
+
+attention, attention_backward = reference.attention, reference.attention_backward
+rms_norm, rms_norm_gradient = reference.rms_norm, reference.rms_norm_gradient
+rms_norm_weight_gradient = reference.rms_norm_weight_gradient
+gated, gated_gradient, rotary = reference.gated, reference.gated_gradient, reference.rotary
+fold_softmax = reference.fold_softmax
+
+
+@functools.cache
+def available() -> bool:
+    """Return whether bitsandbytes is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise 8-bit quantization; ``code`` must be ascending."""
+    if not _takes_8bit(x.numel(), code, blocksize):
+        return reference.quantize_8bit(x, code, blocksize)
+    codes, absmax = _operations().quantize_blockwise.default(x, code.contiguous(), blocksize)
+    return codes.view(-1), absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_8bit`."""
+    if not _takes_8bit(codes.numel(), code, blocksize):
+        return reference.dequantize_8bit(codes, absmax, code, blocksize, dtype)
+    out: Tensor = _operations().dequantize_blockwise.default(codes, absmax, code.contiguous(), blocksize, dtype)
+    return out.view(-1)
+
+
+def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise 4-bit quantization."""
+    name = _table(x.numel(), code, blocksize)
+    if name is None:
+        return reference.quantize_4bit(x, code, blocksize)
+    packed, absmax = _operations().quantize_4bit.default(x, blocksize, name, torch.uint8)
+    return packed.view(-1), absmax
+
+
+def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_4bit`."""
+    blocksize = statistics.blocksize
+    name = _table(n, statistics.code, blocksize)
+    if name is None:
+        return reference.dequantize_4bit(packed, statistics, n, dtype)
+    absmax, blocks, packed = _expand_absmax(statistics), len(statistics.absmax), packed.view(-1)
+    if n % blocksize:
+        packed = torch.nn.functional.pad(packed, (0, blocks * blocksize // 2 - len(packed)))
+    out: Tensor = _operations().dequantize_4bit.default(packed, absmax, blocksize, name, (blocks, blocksize), dtype)
+    return out.view(-1)[:n]
+
+
+def matmul_4bit(
+    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    """The 4-bit linear product ``y = x Wᵀ + bias``."""
+    rows, columns = shape
+    nested, name = statistics.nested, _table(rows * columns, statistics.code, statistics.blocksize)
+    fused = name is not None and x.numel() > 0 and columns % statistics.blocksize == 0
+    if not fused or (nested is not None and nested.blocksize != BLOCKSIZE_NESTED):
+        weight = dequantize_4bit(packed, statistics, rows * columns, x.dtype).view(shape)
+        return torch.nn.functional.linear(x, weight, bias)
+    multiply = _operations().gemm_4bit.default
+    weight = packed.view(-1, 1)
+    if nested is None:
+        y: Tensor = multiply(x, weight, shape, statistics.absmax, statistics.blocksize, name, bias)
+        return y
+    offset = torch.full((), nested.offset, dtype=torch.float32, device=x.device)
+    y = multiply(
+        x, weight, shape, nested.absmax, statistics.blocksize, name, bias, statistics.absmax, nested.code, offset
+    )
+    return y
+
+
+def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+    """The gradient of :func:`matmul_4bit` with respect to ``x``."""
+    return dy @ dequantize_4bit(packed, statistics, shape[0] * shape[1], dy.dtype).view(shape)
+
+
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products, each rounded to the dtype of ``x`` and added up in fp32."""
+    for terms, out, bias in sums:
+        y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
+        for x, factor, gradient in terms:
+            if not isinstance(factor, Weight4bit):
+                y = y + x @ (factor.to(x.dtype) if gradient else factor.to(x.dtype).T)
+            elif gradient:
+                y = y + matmul_4bit_dx(x, factor.packed, factor.statistics, factor.shape)
+            else:
+                y = y + matmul_4bit(x.contiguous(), factor.packed, factor.statistics, factor.shape, None)
+        out.copy_(y)
+
+
+def adamw_32bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step over many tensors with fp32 moments."""
+    update = _operations().optimizer_update_32bit.default
+    for param, grad, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        # Without its bounds on an update's norm, and without AdEMAMix's beta3 and alpha.
+        update("adam", grad, param, m, v, None, 0.0, 0.0, *betas, 0.0, 0.0, eps, weight_decay, step, lr, 1.0)
+    torch.autograd.graph.increment_version(params)
+
+
+def adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[tuple[Tensor, Tensor]],
+    exp_avg_sqs: list[tuple[Tensor, Tensor]],
+    code: Tensor,
+    code_unsigned: Tensor,
+    blocksize: int,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step over many tensors with block-wise 8-bit moments; both tables must be ascending."""
+    if blocksize != BLOCKSIZE_STATE:
+        reference.adamw_8bit(
+            params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize,
+            step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+        )  # fmt: skip
+        return
+    update = _operations().optimizer_update_8bit_blockwise.default
+    code, code_unsigned = code.contiguous(), code_unsigned.contiguous()
+    for param, grad, (m, m_absmax), (v, v_absmax) in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        update(
+            "adam", grad, param, m, v, *betas, 0.0, 0.0, eps, step, lr,
+            code, code_unsigned, m_absmax, v_absmax, weight_decay, 1.0,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(params)
+
+
+def managed_memory(size: int, device: torch.device) -> Tensor:
+    """Return ``size`` zero bytes of CUDA managed memory as a tensor on ``device``: what paged optimizers live in.
+
+    The driver moves its pages between the GPU and the CPU (QLoRA, section 3, "Paged Optimizers"). bitsandbytes hands
+    managed memory out as a CPU tensor; here the same address is wrapped by ``__cuda_array_interface__``, so that every
+    operation takes it for what it is. bitsandbytes has no way to free it, so it lasts as long as the process. Written
+    from the documentation of both; not run, for want of a GPU.
+    """
+    memory = importlib.import_module("bitsandbytes.functional").get_paged(size, dtype=torch.uint8, device=device)
+    return torch.as_tensor(_CudaArray(memory.data_ptr(), size), device=device).zero_()
+
+
+class _CudaArray:
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+
+
+@functools.cache
+def _operations() -> Any:
+    importlib.import_module("bitsandbytes")  # registers them
+    return torch.ops.bitsandbytes
+
+
+def _takes_8bit(n: int, code: Tensor, blocksize: int) -> bool:
+    return 0 < n <= LARGEST_COUNT and len(code) == 256 and blocksize in BLOCKSIZES_8BIT
+
+
+def _table(n: int, code: Tensor, blocksize: int) -> str | None:
+    """Return bitsandbytes' name for a 4-bit table, or None where it has none or does not take the sizes."""
+    largest = BLOCKSIZES_4BIT[-1] if code.is_cuda else LARGEST_ON_CPU
+    if not 0 < n <= LARGEST_COUNT or blocksize not in BLOCKSIZES_4BIT or blocksize > largest:
+        return None
+    if code not in _tables:
+        get = importlib.import_module("bitsandbytes.functional").get_4bit_type
+        names = (name for name in ("nf4", "fp4") if torch.equal(get(name, code.device), code))
+        _tables[code] = next(names, None)
+    name: str | None = _tables[code]
+    return name
+
+
+_tables = WeakIdKeyDictionary()  # by identity: comparing values on a GPU would wait for it at each call
+
+
+def _expand_absmax(statistics: Statistics) -> Tensor:
+    nested = statistics.nested
+    if nested is None:
+        return statistics.absmax
+    absmax = dequantize_8bit(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32)
+    return absmax + nested.offset
