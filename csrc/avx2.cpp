@@ -8,8 +8,10 @@
 #if defined(__x86_64__)
 
 #include "adamw.h"
+#include "attention.h"
 #include "avx2.h"
 #include "matmul.h"
+#include "rows.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
@@ -243,7 +245,8 @@ bool supported() {
 }  // namespace
 
 const Tier avx2 = {
-    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw,
+    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw, &avx2_rows,
+    avx2_attention,
 };
 
 }  // namespace halfbyte

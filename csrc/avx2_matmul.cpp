@@ -1,8 +1,8 @@
 // The AVX2 tier's products (with FMA and F16C), in fp32 for every type.
 //
 // Eight lanes at a time. A block of W has only sixteen different values: they are made once per block, scaled and
-// rounded, and looked up in two registers of eight. A panel is kStrip / 16 parts, one after the other, of kLanes rows
-// of sixteen lanes; six rows of x by one part keep twelve sums in registers.
+// rounded, and looked up in two registers of eight. A panel is kStrip / 16 parts, one after the other, of rows of
+// sixteen lanes; six rows of x by one part keep twelve sums in registers.
 
 #if defined(__x86_64__)
 
@@ -20,6 +20,9 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t kPart = 16;
+
+// Where the next part of a panel of so many lanes begins.
+int64_t part_size(int64_t lanes) { return (lanes + 7) / 8 * 8 * kPart; }
 
 // The sixteen values of a block, rounded to the type T.
 template <class T>
@@ -101,7 +104,7 @@ void expand_forward(const Weight4bit& w, int64_t column, int64_t first, int64_t 
                     std::memset(rows[r], 0, sizeof rows[r]);
                 }
             }
-            float* out = panel + c / kPart * kPart * kLanes + (begin - first) * kPart + c % kPart;
+            float* out = panel + c / kPart * part_size(last - first) + (begin - first) * kPart + c % kPart;
             for (int64_t i = 0; i < count; i += 8) transpose(&rows[0][i], lanes, out + i * kPart);
         }
     }
@@ -114,8 +117,61 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
     for (int64_t n = first; n < last; ++n, panel += kPart) {
         expand_row<T>(w, n * w.columns + column, count, row);
         for (int64_t c = 0; c < kStrip; c += 8) {
-            _mm256_store_ps(panel + c / kPart * kPart * kLanes + c % kPart, _mm256_load_ps(row + c));
+            _mm256_store_ps(panel + c / kPart * part_size(last - first) + c % kPart, _mm256_load_ps(row + c));
         }
+    }
+}
+
+// The first `count` of eight values of type S, rounded to T, and zeros.
+template <class T, class S>
+__m256 values_of(const void* x, int64_t i, int64_t count) {
+    if (count >= 8) return T::nearest(S::load(x, i));
+    float rest[8] = {};
+    if (count > 0) std::memcpy(rest, at(x, i * S::kSize), static_cast<size_t>(count * S::kSize));
+    return T::nearest(S::load(rest, 0));
+}
+
+template <class T, class S>
+void pack_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    alignas(64) float rows[8][8];
+    for (int64_t c = 0; c < least(kStrip, m.rows - column); c += 8) {
+        float* const out = panel + c / kPart * part_size(last - first) + c % kPart;
+        for (int64_t i = first; i < last; i += 8) {
+            for (int64_t r = 0; r < 8; ++r) {
+                const int64_t row = least(column + c + r, m.rows - 1);
+                _mm256_store_ps(rows[r], values_of<T, S>(m.values, row * m.stride + i, last - i));
+            }
+            transpose(rows[0], 8, out + (i - first) * kPart);
+        }
+    }
+}
+
+template <class T, class S>
+void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    const int64_t columns = least(kStrip, m.columns - column);
+    for (int64_t n = first; n < last; ++n, panel += kPart) {
+        for (int64_t c = 0; c < columns; c += 8) {
+            const __m256 values = values_of<T, S>(m.values, n * m.stride + column + c, columns - c);
+            _mm256_store_ps(panel + c / kPart * part_size(last - first) + c % kPart, values);
+        }
+    }
+}
+
+template <class T>
+void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    switch (m.type) {
+        case Type::bf16: return pack_forward<T, Bf16>(m, column, first, last, panel);
+        case Type::fp16: return pack_forward<T, Fp16>(m, column, first, last, panel);
+        default: return pack_forward<T, Fp32>(m, column, first, last, panel);
+    }
+}
+
+template <class T>
+void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    switch (m.type) {
+        case Type::bf16: return pack_gradient<T, Bf16>(m, column, first, last, panel);
+        case Type::fp16: return pack_gradient<T, Fp16>(m, column, first, last, panel);
+        default: return pack_gradient<T, Fp32>(m, column, first, last, panel);
     }
 }
 
@@ -140,8 +196,9 @@ void multiply_tile(const void* x, int64_t stride, const float* part, int64_t lan
     }
 }
 
-void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, float* sums, bool add) {
-    for (int64_t c = 0; c < kStrip; c += kPart, panel += kPart * kLanes, sums += kPart) {
+void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, int64_t columns,
+              float* sums, bool add) {
+    for (int64_t c = 0; c < columns; c += kPart, panel += part_size(lanes), sums += kPart) {
         switch (rows) {
             case 1: multiply_tile<1>(x, stride, panel, lanes, sums, add); break;
             case 2: multiply_tile<2>(x, stride, panel, lanes, sums, add); break;
@@ -231,7 +288,8 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 
 template <class T>
 const MatmulKernels kernels = {
-    false, 8, expand_forward<T>, expand_gradient<T>, multiply, dot<T>, widen<T>, finish<T>,
+    false,    6,      8,        expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
+    multiply, dot<T>, widen<T>, finish<T>,
 };
 
 }  // namespace

@@ -8,8 +8,10 @@
 #if defined(__x86_64__)
 
 #include "adamw.h"
+#include "attention.h"
 #include "avx512.h"
 #include "matmul.h"
+#include "rows.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
@@ -206,7 +208,8 @@ bool supported() {
 }  // namespace
 
 const Tier avx512 = {
-    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul, &avx512_adamw,
+    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul, &avx512_adamw, &avx512_rows,
+    avx512_attention,
 };
 
 }  // namespace halfbyte

@@ -21,19 +21,29 @@ namespace {
 inline const char* at(const void* base, int64_t i, int size) { return static_cast<const char*>(base) + i * size; }
 inline char* at(void* base, int64_t i, int size) { return static_cast<char*>(base) + i * size; }
 
-// `nearest` gives the nearest value that the type has, `round` its stored bits.
+// The first `count` of sixteen values.
+inline __mmask16 first16(int64_t count) { return __mmask16(count < 16 ? (1 << count) - 1 : 0xffff); }
+
+// `nearest` gives the nearest value that the type has, `round` its stored bits; `load` with a mask leaves the others
+// zero.
 struct Fp32 {
     static constexpr int kSize = 4;
     static __m512 load(const void* x, int64_t i) { return _mm512_loadu_ps(at(x, i, 4)); }
+    static __m512 load(const void* x, int64_t i, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, at(x, i, 4)); }
     static __m512 nearest(__m512 value) { return value; }
     static void store(void* out, int64_t i, __m512 value) { _mm512_storeu_ps(at(out, i, 4), value); }
 };
 
 struct Bf16 {
     static constexpr int kSize = 2;
-    static __m512 load(const void* x, int64_t i) {
-        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2)));
+    static __m512 widen(__m256i half) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static __m512 load(const void* x, int64_t i) {
+        return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2))));
+    }
+    static __m512 load(const void* x, int64_t i, __mmask16 mask) {
+        return widen(_mm256_maskz_loadu_epi16(mask, at(x, i, 2)));
     }
     static __m512 nearest(__m512 value) {
         const __m512i bits = _mm512_castps_si512(value);
@@ -55,6 +65,9 @@ struct Fp16 {
     static constexpr int kSize = 2;
     static __m512 load(const void* x, int64_t i) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(x, i, 2))));
+    }
+    static __m512 load(const void* x, int64_t i, __mmask16 mask) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at(x, i, 2)));
     }
     static __m256i round(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
     static __m512 nearest(__m512 value) { return _mm512_cvtph_ps(round(value)); }

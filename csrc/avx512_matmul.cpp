@@ -43,6 +43,13 @@ struct Pairs {
 
     static __m512i lanes(const void* x, int64_t i) { return _mm512_loadu_si512(at(x, i, 2)); }
 
+    // The first `count` of 32 values of type S.
+    template <class S>
+    static __m512i from(const void* x, int64_t i, int64_t count) {
+        const __m512 low = S::load(x, i, first16(count)), high = S::load(x, i + 16, first16(count < 16 ? 0 : count - 16));
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+
     // Two rows of 32 values, as pairs.
     static void store(float* panel, __m512i even, __m512i odd) {
         const __m512i low = _mm512_set_epi32(
@@ -57,6 +64,12 @@ struct Pairs {
         return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
     }
 };
+
+// As they are.
+template <>
+__m512i Pairs::from<Bf16>(const void* x, int64_t i, int64_t count) {
+    return _mm512_maskz_loadu_epi16(count < 32 ? (1u << count) - 1 : ~0u, at(x, i, 2));
+}
 
 // Results of the same unit.
 struct Bf16OfUnit : Bf16 {
@@ -85,6 +98,12 @@ struct Singles {
     }
 
     static __m512i lanes(const void* x, int64_t i) { return _mm512_castps_si512(T::load(x, i)); }
+
+    // The first `count` of sixteen values of type S.
+    template <class S>
+    static __m512i from(const void* x, int64_t i, int64_t count) {
+        return _mm512_castps_si512(T::nearest(S::load(x, i, first16(count))));
+    }
 
     static void store(float* panel, __m512i row, __m512i) { _mm512_store_si512(panel, row); }
 
@@ -218,36 +237,111 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
     }
 }
 
-template <class L, int rows>
-void multiply_tile(const void* x, int64_t stride, const float* panel, int64_t lanes, float* sums, bool add) {
-    __m512 sum[rows][4];
-    for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < 4; ++c) {
-            sum[r][c] = add ? _mm512_load_ps(sums + r * kStrip + 16 * c) : _mm512_setzero_ps();
+template <class L, class S>
+void pack_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    constexpr int64_t width = 16 * L::kPerLane;
+    alignas(64) __m512i rows[16];
+    for (int64_t c = 0; c < least(kStrip, m.rows - column); c += 16) {
+        for (int64_t i = first; i < last; i += width) {
+            for (int64_t r = 0; r < 16; ++r) {
+                const int64_t row = least(column + c + r, m.rows - 1);
+                rows[r] = L::template from<S>(m.values, row * m.stride + i, last - i);
+            }
+            transpose(rows, sizeof rows[0], panel + (i - first) / L::kPerLane * kStrip + c);
         }
     }
-    for (int64_t i = 0; i < lanes; ++i) {
-        __m512i w[4];
-        for (int c = 0; c < 4; ++c) w[c] = _mm512_load_si512(panel + i * kStrip + 16 * c);
-        for (int r = 0; r < rows; ++r) {
-            const __m512i lane = _mm512_set1_epi32(load<int32_t>(at(x, r * stride, 1), i));
-            for (int c = 0; c < 4; ++c) sum[r][c] = L::multiply_add(lane, w[c], sum[r][c]);
+}
+
+template <class L, class S>
+void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    constexpr int64_t width = 16 * L::kPerLane;
+    const int64_t columns = least(kStrip, m.columns - column);
+    for (int64_t n = first; n < last; n += L::kPerLane, panel += kStrip) {
+        const int64_t row = n * m.stride + column;
+        const bool both = L::kPerLane == 2 && n + 1 < last;
+        for (int64_t c = 0; c < columns; c += 64 / S::kSize) {
+            _mm_prefetch(at(m.values, row + 16 * m.stride + c, S::kSize), _MM_HINT_T0);
+            if (both) _mm_prefetch(at(m.values, row + 17 * m.stride + c, S::kSize), _MM_HINT_T0);
         }
-    }
-    for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < 4; ++c) _mm512_store_ps(sums + r * kStrip + 16 * c, sum[r][c]);
+        for (int64_t c = 0; c < columns; c += width) {
+            const __m512i values = L::template from<S>(m.values, row + c, columns - c);
+            const __m512i next = L::template from<S>(m.values, row + c + (both ? m.stride : 0), both ? columns - c : 0);
+            L::store(panel + c, values, next);
+        }
     }
 }
 
 template <class L>
-void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, float* sums, bool add) {
+void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    switch (m.type) {
+        case Type::bf16: return pack_forward<L, Bf16>(m, column, first, last, panel);
+        case Type::fp16: return pack_forward<L, Fp16>(m, column, first, last, panel);
+        default: return pack_forward<L, Fp32>(m, column, first, last, panel);
+    }
+}
+
+template <class L>
+void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    switch (m.type) {
+        case Type::bf16: return pack_gradient<L, Bf16>(m, column, first, last, panel);
+        case Type::fp16: return pack_gradient<L, Fp16>(m, column, first, last, panel);
+        default: return pack_gradient<L, Fp32>(m, column, first, last, panel);
+    }
+}
+
+// Where few columns leave registers, the even and the odd lanes are summed apart, so that no sum waits for its last.
+template <class L, int rows, int groups>
+void multiply_tile(const void* x, int64_t stride, const float* panel, int64_t lanes, float* sums, bool add) {
+    constexpr int parts = groups == 1 ? 2 : 1;
+    __m512 sum[parts][rows][groups];
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < groups; ++c) {
+            sum[0][r][c] = add ? _mm512_load_ps(sums + r * kStrip + 16 * c) : _mm512_setzero_ps();
+            if (parts == 2) sum[parts - 1][r][c] = _mm512_setzero_ps();
+        }
+    }
+    const auto step = [&](int64_t i, int part) {
+        __m512i w[groups];
+        for (int c = 0; c < groups; ++c) w[c] = _mm512_load_si512(panel + i * kStrip + 16 * c);
+        for (int r = 0; r < rows; ++r) {
+            const __m512i lane = _mm512_set1_epi32(load<int32_t>(at(x, r * stride, 1), i));
+            for (int c = 0; c < groups; ++c) sum[part][r][c] = L::multiply_add(lane, w[c], sum[part][r][c]);
+        }
+    };
+    int64_t i = 0;
+    for (; i + parts <= lanes; i += parts) {
+        for (int part = 0; part < parts; ++part) step(i + part, part);
+    }
+    if (i < lanes) step(i, 0);
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < groups; ++c) {
+            const __m512 total = parts == 2 ? _mm512_add_ps(sum[0][r][c], sum[parts - 1][r][c]) : sum[0][r][c];
+            _mm512_store_ps(sums + r * kStrip + 16 * c, total);
+        }
+    }
+}
+
+template <class L, int groups>
+void multiply_rows(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, float* sums,
+                   bool add) {
     switch (rows) {
-        case 1: return multiply_tile<L, 1>(x, stride, panel, lanes, sums, add);
-        case 2: return multiply_tile<L, 2>(x, stride, panel, lanes, sums, add);
-        case 3: return multiply_tile<L, 3>(x, stride, panel, lanes, sums, add);
-        case 4: return multiply_tile<L, 4>(x, stride, panel, lanes, sums, add);
-        case 5: return multiply_tile<L, 5>(x, stride, panel, lanes, sums, add);
-        default: return multiply_tile<L, 6>(x, stride, panel, lanes, sums, add);
+        case 1: return multiply_tile<L, 1, groups>(x, stride, panel, lanes, sums, add);
+        case 2: return multiply_tile<L, 2, groups>(x, stride, panel, lanes, sums, add);
+        case 3: return multiply_tile<L, 3, groups>(x, stride, panel, lanes, sums, add);
+        case 4: return multiply_tile<L, 4, groups>(x, stride, panel, lanes, sums, add);
+        case 5: return multiply_tile<L, 5, groups>(x, stride, panel, lanes, sums, add);
+        default: return multiply_tile<L, 6, groups>(x, stride, panel, lanes, sums, add);
+    }
+}
+
+template <class L>
+void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, int64_t columns,
+              float* sums, bool add) {
+    switch ((columns + 15) / 16) {
+        case 1: return multiply_rows<L, 1>(x, stride, rows, panel, lanes, sums, add);
+        case 2: return multiply_rows<L, 2>(x, stride, rows, panel, lanes, sums, add);
+        case 3: return multiply_rows<L, 3>(x, stride, rows, panel, lanes, sums, add);
+        default: return multiply_rows<L, 4>(x, stride, rows, panel, lanes, sums, add);
     }
 }
 
@@ -337,7 +431,8 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 
 template <class L, class T>
 const MatmulKernels kernels = {
-    L::kPerLane == 2, 8, expand_forward<L>, expand_gradient<L>, multiply<L>, dot<L>, widen<T>, finish<T>,
+    L::kPerLane == 2,  6,           8,      expand_forward<L>, expand_gradient<L>, dense_forward<L>, dense_gradient<L>,
+    multiply<L>,       dot<L>,      widen<T>, finish<T>,
 };
 
 }  // namespace

@@ -5,23 +5,27 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <limits>
-#include <numeric>
+#include <deque>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "adamw.h"
+#include "attention.h"
 #include "contract.h"
 #include "dispatch.h"
 #include "matmul.h"
 #include "parallel.h"
 #include "probe.h"
+#include "rows.h"
+#include "tables.h"
 
 namespace nb = nanobind;
 
@@ -31,6 +35,8 @@ namespace {
 using Address = uintptr_t;
 
 constexpr int64_t kGrain = 1 << 16;  // values; less than that is done before another thread has woken up
+
+constexpr int64_t kSoftmaxGrain = 1 << 14;
 
 template <class T>
 T* pointer(Address address) {
@@ -44,39 +50,6 @@ const std::vector<const Tier*>& tiers() {
 
 const Tier& tier(int index) { return *tiers()[static_cast<size_t>(index)]; }
 
-// Fill the tree of 2^depth nodes with the midpoints between `values` (ascending).
-void plant(const std::vector<float>& values, int depth, float* tree) {
-    tree[0] = 0.0f;
-    for (int level = 0; level < depth; ++level) {
-        for (int i = 0; i < 1 << level; ++i) {
-            const size_t rank = static_cast<size_t>(((2 * i + 1) << (depth - level - 1)) - 1);
-            tree[(1 << level) + i] = rank + 1 < values.size() ? (values[rank] + values[rank + 1]) / 2
-                                                               : std::numeric_limits<float>::infinity();
-        }
-    }
-}
-
-Search4 search4(Address code) {
-    std::array<float, 16> table;
-    std::memcpy(table.data(), pointer<const void>(code), sizeof table);
-    Search4 search;
-    std::iota(search.code, search.code + 16, uint8_t{0});
-    std::stable_sort(search.code, search.code + 16, [&](uint8_t a, uint8_t b) { return table[a] < table[b]; });
-    std::vector<float> values;
-    for (const uint8_t q : search.code) values.push_back(table[q]);
-    plant(values, 4, search.midpoint);
-    return search;
-}
-
-Search8 search8(Address code, int size) {
-    std::vector<float> values(static_cast<size_t>(size));
-    std::memcpy(values.data(), pointer<const void>(code), values.size() * sizeof(float));
-    Search8 search;
-    search.last = size - 1;
-    plant(values, 8, search.midpoint);
-    return search;
-}
-
 template <class Arguments>
 void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int threads) {
     const int64_t blocks = (arguments.n + arguments.blocksize - 1) / arguments.blocksize;
@@ -86,15 +59,16 @@ void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Argum
 
 void quantize_4bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code,
                    Address packed, Address absmax) {
-    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize, search4(code),
-                                 pointer<uint8_t>(packed), pointer<float>(absmax)};
+    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize,
+                                 search4(pointer<const void>(code)), pointer<uint8_t>(packed), pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_4bit, arguments, threads);
 }
 
 void quantize_8bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code, int size,
                    Address codes, Address absmax) {
-    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize, search8(code, size),
-                                 pointer<uint8_t>(codes), pointer<float>(absmax)};
+    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize,
+                                 search8(pointer<const void>(code), size), pointer<uint8_t>(codes),
+                                 pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_8bit, arguments, threads);
 }
 
@@ -141,12 +115,7 @@ void dequantize_8bit(int isa, int threads, Address codes, Address code, int size
 // Make a table, unless it is that of these values already.
 void update(std::optional<Table8bit>& table, Address code) {
     if (table && !std::memcmp(table->value, pointer<const void>(code), sizeof table->value)) return;
-    table.emplace();
-    std::memcpy(table->value, pointer<const void>(code), sizeof table->value);
-    table->search = search8(code, 256);
-    std::vector<float> midpoints;
-    for (int i = 0; i < 255; ++i) midpoints.push_back((table->value[i] + table->value[i + 1]) / 2);
-    table->lines = fit_lines(midpoints);
+    table = table8bit(pointer<const void>(code));
 }
 
 // The constants of a step, in the order of Adamw's members.
@@ -191,23 +160,222 @@ void step_8bit(int isa, int threads, const Constants& constants, const std::vect
 
 bool multiplies(int isa) { return tier(isa).matmul != nullptr; }
 
-void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
-                 Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
-                 int64_t blocksize, int64_t out_features, int64_t in_features, Address bias, Address y) {
+Weight4bit weight_4bit(Address packed, Address code, Address absmax, Address nested_absmax, Address nested_code,
+                       int64_t nested_blocksize, float offset, int64_t blocksize, int64_t rows, int64_t columns) {
     Weight4bit weight{};
     weight.codes = pointer<const uint8_t>(packed);
     std::memcpy(weight.code, pointer<const void>(code), sizeof weight.code);
     weight.scales = scales(absmax, nested_absmax, nested_code, nested_blocksize, offset);
     weight.blocksize = Divisor(blocksize);
     weight.nested_blocksize = Divisor(nested_blocksize);
-    weight.rows = out_features;
-    weight.columns = in_features;
+    weight.rows = rows;
+    weight.columns = columns;
     // the largest power of two that divides both
-    const int64_t piece = (blocksize | in_features) & -(blocksize | in_features);
+    const int64_t piece = (blocksize | columns) & -(blocksize | columns);
     weight.piece = piece >= 32 ? piece : 0;
-    const Matmul4bit arguments{pointer<const void>(x), rows, static_cast<Type>(type), gradient, weight,
-                               pointer<const void>(bias), pointer<void>(y)};
-    matmul(*tier(isa).matmul(arguments.type), arguments, threads);
+    return weight;
+}
+
+void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, int type, Address packed, Address code,
+                 Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+                 int64_t blocksize, int64_t out_features, int64_t in_features, Address bias, Address y) {
+    const Weight4bit weight = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                          blocksize, out_features, in_features);
+    const int64_t depth = gradient ? out_features : in_features, width = gradient ? in_features : out_features;
+    Term term{pointer<const void>(x), depth, 1, gradient, &weight, {}};
+    const Type storage = static_cast<Type>(type);
+    const MatmulKernels* const kernels = tier(isa).matmul(storage);
+    Matmul product{kernels, kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
+                   pointer<void>(y), width};
+    matmul(&product, 1, threads);
+}
+
+// A sum of products, as Python gathers its terms.
+class Sum {
+  public:
+    Sum(int isa, int64_t rows, int64_t width, int type, int y_type, Address bias, Address y, int64_t y_stride) {
+        matmul_.type = static_cast<Type>(type);
+        matmul_.y_type = static_cast<Type>(y_type);
+        matmul_.kernels = tier(isa).matmul(matmul_.type);
+        matmul_.y_kernels = tier(isa).matmul(matmul_.y_type);
+        matmul_.rows = rows;
+        matmul_.width = width;
+        matmul_.bias = pointer<const void>(bias);
+        matmul_.y = pointer<void>(y);
+        matmul_.y_stride = y_stride;
+    }
+
+    void add_weight(Address x, int64_t stride, int64_t step, bool gradient, Address packed, Address code,
+                    Address absmax, Address nested_absmax, Address nested_code, int64_t nested_blocksize, float offset,
+                    int64_t blocksize, int64_t rows, int64_t columns) {
+        weights_.push_back(weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                       blocksize, rows, columns));
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, &weights_.back(), {}});
+    }
+
+    void add_dense(Address x, int64_t stride, int64_t step, bool gradient, Address values, int type, int64_t rows,
+                   int64_t columns, int64_t values_stride) {
+        const Dense dense{pointer<const void>(values), static_cast<Type>(type), rows, columns, values_stride};
+        terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, dense});
+    }
+
+    // Valid until something is added.
+    Matmul arguments() {
+        matmul_.terms = terms_.data();
+        matmul_.count = static_cast<int>(terms_.size());
+        return matmul_;
+    }
+
+  private:
+    Matmul matmul_{};
+    std::vector<Term> terms_;
+    std::deque<Weight4bit> weights_;  // whose elements stay where they are
+};
+
+void matmul_sums(int threads, const std::vector<Sum*>& sums) {
+    std::vector<Matmul> products;
+    for (Sum* sum : sums) products.push_back(sum->arguments());
+    matmul(products.data(), static_cast<int>(products.size()), threads);
+}
+
+// An address, and the strides of batch, head and row in values.
+using Lying = std::array<int64_t, 4>;
+
+Heads heads(const Lying& x) { return {pointer<void>(static_cast<Address>(x[0])), x[1], x[2], x[3]}; }
+
+// `sizes`: batches, heads, key/value heads, queries, keys, values of a head.
+Attention attention(const std::array<int64_t, 6>& sizes, int type, Address ranges, float scale, float cap,
+                    const Lying& q, const Lying& k, const Lying& v, const Lying& out, Address lse) {
+    Attention arguments{};
+    arguments.batches = sizes[0];
+    arguments.heads = sizes[1];
+    arguments.kv_heads = sizes[2];
+    arguments.queries = sizes[3];
+    arguments.keys = sizes[4];
+    arguments.size = sizes[5];
+    arguments.type = static_cast<Type>(type);
+    arguments.ranges = pointer<const int32_t>(ranges);
+    arguments.scale = scale;
+    arguments.cap = cap;
+    arguments.q = heads(q);
+    arguments.k = heads(k);
+    arguments.v = heads(v);
+    arguments.out = heads(out);
+    arguments.lse = pointer<float>(lse);
+    return arguments;
+}
+
+bool attends(int isa) { return tier(isa).matmul && tier(isa).attention; }
+
+void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
+                          float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
+                          const Lying& out, Address lse) {
+    const Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
+    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
+    attention_forward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+}
+
+void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
+                           float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
+                           const Lying& out, Address lse, const Lying& dout, const Lying& dq, const Lying& dk,
+                           const Lying& dv) {
+    Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
+    arguments.dout = heads(dout);
+    arguments.dq = heads(dq);
+    arguments.dk = heads(dk);
+    arguments.dv = heads(dv);
+    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
+    attention_backward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+}
+
+// y = f(x) for n fp32 values.
+template <void (*RowKernels::*f)(const float*, int64_t, float*)>
+void elementary(int isa, Address x, int64_t n, Address y) {
+    (tier(isa).rows->*f)(pointer<const float>(x), n, pointer<float>(y));
+}
+
+int64_t grain(int64_t width) { return kGrain / (width + 1) + 1; }
+
+// Run a kernel over `count` rows of `width` values.
+template <class Arguments>
+void over_rows(const ByType<Arguments>& kernels, int type, const Arguments& arguments, int64_t count, int64_t width,
+               int threads) {
+    parallel_for(count, grain(width), threads,
+                 [&](int64_t first, int64_t last) { kernels[type](arguments, first, last); });
+}
+
+// An address and a stride in values; no address: no rows.
+using Strided = std::tuple<Address, int64_t>;
+
+Rows rows(const Strided& strided) { return {pointer<const void>(std::get<0>(strided)), std::get<1>(strided)}; }
+
+void rms_norm(int isa, int threads, int type, int64_t count, int64_t width, Strided x, Strided residual,
+              Address weight, float eps, float offset, bool rounded, Address h, Address y, Address scale) {
+    const RmsNorm arguments{rows(x), rows(residual), pointer<const void>(weight), width, eps, offset, rounded,
+                            pointer<void>(h), pointer<void>(y), pointer<float>(scale)};
+    over_rows(tier(isa).rows->rms_norm, type, arguments, count, width, threads);
+}
+
+void rms_norm_gradient(int isa, int threads, int type, int64_t count, int64_t width, Strided dy, Strided h, Strided dh,
+                       Address weight, Address scale, float offset, Address dx) {
+    const RmsNormGradient arguments{rows(dy), rows(h), rows(dh), pointer<const void>(weight),
+                                    pointer<const float>(scale), width, offset, pointer<void>(dx)};
+    over_rows(tier(isa).rows->rms_norm_gradient, type, arguments, count, width, threads);
+}
+
+void rms_norm_weight_gradient(int isa, int threads, int type, int64_t count, int64_t width, Strided dy, Strided h,
+                              Address scale, Address dweight) {
+    const RmsNormWeightGradient arguments{rows(dy), rows(h), pointer<const float>(scale), count,
+                                          pointer<float>(dweight)};
+    const int64_t columns = (grain(count) + 63) / 64 * 64;  // whole cache lines
+    parallel_for(width, columns, threads, [&](int64_t first, int64_t last) {
+        tier(isa).rows->rms_norm_weight_gradient[type](arguments, first, last);
+    });
+}
+
+void gated(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided gate, Strided up,
+           Address y) {
+    const Gated arguments{rows(gate), rows(up), width, pointer<void>(y)};
+    over_rows(tier(isa).rows->gated[activation], type, arguments, count, width, threads);
+}
+
+void gated_gradient(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided dy,
+                    Strided gate, Strided up, Address dgate, Address dup, int64_t stride) {
+    const GatedGradient arguments{rows(dy), rows(gate), rows(up), width, pointer<void>(dgate), pointer<void>(dup),
+                                  stride};
+    over_rows(tier(isa).rows->gated_gradient[activation], type, arguments, count, width, threads);
+}
+
+// `shape` and `strides` are those of x: [samples, length, heads, size].
+void rotary(int isa, int threads, int type, bool fp32_angles, bool inverse, std::array<int64_t, 4> shape,
+            std::array<int64_t, 4> strides, Address x, Address cos, Address sin, int64_t turned,
+            std::array<int64_t, 2> angle_strides, Address y) {
+    const auto [samples, length, heads, size] = shape;
+    const Rotary arguments{pointer<const void>(x), strides[0], strides[1], strides[2], pointer<const void>(cos),
+                           pointer<const void>(sin), angle_strides[0], angle_strides[1], length, heads, size,
+                           turned / 2, inverse, pointer<void>(y)};
+    over_rows(tier(isa).rows->rotary[fp32_angles], type, arguments, samples * length, heads * size, threads);
+}
+
+// `state` holds the addresses of the members of RunningSoftmax, in order.
+void fold_softmax(int isa, int threads, Address logits, int type, int64_t rows, int64_t width, Address labels,
+                  int64_t first, float scale, float cap, bool gradient, const std::array<Address, 9>& state) {
+    FoldSoftmax arguments{};
+    arguments.logits = pointer<void>(logits);
+    arguments.type = static_cast<Type>(type);
+    arguments.width = width;
+    arguments.labels = pointer<const int64_t>(labels);
+    arguments.first = first;
+    arguments.scale = scale;
+    arguments.cap = cap;
+    arguments.gradient = gradient;
+    float** const members[] = {&arguments.maximum, &arguments.sum,   &arguments.weighted, &arguments.squares,
+                               &arguments.total,   &arguments.label, &arguments.slope,    &arguments.shrink};
+    for (size_t i = 0; i < 8; ++i) *members[i] = pointer<float>(state[i]);
+    arguments.top = pointer<int64_t>(state[8]);
+    const RowKernels& kernels = *tier(isa).rows;
+    parallel_for(rows, kSoftmaxGrain / width + 1, threads,
+                 [&](int64_t begin, int64_t end) { kernels.fold_softmax(arguments, begin, end); });
 }
 
 std::vector<std::string> tier_names() {
@@ -242,4 +410,22 @@ NB_MODULE(_native, module) {
     module.def("adamw_8bit", step_8bit, unlocked());
     module.def("multiplies", multiplies);
     module.def("matmul_4bit", matmul_4bit, unlocked());
+    module.def("rms_norm", rms_norm, unlocked());
+    module.def("rms_norm_gradient", rms_norm_gradient, unlocked());
+    module.def("rms_norm_weight_gradient", rms_norm_weight_gradient, unlocked());
+    module.def("gated", gated, unlocked());
+    module.def("gated_gradient", gated_gradient, unlocked());
+    module.def("rotary", rotary, unlocked());
+    module.def("fold_softmax", fold_softmax, unlocked());
+    module.def("exp", elementary<&RowKernels::exp>, unlocked());
+    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
+    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
+    nb::class_<Sum>(module, "Sum")
+        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>())
+        .def("add_weight", &Sum::add_weight)
+        .def("add_dense", &Sum::add_dense);
+    module.def("matmul_sums", matmul_sums, unlocked());
+    module.def("attends", attends);
+    module.def("attention", attention_forward_of, unlocked());
+    module.def("attention_backward", attention_backward_of, unlocked());
 }

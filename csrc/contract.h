@@ -14,7 +14,8 @@
 //
 // Weak (inline or template) functions of the standard library must not be instantiated under a tier's instruction set,
 // since the linker may keep that copy for everybody: so tier files are compiled for the baseline, raise the target only
-// around their own functions, keep those in an anonymous namespace, and include nothing inside.
+// around their own functions, keep those in an anonymous namespace, and include nothing inside but .inl files, which
+// are written once over a tier's own types (lanes.inl, rows.h) and include nothing themselves.
 
 #pragma once
 
@@ -77,6 +78,8 @@ using Dequantize8bit = Dequantize<8>;
 
 struct MatmulKernels;
 struct AdamwKernels;
+struct AttentionKernels;
+struct RowKernels;
 
 // The blocks [first, last). With 4 bits and an odd block size `first` must be even, so that no byte is shared between
 // ranges.
@@ -89,11 +92,16 @@ struct Tier {
     void (*dequantize_8bit)(const Dequantize8bit&, int64_t first, int64_t last);
     const MatmulKernels* (*matmul)(Type);  // see matmul.h; null: none
     const AdamwKernels* adamw;             // see adamw.h
+    const RowKernels* rows;                // see rows.h
+    // See attention.h; null: none. `pairs` as in the products of this type.
+    const AttentionKernels* (*attention)(Type, bool pairs);
 };
 
 extern const Tier scalar;  // the baseline, everywhere; the other tiers leave odd cases to it
 extern const Tier avx2;    // AVX2, FMA, F16C
 extern const Tier avx512;  // AVX-512 F, BW, VL, DQ
+extern const Tier amx;     // AMX-BF16, beside AVX-512 with BF16
+extern const Tier neon;    // 64-bit Arm
 
 namespace {
 

@@ -8,7 +8,9 @@ std::vector<const Tier*> available_tiers() {
     std::vector<const Tier*> available;
     for (const Tier* tier : {
 #if defined(__x86_64__)
-             &avx512, &avx2,
+             &amx, &avx512, &avx2,
+#elif defined(__aarch64__)
+             &neon,
 #endif
              &scalar}) {
         if (tier->supported()) available.push_back(tier);

@@ -1,13 +1,17 @@
 // Register-only loops at the peak of a tier's arithmetic: a roofline's roof.
 //
 // A round advances every accumulator by one instruction. There are enough of them to cover that instruction's latency
-// times its throughput on any chip so far (6 cycles, 2 a cycle), and with the operands they fit the registers, into which
-// the loops over them must be unrolled.
+// times its throughput on any chip so far (6 cycles, 2 a cycle; of tiles 52, one in 16), and with the operands they fit
+// the registers, into which the loops over them must be unrolled.
 
 #include "probe.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "amx.h"
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace halfbyte {
@@ -124,9 +128,74 @@ float dot_bf16(int64_t rounds) {
 
 #if defined(__clang__)
 #pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16")
+#endif
+
+namespace halfbyte {
+namespace {
+
+float dot_tiles(int64_t rounds) {
+    uint32_t halves[16 * 16];
+    for (uint32_t& pair : halves) pair = 0x3f003f00;
+    float sums[16 * 16];
+    AmxUnit::configure();
+    AmxUnit::load<6>(halves, 64);
+    AmxUnit::load<7>(halves, 64);
+    AmxUnit::zero<0>();
+    AmxUnit::zero<1>();
+    AmxUnit::zero<2>();
+    AmxUnit::zero<3>();
+    AmxUnit::zero<4>();
+    AmxUnit::zero<5>();
+    for (int64_t round = 0; round < rounds; ++round) {
+        AmxUnit::dot<0, 6, 7>();
+        AmxUnit::dot<1, 6, 7>();
+        AmxUnit::dot<2, 6, 7>();
+        AmxUnit::dot<3, 6, 7>();
+        AmxUnit::dot<4, 6, 7>();
+        AmxUnit::dot<5, 6, 7>();
+    }
+    AmxUnit::store<0>(sums, 64);
+    AmxUnit::release();
+    return sums[0];
+}
+
+}  // namespace
+}  // namespace halfbyte
+
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
+
+#elif defined(__aarch64__)
+
+namespace halfbyte {
+namespace {
+
+float fma_128(int64_t rounds) {
+    constexpr int sums = 24;  // up to four a cycle
+    const float32x4_t factor = vdupq_n_f32(0.5f), one = vdupq_n_f32(1.0f);
+    float32x4_t sum[sums];
+#pragma GCC unroll 24
+    for (int i = 0; i < sums; ++i) sum[i] = vdupq_n_f32(static_cast<float>(i));
+    for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+        for (float32x4_t& each : sum) each = vfmaq_f32(one, each, factor);
+    }
+    float32x4_t total = vdupq_n_f32(0.0f);
+#pragma GCC unroll 24
+    for (const float32x4_t each : sum) total = vaddq_f32(total, each);
+    return vgetq_lane_f32(total, 0);
+}
+
+}  // namespace
+}  // namespace halfbyte
 
 #endif
 
@@ -136,10 +205,13 @@ namespace {
 // Best first within a tier; each tier ends with one that it always has.
 const Probe probes[] = {
 #if defined(__x86_64__)
+    {&amx, "bf16 tiles", always, 6 * 16 * 16 * 64, dot_tiles},
     {&avx512, "bf16 dot products, 512 bits", [] { return bool(__builtin_cpu_supports("avx512bf16")); }, kSums * 64,
      dot_bf16},
     {&avx512, "fp32 multiply-adds, 512 bits", always, kSums * 32, fma_512},
     {&avx2, "fp32 multiply-adds, 256 bits", always, kSums * 16, fma_256},
+#elif defined(__aarch64__)
+    {&neon, "fp32 multiply-adds, 128 bits", always, 24 * 8, fma_128},
 #endif
     {&scalar, "fp32 multiplications and additions, the compiler's baseline", always, 48 * 2, multiply_add},
 };

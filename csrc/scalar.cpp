@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "adamw.h"
+#include "attention.h"
+#include "rows.h"
 #include "scalar.h"
 
 namespace halfbyte {
@@ -79,7 +81,8 @@ bool supported() { return true; }
 }  // namespace
 
 const Tier scalar = {
-    "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr, &scalar_adamw,
+    "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr, &scalar_adamw, &scalar_rows,
+    nullptr,
 };
 
 }  // namespace halfbyte

@@ -12,12 +12,14 @@ inline float float_of(uint32_t bits) { return load<float>(&bits, 0); }
 
 // `load` element i as fp32, and round fp32 to nearest even. fp32 itself needs neither.
 struct Fp32 {
+    static constexpr int kSize = 4;
     using Stored = float;
     static float load(const void* x, int64_t i) { return halfbyte::load<float>(x, i); }
     static Stored round(float value) { return value; }
 };
 
 struct Bf16 {
+    static constexpr int kSize = 2;
     using Stored = uint16_t;
     static float load(const void* x, int64_t i) { return float_of(uint32_t{halfbyte::load<uint16_t>(x, i)} << 16); }
     static Stored round(float value) {
@@ -28,6 +30,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
+    static constexpr int kSize = 2;
     using Stored = uint16_t;
     static float load(const void* x, int64_t i) {
         const uint32_t half = halfbyte::load<uint16_t>(x, i);

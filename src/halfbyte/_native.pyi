@@ -80,6 +80,79 @@ def matmul_4bit(
     y: int,
     /,
 ) -> None: ...
+
+class Sum:
+    def __init__(
+        self, isa: int, rows: int, width: int, type: int, y_type: int, bias: int, y: int, y_stride: int, /
+    ) -> None: ...
+    def add_weight(
+        self,
+        x: int,
+        stride: int,
+        step: int,
+        gradient: bool,
+        packed: int,
+        code: int,
+        absmax: int,
+        nested_absmax: int,
+        nested_code: int,
+        nested_blocksize: int,
+        offset: float,
+        blocksize: int,
+        rows: int,
+        columns: int,
+        /,
+    ) -> None: ...
+    def add_dense(
+        self,
+        x: int,
+        stride: int,
+        step: int,
+        gradient: bool,
+        values: int,
+        type: int,
+        rows: int,
+        columns: int,
+        values_stride: int,
+        /,
+    ) -> None: ...
+
+def matmul_sums(threads: int, sums: list[Sum], /) -> None: ...
+def attends(isa: int, /) -> bool: ...
+def attention(
+    isa: int,
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int],
+    type: int,
+    ranges: int,
+    scale: float,
+    cap: float,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    lse: int,
+    /,
+) -> None: ...
+def attention_backward(
+    isa: int,
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int],
+    type: int,
+    ranges: int,
+    scale: float,
+    cap: float,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    lse: int,
+    dout: tuple[int, int, int, int],
+    dq: tuple[int, int, int, int],
+    dk: tuple[int, int, int, int],
+    dv: tuple[int, int, int, int],
+    /,
+) -> None: ...
 def adamw_32bit(
     isa: int,
     threads: int,
@@ -107,5 +180,110 @@ def adamw_8bit(
     code: int,
     code_unsigned: int,
     blocksize: int,
+    /,
+) -> None: ...
+def rms_norm(
+    isa: int,
+    threads: int,
+    type: int,
+    count: int,
+    width: int,
+    x: tuple[int, int],
+    residual: tuple[int, int],
+    weight: int,
+    eps: float,
+    offset: float,
+    rounded: bool,
+    h: int,
+    y: int,
+    scale: int,
+    /,
+) -> None: ...
+def rms_norm_gradient(
+    isa: int,
+    threads: int,
+    type: int,
+    count: int,
+    width: int,
+    dy: tuple[int, int],
+    h: tuple[int, int],
+    dh: tuple[int, int],
+    weight: int,
+    scale: int,
+    offset: float,
+    dx: int,
+    /,
+) -> None: ...
+def rms_norm_weight_gradient(
+    isa: int,
+    threads: int,
+    type: int,
+    count: int,
+    width: int,
+    dy: tuple[int, int],
+    h: tuple[int, int],
+    scale: int,
+    dweight: int,
+    /,
+) -> None: ...
+def gated(
+    isa: int,
+    threads: int,
+    type: int,
+    count: int,
+    width: int,
+    activation: int,
+    gate: tuple[int, int],
+    up: tuple[int, int],
+    y: int,
+    /,
+) -> None: ...
+def gated_gradient(
+    isa: int,
+    threads: int,
+    type: int,
+    count: int,
+    width: int,
+    activation: int,
+    dy: tuple[int, int],
+    gate: tuple[int, int],
+    up: tuple[int, int],
+    dgate: int,
+    dup: int,
+    stride: int,
+    /,
+) -> None: ...
+def rotary(
+    isa: int,
+    threads: int,
+    type: int,
+    fp32_angles: bool,
+    inverse: bool,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    x: int,
+    cos: int,
+    sin: int,
+    turned: int,
+    angle_strides: tuple[int, ...],
+    y: int,
+    /,
+) -> None: ...
+def exp(isa: int, x: int, n: int, y: int, /) -> None: ...
+def sigmoid(isa: int, x: int, n: int, y: int, /) -> None: ...
+def tanh(isa: int, x: int, n: int, y: int, /) -> None: ...
+def fold_softmax(
+    isa: int,
+    threads: int,
+    logits: int,
+    type: int,
+    rows: int,
+    width: int,
+    labels: int,
+    first: int,
+    scale: float,
+    cap: float,
+    gradient: bool,
+    state: list[int],
     /,
 ) -> None: ...

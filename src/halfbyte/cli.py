@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import rich.filesize
 import safetensors
 import typer
+from pydantic import ByteSize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -125,10 +126,10 @@ def _train_signature() -> inspect.Signature:
 
 
 def _flag_type(annotation: Any) -> Any:
-    """Return what a flag for a field of this type takes: the first member of a union."""
+    """Return what a flag for a field of this type takes: the first member of a union; a size is text to pydantic."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return typing.get_args(annotation)[0]
-    return annotation
+        return _flag_type(typing.get_args(annotation)[0])
+    return str if annotation is ByteSize else annotation
 
 
 _train.__signature__ = _train_signature()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.errors import InputError
-from halfbyte.hf import LoraLinear4bit, count_parameters
+from halfbyte.hf import LoraLinear4bit, count_parameters, project
 
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
 # Bound of the relative error of loss-gradients against fp32, per compute dtype.
@@ -20,7 +20,8 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def lora(**options: object) -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)  # type: ignore[arg-type]
+    options = {"target_modules": "all-linear", **options}
+    return LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)  # type: ignore[arg-type]
 
 
 def pair(folder: Path, dtype: torch.dtype, **options: object) -> tuple[PeftModel, PeftModel]:
@@ -139,6 +140,53 @@ def test_dropout_is_applied_in_training_only(tiny_model_folder: Path) -> None:
     assert not torch.equal(ours(input_ids=IDS).logits, ours(input_ids=IDS).logits)
     ours.eval()
     assert torch.equal(ours(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+def test_projections_of_one_input_are_those_of_each_layer(
+    tiny_model_folder: Path, options: dict[str, object], dtype: torch.dtype
+) -> None:
+    """The layers alone are compared with PEFT over dense weights above."""
+    ours, _ = pair(tiny_model_folder, dtype, **options)
+    attention = ours.get_base_model().model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(3, 5, 32, dtype=torch.float32).requires_grad_()
+    of = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+    weights = [torch.randn(3, 5, n) for n in (32, 16, 16)]
+    results = []
+    for ys in (project(layers, x), [layer(x) for layer in layers]):
+        assert all(y.dtype == x.dtype for y in ys)
+        results.append([*ys, *torch.autograd.grad(ys, of, weights)])
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+def test_projections_honour_what_was_done_to_the_layers(tiny_model_folder: Path) -> None:
+    ours, _ = pair(tiny_model_folder, torch.float32, lora_dropout=0.5)
+    ours.eval()
+    mlp = ours.get_base_model().model.layers[0].mlp
+    layers = [mlp.gate_proj, mlp.up_proj]
+    x = torch.randn(4, 32)
+    plain = project(layers, x)
+
+    with ours.disable_adapter():
+        for got, layer in zip(project(layers, x), layers, strict=True):
+            assert torch.equal(got, layer.base_layer(x))
+    for module in (layers[1], layers[1].base_layer):
+        handle = module.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+        got = project(layers, x)
+        handle.remove()
+        torch.testing.assert_close(got[0], plain[0], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(got[1], plain[1])
+    layers[0].forward = lambda x: x
+    assert torch.equal(project(layers, x)[0], x)
+    del layers[0].forward
+    dense = nn.Linear(32, 7)
+    assert torch.equal(project([layers[0], dense], x)[1], dense(x))
+    ours.train()
+    assert not torch.equal(project(layers, x)[0], plain[0])
 
 
 def test_merging_is_refused_in_one_sentence(tiny_model_folder: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_default_dtype_or_device_changes_no_result() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["neon", "avx51", "Scalar"])
+@pytest.mark.parametrize("name", [*sorted({"amx", "avx512", "avx2", "neon"} - {*native.tiers()}), "avx51", "Scalar"])
 def test_forcing_a_tier_that_is_not_there_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_ISA", name)
     with pytest.raises(InputError, match=f"HALFBYTE_ISA is '{name}'.* scalar"):

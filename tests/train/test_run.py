@@ -289,6 +289,12 @@ def test_a_run_that_diverges_stops_before_its_weights_do(options: dict[str, Any]
     assert all(tensor.isfinite().all() for tensor in load_file(last / "adapter_model.safetensors").values())
 
 
+def test_a_memory_budget_that_nothing_fits_in_is_refused_before_anything_is_written(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="may be used: lower max_length, or raise memory by"):
+        fine_tune(TrainConfig(**options, memory="1MiB"))
+    assert not options["output"].exists()
+
+
 def test_gradient_checkpointing_changes_no_bit_of_the_result(options: dict[str, Any], tmp_path: Path) -> None:
     plain = fine_tune(TrainConfig(**options, max_steps=2, lora_dropout=0.1))
     options |= {"output": tmp_path / "checkpointed", "gradient_checkpointing": True}

@@ -70,8 +70,7 @@ def small_model(family: str) -> Any:
 def trainer(model: Any, folder: Path, tokenizer: Any, callback: TrainerCallback, **arguments: Any) -> SFTTrainer:
     config = SFTConfig(
         output_dir=str(folder),
-        max_steps=1,
-        max_grad_norm=0,
+        **{"max_steps": 1, "max_grad_norm": 0} | arguments,
         logging_steps=1,
         save_strategy="no",
         bf16=False,
@@ -81,7 +80,6 @@ def trainer(model: Any, folder: Path, tokenizer: Any, callback: TrainerCallback,
         dataloader_pin_memory=False,
         report_to="none",
         disable_tqdm=True,
-        **arguments,
     )
     return SFTTrainer(
         model=model,
@@ -164,3 +162,38 @@ def test_random_state_survives_its_files() -> None:
     first = draw()
     _set_random_state(tensors, numbers)
     assert draw() == first
+
+
+def test_gradients_are_clipped_to_the_norm_and_their_own_norm_is_told(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model = small_model("llama")
+    plain_loss(model.eval()).backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    model.zero_grad()
+    gradients = Gradients()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    run = trainer(model, tmp_path, tokenizer, gradients, per_device_train_batch_size=6, max_grad_norm=expected / 8)
+    run.train()
+    clipped = torch.stack([gradient.norm() for gradient in gradients.found.values()]).norm().item()
+    assert run.state.log_history[0]["grad_norm"] == pytest.approx(expected, rel=1e-4)
+    assert clipped == pytest.approx(expected / 8, rel=1e-4)
+
+
+class Disturbing(TrainerCallback):
+    """Puts the model into evaluation after each step, as an evaluation of one's own does; notes what comes then."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        model.eval()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.training = all(module.training for module in model.modules())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.left_over = [name for name, p in model.named_parameters() if p.grad is not None]
+
+
+def test_every_step_trains_all_modules_from_no_gradients(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, seen = small_model("llama"), Disturbing()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    trainer(model, tmp_path, tokenizer, seen, max_steps=3).train()
+    assert seen.training and not seen.left_over
+    assert "train" not in vars(model) and "zero_grad" not in vars(model)

@@ -1,6 +1,6 @@
 """Everything that knows the internals of transformers, peft and trl."""
 
-from halfbyte.hf.adapters import LoraLinear4bit, count_parameters, prepare_for_training, unprepare
+from halfbyte.hf.adapters import LoraLinear4bit, count_parameters, prepare_for_training, project, unprepare
 from halfbyte.hf.checkpoint import quantize_checkpoint
 from halfbyte.hf.config import HalfbyteConfig
 from halfbyte.hf.loader import load, load_tokenizer
@@ -14,6 +14,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "prepare_for_training",
+    "project",
     "quantize_checkpoint",
     "unprepare",
 ]

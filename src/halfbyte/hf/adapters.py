@@ -2,17 +2,22 @@
 
 PEFT (0.21) wraps a :class:`~halfbyte.nn.Linear4bit` in its ``lora.Linear``, which would compute the low-rank part in
 fp32 and, asked to merge, add floats to packed bytes. :func:`prepare_for_training` turns each of those, by class swap,
-into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's, and :func:`unprepare` turns them back.
+into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's, and :func:`unprepare` turns them back. The
+model's output head is bound too (:mod:`halfbyte.hf.head`): while training with labels it returns no logits.
 """
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
-from halfbyte.nn import Linear4bit, lora_delta
+from halfbyte.hf.head import base_of, bind_head, unbind_head
+from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,21 +27,11 @@ class LoraLinear4bit(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``y = x dequant(W)ᵀ + b + Σ s (dropout(x) Aᵀ) Bᵀ`` over the active adapters, ``[..., out]``."""
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
-        plain = not (args or kwargs or self.disable_adapters or any(name in self.lora_variant for name in adapters))
-        if not plain:
+        projection = None if args or kwargs else _projection(self)
+        if projection is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
             return theirs
-        base: Linear4bit = self.base_layer
-        y: Tensor = base(x)
-        inner = x.to(base.compute_dtype or x.dtype)
-        for name in adapters:
-            a, b = self.lora_A[name], self.lora_B[name]
-            delta = lora_delta(self.lora_dropout[name](inner), a.weight, b.weight, self.scaling[name])
-            if b.bias is not None:
-                delta = delta + (b.bias * self.scaling[name]).to(delta.dtype)
-            y = y + delta.to(y.dtype)
-        return y
+        return _project([projection], x)[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight."""
@@ -44,6 +39,77 @@ class LoraLinear4bit(LoraLinear):
             "An adapter cannot be merged into 4-bit weights; load the 16-bit base model with transformers, put the "
             "adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
         )
+
+
+def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Return ``[layer(x) for layer in layers]``, the work shared between them where that is the same.
+
+    It is for 4-bit layers, with plain LoRA or without, whose compute dtype and LoRA dropout agree. Others, and layers
+    with hooks or with somebody else's forward, are called one by one.
+    """
+    projections = [_projection(layer) if _untouched(layer) else None for layer in layers]
+    shared = [p for p in projections if p is not None]
+    dtypes = {p.compute_dtype for p in shared}
+    dropouts = {p.dropout for p in shared if p.projection.adapters}
+    if len(shared) < len(layers) or len(dtypes) != 1 or len(dropouts) > 1:
+        return [layer(x) for layer in layers]
+    return _project(shared, x)
+
+
+class _Projection(NamedTuple):
+    """What a layer computes, if it is plain."""
+
+    projection: Projection
+    compute_dtype: torch.dtype | None
+    dropout: float
+
+
+def _project(projections: Sequence[_Projection], x: Tensor) -> list[Tensor]:
+    compute_dtype, dropout = projections[0].compute_dtype, max(p.dropout for p in projections)
+    ys = lora_linear(x.to(compute_dtype or x.dtype), [p.projection for p in projections], dropout)
+    return [y.to(x.dtype) for y in ys]
+
+
+def _projection(layer: nn.Module) -> _Projection | None:
+    """Return what ``layer`` computes, or None where it is anything but a 4-bit layer with plain LoRA or none.
+
+    Of PEFT 0.21's ``lora.Linear`` this reads what its own forward reads.
+    """
+    if type(layer) is Linear4bit:
+        return _Projection(Projection(layer.factor, layer.bias, ()), layer.compute_dtype, 0.0)
+    if type(layer) is not LoraLinear4bit or layer.disable_adapters:
+        return None
+    base = layer.base_layer
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    dropouts = {_probability(layer.lora_dropout[name]) for name in names} or {0.0}
+    dropout = dropouts.pop()
+    if any(name in layer.lora_variant for name in names) or dropouts or dropout is None or not _untouched(base):
+        return None
+    if type(base) is not Linear4bit:
+        return None
+    bias, adapters = base.bias, []
+    for name in names:
+        a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        adapters.append(LowRank(a.weight, b.weight, scaling))
+        if b.bias is not None:
+            bias = b.bias * scaling if bias is None else bias + b.bias * scaling
+    return _Projection(Projection(base.factor, bias, adapters), base.compute_dtype, dropout)
+
+
+def _probability(dropout: nn.Module) -> float | None:
+    """Return the probability with which ``dropout`` drops a value now, or None where it is no plain dropout."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout:
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Return whether calling ``module`` is its class's forward and no more; what torch 2.13's ``__call__`` asks."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    everywhere = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return "forward" not in vars(module) and not any(hooks) and not everywhere
 
 
 def prepare_for_training(model: Model) -> Model:
@@ -67,6 +133,9 @@ def prepare_for_training(model: Model) -> Model:
         )
     for layer in ours:
         layer.__class__ = LoraLinear4bit
+    base = base_of(model)
+    if isinstance(base, PreTrainedModel):
+        bind_head(base)
     if isinstance(model, PeftModel):
         model.get_nb_trainable_parameters = _Counts(model)
     return model
@@ -77,6 +146,9 @@ def unprepare(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, LoraLinear4bit):
             module.__class__ = LoraLinear
+    base = base_of(model)
+    if isinstance(base, PreTrainedModel):
+        unbind_head(base)
     vars(model).pop("get_nb_trainable_parameters", None)
     return model
 

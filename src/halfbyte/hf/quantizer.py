@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.generic import is_flash_attention_requested
 
 from halfbyte.errors import InputError
+from halfbyte.hf import attention
 from halfbyte.hf.config import QUANT_METHOD, SAVEABLE, HalfbyteConfig
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
@@ -50,6 +52,8 @@ class HalfbyteQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HalfbyteConfig, **kwargs: Any) -> None:
         # A copy: what is learned about one model is not written into the user's object.
         super().__init__(copy.copy(quantization_config), **kwargs)
+        self.on_cpu = False
+        self.choose_attention = False
 
     @property
     def quantized_element_size(self) -> float:
@@ -71,9 +75,20 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """Without a wish: the GPU if there is one."""
-        if device_map is not None:
-            return device_map
-        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        if device_map is None:
+            device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        self.on_cpu = not torch.cuda.is_available() or all(str(device) == "cpu" for device in devices)
+        return device_map
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """On a CPU, attention is ours where the caller left the choice, or wished for flash attention."""
+        wish = config._attn_implementation
+        flash = wish is not None and is_flash_attention_requested(requested_attention_implementation=wish)
+        self.choose_attention = self.on_cpu and (wish is None or flash)
+        if self.choose_attention and flash:
+            config._attn_implementation = None  # transformers would look for the package; see _choose_attention
+        return config
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether ``param_name`` is the weight of a layer that was chosen for 4 bits."""
@@ -81,6 +96,8 @@ class HalfbyteQuantizer(HfQuantizer):
         return isinstance(module, Linear4bit) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.choose_attention:
+            choose_attention(model)
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         if not self.pre_quantized and config.skip_modules is None:
@@ -194,6 +211,20 @@ def replace_linears(model: nn.Module, skip: list[str], compute_dtype: torch.dtyp
         model.set_submodule(name, layer)
         replaced.append(name)
     return replaced
+
+
+def choose_attention(model: PreTrainedModel) -> None:
+    """Let every part of ``model`` for which transformers (5.23) chose SDPA attend our way, if it can.
+
+    A model that does not take attention functions from the registry (``_can_set_attn_implementation``), or that has to
+    be eager, keeps what it has.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) or module.config._attn_implementation != "sdpa":
+            continue
+        if module._can_set_attn_implementation():
+            # what set_attn_implementation does for one part, without its warnings about others
+            module.config._attn_implementation_internal = attention.NAME
 
 
 def left_dense(model: PreTrainedModel) -> list[str]:

@@ -1,6 +1,6 @@
-"""TRL's SFT trainer without pickle, and with a resume that gives the same bits.
+"""TRL's SFT, DPO and KTO trainers without pickle, and with a resume that gives the same bits.
 
-What differs from ``trl.SFTTrainer`` (1.16, over transformers 5.23), whose loop, schedules and callbacks stay:
+What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedules and callbacks stay:
 
 - A checkpoint is a folder of safetensors and JSON, complete or absent: the adapter as PEFT saves it, the tokenizer,
   ``state.safetensors`` (optimizer tensors, torch's random state), ``state.json`` (the optimizer's numbers, the
@@ -8,56 +8,111 @@ What differs from ``trl.SFTTrainer`` (1.16, over transformers 5.23), whose loop,
   pickles the optimizer, the schedule, the random state and its arguments. The last two checkpoints are kept.
 - The data order is a function of the seed and the epoch alone. Transformers draws it from the global random state
   when lengths are grouped, so a run resumed within an epoch would go on through another order.
-- The output head is evaluated at trained positions only. TRL does so on GPUs; elsewhere its head, though chunked,
-  covers every position, which for short answers is most of the head's time.
+- The output head is ours (:mod:`halfbyte.hf.head`): evaluated at trained positions only, its logits never whole.
+- bf16 autocast and gradient checkpointing are off unless asked for: see :class:`SFTConfig` and its sisters.
 - The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers goes by
   what the model's class declares: some get the mean of the micro-batches' means, some a count that is too large.
-- A step whose gradient is not finite stops the run before it touches the weights.
+- A step whose loss or gradient is not finite stops the run before it touches the weights, and is run again to name the
+  samples and the module.
 - Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
 
 Left out: evaluation within the loop, and checkpoints of more than one process.
 """
 
+import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import trl
+from accelerate import DistributedType
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
+from halfbyte.hf.adapters import prepare_for_training
+from halfbyte.hf.diverged import describe
+from halfbyte.hf.head import IGNORED, base_of, bind_head
+from halfbyte.nn import Linear4bit
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer as _Theirs  # one of the classes that our shared one stands before
+else:
+    _Theirs = object
 
 CHECKPOINTS_KEPT = 2
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class SFTTrainer(trl.SFTTrainer):
-    """``trl.SFTTrainer`` for a PEFT model: same arguments, see this file's head for what differs.
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """``trl.SFTConfig`` with bf16 autocast and gradient checkpointing off unless asked for.
 
-    Attributes:
-        trained_tokens: tokens with a label that this process has trained on.
+    The model runs in its own dtype and computes its 4-bit layers in ``compute_dtype``. TRL turns both on by default;
+    in one of its own configurations a default cannot be told from a wish, so those are taken at their word.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.trained_tokens = 0
-        # Trainer counts a step's trained tokens only for classes that accept loss arguments (Gemma 4 says no), and
-        # leaves the first position out only where the class's name tells its loss (GPT2LMHeadModel does not). The
-        # loss is computed by TRL's head, which takes the count and shifts the labels for any class.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
+    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """``trl.DPOConfig`` with the defaults of :class:`SFTConfig`."""
+
+    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
+
+
+@dataclass
+class KTOConfig(trl.KTOConfig):
+    """``trl.KTOConfig`` with the defaults of :class:`SFTConfig`."""
+
+    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
+
+
+class _Trainer(_Theirs):
+    """What our trainers share; stands before TRL's class in theirs."""
+
+    _config: type[TrainingArguments]
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
+        if given.get("args") is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            given["args"] = self._config(f"{name.split('/')[-1]}-{self._tag_names[-1].upper()}")
+        super().__init__(**given)
+        if any(
+            type(module) is LoraLinear and isinstance(module.base_layer, Linear4bit) for module in self.model.modules()
+        ):
+            prepare_for_training(self.model)  # TRL put the adapter on, or the script left this to us
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None and isinstance(base_of(model), PreTrainedModel):
+                bind_head(base_of(model))
+        self._step_batches: list[dict[str, Any]] = []
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
@@ -69,44 +124,70 @@ class SFTTrainer(trl.SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        targets = inputs["labels"][:, 1:]
-        trained = targets != -100
-        self.trained_tokens += int(trained.sum())
+        result = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if self.model.training:
+            self._step_batches.append(inputs)
+            if not loss.isfinite():
+                raise self._diverged("loss and with it the gradient")
+        return result
 
-        def keep_trained(module: Any, args: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[:, :-1][trained].unsqueeze(0)
-            return output
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; arguments and result are Trainer's."""
+        self._parameters = list(self.model.parameters())
+        with _few_walks(self.model, self._parameters):
+            return super().train(*args, **kwargs)
 
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
-        hook = self.model.get_base_model().base_model.register_forward_hook(keep_trained)
-        try:
-            return super().compute_loss(
-                model, rest | {"shift_labels": targets[trained].unsqueeze(0)}, return_outputs, num_items_in_batch
-            )
-        finally:
-            hook.remove()
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if not self._is_plain:
+            return super()._clip_grad_norm(model)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether parameters and gradients are ordinary tensors, unscaled and whole in this process."""
+        return self.accelerator.scaler is None and self.accelerator.distributed_type in WHOLE
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._is_plain:
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         norm = super()._get_grad_norm(model, grad_norm)
         if not torch.as_tensor(norm).isfinite():
-            raise InputError(
-                f"Training diverged: the gradient of step {self.state.global_step + 1} is not finite. The checkpoints "
-                f"before it are kept; use a lower learning_rate than {self._get_learning_rate():g}."
-            )
+            raise self._diverged("gradient")
+        self._step_batches.clear()
         return norm
+
+    def _diverged(self, what: str) -> InputError:
+        batches, rate = self._step_batches, self._get_learning_rate()
+        self._step_batches = []
+
+        def loss_of(batch: dict[str, Any]) -> Tensor:
+            loss: Tensor = super(_Trainer, self).compute_loss(self.model, dict(batch))
+            return loss
+
+        place = describe(self.model, loss_of, batches, self.train_dataset)
+        return InputError(
+            f"Training diverged: the {what} of step {self.state.global_step + 1} is not finite, {place}. The "
+            f"checkpoints before it are kept; use a lower learning_rate than {rate:g}."
+        )
 
     @functools.cached_property
     def _data_digest(self) -> str:
         digest = hashlib.sha256()
         for row in self.train_dataset:
-            digest.update(np.array([len(row["labels"]), *row["input_ids"], *row["labels"]]).tobytes())
+            for name, value in sorted(row.items()):
+                values = np.asarray(value)
+                digest.update(f"{name} {values.shape}".encode())
+                digest.update(repr(value).encode() if values.dtype == object else values.tobytes())
         return digest.hexdigest()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
-        grouped = self.args.train_sampling_strategy == "group_by_length"
+        rows = train_dataset or self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return EpochSampler([1] * len(rows), None, self.args.seed)
+        lengths = [len(ids) for ids in rows["input_ids"]]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(lengths, batch if grouped else None, self.args.seed)
+        return EpochSampler(lengths, batch, self.args.seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = checkpoint_folder(Path(self.args.output_dir), self.state.global_step)
@@ -147,6 +228,67 @@ class SFTTrainer(trl.SFTTrainer):
         if checkpoint is not None:
             tensors, numbers = _read_state(Path(checkpoint))
             _set_random_state(tensors, numbers["random"])
+
+
+@contextlib.contextmanager
+def _few_walks(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
+    """Spare the walks through all modules that Trainer (transformers 5.23) makes in each step.
+
+    A model of thirty layers has some three thousand modules with PEFT's, and each walk takes milliseconds: for
+    ``model.train()``, which changes nothing from the second time on, and for ``model.zero_grad()``.
+    """
+    model.train()
+
+    def train(mode: bool = True) -> nn.Module:
+        return model if model.training == mode else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.train, model.zero_grad
+
+
+class SFTTrainer(_Trainer, trl.SFTTrainer):
+    """``trl.SFTTrainer`` for a PEFT model: same arguments, see this file's head for what differs.
+
+    Attributes:
+        trained_tokens: tokens with a label that this process has trained on.
+    """
+
+    _config = SFTConfig
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.trained_tokens = 0
+        # Trainer counts a step's trained tokens only for classes that accept loss arguments (Gemma 4 says no), and
+        # leaves the first position out only where the class's name tells its loss (GPT2LMHeadModel does not). The
+        # loss is computed by the head, which takes the count and shifts the labels for any class.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.model.training:
+            self.trained_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class DPOTrainer(_Trainer, trl.DPOTrainer):
+    """``trl.DPOTrainer`` for a PEFT model: same arguments, see this file's head for what differs."""
+
+    _config = DPOConfig
+
+
+class KTOTrainer(_Trainer, trl.KTOTrainer):
+    """``trl.KTOTrainer`` for a PEFT model: same arguments, see this file's head for what differs."""
+
+    _config = KTOConfig
 
 
 class EpochSampler(Sampler[int]):

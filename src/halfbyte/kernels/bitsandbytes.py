@@ -10,6 +10,7 @@ What bitsandbytes cannot do the reference does:
 - 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
 - 8-bit optimizer state: blocks of other sizes than 256.
 - Tensors of 2³¹ elements and more, which its kernels count in 32 bits, and empty ones.
+- The other pieces of a training step: attention, norms, gating, rotary embedding, the softmax of the output head.
 
 Its fused product takes rows of whole blocks and double quantization in blocks of 256; for others, and for the gradient,
 the weight is dequantized and torch multiplies. A short last block is filled up first, since its AVX-512 kernel places
@@ -24,6 +25,7 @@ the smallest code of its old sign, and skips elements whose gradient is not fini
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,12 +34,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum, Weight4bit
 
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKSIZES_8BIT = BLOCKSIZES_4BIT[1:]
 LARGEST_ON_CPU = 1024
 BLOCKSIZE_NESTED = BLOCKSIZE_STATE = 256
 LARGEST_COUNT = 2**31 - 1
+
+attention, attention_backward = reference.attention, reference.attention_backward
+rms_norm, rms_norm_gradient = reference.rms_norm, reference.rms_norm_gradient
+rms_norm_weight_gradient = reference.rms_norm_weight_gradient
+gated, gated_gradient, rotary = reference.gated, reference.gated_gradient, reference.rotary
+fold_softmax = reference.fold_softmax
 
 
 @functools.cache
@@ -109,6 +118,20 @@ def matmul_4bit(
 def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``."""
     return dy @ dequantize_4bit(packed, statistics, shape[0] * shape[1], dy.dtype).view(shape)
+
+
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products, each rounded to the dtype of ``x`` and added up in fp32."""
+    for terms, out, bias in sums:
+        y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
+        for x, factor, gradient in terms:
+            if not isinstance(factor, Weight4bit):
+                y = y + x @ (factor.to(x.dtype) if gradient else factor.to(x.dtype).T)
+            elif gradient:
+                y = y + matmul_4bit_dx(x, factor.packed, factor.statistics, factor.shape)
+            else:
+                y = y + matmul_4bit(x.contiguous(), factor.packed, factor.statistics, factor.shape, None)
+        out.copy_(y)
 
 
 def adamw_32bit(

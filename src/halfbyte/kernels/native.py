@@ -12,22 +12,28 @@ leaves the rest to torch.
 """
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
+from halfbyte.kernels import reference
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum, Weight4bit
 
 _AVAILABLE = importlib.util.find_spec("halfbyte._native") is not None
 if _AVAILABLE:
     from halfbyte import _native
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Type in csrc/contract.h
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # enum Activation in csrc/rows.h
 
 
 def available() -> bool:
@@ -172,6 +178,115 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return _matmul(dy, packed, statistics, shape, None, gradient=True)
 
 
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products, each value rounded once, all in one parallel region.
+
+    As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; up to 8 rows
+    are summed in another order than more where the first term is a 4-bit weight, no gradient.
+    """
+    isa = _tier()
+    if not _native.multiplies(isa):
+        return reference.matmul_sums(sums)
+    gathered, kept = [], []
+    for terms, out, bias in sums:
+        rows, width = out.shape
+        types = _TYPES[terms[0].x.dtype], _TYPES[out.dtype]
+        addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        gathered.append(_native.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
+        for x, factor, gradient in terms:
+            step = x.stride(1) if x.shape[1] > 1 else 1
+            if isinstance(factor, Weight4bit):
+                code, nested_code = _tables(factor.statistics)
+                kept.append((code, nested_code))
+                gathered[-1].add_weight(
+                    x.data_ptr(),
+                    x.stride(0),
+                    step,
+                    gradient,
+                    factor.packed.data_ptr(),
+                    code.data_ptr(),
+                    *_scales(factor.statistics, nested_code),
+                    factor.statistics.blocksize,
+                    *factor.shape,
+                )
+            else:
+                rows, columns = factor.shape
+                gathered[-1].add_dense(
+                    x.data_ptr(),
+                    x.stride(0),
+                    step,
+                    gradient,
+                    factor.data_ptr(),
+                    _TYPES[factor.dtype],
+                    rows,
+                    columns,
+                    factor.stride(0),
+                )
+    _native.matmul_sums(threads(), gathered)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over its range of keys, tile by tile; nothing on tiles that no range meets.
+
+    Any strides do as long as the values of a head follow each other. Sums are fp32; where the chip multiplies bf16,
+    the weights are rounded to it (csrc/attention.h). Results are bitwise the same for any number of threads.
+
+    Returns:
+        ``out``, which lies in memory as ``[B, L, H, D]``, and ``lse``.
+    """
+    isa = _tier()
+    if not _native.attends(isa):
+        return reference.attention(q, k, v, ranges, scale, softcap)
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    out = _heads_last(q.shape, q.dtype)
+    lse = torch.empty(*q.shape[:3], dtype=torch.float32, device="cpu")
+    _native.attention(
+        isa,
+        threads(),
+        *_attention(q, k, ranges, scale, softcap),
+        _head_strides(q),
+        _head_strides(k),
+        _head_strides(v),
+        _head_strides(out),
+        lse.data_ptr(),
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ranges: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`attention`, which lie in memory as ``[B, L, H, D]``."""
+    isa = _tier()
+    if not _native.attends(isa):
+        return reference.attention_backward(dout, q, k, v, out, lse, ranges, scale, softcap)
+    dout, q, k, v, out = map(_dense_rows, (dout, q, k, v, out))
+    dq, dk, dv = (_heads_last(x.shape, q.dtype) for x in (q, k, v))
+    _native.attention_backward(
+        isa,
+        threads(),
+        *_attention(q, k, ranges, scale, softcap),
+        _head_strides(q),
+        _head_strides(k),
+        _head_strides(v),
+        _head_strides(out),
+        lse.data_ptr(),
+        _head_strides(dout),
+        _head_strides(dq),
+        _head_strides(dk),
+        _head_strides(dv),
+    )
+    return dq, dk, dv
+
+
 def adamw_32bit(
     params: list[Tensor],
     grads: list[Tensor],
@@ -237,6 +352,135 @@ def adamw_8bit(
     )
 
 
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm; sums in the tier's order, for any number of threads."""
+    x, weight = _dense_rows(x), weight.contiguous()
+    residual = None if residual is None else _dense_rows(residual)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    scale = torch.empty(len(x), dtype=torch.float32, device="cpu")
+    _native.rms_norm(
+        *_rows(x),
+        _strided(x),
+        _strided(residual),
+        weight.data_ptr(),
+        eps,
+        offset,
+        rounded,
+        h.data_ptr(),
+        y.data_ptr(),
+        scale.data_ptr(),
+    )
+    return h, y, scale
+
+
+def rms_norm_gradient(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, offset: float) -> Tensor:
+    """The gradient of :func:`rms_norm` with respect to what it normalizes."""
+    dy, h, weight = _dense_rows(dy), _dense_rows(h), weight.contiguous()
+    dh = None if dh is None else _dense_rows(dh)
+    dx = torch.empty(h.shape, dtype=h.dtype, device="cpu")
+    _native.rms_norm_gradient(
+        *_rows(h),
+        _strided(dy),
+        _strided(h),
+        _strided(dh),
+        weight.data_ptr(),
+        scale.data_ptr(),
+        offset,
+        dx.data_ptr(),
+    )
+    return dx
+
+
+def rms_norm_weight_gradient(dy: Tensor, h: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of :func:`rms_norm` with respect to the weight; rows are added in their order."""
+    dy, h = _dense_rows(dy), _dense_rows(h)
+    dweight = torch.empty(h.shape[1], dtype=torch.float32, device="cpu")
+    _native.rms_norm_weight_gradient(*_rows(h), _strided(dy), _strided(h), scale.data_ptr(), dweight.data_ptr())
+    return dweight
+
+
+def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """A gated linear unit."""
+    gate, up = _dense_rows(gate), _dense_rows(up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
+    _native.gated(*_rows(gate), _ACTIVATIONS[name], _strided(gate), _strided(up), y.data_ptr())
+    return y
+
+
+def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None:
+    """The gradients of :func:`gated`, into tensors of equal strides."""
+    dy, gate, up = _dense_rows(dy), _dense_rows(gate), _dense_rows(up)
+    _native.gated_gradient(
+        *_rows(gate),
+        _ACTIVATIONS[name],
+        _strided(dy),
+        _strided(gate),
+        _strided(up),
+        dgate.data_ptr(),
+        dup.data_ptr(),
+        dgate.stride(0),
+    )
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Rotary position embedding; without fused multiply-adds on any tier."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    sin = sin.to(cos.dtype)
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    _native.rotary(
+        _tier(),
+        threads(),
+        _TYPES[x.dtype],
+        cos.dtype == torch.float32,
+        inverse,
+        x.shape,
+        x.stride(),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[-1],
+        cos.stride()[:2],
+        y.data_ptr(),
+    )
+    return y
+
+
+def fold_softmax(
+    logits: Tensor, labels: Tensor, first: int, softmax: RunningSoftmax, scale: float, cap: float | None, gradient: bool
+) -> None:
+    """Take a chunk of the vocabulary into the softmax of each row; tiers differ in the last places of fp32."""
+    rows, width = logits.shape
+    _native.fold_softmax(
+        _tier(),
+        threads(),
+        logits.data_ptr(),
+        _TYPES[logits.dtype],
+        rows,
+        width,
+        labels.data_ptr(),
+        first,
+        scale,
+        0.0 if cap is None else cap,
+        gradient,
+        [getattr(softmax, field.name).data_ptr() for field in dataclasses.fields(softmax)],
+    )
+
+
+def elementary(name: str, x: Tensor) -> Tensor:
+    """Return ``exp``, ``sigmoid`` or ``tanh`` of fp32 values as the tier's element-wise kernels have it.
+
+    Within 2 units in the last place for ``exp``, 3 for the others; csrc/lanes.inl.
+    """
+    y = torch.empty(x.numel(), dtype=torch.float32, device="cpu")
+    getattr(_native, name)(_tier(), x.contiguous().data_ptr(), x.numel(), y.data_ptr())
+    return y.view(x.shape)
+
+
 def _matmul(
     x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
 ) -> Tensor:
@@ -264,6 +508,42 @@ def _matmul(
         y.data_ptr(),
     )
     return y
+
+
+def _attention(
+    q: Tensor, k: Tensor, ranges: Tensor, scale: float, softcap: float
+) -> tuple[tuple[int, int, int, int, int, int], int, int, float, float]:
+    """Return sizes, type, ranges, scale and cap as the extension takes them."""
+    batches, heads, queries, size = q.shape
+    sizes = (batches, heads, k.shape[1], queries, k.shape[2], size)
+    return sizes, _TYPES[q.dtype], ranges.data_ptr(), scale, softcap
+
+
+def _head_strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Return the address of ``x`` and the strides of batch, head and row."""
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row
+
+
+def _heads_last(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return a tensor to fill, ``[B, H, L, D]``, that lies in memory as ``[B, L, H, D]``."""
+    batches, heads, rows, size = shape
+    return torch.empty(batches, rows, heads, size, dtype=dtype, device="cpu").transpose(1, 2)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """Return ``x``, copied unless the values of a row lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Return what each call over rows begins with: tier, threads, type, rows and width."""
+    return _tier(), threads(), _TYPES[x.dtype], *x.shape
+
+
+def _strided(x: Tensor | None) -> tuple[int, int]:
+    """Return the address and the distance of rows, as the extension takes them; zeros for none."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
 def _tables(statistics: Statistics) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ A provider is a module with the functions of :class:`Provider`; it may take its 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import bitsandbytes, native, reference
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum
 
 
 class Provider(Protocol):
@@ -35,6 +37,25 @@ class Provider(Protocol):
     ) -> Tensor: ...
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
+
+    def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attention_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        ranges: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def adamw_32bit(
         self,
@@ -65,6 +86,32 @@ class Provider(Protocol):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+    ) -> None: ...
+
+    def rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, rounded: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def rms_norm_gradient(
+        self, dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, offset: float
+    ) -> Tensor: ...
+
+    def rms_norm_weight_gradient(self, dy: Tensor, h: Tensor, scale: Tensor) -> Tensor: ...
+
+    def gated(self, gate: Tensor, up: Tensor, name: str) -> Tensor: ...
+
+    def gated_gradient(self, dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None: ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor: ...
+    def fold_softmax(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        first: int,
+        softmax: RunningSoftmax,
+        scale: float,
+        cap: float | None,
+        gradient: bool,
     ) -> None: ...
 
 

@@ -12,10 +12,14 @@ two oddities: full blocks are multiplied by the reciprocal of ``absmax`` while a
 divided by it, and only the short block's ``absmax`` is raised to 1e-38 in the result.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum, Weight4bit
 
 SMALLEST_ABSMAX = 1e-38
 
@@ -132,6 +136,93 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
     return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
 
 
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
+
+    The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once.
+    """
+    for terms, out, bias in sums:
+        y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
+        for x, factor, gradient in terms:
+            if isinstance(factor, Weight4bit):
+                rows, columns = factor.shape
+                factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
+            rounded = factor.to(x.dtype).float()
+            y = y + x.float() @ (rounded if gradient else rounded.T)
+        out.copy_(y)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over its range of keys (arXiv 1706.03762, section 3.2.1).
+
+        z = scale q kᵀ, or softcap tanh(scale q kᵀ / softcap);   lse = log sum exp z;   out = exp(z - lse) v
+
+    Query head ``h`` reads key/value head ``h // (H / G)``.
+
+    Args:
+        q: ``[B, H, L, D]``, floating.
+        k: ``[B, G, S, D]`` in the dtype of ``q``; ``H`` is a multiple of ``G``.
+        v: as ``k``.
+        ranges: int32 ``[B, L, 2]``: query ``i`` reads the keys from ``ranges[b, i, 0]`` to before ``ranges[b, i, 1]``.
+            Without any its output is 0.
+        scale: factor of the products.
+        softcap: bound of the logits; 0 for none.
+
+    Returns:
+        ``out``, ``[B, H, L, D]`` in the dtype of ``q``, and ``lse``, fp32 ``[B, H, L]``, -inf for a query without keys.
+    """
+    z, _ = _logits(q, k, ranges, scale, softcap)
+    lse = torch.logsumexp(z, dim=-1)
+    p = (z - lse.unsqueeze(-1)).exp().where(z > -torch.inf, 0)
+    return (p @ _for_queries(v, q)).to(q.dtype), lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ranges: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients ``dq``, ``dk`` and ``dv`` of :func:`attention` (arXiv 2205.14135, appendix B.2).
+
+    p = exp(z - lse);   dv = pᵀ dout;   ds = scale (1 - (z / softcap)²) p (dout vᵀ - rowsum(dout out));
+    dq = ds k;   dk = dsᵀ q
+
+    Those of a key/value head are the sums over the query heads that read it. ``dout`` has the shape of ``out``.
+    """
+    z, slope = _logits(q, k, ranges, scale, softcap)
+    p = (z - lse.unsqueeze(-1)).exp().where(z > -torch.inf, 0)
+    d = (dout.float() * out.float()).sum(-1, keepdim=True)
+    ds = p * (dout.float() @ _for_queries(v, q).mT - d) * slope * scale
+    dq = ds @ _for_queries(k, q)
+    dk, dv = ds.mT @ q.float(), p.mT @ dout.float()
+    batches, kv_heads, keys, size = k.shape
+    dk, dv = (x.view(batches, kv_heads, -1, keys, size).sum(2) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _logits(q: Tensor, k: Tensor, ranges: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """Return fp32 ``z`` ``[B, H, L, S]``, -inf out of range, and the derivative of the soft cap there."""
+    z = q.float() @ _for_queries(k, q).mT * scale
+    slope: Tensor | float = 1.0
+    if softcap:
+        t = torch.tanh(z / softcap)
+        z, slope = softcap * t, 1 - t * t
+    key = torch.arange(k.shape[2], device=k.device)
+    begin, end = ranges.unsqueeze(1).unbind(-1)
+    return z.masked_fill((key < begin.unsqueeze(-1)) | (key >= end.unsqueeze(-1)), -torch.inf), slope
+
+
+def _for_queries(x: Tensor, q: Tensor) -> Tensor:
+    """Return fp32 keys or values ``[B, G, S, D]`` once for each query head, ``[B, H, S, D]``."""
+    return x.float().repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
 def adamw_32bit(
     params: list[Tensor],
     grads: list[Tensor],
@@ -220,3 +311,145 @@ def adamw_8bit(
             new_codes, new_absmax = quantize_8bit(moment, table, blocksize)
             codes.copy_(new_codes.view_as(codes))
             absmax.copy_(new_absmax)
+
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm (arXiv 1910.07467) of ``h = x + residual``.
+
+    ``y = h s (offset + weight)`` with ``s = 1 / sqrt(mean(h²) + eps)`` over the last dimension.
+
+    Args:
+        x: ``[rows, width]``.
+        residual: as ``x``, or None.
+        weight: ``[width]`` in the dtype of ``x``.
+        eps: added to the mean square.
+        offset: 0, or 1 (Gemma).
+        rounded: whether ``h s`` is rounded to the dtype of ``x`` before the weight multiplies it (Llama).
+
+    Returns:
+        ``h`` (``x`` itself without a residual), ``y``, and ``s`` fp32 ``[rows]``.
+    """
+    h = x if residual is None else x + residual
+    scale = torch.rsqrt(h.float().square().mean(dim=1, keepdim=True) + eps)
+    normalized = h.float() * scale
+    if rounded:
+        normalized = normalized.to(x.dtype).float()
+    return h, (normalized * (offset + weight.float())).to(x.dtype), scale.squeeze(1)
+
+
+def rms_norm_gradient(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor, offset: float) -> Tensor:
+    """Return the gradient of :func:`rms_norm` with respect to ``x``, which is also that of ``residual``.
+
+    ``dx = dh + s (g - h s² mean(g h))`` with ``g = dy (offset + weight)``.
+
+    Args:
+        dy: the gradient of ``y``.
+        dh: that of ``h`` from elsewhere, or None.
+        h: as returned, like ``scale``.
+        weight: as given, like ``offset``.
+        scale: s.
+        offset: 0 or 1.
+    """
+    s, wide = scale.unsqueeze(1), h.float()
+    g = dy.float() * (offset + weight.float())
+    dx = s * (g - wide * s.square() * (g * wide).mean(dim=1, keepdim=True))
+    return (dx if dh is None else dx + dh.float()).to(h.dtype)
+
+
+def rms_norm_weight_gradient(dy: Tensor, h: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of :func:`rms_norm` with respect to ``weight``: ``Σ dy h s`` over the rows, fp32."""
+    return (dy.float() * h.float() * scale.unsqueeze(1)).sum(dim=0)
+
+
+def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return ``f(x)`` and ``f'(x)`` for ``silu``, ``x σ(x)``, or ``gelu_tanh``, ``x σ(2 sqrt(2/π) (x + 0.044715 x³))``.
+
+    The latter is the usual ``x/2 (1 + tanh(...))``.
+    """
+    factor = 2 * (2 / torch.pi) ** 0.5
+    inner, slope = (x, 1) if name == "silu" else (factor * (x + 0.044715 * x**3), factor * (1 + 0.134145 * x**2))
+    s = torch.sigmoid(inner)
+    return x * s, s + x * s * (1 - s) * slope
+
+
+def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """A gated linear unit (arXiv 2002.05202): ``f(gate) up``, all ``[rows, width]`` of one dtype."""
+    return (activation(gate.float(), name)[0] * up.float()).to(gate.dtype)
+
+
+def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None:
+    """Write the gradients of :func:`gated` with respect to ``gate`` and ``up`` into ``dgate`` and ``dup``."""
+    value, slope = activation(gate.float(), name)
+    dgate.copy_(dy.float() * up.float() * slope)
+    dup.copy_(dy.float() * value)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864), the halves of a head as transformers pairs them.
+
+    ``(a, b)`` becomes ``(a cos_a - b sin_a, b cos_b + a sin_b)``.
+
+    Args:
+        x: ``[batch, length, heads, size]``.
+        cos: ``[batch, length, 2 half]``, fp32 or as ``x``; what a head has beyond ``2 half`` stays as it is.
+        sin: as ``cos``.
+        inverse: apply the transposed matrix instead, which is the gradient.
+
+    Returns:
+        As ``x``.
+    """
+    half = cos.shape[-1] // 2
+    a, b, rest = x.float().tensor_split([half, 2 * half], dim=-1)
+    (cos_a, cos_b), (sin_a, sin_b) = (t.float().unsqueeze(2).chunk(2, dim=-1) for t in (cos, sin))
+    if inverse:
+        turned = (a * cos_a + b * sin_b, b * cos_b - a * sin_a)
+    else:
+        turned = (a * cos_a - b * sin_a, b * cos_b + a * sin_b)
+    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+
+
+def fold_softmax(
+    logits: Tensor, labels: Tensor, first: int, softmax: RunningSoftmax, scale: float, cap: float | None, gradient: bool
+) -> None:
+    """Take a chunk of the vocabulary into the softmax of each row.
+
+        z = scale logits, or with a soft cap  z = cap tanh(scale logits / cap);   z' = dz / dlogits
+
+    With ``gradient`` the logits are overwritten with exp(z - m) z', m being the largest z up to this chunk, and with 0
+    at the label: that, over the sum of all exp(z - m), is what each logit takes from the logarithm of the label's
+    probability. (What the label itself gives, (1 - p) z', is left to fp32: in bf16 a p close to 1 would swallow it.)
+
+    Args:
+        logits: ``[n, width]``, floating; changed in place.
+        labels: int64 ``[n]``, indices into the whole vocabulary.
+        first: the chunk's first index in the vocabulary.
+        softmax: of the rows; changed in place.
+        scale: what the logits are multiplied by.
+        cap: the soft cap, or None.
+        gradient: whether to write over the logits.
+    """
+    z = logits.float() * scale
+    slope = torch.full_like(z, scale)
+    top = z.argmax(dim=1)
+    if cap is not None:
+        tanh = (z / cap).tanh()
+        z, slope = cap * tanh, scale * (1 - tanh * tanh)
+    largest = z.amax(dim=1)
+    softmax.top.copy_(torch.where(largest > softmax.maximum, first + top, softmax.top))
+    maximum = torch.maximum(softmax.maximum, largest)
+    softmax.shrink.copy_((softmax.maximum - maximum).exp())
+    below = z - maximum.unsqueeze(1)
+    e = below.exp()
+    softmax.weighted.add_(softmax.sum * (softmax.maximum - maximum)).mul_(softmax.shrink).add_((e * below).sum(1))
+    softmax.squares.mul_(softmax.shrink.square()).add_(e.square().sum(1))
+    softmax.sum.mul_(softmax.shrink).add_(e.sum(1))
+    softmax.total.add_(z.sum(1))
+    softmax.maximum.copy_(maximum)
+    rows = ((labels >= first) & (labels < first + logits.shape[1])).nonzero().squeeze(1)
+    columns = labels[rows] - first
+    softmax.label[rows], softmax.slope[rows] = z[rows, columns], slope[rows, columns]
+    if gradient:
+        e[rows, columns] = 0
+        logits.copy_(e * slope)

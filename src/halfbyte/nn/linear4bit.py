@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte import kernels
 from halfbyte.errors import InputError
-from halfbyte.kernels import Statistics
+from halfbyte.kernels import Statistics, Weight4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
 
@@ -85,6 +85,11 @@ class Linear4bit(nn.Linear):
             torch.Size((self.out_features, self.in_features)),
             self.weight_dtype,
         )
+
+    @property
+    def factor(self) -> Weight4bit:
+        """The weight as :func:`halfbyte.nn.lora_linear` and the kernels take it."""
+        return Weight4bit(self.weight, self._loaded_statistics(), (self.out_features, self.in_features))
 
     def set_quantized_weight(self, weight: QuantizedWeight) -> None:
         """Take ``weight`` as it is, without a copy.

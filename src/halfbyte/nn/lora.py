@@ -1,25 +1,195 @@
-"""Low-rank adaptation over a frozen linear layer (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314, equation 5).
+"""Low-rank adaptation over frozen 4-bit weights (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314, equation 5).
 
-    y = x dequant(W)ᵀ + b + s (x Aᵀ) Bᵀ
+For each of several projections of one input ``x`` [rows, in] (query, key and value; gate and up; or a single one):
 
-The first terms are :class:`halfbyte.nn.Linear4bit`; this file is the last. A and B are kept in fp32 and take part in
-the dtype of the product. The scale is applied between the two products, to rank values a row instead of ``out``.
+    y = x dequant(W)ᵀ + b + u Bᵀ           u = s drop(x) Aᵀ                           [rows, rank]
+
+Gradients, with ``g = dy B`` [rows, rank], summed over the projections where they share the operand:
+
+    dx = Σ dy dequant(W) + drop'(s g A)    dA = s gᵀ drop(x)    dB = dyᵀ u    db = Σ_rows dy
+
+A, B and their gradients are fp32; products take factors in the dtype of ``x`` and sum in fp32, rounded once: what LoRA
+adds is never rounded apart from the base product. The low-rank factors of all projections are stacked along the rank,
+so that ``x`` is read once for all u and once for all dA. Kept for the backward: ``x``, ``u`` and the seed of the
+dropout mask, which is drawn again; never a dense W.
+
+One mask serves all projections of a call, where PEFT draws one for each; every value is still dropped with the same
+probability.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.autograd.function import once_differentiable
+
+from halfbyte import kernels
+from halfbyte.kernels import Sum, Term, Weight4bit
 
 
-def lora_delta(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return ``s (x Aᵀ) Bᵀ``.
+class LowRank(NamedTuple):
+    """An adapter's part of a projection: ``s (x Aᵀ) Bᵀ``.
+
+    Attributes:
+        a: fp32 ``[rank, in]``.
+        b: fp32 ``[out, rank]``.
+        scaling: s, ``lora_alpha / rank``.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class Projection(NamedTuple):
+    """A frozen weight with its adapters.
+
+    Attributes:
+        weight: ``[out, in]``.
+        bias: ``[out]``, or None.
+        adapters: any number, which add up.
+    """
+
+    weight: Weight4bit
+    bias: Tensor | None
+    adapters: Sequence[LowRank]
+
+
+def lora_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> list[Tensor]:
+    """Return what each projection makes of ``x``, differentiable in ``x``, the biases and the adapters.
 
     Args:
-        x: ``[..., in]``, in the dtype to compute in.
-        a: ``[rank, in]``.
-        b: ``[out, rank]``.
-        scaling: s, ``lora_alpha / rank``.
+        x: ``[..., in]``, fp32, bf16 or fp16: the dtype to compute in.
+        projections: one or more, of one ``in`` and any ``out``, rank and 4-bit format.
+        dropout: the probability with which a value of ``x`` is zero for the adapters; the others are scaled up.
 
     Returns:
-        ``[..., out]`` in the dtype of ``x``.
+        for each projection ``[..., out]`` in the dtype of ``x``.
     """
-    return linear(linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    biases = [None if p.bias is None else p.bias.to(x.dtype) for p in projections]
+    adapters = [adapter for p in projections for adapter in p.adapters]
+    plan = _Plan(projections, dropout if adapters else 0.0)
+    factors = [adapter.a for adapter in adapters] + [adapter.b for adapter in adapters]
+    ys: tuple[Tensor, ...] = _LoraLinear.apply(rows, plan, *biases, *factors)  # type: ignore[no-untyped-call]
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+class _Plan:
+    """What a call knows beside the values that it is differentiated in.
+
+    Attributes:
+        weights: of each projection.
+        columns: of each projection and each of its adapters, where it lies among the stacked ranks.
+        scalings: of all adapters in this order.
+        rank: the sum of all ranks.
+        dropout: the probability, and ``seed``, from torch's own generator.
+    """
+
+    def __init__(self, projections: Sequence[Projection], dropout: float) -> None:
+        self.weights = [p.weight for p in projections]
+        self.scalings = [adapter.scaling for p in projections for adapter in p.adapters]
+        self.rank = 0
+        self.columns: list[list[slice]] = []
+        for p in projections:
+            self.columns.append([])
+            for adapter in p.adapters:
+                self.columns[-1].append(slice(self.rank, self.rank + len(adapter.a)))
+                self.rank += len(adapter.a)
+        self.dropout = dropout
+        self.seed = int(torch.randint(2**62, ())) if dropout else 0
+
+    def split(self, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """Return what is of the biases, of A and of B."""
+        n = len(self.weights)
+        return values[:n], values[n : n + len(self.scalings)], values[n + len(self.scalings) :]
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Return ``x`` with some values set to zero, the same ones each time, and the others scaled up."""
+        if not self.dropout:
+            return x
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        keep = 1 - self.dropout
+        return x * torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+
+    def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
+        """Return all ``s A``, ``[sum of ranks, in]``."""
+        scaled = [a if s == 1 else a * s for a, s in zip(factors_a, self.scalings, strict=True)]
+        return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The formulas at the head of this file. ``tensors``: the biases, all A, all B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        biases, factors_a, factors_b = plan.split(tensors)
+        u = x.new_empty(len(x), plan.rank)
+        if plan.rank:
+            kernels.matmul_sums([Sum([Term(plan.drop(x), plan.stacked(factors_a))], u)])
+        bs = iter(factors_b)
+        sums = []
+        for weight, bias, columns in zip(plan.weights, biases, plan.columns, strict=True):
+            terms = [Term(x, weight), *(Term(u[:, c], next(bs)) for c in columns)]
+            sums.append(Sum(terms, x.new_empty(len(x), weight.shape[0]), bias))
+        kernels.matmul_sums(sums)
+        ctx.save_for_backward(x, u, *factors_a, *factors_b)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return tuple(y.out for y in sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        x, u, *factors = ctx.saved_tensors
+        _, factors_a, factors_b = plan.split([None] * len(plan.weights) + factors)
+        need_x, _, *needs = ctx.needs_input_grad
+        need_biases, need_a, need_b = plan.split(needs)
+        dys = [None if dy is None else dy.contiguous() for dy in gradients]
+        # of each adapter, the gradient of its projection and its columns of u and g
+        adapters = [(dy, c) for dy, columns in zip(dys, plan.columns, strict=True) for c in columns]
+
+        g = x.new_zeros(len(x), plan.rank)
+        sums = []
+        if need_x or any(need_a):
+            for (dy, c), b in zip(adapters, factors_b, strict=True):
+                if dy is not None:
+                    sums.append(Sum([Term(dy, b, gradient=True)], g[:, c]))
+            kernels.matmul_sums(sums)
+
+        sums = []
+        dx = through_adapters = da = None
+        if need_x:
+            dx = torch.empty_like(x)
+            terms = [Term(dy, w, gradient=True) for dy, w in zip(dys, plan.weights, strict=True) if dy is not None]
+            if plan.rank:
+                of_adapters = Term(g, plan.stacked(factors_a), gradient=True)
+                if plan.dropout:
+                    through_adapters = torch.empty_like(x)
+                    sums.append(Sum([of_adapters], through_adapters))
+                else:
+                    terms.append(of_adapters)
+            sums.append(Sum(terms, dx))
+        if any(need_a):
+            da = x.new_empty(plan.rank, x.shape[1], dtype=torch.float32)
+            sums.append(Sum([Term(g.T, plan.drop(x), gradient=True)], da))
+        dbs: list[Tensor | None] = [None] * len(adapters)
+        for i, (dy, c) in enumerate(adapters):
+            if dy is not None and need_b[i]:
+                dbt = x.new_empty(c.stop - c.start, dy.shape[1], dtype=torch.float32)
+                sums.append(Sum([Term(u[:, c].T, dy, gradient=True)], dbt))
+                dbs[i] = dbt.T
+        kernels.matmul_sums(sums)
+
+        if dx is not None and through_adapters is not None:
+            dx += plan.drop(through_adapters)
+        das: list[Tensor | None] = [None] * len(adapters)
+        if da is not None:
+            das = [
+                da[c].mul_(s) if need else None for (_, c), s, need in zip(adapters, plan.scalings, need_a, strict=True)
+            ]
+        dbiases = [None if dy is None or not need else dy.sum(0) for dy, need in zip(dys, need_biases, strict=True)]
+        low_rank = [d if d is None else d.to(f.dtype) for d, f in zip([*das, *dbs], factors, strict=True)]
+        return dx, None, *dbiases, *low_rank

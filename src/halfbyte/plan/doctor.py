@@ -1,15 +1,11 @@
-"""What is installed here, what this machine offers, and what to do about what is missing.
-
-The memory limit of a container is read from its control groups, version 2 (``memory.max``) and version 1
-(``memory.limit_in_bytes``), since ``psutil`` reports the machine's memory whatever the container may use.
-"""
+"""What is installed here, what this machine offers, and what to do about what is missing."""
 
 import dataclasses
 import importlib.metadata
 import os
 import platform
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import huggingface_hub.constants
 import psutil
@@ -17,6 +13,7 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.kernels import native, provider_for, providers
+from halfbyte.plan.memory import memory_limit
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 COMPILERS = ("c++", "g++", "clang++")
@@ -63,26 +60,6 @@ def line() -> str:
     return f"halfbyte {__version__}: {name} kernels{tier}, {torch.get_num_threads()} threads"
 
 
-def cgroup_memory_limit(membership: str, root: Path) -> int | None:
-    """Return the lowest memory limit in bytes of the control groups that a process is in, or None.
-
-    Args:
-        membership: the text of ``/proc/<pid>/cgroup``.
-        root: where the control groups are mounted, ``/sys/fs/cgroup``.
-    """
-    limits = []
-    for entry in membership.splitlines():
-        _, controllers, path = entry.split(":", 2)
-        group = PurePosixPath(path.lstrip("/"))
-        for folder in (group, *group.parents):
-            if controllers == "":
-                limits.append(root / folder / "memory.max")
-            elif "memory" in controllers.split(","):
-                limits.append(root / "memory" / folder / "memory.limit_in_bytes")
-    texts = [file.read_text().strip() for file in limits if file.is_file()]
-    return min((int(text) for text in texts if text != "max"), default=None)
-
-
 def _provider(device: str) -> str:
     chosen = provider_for(torch.device(device))
     return next(name for name, provider in providers().items() if provider is chosen)
@@ -116,11 +93,9 @@ def _threads() -> Finding:
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
     value = f"{_gib(memory.total)}, {_gib(memory.available)} available"
-    membership = Path("/proc/self/cgroup")
-    if membership.is_file():
-        limit = cgroup_memory_limit(membership.read_text(), Path("/sys/fs/cgroup"))
-        if limit is not None and limit < memory.total:
-            value += f", {_gib(limit)} allowed to this container"
+    limit = memory_limit()
+    if limit is not None and limit < memory.total:
+        value += f", {_gib(limit)} allowed to this container"
     return Finding("memory", value)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import write_text
@@ -33,6 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 RUN_OPTIONS = ("resume", "overwrite")
+# What may change when a run goes on: the result does not depend on it.
+CHANGEABLE = ("save_steps", "memory", "gradient_checkpointing")
 
 
 class TrainConfig(BaseModel):
@@ -69,8 +71,13 @@ class TrainConfig(BaseModel):
     gradient_accumulation_steps: int = Field(default=4, ge=1, description="Forward passes per optimizer step.")
     max_length: int = Field(default=512, ge=2, description="Tokens per sequence; longer ones are cut at the end.")
     group_by_length: bool = Field(default=True, description="Put sequences of similar length into one batch.")
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    memory: ByteSize | None = Field(
+        default=None,
+        description="Memory for the process, such as 8GiB; activations that do not fit are recomputed in the backward "
+        "pass. Without it: what is free.",
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="Recompute all activations, or none, whatever the memory; without it memory decides."
     )
 
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = Field(

@@ -37,16 +37,19 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig
 
 from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
-from halfbyte.hf.trainer import SFTTrainer, checkpoints
-from halfbyte.train.config import RUN_OPTIONS, TrainConfig
+from halfbyte.hf import activations
+from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
+from halfbyte.plan.memory import anonymous_memory, free_memory
+from halfbyte.train.config import CHANGEABLE, RUN_OPTIONS, TrainConfig
 from halfbyte.train.display import Display, StepMetrics
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "summary.json")
+FREE_SHARE = 0.9
+"""Of the memory that is free, what a run takes where no budget was given."""
 LOSS_STEPS = 10
 """The loss of a run is the mean over its last so many steps."""
 
@@ -118,10 +121,13 @@ def fine_tune(config: TrainConfig, display: Display | None = None) -> RunResult:
         model = _load_model(config)
         trained, parameters = model.get_nb_trainable_parameters()
         display.note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
+        policy = _plan_activations(config, model, rows)
+        display.note(str(policy))
         if checkpoint:
             display.note(f"Going on from {checkpoint}")
         else:
             _clear_folder(config)
+        activations.apply(model, policy, config.output)
         trainer = _trainer(config, model, tokenizer, rows)
         log = _Log(config.output, int(checkpoint.name.removeprefix("step-")) if checkpoint else 0, trainer, display)
         trainer.add_callback(log)
@@ -163,7 +169,7 @@ def _check_folder(config: TrainConfig) -> Path | None:
     before = TrainConfig.from_yaml(output / "config.yaml", {"output": output})
     for name in TrainConfig.model_fields:
         old, new = getattr(before, name), getattr(config, name)
-        if old != new and name not in (*RUN_OPTIONS, "save_steps"):
+        if old != new and name not in (*RUN_OPTIONS, *CHANGEABLE):
             raise InputError(
                 f"{output} was begun with {name} {old!r} and cannot go on with {new!r}; "
                 f"use its own config.yaml, or name another folder."
@@ -226,12 +232,11 @@ def _trainer(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=False,  # the layers have been told (hf/activations.py)
         seed=config.seed,
         save_steps=config.save_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        bf16=False,  # autocast off: the 4-bit layers compute in compute_dtype
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -256,6 +261,14 @@ def _trainer(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase
         processing_class=tokenizer,
         optimizers=(optimizer, None),
     )
+
+
+def _plan_activations(config: TrainConfig, model: Any, rows: data.Tokenized) -> activations.Policy:
+    """Choose which layers' activations are kept, as the memory allows."""
+    free = int(FREE_SHARE * free_memory()) if config.memory is None else config.memory - anonymous_memory()
+    length = max(len(row["input_ids"]) for row in rows.rows)
+    recompute = config.gradient_checkpointing
+    return activations.plan(model, length=length, batch_size=config.batch_size, free=free, recompute=recompute)
 
 
 class _Log(TrainerCallback):  # type: ignore[misc]

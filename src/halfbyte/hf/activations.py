@@ -1,0 +1,218 @@
+"""What becomes of each decoder layer's activations between its forward and its backward pass, by a memory budget.
+
+A layer's activations are
+
+    kept         all that its backward reads stays in memory;
+    recomputed   only its input stays, and the forward runs again in the backward (arXiv 1604.06174);
+    offloaded    recomputed, and the input waits in an unnamed file (:mod:`halfbyte.optim.paged`).
+
+A step is ``2 N T`` forward and ``2 N T`` backward operations of matrix work over the frozen weights (N parameters,
+T tokens), so recomputing k of n layers costs ``k / (2 n)`` more of it. As few layers as possible are recomputed, the
+first ones: their turn in the backward comes when everything else has been freed.
+
+What a layer keeps is measured: one sequence goes forward, and the tensors that autograd saves are counted and dropped.
+The seam is transformers' ``GradientCheckpointingLayer`` (5.23): each layer asks its own ``gradient_checkpointing`` and
+calls its own ``_gradient_checkpointing_func``. Models without it keep everything.
+
+Left out: sending a kept layer's activations to the file without recomputing. They are some twenty times the input, and
+writing and reading them takes longer than the forward that makes them again.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from halfbyte.errors import InputError
+from halfbyte.optim import paged
+
+SEAM = ("gradient_checkpointing", "_gradient_checkpointing_func")
+BYTES_PER_TRAINED = 12
+"""Gradient and two moments in fp32, the most that a trained parameter brings along."""
+WORKSPACE = 2**29 * 4 // 5
+"""Bytes that a step takes beside what autograd saves: libraries' scratch, and gaps between allocations."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one decoder layer holds between its passes, in bytes.
+
+    Attributes:
+        kept: all that its backward reads.
+        input: its input alone.
+    """
+
+    kept: int
+    input: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How many layers are treated how: the first ``offloaded``, then ``recomputed``, then ``kept``.
+
+    Attributes:
+        bytes: memory expected at the step's peak, beyond what is taken now.
+        free: memory that may be taken beyond that, as the budget says.
+    """
+
+    offloaded: int
+    recomputed: int
+    kept: int
+    bytes: int
+    free: int
+
+    def __str__(self) -> str:
+        layers = self.offloaded + self.recomputed + self.kept
+        share = f"{_gib(self.bytes)} of the {_gib(self.free)} that may be used"
+        if not layers or self.kept == layers:
+            return f"Activations are kept, {share}"
+        again = self.offloaded + self.recomputed
+        text = f"Activations of {again} of {layers} layers are recomputed"
+        if self.offloaded:
+            text += f", the inputs of {self.offloaded} of them wait on the disk"
+        return f"{text}: {share}, for {again / layers / 2:.0%} more matrix work"
+
+
+def choose(layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1) -> Policy:
+    """Return the policy with the least recomputation, then the least on the disk, that fits.
+
+    Args:
+        layers: what each layer holds, first to last.
+        fixed: bytes that the step needs whatever the policy is.
+        free: bytes that there are for all.
+        batch_size: sequences that the layers hold this for.
+
+    Raises:
+        InputError: nothing fits; it names what would.
+    """
+    count = len(layers)
+    for offloaded, recomputed in [*((0, r) for r in range(count + 1)), *((o, count - o) for o in range(1, count + 1))]:
+        needed = _needed(layers, fixed, offloaded, recomputed)
+        if needed <= free:
+            return Policy(offloaded, recomputed, count - offloaded - recomputed, needed, free)
+    fitting = (free - fixed) * batch_size // (needed - fixed) if needed > fixed else 0
+    remedy = f"lower batch_size from {batch_size} to {fitting}" if fitting > 0 else "lower max_length"
+    raise InputError(
+        f"A step needs {_gib(needed)} of memory even with every activation recomputed or on the disk, but {_gib(free)} "
+        f"may be used: {remedy}, or raise memory by {_gib(needed - free)}."
+    )
+
+
+def apply(model: nn.Module, policy: Policy, folder: Path | None = None) -> None:
+    """Treat the layers of ``model`` as ``policy`` says.
+
+    Args:
+        model: any model; in place.
+        policy: for as many layers as it has.
+        folder: of the file for offloaded inputs; None takes the temporary folder, as for paged optimizer state.
+    """
+    offload = functools.partial(_offload, paged.choose_folder(folder)) if policy.offloaded else _recompute
+    for index, layer in enumerate(checkpointing_layers(model)):
+        layer.gradient_checkpointing = index < policy.offloaded + policy.recomputed
+        layer._gradient_checkpointing_func = offload if index < policy.offloaded else _recompute
+
+
+def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
+    """Return what each decoder layer of ``model`` holds for a batch of ``batch_size`` sequences of ``length`` tokens.
+
+    One sequence goes forward through the base model in training mode; nothing of it stays, and no random number that
+    the run will draw is used up.
+    """
+    layers = checkpointing_layers(model)
+    found: list[Costs] = []
+    before = [{name: vars(layer)[name] for name in SEAM if name in vars(layer)} for layer in layers]
+
+    def count(forward: Callable[..., Any], *args: Any) -> Any:
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        held: dict[int, torch.UntypedStorage] = {}  # kept until the layer is through, so that no address comes twice
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage
+            return tensor.new_empty(0)
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = forward(*args)
+        kept = sum(storage.nbytes() for storage in held.values())
+        found.append(Costs(kept * batch_size, sum(x.nbytes for x in args if isinstance(x, Tensor)) * batch_size))
+        return output
+
+    trained = model.training
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = count
+        device = next(model.parameters()).device
+        with torch.random.fork_rng(), torch.enable_grad():
+            _base(model.train())(input_ids=torch.zeros(1, length, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        model.train(trained)
+        for layer, attributes in zip(layers, before, strict=True):
+            for name in SEAM:
+                vars(layer).pop(name, None)
+            vars(layer).update(attributes)
+    return found
+
+
+def plan(model: nn.Module, *, length: int, batch_size: int, free: int, recompute: bool | None = None) -> Policy:
+    """Measure ``model`` and choose a policy.
+
+    Args:
+        model: ready to train.
+        length: tokens of the longest sequence.
+        batch_size: sequences per forward pass.
+        free: bytes that training may take beyond what the process has now.
+        recompute: True recomputes every layer and False none, whatever there is free; None chooses.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    layers = measure(model, length, batch_size)
+    fixed = WORKSPACE + BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if recompute is None:
+        return choose(layers, fixed, free, batch_size)
+    recomputed = len(layers) if recompute else 0
+    return Policy(0, recomputed, len(layers) - recomputed, _needed(layers, fixed, 0, recomputed), free)
+
+
+def checkpointing_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the layers of ``model`` whose activations can be recomputed, first to last."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _needed(layers: Sequence[Costs], fixed: int, offloaded: int, recomputed: int) -> int:
+    """Return the bytes at a step's peak: a layer whose backward runs takes what its forward kept, and as much again."""
+    busy = 2 * max((layer.kept for layer in layers), default=0)
+    again = offloaded + recomputed
+    return fixed + busy + sum(c.input for c in layers[offloaded:again]) + sum(c.kept for c in layers[again:])
+
+
+def _base(model: nn.Module) -> Callable[..., Any]:
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    base: Callable[..., Any] = inner.base_model
+    return base
+
+
+def _recompute(forward: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
+def _offload(folder: Path, forward: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+    """Recompute from an input that waits in a file: the backward needs its values, not the tensor that held them."""
+    source = [hidden]
+    output = checkpoint(lambda *args: forward(source[0], *args), *args, use_reentrant=False)
+    (place,) = paged.zeros([(hidden.dtype, hidden.shape)], folder)
+    source[0] = place.copy_(hidden.detach()).requires_grad_(hidden.requires_grad)
+    return output
+
+
+def _gib(size: int) -> str:
+    return f"{max(size, 0) / 2**30:.1f} GiB"

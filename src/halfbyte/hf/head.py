@@ -1,0 +1,231 @@
+"""A causal language model's output head through :func:`halfbyte.nn.linear_cross_entropy`.
+
+:func:`bind_head` gives a model a forward that, where only the label's probability is wanted, evaluates the head at
+positions with a label alone and never holds their logits:
+
+- called with ``labels=`` while training, it returns the loss, and ``logits`` is None, as with Liger's kernels;
+- called with ``fused_lm_head=True``, it returns TRL's ``FusedCausalLMOutput``. TRL's trainers (1.16:
+  ``trl.trainer.utils.add_fused_lm_head``) bind a forward of their own in ``__init__``, which without Triton evaluates
+  the head at every position, twice; ours is bound again on top of it.
+
+Anything else goes to the forward that was there before: evaluation, generation, a head that is no plain linear layer
+(PEFT's wrappers among them), router logits.
+
+Which families it serves: those whose logits are ``cap tanh(scale W h / cap)``, scale and cap being in the
+configuration under a name known here. That is not believed but tried: before its first use the model's own forward runs
+over three made-up hidden states, without its layers, and logits and loss must agree. If not, its own forward stays.
+"""
+
+import functools
+import inspect
+import math
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
+
+from halfbyte.nn import Scores, linear_cross_entropy
+
+IGNORED = -100
+PROBED_LOGIT = 20.0
+"""The largest logit of the trial: a soft cap of 30 shows in it."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a family makes logits of ``W h``: first ``scale``, then the soft ``cap``, if any."""
+
+    scale: float
+    cap: float | None
+
+
+def bind_head(model: PreTrainedModel) -> None:
+    """Give ``model`` the forward described in this file's head, once; :func:`unbind_head` takes it away."""
+    if not _is_bound(model):
+        before = vars(model).get("forward")
+
+        # generate() and PEFT read the arguments from the signature
+        @functools.wraps(type(model).forward)
+        def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            output = _scored(self, args, kwargs)
+            if output is not None:
+                return output
+            return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+        forward.halfbyte_before = before  # type: ignore[attr-defined]
+        model.forward = types.MethodType(forward, model)
+
+
+def unbind_head(model: PreTrainedModel) -> None:
+    """Undo :func:`bind_head`, if it was the last to bind a forward."""
+    if _is_bound(model):
+        before = model.forward.halfbyte_before
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model below PEFT's wrapper, if there is one."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def _is_bound(model: PreTrainedModel) -> bool:
+    return hasattr(vars(model).get("forward"), "halfbyte_before")
+
+
+def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the output for this call, or None if it is not one for this head."""
+    inputs = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs  # type: ignore[arg-type]
+    labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+    fused = inputs.pop("fused_lm_head", False)
+    if (labels is None and shifted is None) or not (fused or model.training):
+        return None
+    count = inputs.pop("num_items_in_batch", None)
+    whole = not isinstance(keep := inputs.pop("logits_to_keep", 0), Tensor) and keep == 0
+    if not whole or inputs.pop("return_dict", None) is False or _wants_router_logits(model, inputs):
+        return None
+    head = head_of(model)
+    if head is None:
+        return None
+
+    inputs["use_cache"] = bool(inputs.get("use_cache")) and not fused
+    outputs = model.base_model(**inputs)
+    hidden = outputs.last_hidden_state
+    if shifted is None:
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        width = labels.shape[1] - 1
+    else:
+        width = shifted.shape[1]
+    scores, mask = _score(model.get_output_embeddings(), head, hidden, shifted)
+    trained = mask.sum()
+    loss = -scores.log_prob.sum() / (trained.clamp(min=1) if count is None else count)
+    if not fused:
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+    from trl.trainer.utils import FusedCausalLMOutput  # takes seconds to import, and only TRL's trainers ask for it
+
+    mask = mask[:, :width]
+
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+    return FusedCausalLMOutput(
+        loss=loss,
+        log_probs=spread(scores.log_prob),
+        entropy=spread(scores.entropy),
+        log_sum_sq_probs=spread(scores.log_sum_squares),
+        mean_logits=spread(scores.mean_logit),
+        is_top1=spread(scores.top == shifted.to(mask.device)[:, :width][mask]),
+        label_mask=mask,
+    )
+
+
+def _score(layer: nn.Linear, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Scores, Tensor]:
+    """Score ``labels`` ``[B, L]`` at ``hidden`` ``[B, L, H]`` where there are any, and say where: bool ``[B, L]``."""
+    hidden, labels = hidden.to(layer.weight.device), labels.to(layer.weight.device)
+    mask = labels != IGNORED
+    positions = mask.view(-1).nonzero().squeeze(1)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+    targets = labels.reshape(-1).index_select(0, positions)
+    return linear_cross_entropy(rows, layer.weight, targets, layer.bias, scale=head.scale, cap=head.cap), mask
+
+
+def _wants_router_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    configured = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return bool(inputs.get("output_router_logits", configured))
+
+
+@functools.cache
+def _parameters(cls: type[PreTrainedModel]) -> tuple[str, ...]:
+    """The names of the forward's arguments, in order, without self."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def head_of(model: PreTrainedModel) -> Head | None:
+    """Return how ``model`` makes its logits, or None if that is not known or its head is not a plain linear layer."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or _is_hooked(layer):
+        return None
+    if not hasattr(model, "_halfbyte_head"):
+        model._halfbyte_head = _tried(model, layer)
+    known: Head | None = model._halfbyte_head
+    return known
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
+def _configured(config: Any) -> Head:
+    """Scale and cap by the names that they have in transformers 5 (the same ones that TRL 1.16 reads)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale is not None:
+            break
+    else:
+        scaling = getattr(config, "logits_scaling", None)
+        divides = config.model_type != "hyperclovax"
+        scale = 1.0 if scaling is None else 1 / scaling if divides else scaling
+    return Head(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
+    """What the configuration says, if the model's own forward agrees on three hidden states with logits up to 20."""
+    if model.config.is_encoder_decoder or model.base_model is model:
+        return None
+    head = _configured(model.config.get_text_config())
+    generator = torch.Generator().manual_seed(0)
+    weight = layer.weight
+    hidden = torch.randn(1, 3, layer.in_features, generator=generator).to(weight.device, weight.dtype)
+    labels = torch.randint(layer.out_features, (1, 3), generator=generator).to(weight.device)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        largest = float(layer(hidden).abs().max())
+        if not 0 < largest < math.inf:
+            return None
+        hidden *= PROBED_LOGIT / largest
+        try:
+            with _returning(model.base_model, hidden):
+                own = type(model).forward(model, input_ids=torch.zeros_like(labels), labels=labels)
+        except Exception:  # a forward that needs more than ids and hidden states
+            return None
+        z = head.scale * layer(hidden).float()
+        z = z if head.cap is None else head.cap * torch.tanh(z / head.cap)
+        scores, _ = _score(layer, head, hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
+        loss = -scores.log_prob.mean()
+    # each rounds to the dtype of the head, after other steps
+    bound = 0.02 * float(z.abs().max())
+    same = own.logits.shape == z.shape and torch.allclose(own.logits.float(), z, rtol=0.02, atol=bound)
+    return head if same and torch.allclose(own.loss.float(), loss, rtol=0.02, atol=bound) else None
+
+
+class _Lenient(BaseModelOutputWithPastAndCrossAttentions):
+    """What any family's head reads of its layers' output: None, but for the hidden states."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _returning(backbone: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Let ``backbone`` return ``hidden``, whatever it is given."""
+    before = vars(backbone).get("forward")
+    backbone.forward = lambda *_, **__: _Lenient(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del backbone.forward
+        if before is not None:
+            backbone.forward = before

@@ -1,0 +1,206 @@
+"""The output head and the cross entropy as one operation, of which the logits are never whole.
+
+    z = scale h Wᵀ (+ bias), soft-capped where the family does so;   log p = z[label] - log Σ exp(z)
+
+The vocabulary is taken in chunks. A chunk's logits go into a running softmax, are overwritten with their gradients up
+to a factor known only in the end, and multiplied by the same rows of W, still in cache, into an fp32 sum that shrinks
+with the softmax (the scheme of FlashAttention, arXiv 2205.14135, with W for both keys and values):
+
+    d log p / dh = z'[label] (1 - p) W[label] - Σ exp(z - m) z' W / Σ exp(z - m)      (the sums over all but the label)
+
+So W is read once for loss and gradient, and memory is a chunk of logits and one row for each position: it does not
+grow with the vocabulary. The gradient is taken in the forward, once, and scaled in the backward by what comes in. A
+head that is trained itself gets its own gradient in the backward, from the chunks computed again.
+
+Left out: gradients through anything but the label's probability; entropy and the others are for the log.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from halfbyte import kernels
+from halfbyte.kernels import RunningSoftmax
+
+ROWS = 2048
+"""Positions that are taken together."""
+WIDTH = 2048
+"""Vocabulary in a chunk: its logits and rows of W stay in cache, and the products run at the speed of large ones."""
+
+
+class Scores(NamedTuple):
+    """What the head says about each of ``n`` positions; all fp32 ``[n]`` but for ``top``.
+
+    Attributes:
+        log_prob: the logarithm of the label's probability; the only one with a gradient.
+        entropy: of the distribution, in nats.
+        log_sum_squares: log Σ p².
+        mean_logit: the mean of z over the vocabulary.
+        top: int64 ``[n]``, the first index of the largest logit.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    log_sum_squares: Tensor
+    mean_logit: Tensor
+    top: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> Scores:
+    """Score ``labels`` by the output head ``weight`` at the positions ``hidden``.
+
+    Products are taken in the dtype of ``hidden``, or in autocast's; everything between them in fp32.
+
+    Args:
+        hidden: ``[n, H]``, floating.
+        weight: ``[V, H]``, floating.
+        labels: int64 ``[n]``, each within ``[0, V)``.
+        bias: ``[V]`` or None.
+        scale: what the logits are multiplied by.
+        cap: the soft cap, ``cap tanh(z / cap)``, or None.
+
+    Raises:
+        ValueError: shapes do not fit each other, or a label lies outside the vocabulary.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [n, H] and [V, H]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; a weight {tuple(weight.shape)} needs ({len(weight)},)")
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; {len(hidden)} positions need ({len(hidden)},)")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weight):
+        raise ValueError(
+            f"labels go from {int(labels.min())} to {int(labels.max())}; the vocabulary from 0 to {len(weight) - 1}"
+        )
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        scores = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, labels, scale, cap, dtype, torch.is_grad_enabled()
+        )
+    return Scores(*scores)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        cap: float | None,
+        dtype: torch.dtype,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, ...]:
+        gradient = grad_enabled and ctx.needs_input_grad[0]
+        dhidden = torch.empty_like(hidden) if gradient else None
+        log_prob, entropy, log_sum_squares, mean_logit = hidden.new_empty(4, len(hidden), dtype=torch.float32)
+        scores = Scores(log_prob, entropy, log_sum_squares, mean_logit, torch.empty_like(labels))
+        log_sum = torch.empty_like(scores.log_prob)
+        for first in range(0, len(hidden), ROWS):
+            rows = slice(first, first + ROWS)
+            softmax, taken = _fold_vocabulary(hidden[rows].to(dtype), weight, bias, labels[rows], scale, cap, gradient)
+            known = softmax.log_prob()
+            if dhidden is not None and taken is not None:
+                given = -known.expm1() * softmax.slope
+                taken.div_(softmax.sum.unsqueeze(1))
+                dhidden[rows] = torch.addcmul(-taken, given.unsqueeze(1), weight[labels[rows]].float())
+            log_sum[rows] = softmax.log_sum()
+            results = (known, softmax.entropy(), softmax.log_sum_squares(), softmax.total / len(weight), softmax.top)
+            for score, result in zip(scores, results, strict=True):
+                score[rows] = result
+        ctx.mark_non_differentiable(*scores[1:])
+        ctx.set_materialize_grads(False)
+        head = (hidden, weight, bias, labels, log_sum) if grad_enabled and any(ctx.needs_input_grad[1:3]) else ()
+        ctx.save_for_backward(dhidden, *head)
+        ctx.options = scale, cap, dtype
+        return tuple(scores)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        dhidden, *head = ctx.saved_tensors
+        none = (None,) * 5
+        if given is None:
+            return None, None, None, *none
+        if dhidden is not None:
+            dhidden = (dhidden * given.unsqueeze(1)).to(dhidden.dtype)
+        dweight, dbias = _head_gradient(given, *head, *ctx.options) if head else (None, None)
+        return dhidden, dweight, dbias, *none
+
+
+def _chunks(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """The head in chunks of the vocabulary: the first index, and its part of weight and bias as ``dtype``."""
+    for first in range(0, len(weight), WIDTH):
+        part = slice(first, first + WIDTH)
+        yield first, weight[part].to(dtype), None if bias is None else bias[part].to(dtype)
+
+
+def _fold_vocabulary(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    cap: float | None,
+    gradient: bool,
+) -> tuple[RunningSoftmax, Tensor | None]:
+    """The softmax of each row, and Σ exp(z - m) z' W over all but its label, fp32 ``[n, H]``."""
+    rows = len(hidden)
+    softmax = RunningSoftmax.empty(rows, hidden.device)
+    taken = torch.zeros_like(hidden, dtype=torch.float32) if gradient else None
+    buffer = hidden.new_empty(rows * min(WIDTH, len(weight)))
+    product = torch.empty_like(hidden)
+    for first, head, offset in _chunks(weight, bias, hidden.dtype):
+        logits = buffer[: rows * len(head)].view(rows, len(head))
+        torch.mm(hidden, head.T, out=logits)
+        if offset is not None:
+            logits.add_(offset)
+        kernels.fold_softmax(logits, labels, first, softmax, scale=scale, cap=cap, gradient=gradient)
+        if taken is not None:
+            taken.mul_(softmax.shrink.unsqueeze(1)).add_(torch.mm(logits, head, out=product))
+    return softmax, taken
+
+
+def _head_gradient(
+    given: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    log_sum: Tensor,
+    scale: float,
+    cap: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of weight and bias: dz = given z' (1[label] - p), dW = dzᵀ h, over chunks computed again."""
+    dweight = torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    inner = hidden.to(dtype)
+    for first, head, offset in _chunks(weight, bias, dtype):
+        z = linear(inner, head, offset).float() * scale
+        slope = torch.full_like(z, scale)
+        if cap is not None:
+            tanh = (z / cap).tanh()
+            z, slope = cap * tanh, scale * (1 - tanh * tanh)
+        dz = -(z - log_sum.unsqueeze(1)).exp()
+        rows = ((labels >= first) & (labels < first + len(head))).nonzero().squeeze(1)
+        dz[rows, labels[rows] - first] += 1
+        dz *= slope * given.unsqueeze(1)
+        part = slice(first, first + len(head))
+        dweight[part] = dz.to(dtype).T @ inner
+        if dbias is not None:
+            dbias[part] = dz.sum(0)
+    return dweight, dbias

@@ -1,0 +1,204 @@
+"""The bound head against each family's own forward, and when it stays out of the way."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import halfbyte
+from halfbyte import kernels
+from halfbyte.hf.head import bind_head, head_of, unbind_head
+
+VOCABULARY = 101
+SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LAYERS = SMALL | {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+DECODER = LAYERS | {"num_key_value_heads": 1}
+FAMILIES: dict[str, Any] = {
+    "llama": t.LlamaConfig(**DECODER),
+    "llama, tied": t.LlamaConfig(**DECODER, tie_word_embeddings=True),
+    "qwen3": t.Qwen3Config(**DECODER, head_dim=12),
+    "gemma2, soft cap": t.Gemma2Config(**DECODER, head_dim=12, final_logit_softcapping=2.0),
+    "gemma3": t.Gemma3TextConfig(**DECODER, head_dim=12),
+    "cohere, scaled": t.CohereConfig(**DECODER, logit_scale=0.25),
+    "granite, divided": t.GraniteConfig(**DECODER, logits_scaling=3.0),
+    "phi, biased": t.PhiConfig(**LAYERS),
+    "mixtral": t.MixtralConfig(**DECODER, num_local_experts=2),
+    "gpt2": t.GPT2Config(**SMALL, n_embd=24, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+}
+
+
+def small_model(family: str = "llama") -> Any:
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
+    for parameter in model.parameters():
+        parameter.data *= 3  # logits that differ from one another
+    return model
+
+
+def some_batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.4, -100).masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_family_s_own_forward(family: str) -> None:
+    model, batch = small_model(family).train(), some_batch()
+    for more in ({}, {"num_items_in_batch": torch.tensor(40)}):
+        own = model(**batch, **more)
+        expected = gradients(model, own.loss)
+        bind_head(model)
+        assert head_of(model) is not None
+        ours = model(**batch, **more)
+        assert ours.logits is None
+        torch.testing.assert_close(ours.loss, own.loss, rtol=1e-5, atol=0)
+        for name, gradient in gradients(model, ours.loss).items():
+            assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
+        unbind_head(model)
+
+
+def test_labels_that_are_shifted_already_are_taken_as_they_are() -> None:
+    model, batch = small_model().train(), some_batch()
+    shifted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    bind_head(model)
+    assert torch.equal(
+        model(**batch).loss,
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], shift_labels=shifted).loss,
+    )
+
+
+def test_the_head_is_evaluated_at_trained_positions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    fold = kernels.fold_softmax
+    monkeypatch.setattr(
+        kernels, "fold_softmax", lambda logits, *a, **kw: rows.append(len(logits)) or fold(logits, *a, **kw)
+    )
+    model, batch = small_model().train(), some_batch()
+    bind_head(model)
+    head_of(model)
+    rows.clear()
+    model(**batch)
+    assert rows == [int((batch["labels"][:, 1:] != -100).sum())]
+
+
+def test_a_batch_without_labels_to_train_costs_nothing_and_moves_nothing() -> None:
+    model, batch = small_model().train(), some_batch()
+    bind_head(model)
+    loss = model(**batch | {"labels": torch.full_like(batch["labels"], -100)}).loss
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients(model, loss).values())
+
+
+def test_evaluation_and_generation_keep_the_logits() -> None:
+    model, batch = small_model().eval(), some_batch()
+    own, text = model(**batch), model.generate(batch["input_ids"][:1], max_new_tokens=4, do_sample=False)
+    bind_head(model)
+    ours = model(**batch)
+    assert torch.equal(ours.logits, own.logits) and torch.equal(ours.loss, own.loss)
+    assert torch.equal(model.generate(batch["input_ids"][:1], max_new_tokens=4, do_sample=False), text)
+
+
+@pytest.mark.parametrize("more", [{"return_dict": False}, {"logits_to_keep": 4}, {"labels": None}], ids=str)
+def test_calls_for_more_than_the_loss_go_to_the_model(more: dict[str, Any]) -> None:
+    model, batch = small_model().train(), some_batch()
+    if "logits_to_keep" in more:
+        batch["labels"] = batch["labels"][:, -4:]
+    own = model(**batch | more)
+    bind_head(model)
+    ours = model(**batch | more)
+    first, second = (own[1], ours[1]) if more.get("return_dict") is False else (own.logits, ours.logits)
+    assert torch.equal(first, second)
+
+
+def test_a_mixture_of_experts_keeps_its_balancing_loss() -> None:
+    model, batch = small_model("mixtral").train(), some_batch()
+    own = model(**batch, output_router_logits=True)
+    bind_head(model)
+    ours = model(**batch, output_router_logits=True)
+    assert torch.equal(ours.loss, own.loss) and torch.equal(ours.aux_loss, own.aux_loss)
+
+
+class Louder(t.LlamaForCausalLM):
+    """Doubles its logits, which no configuration says."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state) * 2
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return t.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class Unmapped(t.LlamaForCausalLM):
+    """Does something else to its hidden states before the head."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state.flip(-1)
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return t.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("cls", [Louder, Unmapped])
+def test_a_head_that_is_not_what_its_configuration_says_is_left_alone(cls: Any) -> None:
+    torch.manual_seed(0)
+    model, batch = cls(t.LlamaConfig(**DECODER)).train(), some_batch()
+    own = model(**batch)
+    bind_head(model)
+    ours = model(**batch)
+    assert head_of(model) is None
+    assert torch.equal(ours.loss, own.loss) and torch.equal(ours.logits, own.logits)
+
+
+def test_an_adapter_on_the_head_takes_part() -> None:
+    model, batch = small_model(), some_batch()
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).train()
+    own = peft(**batch)
+    bind_head(model)
+    assert head_of(model) is None
+    assert torch.equal(peft(**batch).loss, own.loss)
+
+
+def test_binding_twice_is_binding_once_and_unbinding_leaves_nothing() -> None:
+    model = small_model()
+    bind_head(model)
+    bind_head(model)
+    unbind_head(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_copy_runs_on_its_own_weights() -> None:
+    model, batch = small_model().train(), some_batch()
+    bind_head(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert copied(**batch).loss.item() == pytest.approx(torch.tensor(float(VOCABULARY)).log().item())
+    assert model(**batch).loss != copied(**batch).loss
+
+
+def test_the_trial_leaves_the_random_numbers_and_the_layers_alone() -> None:
+    model = small_model()
+    before, backbone = torch.get_rng_state(), dict(vars(model.model))
+    head_of(model)
+    assert torch.equal(torch.get_rng_state(), before) and vars(model.model) == backbone
+
+
+def test_preparing_for_training_binds_and_unpreparing_unbinds(tiny_model_folder: Any) -> None:
+    model = halfbyte.load(tiny_model_folder, quantization_config=halfbyte.HalfbyteConfig())
+    peft = halfbyte.prepare_for_training(get_peft_model(model, LoraConfig(target_modules="all-linear"))).train()
+    batch = some_batch()
+    assert peft(**batch).logits is None
+    halfbyte.unprepare(peft)
+    assert peft(**batch).logits is not None
