@@ -245,19 +245,16 @@ class _Process:
         """Have the side import, then load."""
         self._receive(Imported)
         self._imports = self._peak = _anonymous(self._process.pid)
-        self._connection.send("load")
-        self._load_seconds = self._receive(Loaded).seconds
+        self._load_seconds = self._ask("load", Loaded).seconds
 
     def step(self) -> None:
         """Have the side take a step."""
-        self._connection.send("step")
-        self.steps.append(self._receive(Step))
+        self.steps.append(self._ask("step", Step))
 
     def profile(self) -> dict[str, float]:
         """Have the side take a step of which the parts are told."""
         peak = self._peak
-        self._connection.send("profile")
-        parts = self._receive(Step).parts
+        parts = self._ask("profile", Step).parts
         self._peak = peak  # a profile takes memory of its own
         assert parts is not None
         return parts
@@ -279,6 +276,11 @@ class _Process:
         self._process.join()
         self._connection.close()
 
+    def _ask(self, command: str, kind: type[Message]) -> Message:
+        with contextlib.suppress(OSError):  # a process that has ended is found out by what it does not answer
+            self._connection.send(command)
+        return self._receive(kind)
+
     def _receive(self, kind: type[Message]) -> Message:
         """Wait for a message, watching the side's memory.
 
@@ -290,7 +292,7 @@ class _Process:
             self._peak = max(self._peak, _anonymous(self._process.pid))
         try:
             message = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             raise ChildProcessError(
                 f"its process ended with exit code {self._process.exitcode}, perhaps for want of memory"
