@@ -1,7 +1,9 @@
 // The loops around a tier's kernels. A task of the forward is a chunk of the queries of all heads that share keys; it
 // goes through the keys tile by tile with a running softmax. A task of the backward is a span: queries and keys that
 // no range connects with others, as the segments of a packed row are; it holds the gradients of its keys and of one
-// head's queries in fp32. There, tiles are transposed, keys by queries, so that every left factor lies in rows.
+// head's queries in fp32. There, tiles are transposed, keys by queries, so that every left factor lies in rows. Where
+// there are few spans, the keys of long ones are cut into pieces, and what each adds to the gradients of queries is
+// summed in a second round.
 
 #include "attention.h"
 
@@ -20,6 +22,9 @@ namespace {
 constexpr int64_t kChunkRows = 384;  // rows of a chunk of the forward, all heads together
 constexpr int64_t kPanelLanes = 16;  // panels take whole multiples of so many lanes
 constexpr int64_t kMaxRows = 64;     // at least a tier's `tile_rows`
+constexpr int64_t kFewSpans = 16;    // below so many, spans are cut
+constexpr int64_t kMostPieces = 4;   // into so many at most, since each takes memory for gradients of queries,
+constexpr int64_t kPiece = 576;      // and not below so many keys
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t rounded(int64_t n, int64_t size) { return parts(n, size) * size; }
@@ -45,6 +50,24 @@ class Buffer {
 // A range of queries and one of keys.
 struct Span {
     int64_t batch, kv_head, first_query, last_query, first_key, last_key;
+    float* query_sums;  // of a piece: what it adds to the gradients of queries, [group, queries, strips * kStrip]
+
+    int64_t queries() const { return last_query - first_query; }
+    int64_t keys() const { return last_key - first_key; }
+    int64_t area() const { return queries() * keys(); }
+};
+
+// A span whose keys were cut, and which of the tasks are its pieces.
+struct Whole {
+    Span span;
+    size_t first, last;
+};
+
+// What there is to do backward.
+struct Plan {
+    std::vector<Span> spans, tasks;
+    std::vector<Whole> wholes;
+    std::vector<size_t> order;  // of the tasks
 };
 
 // The keys that some rows have among them; empty: begin > end.
@@ -237,56 +260,116 @@ class Backward : Pass {
     using Pass::Pass;
 
     void run(int threads) const {
-        static thread_local std::vector<Span> tasks;
-        tasks.clear();
-        for (int64_t batch = 0; batch < a_.batches; ++batch) find_spans(batch, tasks);
-        // the largest first
-        std::stable_sort(tasks.begin(), tasks.end(), [](const Span& a, const Span& b) {
-            return (a.last_query - a.first_query) * (a.last_key - a.first_key) >
-                   (b.last_query - b.first_query) * (b.last_key - b.first_key);
+        Plan plan;
+        for (int64_t batch = 0; batch < a_.batches; ++batch) find_spans(batch, plan.spans);
+        const int64_t pieces = std::min(kMostPieces, parts(kFewSpans, static_cast<int64_t>(plan.spans.size())));
+        int64_t sums = 0;
+        for (const Span& span : plan.spans) sums += cut(span, pieces, plan);
+        Buffer query_sums;  // not kept, since it may be large
+        float* next = query_sums.floats(sums);
+        for (const Whole& whole : plan.wholes) {
+            for (size_t i = whole.first; i < whole.last; ++i) {
+                plan.tasks[i].query_sums = next;
+                next += head_sums(plan.tasks[i]) * group_;
+            }
+        }
+        std::vector<size_t>& order = plan.order;  // the largest first
+        for (size_t i = 0; i < plan.tasks.size(); ++i) order.push_back(i);
+        std::stable_sort(order.begin(), order.end(),
+                         [&](size_t a, size_t b) { return plan.tasks[a].area() > plan.tasks[b].area(); });
+        parallel_for(static_cast<int64_t>(order.size()), 1, threads, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) part(plan.tasks[order[static_cast<size_t>(i)]]);
         });
-        const std::vector<Span>& spans = tasks;
-        parallel_for(static_cast<int64_t>(spans.size()), 1, threads, [&](int64_t first, int64_t last) {
-            for (int64_t task = first; task < last; ++task) part(spans[static_cast<size_t>(task)]);
-        });
+        for (const Whole& whole : plan.wholes) {
+            const int64_t blocks = parts(whole.span.queries(), kStrip);
+            parallel_for(group_ * blocks, 1, threads, [&](int64_t first, int64_t last) {
+                for (int64_t i = first; i < last; ++i) add_pieces(whole, plan.tasks, i / blocks, i % blocks * kStrip);
+            });
+        }
     }
 
   private:
     // Cut one batch where no range crosses; together the spans cover all queries and keys.
-    void find_spans(int64_t batch, std::vector<Span>& tasks) const {
-        const size_t first = tasks.size();
+    void find_spans(int64_t batch, std::vector<Span>& spans) const {
+        const size_t first = spans.size();
         for (int64_t query = 0; query < a_.queries; ++query) {
             const int64_t begin = range(batch, query)[0], end = range(batch, query)[1];
             if (begin >= end) continue;
-            if (tasks.size() == first || begin >= tasks.back().last_key) {
-                tasks.push_back({batch, 0, query, query + 1, begin, end});
+            if (spans.size() == first || begin >= spans.back().last_key) {
+                spans.push_back({batch, 0, query, query + 1, begin, end, nullptr});
                 continue;
             }
-            tasks.back().last_query = query + 1;
-            tasks.back().last_key = std::max(tasks.back().last_key, end);
-            tasks.back().first_key = std::min(tasks.back().first_key, begin);
-            while (tasks.size() - first > 1 && tasks.back().first_key < tasks[tasks.size() - 2].last_key) {
-                const Span span = tasks.back();
-                tasks.pop_back();
-                tasks.back().last_query = span.last_query;
-                tasks.back().first_key = std::min(tasks.back().first_key, span.first_key);
-                tasks.back().last_key = std::max(tasks.back().last_key, span.last_key);
+            spans.back().last_query = query + 1;
+            spans.back().last_key = std::max(spans.back().last_key, end);
+            spans.back().first_key = std::min(spans.back().first_key, begin);
+            while (spans.size() - first > 1 && spans.back().first_key < spans[spans.size() - 2].last_key) {
+                const Span span = spans.back();
+                spans.pop_back();
+                spans.back().last_query = span.last_query;
+                spans.back().first_key = std::min(spans.back().first_key, span.first_key);
+                spans.back().last_key = std::max(spans.back().last_key, span.last_key);
             }
         }
-        if (tasks.size() == first) tasks.push_back({batch, 0, 0, a_.queries, 0, a_.keys});
-        tasks[first].first_query = tasks[first].first_key = 0;
-        for (size_t i = first; i + 1 < tasks.size(); ++i) {
-            tasks[i].last_query = tasks[i + 1].first_query;
-            tasks[i].last_key = tasks[i + 1].first_key;
+        if (spans.size() == first) spans.push_back({batch, 0, 0, a_.queries, 0, a_.keys, nullptr});
+        spans[first].first_query = spans[first].first_key = 0;
+        for (size_t i = first; i + 1 < spans.size(); ++i) {
+            spans[i].last_query = spans[i + 1].first_query;
+            spans[i].last_key = spans[i + 1].first_key;
         }
-        tasks.back().last_query = a_.queries;
-        tasks.back().last_key = a_.keys;
-        const size_t last = tasks.size();
+        spans.back().last_query = a_.queries;
+        spans.back().last_key = a_.keys;
+        const size_t last = spans.size();
         for (int64_t kv_head = 1; kv_head < a_.kv_heads; ++kv_head) {
             for (size_t i = first; i < last; ++i) {
-                tasks.push_back(tasks[i]);
-                tasks.back().kv_head = kv_head;
+                spans.push_back(spans[i]);
+                spans.back().kv_head = kv_head;
             }
+        }
+    }
+
+    // Make tasks of a span: itself, or pieces of its keys, each with the queries that reach it.
+    // Returns how many floats the pieces' gradients of queries take.
+    int64_t cut(const Span& span, int64_t most, Plan& plan) const {
+        const int64_t pieces = std::min(most, parts(span.keys(), kPiece));
+        if (pieces < 2) {
+            plan.tasks.push_back(span);
+            return 0;
+        }
+        const size_t first = plan.tasks.size();
+        const int64_t size = rounded(parts(span.keys(), pieces), kKeyTile);
+        int64_t floats = 0;
+        for (int64_t key = span.first_key; key < span.last_key; key += size) {
+            Span piece = span;
+            piece.first_key = key;
+            piece.last_key = std::min(key + size, span.last_key);
+            const auto reaches = [&](int64_t query) {
+                const int32_t* bounds = range(span.batch, query);
+                return bounds[0] < bounds[1] && bounds[0] < piece.last_key && bounds[1] > piece.first_key;
+            };
+            while (piece.queries() > 0 && !reaches(piece.first_query)) ++piece.first_query;
+            while (piece.queries() > 0 && !reaches(piece.last_query - 1)) --piece.last_query;
+            floats += head_sums(piece) * group_;
+            plan.tasks.push_back(piece);
+        }
+        plan.wholes.push_back({span, first, plan.tasks.size()});
+        return floats;
+    }
+
+    int64_t head_sums(const Span& piece) const { return piece.queries() * strips_ * kStrip; }
+
+    // The gradients of up to kStrip queries of a span from those of its pieces.
+    void add_pieces(const Whole& whole, const std::vector<Span>& tasks, int64_t h, int64_t from) const {
+        alignas(64) float row[kLanes];
+        const int64_t first = whole.span.first_query + from, width = strips_ * kStrip;
+        for (int64_t query = first; query < std::min(first + kStrip, whole.span.last_query); ++query) {
+            std::fill(row, row + width, 0.0f);
+            for (size_t i = whole.first; i < whole.last; ++i) {
+                const Span& piece = tasks[i];
+                if (query < piece.first_query || query >= piece.last_query) continue;
+                const float* sums = piece.query_sums + h * head_sums(piece) + (query - piece.first_query) * width;
+                for (int64_t j = 0; j < width; ++j) row[j] += sums[j];
+            }
+            finish(row, kStrip, at(a_.dq, whole.span.batch, whole.span.kv_head * group_ + h, query));
         }
     }
 
@@ -311,7 +394,7 @@ class Backward : Pass {
 
     void part(const Span& span) const {
         static thread_local Buffer panel_buffer, sums, left, column_buffer;
-        const int64_t queries = span.last_query - span.first_query, keys = span.last_key - span.first_key;
+        const int64_t queries = span.queries(), keys = span.keys();
         const int64_t tiles = parts(queries, kStrip), even_keys = rounded(keys, 2);
         const int64_t forward = panel_floats(a_.size), gradient = strips_ * panel_floats(kStrip);
         const int64_t key_sums = strips_ * keys * kStrip, query_sums = a_.size * kStrip;
@@ -373,8 +456,8 @@ class Backward : Pass {
                 }
             }
             for (int64_t tile = 0; tile < tiles; ++tile) {
-                write_queries(span.batch, head, span.first_query + tile * kStrip,
-                              std::min(kStrip, queries - tile * kStrip), query_gradient + tile * query_sums);
+                write_queries(span, h, tile * kStrip, std::min(kStrip, queries - tile * kStrip),
+                              query_gradient + tile * query_sums);
             }
         }
         for (int64_t key = 0; key < keys; ++key) {
@@ -452,12 +535,15 @@ class Backward : Pass {
         }
     }
 
-    // The gradient of some queries lies in columns.
-    void write_queries(int64_t batch, int64_t head, int64_t query, int64_t count, const float* columns) const {
-        alignas(64) float row[kLanes];
+    // The gradient of some queries of a span lies in columns.
+    void write_queries(const Span& span, int64_t h, int64_t from, int64_t count, const float* columns) const {
+        alignas(64) float values[kLanes];
+        const int64_t width = strips_ * kStrip;
         for (int64_t i = 0; i < count; ++i) {
+            float* const row = span.query_sums ? span.query_sums + h * head_sums(span) + (from + i) * width : values;
             for (int64_t j = 0; j < a_.size; ++j) row[j] = columns[j * kStrip + i];
-            finish(row, kStrip, at(a_.dq, batch, head, query + i));
+            if (span.query_sums) continue;
+            finish(row, kStrip, at(a_.dq, span.batch, span.kv_head * group_ + h, span.first_query + from + i));
         }
     }
 };

@@ -185,6 +185,20 @@ def test_neither_threads_nor_repetition_change_a_bit(
                 assert torch.equal(one, two), kind
 
 
+@pytest.mark.parametrize("kind", ["causal", "window", "padded"])
+def test_long_rows_are_cut_into_pieces(vector_tier: None, kind: str, threads: Callable[[int], None]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = inputs(1, (2, 1), (1250, 1300), 20, dtype)
+        ranges = ranges_of(kind, 1, 1250, 1300)
+        ranges[0, 600:640] = 0
+        threads(1)
+        alone = results(*tensors, ranges, 0.2)
+        check(tensors, ranges, 0.2)
+        threads(3)
+        for one, two in zip(alone, results(*tensors, ranges, 0.2), strict=True):
+            assert torch.equal(one, two)
+
+
 def test_a_wrong_argument_is_named() -> None:
     q, k, v, dout = inputs(2, (4, 2), (5, 7), 8, torch.float32)
     ranges = ranges_of("causal", 2, 5, 7)
