@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kChunk = 176 * kTileRows;     // rows that share a panel, at most
 constexpr int64_t kSmallChunk = 8 * kTileRows;  // and at least, while there is too little to do for all threads
 constexpr int64_t kFewStrip = 16;               // columns at a time where there are few rows
+constexpr int64_t kFewBytes = 1 << 21;          // of x when arranged for few rows, at most
 constexpr int64_t kGrain = 1 << 16;             // values of W for one thread at a time, at least
 
 // What a thread works in, kept for its next call.
@@ -29,6 +30,12 @@ Scratch& scratch() {
     return *mine;
 }
 
+// What the calling thread arranges few rows of x in, for all.
+char* arranged() {
+    static thread_local const std::unique_ptr<char[]> mine(new char[kFewBytes + 64]);
+    return mine.get() + (-reinterpret_cast<uintptr_t>(mine.get()) & 63);
+}
+
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 class Product {
@@ -39,35 +46,53 @@ class Product {
           depth_(a_.gradient ? a_.weight.rows : a_.weight.columns),
           width_(a_.gradient ? a_.weight.columns : a_.weight.rows),
           size_(a_.type == Type::fp32 ? 4 : 2),
-          few_(!a_.gradient && a_.rows <= k_.few_rows && a_.weight.piece > 0),
+          few_(!a_.gradient && a_.rows <= k_.few.rows && a_.weight.piece >= 64 &&
+               a_.rows * parts(depth_ * k_.few.bytes, kStretchBytes) * kArrangedBytes <= kFewBytes),
           // x is read where it lies if its values are a lane's and no end has to be padded
           direct_(k_.pairs ? depth_ % 2 == 0 : a_.type == Type::fp32) {}
 
     void run(int threads) const {
-        const int64_t strip = few_ ? kFewStrip : kStrip;
-        const int64_t strips = parts(width_, strip);
+        if (few_) return run_few(threads);
+        const int64_t strips = parts(width_, kStrip);
         const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips));
-        const int64_t chunks = std::max(parts(a_.rows, kChunk), few_ ? 1 : wanted);
+        const int64_t chunks = std::max(parts(a_.rows, kChunk), wanted);
         const int64_t chunk = parts(parts(a_.rows, chunks), kTileRows) * kTileRows;
-        const int64_t grain = std::max(kGrain / (strip * depth_), int64_t{1});
+        const int64_t grain = std::max(kGrain / (kStrip * depth_), int64_t{1});
         parallel_for(strips * chunks, grain, threads, [&](int64_t first, int64_t last) {
             for (int64_t task = first; task < last; ++task) {
-                const int64_t row = task / strips * chunk, column = task % strips * strip;
-                part(row, std::min(row + chunk, a_.rows), column, std::min(strip, width_ - column));
+                const int64_t row = task / strips * chunk, column = task % strips * kStrip;
+                part(row, std::min(row + chunk, a_.rows), column, std::min(kStrip, width_ - column));
             }
         });
     }
 
   private:
+    void run_few(int threads) const {
+        char* const x = arranged();
+        k_.few.arrange(a_.x, a_.rows, depth_, x);
+        const int64_t strips = parts(width_, kFewStrip);
+        // Ranges as long as leave each thread some are read from memory in fewer pieces.
+        const int64_t grain = std::max(kGrain / (kFewStrip * depth_), std::clamp(strips / (8 * threads), int64_t{1}, int64_t{4}));
+        parallel_for(strips, grain, threads, [&](int64_t first, int64_t last) {
+            Scratch& s = scratch();
+            for (int64_t strip = first; strip < last; ++strip) {
+                const int64_t column = strip * kFewStrip, columns = std::min(kFewStrip, width_ - column);
+                set_bias(column, columns, s);
+                k_.few.dot(a_.weight, column, columns, x, a_.rows, s.sums);
+                finish(0, a_.rows, column, columns, s.sums, s);
+            }
+        });
+    }
+
+    void set_bias(int64_t column, int64_t columns, Scratch& s) const {
+        std::fill(s.bias, s.bias + kStrip, 0.0f);
+        if (a_.bias) k_.widen(at(a_.bias, column), columns, s.bias);
+    }
+
     // The rows [begin, end) of the columns [column, column + columns).
     void part(int64_t begin, int64_t end, int64_t column, int64_t columns) const {
         Scratch& s = scratch();
-        std::fill(s.bias, s.bias + kStrip, 0.0f);
-        if (a_.bias) k_.widen(at(a_.bias, column), columns, s.bias);
-        if (few_) {
-            k_.dot(a_.weight, column, columns, a_.x, end, s.sums);
-            return finish(begin, end, column, columns, s.sums, s);
-        }
+        set_bias(column, columns, s);
         const auto expand = a_.gradient ? k_.expand_gradient : k_.expand_forward;
         const int64_t values = k_.pairs ? 2 * kLanes : kLanes;
         for (int64_t first = 0; first < depth_; first += values) {
