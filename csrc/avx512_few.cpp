@@ -28,7 +28,8 @@ namespace {
 
 constexpr int64_t kGroup = 128;
 constexpr int64_t kFused = 4;  // rows of x that are multiplied at once with values in registers
-constexpr int kColumns = 4;    // rows of W at a time
+constexpr int kColumns = 4;    // rows of W that are multiplied at once
+constexpr int kExpanded = 8;   // rows of W that are expanded at once
 
 // The indices of nibble k.
 __m512i nibbles(__m512i codes, int k) {
@@ -132,14 +133,12 @@ void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
     }
 }
 
-// The scales of `count` runs of 64 values from position `first` on; sixteen are written.
-void read_runs(const Weight4bit& w, int64_t first, int64_t count, float* out) {
+// The scales of `count` runs of 64 values from position `first` on; sixteen are written. `code` is the nested one.
+void read_runs(const Weight4bit& w, const __m512* code, int64_t first, int64_t count, float* out) {
     const Scales& scales = w.scales;
     if (!scales.nested || w.blocksize.value() != 64) return read_scales(w, first, 64, count, out);
     const int64_t block = first / 64, group = w.nested_blocksize.quotient(block);
     if (w.nested_blocksize.quotient(block + count - 1) != group) return read_scales(w, first, 64, count, out);
-    __m512 code[16];
-    for (int i = 0; i < 16; ++i) code[i] = _mm512_loadu_ps(scales.nested_code + 16 * i);
     const auto some = static_cast<__mmask16>((1 << count) - 1);
     const __m128i absmax = _mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(scales.absmax) + block);
     const __m512 value = pick256(_mm512_cvtepu8_epi32(absmax), code);
@@ -248,44 +247,60 @@ void multiply_tile(const typename L::Element* w, int64_t count, const typename L
     finish_tile<rows>(sum, sums, add);
 }
 
-template <class L>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums) {
-    alignas(64) typename L::Element expanded[kColumns * kRow<L>];
+// `rows` of x times `columns` rows of W, in registers or from cache, stretch by stretch.
+template <class L, int columns>
+void dot_columns(const Weight4bit& w, const __m512* nested_code, int64_t column, int64_t last, const void* arranged,
+                 int64_t rows, float* sums) {
+    alignas(64) typename L::Element expanded[columns * kRow<L>];
     const int64_t depth = w.columns;
-    for (int64_t c = 0; c < columns; c += kColumns) {
-        const auto* x = static_cast<const typename L::Element*>(arranged);
-        for (int64_t begin = 0; begin < depth; begin += kStretch<L>, x += rows * kRow<L>) {
-            const int64_t count = least(kStretch<L>, depth - begin);
-            const Reader<L> reader = {_mm512_loadu_ps(w.code), count, kColumns * depth / 2};
-            Stretch from[kColumns];  // of the last row again where there are no four
-            for (int64_t i = 0; i < kColumns; ++i) {
-                const int64_t first = (column + least(c + i, columns - 1)) * depth + begin;
-                from[i].codes = w.codes + first / 2;
-                read_runs(w, first, count / 64, from[i].scales);
-            }
-            const bool add = begin > 0;
+    const auto* x = static_cast<const typename L::Element*>(arranged);
+    for (int64_t begin = 0; begin < depth; begin += kStretch<L>, x += rows * kRow<L>) {
+        const int64_t count = least(kStretch<L>, depth - begin);
+        const Reader<L> reader = {_mm512_loadu_ps(w.code), count, columns * depth / 2};
+        Stretch from[columns];  // of the last row again where there are no more
+        for (int64_t i = 0; i < columns; ++i) {
+            const int64_t first = least(column + i, last) * depth + begin;
+            from[i].codes = w.codes + first / 2;
+            read_runs(w, nested_code, first, count / 64, from[i].scales);
+        }
+        const bool add = begin > 0;
+        if constexpr (columns == kColumns) {
             switch (rows) {
-                case 1: look_up_tile<L, 1>(reader, from, x, sums + c, add); continue;
-                case 2: look_up_tile<L, 2>(reader, from, x, sums + c, add); continue;
-                case 3: look_up_tile<L, 3>(reader, from, x, sums + c, add); continue;
-                case kFused: look_up_tile<L, kFused>(reader, from, x, sums + c, add); continue;
-                default: break;
+                case 1: look_up_tile<L, 1>(reader, from, x, sums, add); break;
+                case 2: look_up_tile<L, 2>(reader, from, x, sums, add); break;
+                case 3: look_up_tile<L, 3>(reader, from, x, sums, add); break;
+                default: look_up_tile<L, kFused>(reader, from, x, sums, add); break;
             }
-            for (int i = 0; i < kColumns; ++i) expand(reader, from[i], expanded + i * kRow<L>);
+        } else {
+            for (int i = 0; i < columns; ++i) expand(reader, from[i], expanded + i * kRow<L>);
             const int64_t padded = (count + kGroup - 1) / kGroup * kGroup;
             for (int64_t r = 0, n; r < rows; r += n) {
                 const int64_t tiles = (rows - r + kTileRows - 1) / kTileRows;
                 n = (rows - r + tiles - 1) / tiles;  // 3 to 6: as many in each tile as can be
                 const auto* tile = x + r * kRow<L>;
-                float* out = sums + r * kStrip + c;
-                switch (n) {
-                    case 3: multiply_tile<L, 3>(expanded, padded, tile, out, add); break;
-                    case 4: multiply_tile<L, 4>(expanded, padded, tile, out, add); break;
-                    case 5: multiply_tile<L, 5>(expanded, padded, tile, out, add); break;
-                    default: multiply_tile<L, 6>(expanded, padded, tile, out, add); break;
+                for (int64_t i = 0; i < columns; i += kColumns) {
+                    const auto* const from_w = expanded + i * kRow<L>;
+                    float* const out = sums + r * kStrip + i;
+                    switch (n) {
+                        case 3: multiply_tile<L, 3>(from_w, padded, tile, out, add); break;
+                        case 4: multiply_tile<L, 4>(from_w, padded, tile, out, add); break;
+                        case 5: multiply_tile<L, 5>(from_w, padded, tile, out, add); break;
+                        default: multiply_tile<L, 6>(from_w, padded, tile, out, add); break;
+                    }
                 }
             }
         }
+    }
+}
+
+template <class L>
+void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums) {
+    __m512 nested_code[16];
+    for (int i = 0; i < 16; ++i) nested_code[i] = _mm512_loadu_ps(w.scales.nested_code + 16 * i);
+    const auto part = rows <= kFused ? dot_columns<L, kColumns> : dot_columns<L, kExpanded>;
+    const int64_t step = rows <= kFused ? kColumns : kExpanded;
+    for (int64_t c = 0; c < columns; c += step) {
+        part(w, nested_code, column + c, column + columns - 1, arranged, rows, sums + c);
     }
 }
 

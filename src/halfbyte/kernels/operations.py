@@ -4,6 +4,7 @@ Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`. A wr
 (dtype, device) or ``ValueError`` (size) that names what was given and what is needed.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -78,8 +79,12 @@ def matmul_4bit(
         raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {tuple(shape)} needs [..., {shape[1]}]")
     if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, but this product needs {x.dtype} ({shape[0]},)")
-    y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
-    return y
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
+        return y
+    # In decoding one product takes as long as fifteen calls of autograd's machinery.
+    with _no_autocast(x.device):
+        return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
 
 
 def adamw_32bit(
@@ -160,7 +165,7 @@ class _Matmul4bit(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.statistics, ctx.shape = statistics, shape
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device):
             return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
 
     @staticmethod
@@ -168,11 +173,17 @@ class _Matmul4bit(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            with torch.autocast(dy.device.type, enabled=False):
+            with _no_autocast(dy.device):
                 dx = provider_for(dy.device).matmul_4bit_dx(dy, packed, ctx.statistics, ctx.shape)
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, ctx.shape[0]).sum(0)
         return dx, dbias, None, None, None
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _check_floating(name: str, x: Tensor) -> None:
