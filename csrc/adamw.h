@@ -66,6 +66,7 @@ struct Lines {
 
 struct Table8bit {
     float value[256];
+    uint16_t low[256], high[256];  // the halves of each value
     Search8 search;
     Lines lines;
 };

@@ -197,6 +197,8 @@ MatmulKernels in_tiles() {
     kernels.expand_gradient = padded<Weight4bit, &MatmulKernels::expand_gradient>;
     kernels.dense_forward = padded<Dense, &MatmulKernels::dense_forward>;
     kernels.dense_gradient = padded<Dense, &MatmulKernels::dense_gradient>;
+    kernels.bytes_forward = padded<Weight8bit, &MatmulKernels::bytes_forward>;
+    kernels.bytes_gradient = padded<Weight8bit, &MatmulKernels::bytes_gradient>;
     kernels.multiply = multiply<T>;
     kernels.pack = pack;
     kernels.multiply_packed = multiply_packed<T>;

@@ -1,4 +1,4 @@
-// What AVX2 files share: the storage types, eight values at a time from and to fp32, and packing.
+// What AVX2 files share: the storage types, eight values at a time from and to fp32, packing, and lookups.
 //
 // This header raises the instruction set around its own functions: include it outside a target region.
 
@@ -73,6 +73,28 @@ struct Fp16 {
     static __m128i round(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
     static __m256 nearest(__m256 value) { return _mm256_cvtph_ps(round(value)); }
     static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
+};
+
+// The sixteen values of a block, rounded to the type T.
+template <class T>
+struct Table {
+    __m256 low, high;
+
+    Table(const float* code, float scale)
+        : low(T::nearest(_mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(scale)))),
+          high(T::nearest(_mm256_mul_ps(_mm256_loadu_ps(code + 8), _mm256_set1_ps(scale)))) {}
+
+    // Eight values from four bytes.
+    __m256 look_up(const uint8_t* codes) const {
+        const __m256i bytes = _mm256_set1_epi32(load<int32_t>(codes, 0));
+        const __m256i spread = _mm256_set_epi32(  // a byte to each lane, twice
+            int(0x80808003), int(0x80808003), int(0x80808002), int(0x80808002), int(0x80808001), int(0x80808001),
+            int(0x80808000), int(0x80808000));
+        const __m256i index = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, spread), _mm256_set1_epi64x(4));
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // the sign: code 8 and above
+        const __m256 value0 = _mm256_permutevar8x32_ps(low, index), value1 = _mm256_permutevar8x32_ps(high, index);
+        return _mm256_blendv_ps(value0, value1, upper);
+    }
 };
 
 }  // namespace

@@ -83,10 +83,10 @@ void quantize(const Table8bit& table, float* x, int64_t n, __m256i most, uint8_t
 
     const Lines& lines = table.lines;
     const __m256 sign = _mm256_set1_ps(lines.zero ? -0.0f : 0.0f);  // below zero a one-sided table has nothing to tell
-    const __m256 round = _mm256_set1_ps(kRound), rank_of_zero = _mm256_set1_ps(kRound + lines.zero);
+    const __m256 rank_of_zero = _mm256_set1_ps(kRound + lines.zero), last = _mm256_set1_ps(lines.last);
     for (int64_t i = 0; i < n; i += 32) {
         __m256 scaled[4], size[4], least[4];
-        __m256i rank[4];
+        __m256i code[4];
         for (int k = 0; k < 4; ++k) {
             scaled[k] = _mm256_mul_ps(_mm256_load_ps(x + i + 8 * k), reciprocal);
             // max and min return their second operand where either is NaN.
@@ -99,17 +99,18 @@ void quantize(const Table8bit& table, float* x, int64_t n, __m256i most, uint8_t
         }
         uint32_t doubtful = 0;
         for (int k = 0; k < 4; ++k) {
-            const __m256 count = _mm256_sub_ps(_mm256_add_ps(least[k], round), round);
-            const __m256 off = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(least[k], count));
-            const __m256 doubt = _mm256_cmp_ps(off, _mm256_set1_ps(0.5f - kDoubt), _CMP_NLT_UQ);
+            const __m256 count = _mm256_or_ps(least[k], _mm256_and_ps(sign, scaled[k]));
+            const __m256 rank = _mm256_add_ps(count, rank_of_zero);
+            const __m256 off = _mm256_sub_ps(count, _mm256_sub_ps(rank, rank_of_zero));
+            const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), off);
+            const __m256 doubt = _mm256_cmp_ps(distance, _mm256_set1_ps(0.5f - kDoubt), _CMP_NLT_UQ);
             doubtful |= static_cast<uint32_t>(_mm256_movemask_ps(doubt)) << 8 * k;
-            const __m256 signed_count = _mm256_or_ps(count, _mm256_and_ps(sign, scaled[k]));
-            const __m256 top = _mm256_cmp_ps(scaled[k], _mm256_set1_ps(lines.last), _CMP_GT_OQ);  // -1 where it holds
-            const __m256i bits = _mm256_castps_si256(_mm256_add_ps(rank_of_zero, signed_count));
-            rank[k] = _mm256_sub_epi32(bits, _mm256_castps_si256(top));
+
+            const __m256 top = _mm256_cmp_ps(scaled[k], last, _CMP_GT_OQ);  // -1 where it holds
+            code[k] = _mm256_sub_epi32(_mm256_castps_si256(rank), _mm256_castps_si256(top));
         }
-        _mm_storeu_si128(at(codes, i), low_bytes(rank[0], rank[1]));
-        _mm_storeu_si128(at(codes, i + 16), low_bytes(rank[2], rank[3]));
+        _mm_storeu_si128(at(codes, i), low_bytes(code[0], code[1]));
+        _mm_storeu_si128(at(codes, i + 16), low_bytes(code[2], code[3]));
         if (doubtful) {
             for (int k = 0; k < 4; ++k) _mm256_store_ps(x + i + 8 * k, scaled[k]);
             search(table.search, x + i, doubtful, codes + i);

@@ -24,28 +24,6 @@ constexpr int64_t kPart = 16;
 // Where the next part of a panel of so many lanes begins.
 int64_t part_size(int64_t lanes) { return (lanes + 7) / 8 * 8 * kPart; }
 
-// The sixteen values of a block, rounded to the type T.
-template <class T>
-struct Table {
-    __m256 low, high;
-
-    Table(const float* code, float scale)
-        : low(T::nearest(_mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(scale)))),
-          high(T::nearest(_mm256_mul_ps(_mm256_loadu_ps(code + 8), _mm256_set1_ps(scale)))) {}
-
-    // Eight values from four bytes.
-    __m256 look_up(const uint8_t* codes) const {
-        const __m256i bytes = _mm256_set1_epi32(load<int32_t>(codes, 0));
-        const __m256i spread = _mm256_set_epi32(  // a byte to each lane, twice
-            int(0x80808003), int(0x80808003), int(0x80808002), int(0x80808002), int(0x80808001), int(0x80808001),
-            int(0x80808000), int(0x80808000));
-        const __m256i index = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, spread), _mm256_set1_epi64x(4));
-        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // the sign: code 8 and above
-        const __m256 value0 = _mm256_permutevar8x32_ps(low, index), value1 = _mm256_permutevar8x32_ps(high, index);
-        return _mm256_blendv_ps(value0, value1, upper);
-    }
-};
-
 // The `count` values of W from position `first` of the flattened weight on, padded with zeros to a multiple of eight.
 template <class T>
 void expand_row(const Weight4bit& w, int64_t first, int64_t count, float* out) {
@@ -241,61 +219,6 @@ void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, i
     }
 }
 
-float total(__m256 a) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
-// Two rows of W, from the positions `first` on, times `rows` of x.
-template <class T, int rows>
-void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* sums) {
-    constexpr int64_t stretch = 2048;  // values whose scales are read at once
-    const int64_t depth = w.columns, piece = least(w.piece, stretch);
-    const uint8_t *codes0 = w.codes + first[0] / 2, *codes1 = w.codes + first[1] / 2;
-    __m256 sum[rows][2];
-    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    for (int64_t begin = 0; begin < depth; begin += stretch) {
-        const int64_t end = least(begin + stretch, depth);
-        float scales[2][stretch / 32];
-        for (int c = 0; c < 2; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
-        for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
-            const Table<T> table0(w.code, scales[0][k]), table1(w.code, scales[1][k]);
-            _mm_prefetch(reinterpret_cast<const char*>(codes0 + ((i + 2 * depth) >> 1)), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(codes1 + ((i + 2 * depth) >> 1)), _MM_HINT_T0);
-            for (int64_t j = i; j < i + piece; j += 8) {
-                const __m256 from_w0 = table0.look_up(codes0 + (j >> 1)), from_w1 = table1.look_up(codes1 + (j >> 1));
-                for (int r = 0; r < rows; ++r) {
-                    const __m256 from_x = T::load(x, r * depth + j);
-                    sum[r][0] = _mm256_fmadd_ps(from_x, from_w0, sum[r][0]);
-                    sum[r][1] = _mm256_fmadd_ps(from_x, from_w1, sum[r][1]);
-                }
-            }
-        }
-    }
-    for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < 2; ++c) sums[r * kStrip + c] = total(sum[r][c]);
-    }
-}
-
-template <class T>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums) {
-    for (int64_t c = 0; c < columns; c += 2) {
-        const int64_t n = column + c;  // the last row again where there are no two
-        const int64_t first[2] = {n * w.columns, (column + least(c + 1, columns - 1)) * w.columns};
-        for (int64_t r = 0; r < rows; r += 4) {
-            const void* from = at(x, r * w.columns * T::kSize);
-            float* out = sums + r * kStrip + c;
-            switch (least(rows - r, 4)) {
-                case 1: dot_tile<T, 1>(w, first, from, out); break;
-                case 2: dot_tile<T, 2>(w, first, from, out); break;
-                case 3: dot_tile<T, 3>(w, first, from, out); break;
-                default: dot_tile<T, 4>(w, first, from, out); break;
-            }
-        }
-    }
-}
-
 template <class T>
 void widen(const void* x, int64_t n, float* out) {
     int64_t i = 0;
@@ -318,10 +241,10 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
     }
 }
 
-template <class T>
+template <class T, const FewKernels& few>
 const MatmulKernels kernels = {
-    false,    6,      8,        expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
-    bytes_forward<T>, bytes_gradient<T>, multiply, dot<T>, widen<T>, finish<T>,
+    false, 6, &few, expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
+    bytes_forward<T>, bytes_gradient<T>, multiply, widen<T>, finish<T>,
 };
 
 }  // namespace
@@ -337,9 +260,9 @@ namespace halfbyte {
 
 const MatmulKernels* avx2_matmul(Type type) {
     switch (type) {
-        case Type::bf16: return &kernels<Bf16>;
-        case Type::fp16: return &kernels<Fp16>;
-        default: return &kernels<Fp32>;
+        case Type::bf16: return &kernels<Bf16, avx2_few_bf16>;
+        case Type::fp16: return &kernels<Fp16, avx2_few_fp16>;
+        default: return &kernels<Fp32, avx2_few_fp32>;
     }
 }
 

@@ -57,13 +57,34 @@ void step_32bit(const Adamw& a, const Stepped32bit& t, int64_t first, int64_t la
     scalar_adamw.step_32bit(a, t, whole, last);
 }
 
-// out = table[codes] * scale, n values.
-void expand(const float* table, const uint8_t* codes, float scale, int64_t n, float* out) {
-    __m512 values[16];
-    for (int k = 0; k < 16; ++k) values[k] = _mm512_loadu_ps(table + 16 * k);
-    for (int64_t i = 0; i < n; i += 16) {
-        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(pick256(index, values), _mm512_set1_ps(scale)));
+// The entries `index` of a table of 256 words. Lookups read six bits of an index; the masks are of its bits 6 and 7.
+__m512i pick256_words(__m512i index, __mmask32 bit6, __mmask32 bit7, const __m512i* table) {
+    __m512i quarter[4];
+    for (int k = 0; k < 4; ++k) quarter[k] = _mm512_permutex2var_epi16(table[2 * k], index, table[2 * k + 1]);
+    const __m512i low = _mm512_mask_mov_epi16(quarter[0], bit6, quarter[1]);
+    return _mm512_mask_mov_epi16(low, bit7, _mm512_mask_mov_epi16(quarter[2], bit6, quarter[3]));
+}
+
+// out = value[codes] * scale, n values. Looked up by halves, since that is 32 at a time.
+void expand(const Table8bit& table, const uint8_t* codes, float scale, int64_t n, float* out) {
+    __m512i low[8], high[8];
+    for (int k = 0; k < 8; ++k) {
+        low[k] = _mm512_loadu_si512(table.low + 32 * k);
+        high[k] = _mm512_loadu_si512(table.high + 32 * k);
+    }
+    const __m512 scales = _mm512_set1_ps(scale);
+    // Interleaving takes four words of every eight: the codes 0 to 3, 16 to 19, 4 to 7, 20 to 23, ...
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t i = 0; i < n; i += 32) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+        const __m512i index = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, order));
+        const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+        const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+        const __m512i lows = pick256_words(index, bit6, bit7, low), highs = pick256_words(index, bit6, bit7, high);
+        const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi16(lows, highs));
+        const __m512 second = _mm512_castsi512_ps(_mm512_unpackhi_epi16(lows, highs));
+        _mm512_store_ps(out + i, _mm512_mul_ps(first, scales));
+        _mm512_store_ps(out + i + 16, _mm512_mul_ps(second, scales));
     }
 }
 
@@ -82,8 +103,7 @@ void quantize(const Table8bit& table, float* x, int64_t n, __m512i magnitudes, u
         intercept[k] = _mm512_loadu_ps(lines.intercept + k);
     }
     const __m512 sign = _mm512_set1_ps(lines.zero ? -0.0f : 0.0f);  // below zero a one-sided table has nothing to tell
-    const __m512 round = _mm512_set1_ps(kRound), rank_of_zero = _mm512_set1_ps(kRound + lines.zero);
-    const __m512 last = _mm512_set1_ps(lines.last);
+    const __m512 rank_of_zero = _mm512_set1_ps(kRound + lines.zero), last = _mm512_set1_ps(lines.last);
     for (int64_t i = 0; i < n; i += 32) {
         __m512 scaled[2];
         uint32_t doubtful = 0;
@@ -100,15 +120,15 @@ void quantize(const Table8bit& table, float* x, int64_t n, __m512i magnitudes, u
                 height[j] = _mm512_fmadd_ps(_mm512_permutexvar_ps(line, slope[j]), size, start);
             }
             const __m512 least = _mm512_min_ps(_mm512_min_ps(height[0], height[1]), height[2]);
-            const __m512 count = _mm512_sub_ps(_mm512_add_ps(least, round), round);
-            const __m512 off = _mm512_abs_ps(_mm512_sub_ps(least, count));
+            const __m512 count = _mm512_or_ps(least, _mm512_and_ps(sign, scaled[k]));
+            const __m512 rank = _mm512_add_ps(count, rank_of_zero);
+            const __m512 off = _mm512_abs_ps(_mm512_sub_ps(count, _mm512_sub_ps(rank, rank_of_zero)));
             const __mmask16 doubt = _mm512_cmp_ps_mask(off, _mm512_set1_ps(0.5f - kDoubt), _CMP_NLT_UQ);
             doubtful |= static_cast<uint32_t>(doubt) << 16 * k;
 
-            const __m512 signed_count = _mm512_or_ps(count, _mm512_and_ps(sign, scaled[k]));
-            const __m512i rank = _mm512_castps_si512(_mm512_add_ps(rank_of_zero, signed_count));
             const __mmask16 top = _mm512_cmp_ps_mask(scaled[k], last, _CMP_GT_OQ);
-            const __m512i code = _mm512_mask_add_epi32(rank, top, rank, _mm512_set1_epi32(1));
+            const __m512i bits = _mm512_castps_si512(rank);
+            const __m512i code = _mm512_mask_add_epi32(bits, top, bits, _mm512_set1_epi32(1));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i + 16 * k), _mm512_cvtepi32_epi8(code));
         }
         if (doubtful) {
@@ -125,8 +145,8 @@ void step_8bit(const Adamw& a, const Tables8bit& tables, const Stepped8bit& t, i
     alignas(64) float ms[kMostInBlock], vs[kMostInBlock];
     for (int64_t block = first; block < last; ++block) {
         const int64_t begin = block * tables.blocksize;
-        expand(tables.m.value, t.m.codes + begin, t.m.absmax[block], tables.blocksize, ms);
-        expand(tables.v.value, t.v.codes + begin, t.v.absmax[block], tables.blocksize, vs);
+        expand(tables.m, t.m.codes + begin, t.m.absmax[block], tables.blocksize, ms);
+        expand(tables.v, t.v.codes + begin, t.v.absmax[block], tables.blocksize, vs);
         __m512i most_m = _mm512_setzero_si512(), most_v = most_m;
         for (int64_t i = 0; i < tables.blocksize; i += 16) {
             const __m512 p = T::load(t.param, begin + i), g = T::load(t.grad, begin + i);

@@ -41,8 +41,6 @@ struct Pairs {
         return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_set1_epi32(4)), table);
     }
 
-    static __m512i lanes(const void* x, int64_t i) { return _mm512_loadu_si512(at(x, i, 2)); }
-
     // 32 values, the second sixteen of which `high` gives.
     template <class High>
     static __m512i round(__m512 low, const High& high) {
@@ -102,8 +100,6 @@ struct Singles {
         const __m512i lanes = _mm512_shuffle_epi8(bytes, spread);
         return _mm512_permutexvar_epi32(_mm512_srlv_epi32(lanes, _mm512_set1_epi64(4)), table);
     }
-
-    static __m512i lanes(const void* x, int64_t i) { return _mm512_castps_si512(T::load(x, i)); }
 
     // Sixteen values; there are no second sixteen.
     template <class High>
@@ -402,69 +398,6 @@ void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, i
     }
 }
 
-// The sum of each of four registers.
-__m128 totals(const __m512* a) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
-}
-
-// Four rows of W, from the positions `first` on, times `rows` of x.
-template <class L, int rows>
-void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* sums) {
-    constexpr int64_t width = 16 * L::kPerLane, stretch = 2048;  // values whose scales are read at once
-    const int64_t depth = w.columns, piece = least(w.piece, stretch);
-    const uint8_t* const codes[4] = {w.codes + first[0] / 2, w.codes + first[1] / 2, w.codes + first[2] / 2,
-                                     w.codes + first[3] / 2};
-    __m512 sum[rows][4];
-    for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_setzero_ps();
-    }
-    for (int64_t begin = 0; begin < depth; begin += stretch) {
-        const int64_t end = least(begin + stretch, depth);
-        float scales[4][stretch / 32];
-        for (int c = 0; c < 4; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
-        for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
-            __m512i table[4];
-            for (int c = 0; c < 4; ++c) {
-                table[c] = L::table(scaled(w.code, scales[c][k]));
-                _mm_prefetch(reinterpret_cast<const char*>(codes[c] + ((i + 4 * depth) >> 1)), _MM_HINT_T0);
-            }
-            for (int64_t j = i; j < i + piece; j += width) {
-                __m512i from_w[4];
-                for (int c = 0; c < 4; ++c) from_w[c] = L::look_up(table[c], codes[c] + (j >> 1));
-                for (int r = 0; r < rows; ++r) {
-                    const __m512i from_x = L::lanes(x, r * depth + j);
-                    for (int c = 0; c < 4; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
-                }
-            }
-        }
-    }
-    for (int r = 0; r < rows; ++r) _mm_store_ps(sums + r * kStrip, totals(sum[r]));
-}
-
-template <class L>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums) {
-    for (int64_t c = 0; c < columns; c += 4) {
-        int64_t first[4];  // the last row again where there are no four
-        for (int64_t i = 0; i < 4; ++i) first[i] = (column + least(c + i, columns - 1)) * w.columns;
-        for (int64_t r = 0; r < rows; r += 4) {
-            const void* from = at(x, r * w.columns, L::kSize);
-            float* out = sums + r * kStrip + c;
-            switch (least(rows - r, 4)) {
-                case 1: dot_tile<L, 1>(w, first, from, out); break;
-                case 2: dot_tile<L, 2>(w, first, from, out); break;
-                case 3: dot_tile<L, 3>(w, first, from, out); break;
-                default: dot_tile<L, 4>(w, first, from, out); break;
-            }
-        }
-    }
-}
-
 template <class T>
 void widen(const void* x, int64_t n, float* out) {
     int64_t i = 0;
@@ -487,10 +420,10 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
     }
 }
 
-template <class L, class T>
+template <class L, class T, const FewKernels& few>
 const MatmulKernels kernels = {
-    L::kPerLane == 2,  6,           8,      expand_forward<L>, expand_gradient<L>, dense_forward<L>, dense_gradient<L>,
-    bytes_forward<L>, bytes_gradient<L>, multiply<L>,       dot<L>,      widen<T>, finish<T>,
+    L::kPerLane == 2, 6, &few, expand_forward<L>, expand_gradient<L>, dense_forward<L>, dense_gradient<L>,
+    bytes_forward<L>, bytes_gradient<L>, multiply<L>, widen<T>, finish<T>,
 };
 
 }  // namespace
@@ -506,11 +439,11 @@ namespace halfbyte {
 
 const MatmulKernels* avx512_matmul(Type type) {
     switch (type) {
-        case Type::fp16: return &kernels<Singles<Fp16>, Fp16>;
+        case Type::fp16: return &kernels<Singles<Fp16>, Fp16, avx512_few_fp16>;
         case Type::bf16:
-            if (__builtin_cpu_supports("avx512bf16")) return &kernels<Pairs, Bf16OfUnit>;
-            return &kernels<Singles<Bf16>, Bf16>;
-        default: return &kernels<Singles<Fp32>, Fp32>;
+            if (__builtin_cpu_supports("avx512bf16")) return &kernels<Pairs, Bf16OfUnit, avx512_few_pairs>;
+            return &kernels<Singles<Bf16>, Bf16, avx512_few_bf16>;
+        default: return &kernels<Singles<Fp32>, Fp32, avx512_few_fp32>;
     }
 }
 

@@ -56,7 +56,7 @@ class Product {
           per_lane_(k_.pairs ? 2 : 1),
           size_(size_of(a_.type)),
           y_size_(size_of(a_.y_type)),
-          few_(a_.rows <= k_.few_rows && dots(*a_.terms)),
+          few_(a_.rows <= k_.few->rows && dots(*a_.terms)),
           tiled_(k_.pack && !few_ && a_.width > kStrip),
           strip_(few_ && a_.count == 1 ? kFewStrip : tiled_ ? kStrip * panels_at_once() : kStrip),
           strips_(parts(a_.width, strip_)) {
@@ -76,9 +76,12 @@ class Product {
         tiled_ ? tiled_part(row, end, column, columns) : part(row, end, column, columns);
     }
 
-    // What is to be packed before: so many times up to kTile rows.
-    int64_t packings() const { return tiled_ ? parts(a_.rows, kTile) : 0; }
+    bool few() const { return few_; }
+
+    // What is to be packed before: so many times up to kTile rows, or the few there are.
+    int64_t packings() const { return few_ ? 1 : tiled_ ? parts(a_.rows, kTile) : 0; }
     int64_t packed_bytes() const {
+        if (few_) return a_.rows * parts(a_.terms->depth() * k_.few->bytes, kStretchBytes) * kArrangedBytes;
         int64_t bytes = 0;
         for (int i = 0; i < a_.count; ++i) bytes += packings() * packed_row(a_.terms[i]);
         return bytes;
@@ -86,6 +89,7 @@ class Product {
     void pack_to(char* tiles) { tiles_ = tiles; }
 
     void pack(int64_t packing) const {
+        if (few_) return k_.few->arrange(a_.terms->x, a_.rows, a_.terms->depth(), tiles_);
         const int64_t row = packing * kTile, rows = std::min(kTile, a_.rows - row);
         char* tiles = tiles_;
         for (const Term* term = a_.terms; term < a_.terms + a_.count; ++term) {
@@ -98,7 +102,7 @@ class Product {
   private:
     // Whether `dot` can take this term.
     static bool dots(const Term& term) {
-        return term.weight && !term.gradient && term.weight->piece > 0 && term.stride == term.depth();
+        return term.weight && !term.gradient && term.weight->piece >= 64 && term.stride == term.depth();
     }
 
     int64_t depth() const {
@@ -160,7 +164,7 @@ class Product {
         Piece next{a_.terms, 0, 0, 0};
         bool add = false;
         if (few_) {
-            k_.dot(*a_.terms->weight, column, columns, a_.terms->x, end, s.sums);
+            k_.few->dot(*a_.terms->weight, column, columns, tiles_, end, s.sums);
             if (a_.count == 1) return finish(begin, end, column, columns, s.sums, s);
             ++next.term;
             add = true;
@@ -260,7 +264,7 @@ class Product {
     const bool few_, tiled_;
     const int64_t strip_, strips_;
     int64_t chunk_;
-    char* tiles_ = nullptr;  // every x, packed
+    char* tiles_ = nullptr;  // every x, packed; of few rows the first, arranged
 };
 
 // Hand out the tasks of all products to the threads.
@@ -390,7 +394,12 @@ void matmul(Matmul* products, int count, int threads) {
         }
         share_out(works, &Product::packings, &Product::pack, 2 * kGrain * packings / std::max(bytes, int64_t{1}), threads);
     }
-    share_out(works, &Product::tasks, &Product::run, kGrain * tasks / std::max(values, int64_t{1}), threads);
+    int64_t grain = kGrain * tasks / std::max(values, int64_t{1});
+    // Few rows: ranges as long as leave each thread some are read from memory in fewer pieces.
+    if (!works.empty() && works.front().few()) {
+        grain = std::max(grain, std::clamp(tasks / (8 * threads), int64_t{1}, int64_t{4}));
+    }
+    share_out(works, &Product::tasks, &Product::run, grain, threads);
 }
 
 }  // namespace halfbyte

@@ -5,12 +5,12 @@
 // a block of the depth at a time is expanded into a panel that stays in cache, in the layout that the inner product
 // reads. A panel's lanes are 32 bits wide: one fp32 value, or, where the chip multiplies bf16, two values that follow
 // each other along the depth (the layout of AMX's tiles too). For few rows, where expanding is the work, rows of W
-// are expanded as they lie and multiplied at once, without a panel.
+// are expanded in the order that comes for nothing, which x is given once, and multiplied without a panel.
 //
 // Weights are those of dequantize_4bit, rounded to the type of x, except that a chip's bf16 unit (VDPBF16PS, AMX's
 // tiles) takes subnormal values for zero, also among its results. Sums are fp32. Each result is summed in an order that
-// depends on the tier, the type, the width, the terms' depths and on whether the call has few rows (and the first x no
-// gaps between them): never on the number of threads or on what other rows there are.
+// depends on the tier, the type, the width, the block size, the terms' depths and on whether the call has few rows (and
+// the first x no gaps between them): never on the number of threads or on what other rows there are.
 
 #pragma once
 
@@ -23,6 +23,11 @@ constexpr int64_t kLanes = 512;  // depth of a panel in lanes: 128 KiB, half of 
 constexpr int64_t kTile = 16;    // rows and lanes of a tile of packed x
 constexpr int64_t kTileBytes = kTile * kTile * 4;
 constexpr int64_t kChunk = 1056;  // rows that share a panel, at most
+
+// Few rows go along the depth in stretches, in each of which all rows of x lie one after the other, a cache line apart,
+// since addresses that are a power of two apart drive each other out.
+constexpr int64_t kStretchBytes = 2048;
+constexpr int64_t kArrangedBytes = kStretchBytes + 64;  // of a row in a stretch
 
 // Quotients by a number that is mostly a power of two.
 class Divisor {
@@ -74,13 +79,26 @@ struct Dense {
     int64_t stride;  // values from one row to the next
 };
 
+// A tier's products of few rows, for one storage type of x.
+struct FewKernels {
+    int64_t rows;   // at most
+    int64_t bytes;  // of a value of x when arranged
+
+    // Bring x into the order of `dot`.
+    void (*arrange)(const void* x, int64_t rows, int64_t depth, void* arranged);
+
+    // sums[r][0 .. columns) = x[r] times the columns [column, column + columns) of Wᵀ, at most kStrip, of a W in pieces
+    // of at least 64; up to 3 more are written.
+    void (*dot)(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums);
+};
+
 // A tier's share, for one storage type of x. Pointers to float are aligned to 64 bytes. A panel takes kStrip
 // floats for each lane of its depth, rounded up to 16 lanes, arranged as the tier likes; what fills and what multiplies
 // it is told the same depth.
 struct MatmulKernels {
     bool pairs;         // a lane holds two bf16 values; otherwise one fp32
     int64_t tile_rows;  // up to so many rows go through `multiply` at a time; a divisor of kChunk
-    int64_t few_rows;   // up to so many rows go through `dot`
+    const FewKernels* few;
 
     // Fill the panel with the columns [column, column + kStrip) of Wᵀ (forward) or W (gradient), whatever beyond the
     // last, from `first` to `last` of the depth, an odd end padded with zero.
@@ -99,10 +117,6 @@ struct MatmulKernels {
     // apart, and at most kStrip columns; sums[r] = sums + r * kStrip, whose other values may be overwritten.
     void (*multiply)(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, int64_t columns,
                      float* sums, bool add);
-
-    // sums[r][0 .. columns) = x[r] times the columns [column, column + columns) of Wᵀ, at most kStrip, for up to
-    // `few_rows` rows of x as they lie and a W in pieces.
-    void (*dot)(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums);
 
     // Convert n values to fp32; up to 15 more are written.
     void (*widen)(const void* x, int64_t n, float* out);
@@ -157,6 +171,8 @@ const MatmulKernels* avx2_matmul(Type type);
 const MatmulKernels* avx512_matmul(Type type);
 const MatmulKernels* amx_matmul(Type type);
 const MatmulKernels* neon_matmul(Type type);
+extern const FewKernels avx2_few_fp32, avx2_few_bf16, avx2_few_fp16;
+extern const FewKernels avx512_few_pairs, avx512_few_fp32, avx512_few_bf16, avx512_few_fp16;
 
 namespace {
 

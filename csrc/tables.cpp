@@ -50,6 +50,11 @@ Table8bit table8bit(const void* code) {
     Table8bit table;
     std::memcpy(table.value, code, sizeof table.value);
     table.search = search8(code, 256);
+    for (int i = 0; i < 256; ++i) {
+        const auto bits = load<uint32_t>(table.value, i);
+        table.low[i] = static_cast<uint16_t>(bits);
+        table.high[i] = static_cast<uint16_t>(bits >> 16);
+    }
     std::vector<float> midpoints;
     for (int i = 0; i < 255; ++i) midpoints.push_back((table.value[i] + table.value[i + 1]) / 2);
     table.lines = fit_lines(midpoints);

@@ -14,6 +14,7 @@ from halfbyte.quant import codebook
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUMMING = 2e-6
 DTYPES = list(ROUNDING)
+FEW_ROWS = 16  # as in test_matmul.py
 
 
 @pytest.fixture(params=native.tiers())
@@ -179,13 +180,14 @@ def test_neither_threads_nor_other_rows_change_a_bit(
         return ys
 
     expected = products(300)
-    for rows in (300, 9, 57):
+    for rows in (300, FEW_ROWS + 1, 57):
         for count in (1, 2, 3):
             threads(count)
             for got, whole in zip(products(rows), expected, strict=True):
                 assert torch.equal(got, whole[:rows])
-    few = products(8)
-    assert all(torch.equal(got, whole[:3]) for got, whole in zip(products(3), few, strict=True))
+    few = products(FEW_ROWS)
+    for rows in (3, 11):
+        assert all(torch.equal(got, whole[:rows]) for got, whole in zip(products(rows), few, strict=True))
 
 
 def test_wrong_terms_are_named() -> None:

@@ -10,7 +10,7 @@ What bitsandbytes cannot do the reference does:
 - 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
 - 8-bit optimizer state: blocks of other sizes than 256.
 - Tensors of 2³¹ elements and more, which its kernels count in 32 bits, and empty ones.
-- The other pieces of a training step: attention, norms, gating, rotary embedding, the softmax of the output head.
+- Block-wise int8 weights, and the other pieces of a training step: attention, norms, gating, rotary embedding, the softmax of the output head.
 
 Its fused product takes rows of whole blocks and double quantization in blocks of 256; for others, and for the gradient,
 the weight is dequantized and torch multiplies. A short last block is filled up first, since its AVX-512 kernel places
@@ -34,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit
+from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
 
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKSIZES_8BIT = BLOCKSIZES_4BIT[1:]
@@ -42,6 +42,7 @@ LARGEST_ON_CPU = 1024
 BLOCKSIZE_NESTED = BLOCKSIZE_STATE = 256
 LARGEST_COUNT = 2**31 - 1
 
+quantize_int8, dequantize_int8 = reference.quantize_int8, reference.dequantize_int8
 attention, attention_backward = reference.attention, reference.attention_backward
 rms_norm, rms_norm_gradient = reference.rms_norm, reference.rms_norm_gradient
 rms_norm_weight_gradient = reference.rms_norm_weight_gradient
@@ -125,6 +126,8 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     for terms, out, bias in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
         for x, factor, gradient in terms:
+            if isinstance(factor, Weight8bit):
+                factor = reference.dequantize_int8(factor, x.dtype)
             if not isinstance(factor, Weight4bit):
                 y = y + x @ (factor.to(x.dtype) if gradient else factor.to(x.dtype).T)
             elif gradient:

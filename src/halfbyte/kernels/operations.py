@@ -4,6 +4,7 @@ Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`. A wr
 (dtype, device) or ``ValueError`` (size) that names what was given and what is needed.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +88,12 @@ def matmul_4bit(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, but this product needs {x.dtype} "
             f"({shape[0]},) on {x.device}"
         )
-    y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
-    return y
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
+        return y
+    # In decoding one product takes as long as fifteen calls of autograd's machinery.
+    with _no_autocast(x.device):
+        return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
 
 
 def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
@@ -142,7 +147,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     device = sums[0].out.device
     for terms, out, bias in sums:
         _check_sum(terms, out, bias, device)
-    with torch.autocast(device.type, enabled=False):
+    with _no_autocast(device):
         provider_for(device).matmul_sums(sums)
 
 
@@ -395,7 +400,7 @@ class _Matmul4bit(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.statistics, ctx.shape = statistics, shape
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device):
             return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
 
     @staticmethod
@@ -403,7 +408,7 @@ class _Matmul4bit(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            with torch.autocast(dy.device.type, enabled=False):
+            with _no_autocast(dy.device):
                 dx = provider_for(dy.device).matmul_4bit_dx(dy, packed, ctx.statistics, ctx.shape)
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, ctx.shape[0]).sum(0)
@@ -459,6 +464,12 @@ class _MatmulInt8(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0)
         return dx, dbias, None
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _check_floating(name: str, x: Tensor) -> None:

@@ -1,0 +1,323 @@
+// The AVX-512 tier's products of few rows.
+//
+// A group is 128 values of a row of W: 64 bytes of codes, looked up as they lie. Nibble k of every 16-bit word (pairs of
+// bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it takes; the order that
+// results, `arrange` gives to x. The two blocks of a group are the halves of a register: a lookup reads one bit more than
+// a code has, and that bit tells them apart.
+//
+// Up to four rows, values are multiplied as they are looked up: then reading W from memory bounds the product. For more,
+// four rows of W are expanded a stretch at a time, into cache, and serve all rows of x.
+//
+// The whole file is compiled with AVX512_BF16; see avx512_matmul.cpp.
+
+#if defined(__x86_64__)
+
+#include "avx512.h"
+#include "matmul.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#endif
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t kGroup = 128;
+constexpr int64_t kFused = 4;  // rows of x that are multiplied at once with values in registers
+constexpr int kColumns = 4;    // rows of W that are multiplied at once
+constexpr int kExpanded = 8;   // rows of W that are expanded at once
+constexpr int64_t kTileRows = 6;  // rows of x that are multiplied with them at once
+
+// The indices of nibble k.
+__m512i nibbles(__m512i codes, int k) {
+    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    const __m512i shifted = _mm512_srli_epi32(codes, 4 * k);
+    return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(15), second, 0xea);  // (shifted & 15) | second
+}
+
+// Vectors of 32 bf16 values, multiplied in pairs.
+struct Pairs {
+    using Element = uint16_t;
+    static constexpr int kVectors = 4;  // of a group
+
+    struct Table {
+        __m512i both;
+
+        Table(__m512 first, __m512 second) : both((__m512i)_mm512_cvtne2ps_pbh(second, first)) {}
+
+        __m512i look_up(__m512i codes, int k) const { return _mm512_permutexvar_epi16(nibbles(codes, k), both); }
+    };
+
+    // A group: value 4 j + (k ^ 1) to element j of vector k.
+    static void arrange(const uint16_t* x, uint16_t* out) {
+        const __m512i step = _mm512_set_epi16(  // every fourth of 64 values, twice
+            60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0,
+            60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
+        const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(x + 32);
+        const __m512i c = _mm512_loadu_si512(x + 64), d = _mm512_loadu_si512(x + 96);
+        for (int k = 0; k < kVectors; ++k) {
+            const __m512i index = _mm512_add_epi16(step, _mm512_set1_epi16(static_cast<int16_t>(k ^ 1)));
+            const __m512i low = _mm512_permutex2var_epi16(a, index, b), high = _mm512_permutex2var_epi16(c, index, d);
+            _mm512_storeu_si512(out + 32 * k, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+        }
+    }
+
+    static void copy(const void* x, int64_t count, uint16_t* out) {
+        std::memcpy(out, x, static_cast<size_t>(count) * sizeof *out);
+    }
+
+    static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
+    }
+};
+
+// Vectors of sixteen fp32 values, W rounded to the type T.
+template <class T>
+struct Singles {
+    using Element = float;
+    static constexpr int kVectors = 8;
+
+    struct Table {
+        __m512 first, second;
+
+        Table(__m512 first, __m512 second) : first(T::nearest(first)), second(T::nearest(second)) {}
+
+        __m512i look_up(__m512i codes, int k) const {
+            return _mm512_castps_si512(_mm512_permutex2var_ps(first, nibbles(codes, k), second));
+        }
+    };
+
+    // A group: value 8 j + (k ^ 1) to element j of vector k.
+    static void arrange(const float* x, float* out) {
+        const __m512i step = _mm512_set_epi32(120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0);
+        for (int k = 0; k < kVectors; ++k) _mm512_storeu_ps(out + 16 * k, _mm512_i32gather_ps(step, x + (k ^ 1), 4));
+    }
+
+    // Writes up to 15 more.
+    static void copy(const void* x, int64_t count, float* out) {
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16) Fp32::store(out, i, T::load(x, i));
+        for (; i < count; i += 16) {
+            float rest[16] = {};
+            std::memcpy(rest, at(x, i, T::kSize), static_cast<size_t>((count - i) * T::kSize));
+            Fp32::store(out, i, T::load(rest, 0));
+        }
+    }
+
+    static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
+    }
+};
+
+template <class L>
+constexpr int64_t kStretch = kStretchBytes / static_cast<int64_t>(sizeof(typename L::Element));
+
+template <class L>
+constexpr int64_t kRow = kArrangedBytes / static_cast<int64_t>(sizeof(typename L::Element));
+
+template <class L, class T>
+void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
+    auto* out = static_cast<typename L::Element*>(arranged);
+    for (int64_t begin = 0; begin < depth; begin += kStretch<L>) {
+        const int64_t end = least(begin + kStretch<L>, depth);
+        for (int64_t r = 0; r < rows; ++r, out += kRow<L>) {
+            for (int64_t i = begin; i < end; i += kGroup) {
+                typename L::Element group[kGroup] = {};
+                L::copy(at(x, r * depth + i, T::kSize), least(kGroup, end - i), group);
+                L::arrange(group, out + (i - begin));
+            }
+        }
+    }
+}
+
+// The scales of `count` runs of 64 values from position `first` on; sixteen are written. `code` is the nested one.
+void read_runs(const Weight4bit& w, const __m512* code, int64_t first, int64_t count, float* out) {
+    const Scales& scales = w.scales;
+    if (!scales.nested || w.blocksize.value() != 64) return read_scales(w, first, 64, count, out);
+    const int64_t block = first / 64, group = w.nested_blocksize.quotient(block);
+    if (w.nested_blocksize.quotient(block + count - 1) != group) return read_scales(w, first, 64, count, out);
+    const auto some = static_cast<__mmask16>((1 << count) - 1);
+    const __m128i absmax = _mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(scales.absmax) + block);
+    const __m512 value = pick256(_mm512_cvtepu8_epi32(absmax), code);
+    const __m512 factor = _mm512_set1_ps(load<float>(scales.nested_absmax, group));
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(value, factor), _mm512_set1_ps(scales.offset)));
+}
+
+// A stretch of a row of W: `count` values, a multiple of 64.
+struct Stretch {
+    const uint8_t* codes;
+    float scales[kStretchBytes / 128];
+};
+
+// Groups of a stretch as codes and tables. Of one that is half, the other half is zero.
+template <class L>
+struct Reader {
+    __m512 code;
+    int64_t count, ahead;  // bytes
+
+    typename L::Table table(const Stretch& from, int64_t i) const {
+        const auto whole = static_cast<__mmask16>(i + kGroup <= count ? 0xffff : 0);
+        const __m512 first = _mm512_mul_ps(code, _mm512_set1_ps(from.scales[i / 64]));
+        return {first, _mm512_maskz_mul_ps(whole, code, _mm512_set1_ps(from.scales[i / 64 + (whole & 1)]))};
+    }
+
+    __m512i codes(const Stretch& from, int64_t i) const {
+        const uint8_t* const bytes = from.codes + i / 2;
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead), _MM_HINT_T0);
+        return _mm512_maskz_loadu_epi8(i + kGroup <= count ? ~__mmask64{0} : ~__mmask64{0} >> 32, bytes);
+    }
+};
+
+// The sum of each of four registers.
+__m128 totals(const __m512* a) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
+
+template <int rows>
+void finish_tile(const __m512 (*sum)[kColumns], float* sums, bool add) {
+    for (int r = 0; r < rows; ++r, sums += kStrip) {
+        const __m128 total = totals(sum[r]);
+        _mm_storeu_ps(sums, add ? _mm_add_ps(_mm_loadu_ps(sums), total) : total);
+    }
+}
+
+// A stretch of four rows of W times `rows` of x, looked up on the way.
+template <class L, int rows>
+void look_up_tile(const Reader<L>& reader, const Stretch* w, const typename L::Element* x, float* sums, bool add) {
+    constexpr int64_t width = kGroup / L::kVectors;
+    __m512 sum[rows][kColumns];
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < kColumns; ++c) sum[r][c] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < reader.count; i += kGroup) {
+        const typename L::Table table[kColumns] = {reader.table(w[0], i), reader.table(w[1], i),
+                                                   reader.table(w[2], i), reader.table(w[3], i)};
+        const __m512i codes[kColumns] = {reader.codes(w[0], i), reader.codes(w[1], i), reader.codes(w[2], i),
+                                         reader.codes(w[3], i)};
+#pragma GCC unroll 8
+        for (int k = 0; k < L::kVectors; ++k) {
+            __m512i from_w[kColumns];
+            for (int c = 0; c < kColumns; ++c) from_w[c] = table[c].look_up(codes[c], k);
+            for (int r = 0; r < rows; ++r) {
+                const __m512i from_x = _mm512_loadu_si512(x + r * kRow<L> + i + k * width);
+                for (int c = 0; c < kColumns; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
+            }
+        }
+    }
+    finish_tile<rows>(sum, sums, add);
+}
+
+// The values of a stretch.
+template <class L>
+void expand(const Reader<L>& reader, const Stretch& w, typename L::Element* out) {
+    constexpr int64_t width = kGroup / L::kVectors;
+    for (int64_t i = 0; i < reader.count; i += kGroup) {
+        const typename L::Table table = reader.table(w, i);
+        const __m512i codes = reader.codes(w, i);
+#pragma GCC unroll 8
+        for (int k = 0; k < L::kVectors; ++k) _mm512_storeu_si512(out + i + k * width, table.look_up(codes, k));
+    }
+}
+
+// The same as look_up_tile, of values that are expanded.
+template <class L, int rows>
+void multiply_tile(const typename L::Element* w, int64_t count, const typename L::Element* x, float* sums, bool add) {
+    constexpr int64_t width = kGroup / L::kVectors;
+    __m512 sum[rows][kColumns];
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < kColumns; ++c) sum[r][c] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < count; i += width) {
+        __m512i from_w[kColumns];
+        for (int c = 0; c < kColumns; ++c) from_w[c] = _mm512_loadu_si512(w + c * kRow<L> + i);
+        for (int r = 0; r < rows; ++r) {
+            const __m512i from_x = _mm512_loadu_si512(x + r * kRow<L> + i);
+            for (int c = 0; c < kColumns; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
+        }
+    }
+    finish_tile<rows>(sum, sums, add);
+}
+
+// `rows` of x times `columns` rows of W, in registers or from cache, stretch by stretch.
+template <class L, int columns>
+void dot_columns(const Weight4bit& w, const __m512* nested_code, int64_t column, int64_t last, const void* arranged,
+                 int64_t rows, float* sums) {
+    alignas(64) typename L::Element expanded[columns * kRow<L>];
+    const int64_t depth = w.columns;
+    const auto* x = static_cast<const typename L::Element*>(arranged);
+    for (int64_t begin = 0; begin < depth; begin += kStretch<L>, x += rows * kRow<L>) {
+        const int64_t count = least(kStretch<L>, depth - begin);
+        const Reader<L> reader = {_mm512_loadu_ps(w.code), count, columns * depth / 2};
+        Stretch from[columns];  // of the last row again where there are no more
+        for (int64_t i = 0; i < columns; ++i) {
+            const int64_t first = least(column + i, last) * depth + begin;
+            from[i].codes = w.codes + first / 2;
+            read_runs(w, nested_code, first, count / 64, from[i].scales);
+        }
+        const bool add = begin > 0;
+        if constexpr (columns == kColumns) {
+            switch (rows) {
+                case 1: look_up_tile<L, 1>(reader, from, x, sums, add); break;
+                case 2: look_up_tile<L, 2>(reader, from, x, sums, add); break;
+                case 3: look_up_tile<L, 3>(reader, from, x, sums, add); break;
+                default: look_up_tile<L, kFused>(reader, from, x, sums, add); break;
+            }
+        } else {
+            for (int i = 0; i < columns; ++i) expand(reader, from[i], expanded + i * kRow<L>);
+            const int64_t padded = (count + kGroup - 1) / kGroup * kGroup;
+            for (int64_t r = 0, n; r < rows; r += n) {
+                const int64_t tiles = (rows - r + kTileRows - 1) / kTileRows;
+                n = (rows - r + tiles - 1) / tiles;  // 3 to 6: as many in each tile as can be
+                const auto* tile = x + r * kRow<L>;
+                for (int64_t i = 0; i < columns; i += kColumns) {
+                    const auto* const from_w = expanded + i * kRow<L>;
+                    float* const out = sums + r * kStrip + i;
+                    switch (n) {
+                        case 3: multiply_tile<L, 3>(from_w, padded, tile, out, add); break;
+                        case 4: multiply_tile<L, 4>(from_w, padded, tile, out, add); break;
+                        case 5: multiply_tile<L, 5>(from_w, padded, tile, out, add); break;
+                        default: multiply_tile<L, 6>(from_w, padded, tile, out, add); break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class L>
+void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums) {
+    __m512 nested_code[16];
+    for (int i = 0; i < 16; ++i) nested_code[i] = _mm512_loadu_ps(w.scales.nested_code + 16 * i);
+    const auto part = rows <= kFused ? dot_columns<L, kColumns> : dot_columns<L, kExpanded>;
+    const int64_t step = rows <= kFused ? kColumns : kExpanded;
+    for (int64_t c = 0; c < columns; c += step) {
+        part(w, nested_code, column + c, column + columns - 1, arranged, rows, sums + c);
+    }
+}
+
+}  // namespace
+
+const FewKernels avx512_few_pairs = {16, 2, arrange<Pairs, Bf16>, dot<Pairs>};
+const FewKernels avx512_few_fp32 = {16, 4, arrange<Singles<Fp32>, Fp32>, dot<Singles<Fp32>>};
+const FewKernels avx512_few_bf16 = {16, 4, arrange<Singles<Bf16>, Bf16>, dot<Singles<Bf16>>};
+const FewKernels avx512_few_fp16 = {16, 4, arrange<Singles<Fp16>, Fp16>, dot<Singles<Fp16>>};
+
+}  // namespace halfbyte
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
