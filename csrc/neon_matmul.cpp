@@ -136,18 +136,23 @@ void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last,
 template <int rows>
 void multiply_tile(const void* x, int64_t stride, const float* part, int64_t lanes, float* sums, bool add) {
     float32x4_t sum[rows][4];
+#pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
         for (int c = 0; c < 4; ++c) sum[r][c] = add ? load4(sums + r * kStrip + 4 * c) : vdupq_n_f32(0);
     }
     for (int64_t i = 0; i < lanes; ++i) {
         float32x4_t w[4];
         for (int c = 0; c < 4; ++c) w[c] = load4(part + i * kPart + 4 * c);
+#pragma GCC unroll 6
         for (int r = 0; r < rows; ++r) {
             const float lane = load<float>(at(x, r * stride), i);
             for (int c = 0; c < 4; ++c) sum[r][c] = vfmaq_n_f32(sum[r][c], w[c], lane);
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
         for (int c = 0; c < 4; ++c) store4(sums + r * kStrip + 4 * c, sum[r][c]);
     }
 }

@@ -186,7 +186,7 @@ float fma_128(int64_t rounds) {
     for (int i = 0; i < sums; ++i) sum[i] = vdupq_n_f32(static_cast<float>(i));
     for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 24
-        for (float32x4_t& each : sum) each = vfmaq_f32(each, factor, one);  // the sum is the operand that is overwritten
+        for (float32x4_t& each : sum) each = vfmaq_f32(each, factor, one);  // which overwrites its first operand
     }
     float32x4_t total = vdupq_n_f32(0.0f);
 #pragma GCC unroll 24
