@@ -71,7 +71,7 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0
     biases = [None if p.bias is None else p.bias.to(x.dtype) for p in projections]
     adapters = [adapter for p in projections for adapter in p.adapters]
     plan = _Plan(projections, dropout if adapters else 0.0)
-    factors = [adapter.a for adapter in adapters] + [adapter.b for adapter in adapters]
+    factors = [adapter.a.contiguous() for adapter in adapters] + [adapter.b.contiguous() for adapter in adapters]
     ys: tuple[Tensor, ...] = _LoraLinear.apply(rows, plan, *biases, *factors)  # type: ignore[no-untyped-call]
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
@@ -105,18 +105,27 @@ class _Plan:
         n = len(self.weights)
         return values[:n], values[n : n + len(self.scalings)], values[n + len(self.scalings) :]
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Return ``x`` with some values set to zero, the same ones each time, and the others scaled up."""
+    def noise(self, x: Tensor) -> Tensor | None:
+        """Return what multiplies ``x`` for the adapters, the same each time; None without dropout.
+
+        The probability is rounded to a multiple of 2⁻¹⁶, so that one draw of the generator serves four values.
+        """
         if not self.dropout:
-            return x
+            return None
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        keep = 1 - self.dropout
-        return x * torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        values = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
+        dropped = min(round(self.dropout * 2**16), 2**16 - 1)
+        return (values >= dropped - 2**15).to(x.dtype) / (1 - dropped / 2**16)
 
     def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
         """Return all ``s A``, ``[sum of ranks, in]``."""
         scaled = [a if s == 1 else a * s for a, s in zip(factors_a, self.scalings, strict=True)]
         return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+
+
+def _times(x: Tensor, noise: Tensor | None) -> Tensor:
+    return x if noise is None else x * noise
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -127,7 +136,7 @@ class _LoraLinear(torch.autograd.Function):
         biases, factors_a, factors_b = plan.split(tensors)
         u = x.new_empty(len(x), plan.rank)
         if plan.rank:
-            kernels.matmul_sums([Sum([Term(plan.drop(x), plan.stacked(factors_a))], u)])
+            kernels.matmul_sums([Sum([Term(_times(x, plan.noise(x)), plan.stacked(factors_a))], u)])
         bs = iter(factors_b)
         sums = []
         for weight, bias, columns in zip(plan.weights, biases, plan.columns, strict=True):
@@ -160,6 +169,7 @@ class _LoraLinear(torch.autograd.Function):
             kernels.matmul_sums(sums)
 
         sums = []
+        noise = plan.noise(x) if need_x or any(need_a) else None
         dx = through_adapters = da = None
         if need_x:
             dx = torch.empty_like(x)
@@ -174,7 +184,7 @@ class _LoraLinear(torch.autograd.Function):
             sums.append(Sum(terms, dx))
         if any(need_a):
             da = x.new_empty(plan.rank, x.shape[1], dtype=torch.float32)
-            sums.append(Sum([Term(g.T, plan.drop(x), gradient=True)], da))
+            sums.append(Sum([Term(g.T, _times(x, noise), gradient=True)], da))
         dbs: list[Tensor | None] = [None] * len(adapters)
         for i, (dy, c) in enumerate(adapters):
             if dy is not None and need_b[i]:
@@ -184,7 +194,7 @@ class _LoraLinear(torch.autograd.Function):
         kernels.matmul_sums(sums)
 
         if dx is not None and through_adapters is not None:
-            dx += plan.drop(through_adapters)
+            dx += _times(through_adapters, noise)
         das: list[Tensor | None] = [None] * len(adapters)
         if da is not None:
             das = [
