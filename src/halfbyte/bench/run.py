@@ -137,6 +137,7 @@ def _circumstances(arithmetic: str) -> Circumstances:
         tier=native.tier() if _native() else "reference",
         arithmetic=arithmetic,
         threads=torch.get_num_threads(),
+        spincount=os.environ.get("GOMP_SPINCOUNT"),
         versions=versions,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=commit,
