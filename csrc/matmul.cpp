@@ -72,8 +72,7 @@ class Product {
         k_.few.arrange(a_.x, a_.rows, depth_, x);
         const int64_t strips = parts(width_, kFewStrip);
         // Ranges as long as leave each thread some are read from memory in fewer pieces.
-        const int64_t longest = std::clamp(strips / (8 * threads), int64_t{1}, int64_t{4});
-        const int64_t grain = std::max(kGrain / (kFewStrip * depth_), longest);
+        const int64_t grain = std::max(kGrain / (kFewStrip * depth_), std::clamp(strips / (8 * threads), int64_t{1}, int64_t{4}));
         parallel_for(strips, grain, threads, [&](int64_t first, int64_t last) {
             Scratch& s = scratch();
             for (int64_t strip = first; strip < last; ++strip) {
