@@ -80,7 +80,8 @@ struct Shuffled {
     }
 
     static void store_words(__m256i words, float* out) {
-        const __m256i even = _mm256_slli_epi32(words, 16), odd = _mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000)));
+        const __m256i even = _mm256_slli_epi32(words, 16);
+        const __m256i odd = _mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000)));
         _mm256_storeu_si256(at(out), even);
         _mm256_storeu_si256(at(out + 8), odd);
     }

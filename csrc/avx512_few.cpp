@@ -1,12 +1,12 @@
 // The AVX-512 tier's products of few rows.
 //
 // A group is 128 values of a row of W: 64 bytes of codes, looked up as they lie. Nibble k of every 16-bit word (pairs of
-// bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it takes; the order that
-// results, `arrange` gives to x. The two blocks of a group are the halves of a register: a lookup reads one bit more than
-// a code has, and that bit tells them apart.
+// bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it takes; the order
+// that results, `arrange` gives to x. The two blocks of a group are the halves of a register: a lookup reads one bit
+// more than a code has, and that bit tells them apart.
 //
-// Up to four rows, values are multiplied as they are looked up: then reading W from memory bounds the product. For more,
-// four rows of W are expanded a stretch at a time, into cache, and serve all rows of x.
+// Up to four rows, values are multiplied as they are looked up: then reading W from memory bounds the product. For
+// more, eight rows of W are expanded a stretch at a time, into cache, and serve all rows of x.
 //
 // The whole file is compiled with AVX512_BF16; see avx512_matmul.cpp.
 

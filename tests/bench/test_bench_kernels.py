@@ -214,6 +214,7 @@ def test_circumstances_name_machine_tier_threads_and_versions(report):
     )
     assert found.versions["torch"] == torch.__version__
     assert found.versions["bitsandbytes"]
+    assert found.spincount == os.environ.get("GOMP_SPINCOUNT")
     assert found.machine and found.machine in report.title
     folder = bench.default_folder(report).name
     assert folder.endswith(f"-{found.tier}") and found.date[:10] in folder and (found.commit or "") in folder

@@ -38,6 +38,7 @@ class Circumstances(BaseModel):
         tier: the instruction-set tier that was measured, or ``reference`` without native kernels.
         arithmetic: what its ceiling was measured with.
         threads: of every implementation.
+        spincount: the environment's ``GOMP_SPINCOUNT``, how long OpenMP threads wait awake; None if it is not set.
         versions: of Python and of the libraries.
         date: UTC, ISO 8601.
         commit: of the checkout that the package runs from, if it does.
@@ -51,6 +52,7 @@ class Circumstances(BaseModel):
     tier: str
     arithmetic: str
     threads: int
+    spincount: str | None = None
     versions: dict[str, str]
     date: str
     commit: str | None

@@ -145,6 +145,7 @@ def circumstances(arithmetic: str, libraries: Sequence[str] = LIBRARIES) -> Circ
         tier=native.tier() if _native() else "reference",
         arithmetic=arithmetic,
         threads=torch.get_num_threads(),
+        spincount=os.environ.get("GOMP_SPINCOUNT"),
         versions=versions,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=commit,

@@ -177,8 +177,8 @@ def matmul_4bit(
     """The 4-bit linear product ``y = x Wᵀ + bias``.
 
     Sums are fp32 and rounded once, with the bias. On a vector tier each row of the result is bitwise the same for any
-    number of threads and whatever the other rows are, except that up to 8 rows are summed in another order than more
-    (csrc/matmul.h).
+    number of threads and whatever the other rows are, except that up to 16 rows are summed in another order than more
+    (csrc/matmul.h), where block size and depth are multiples of 64.
     """
     return _matmul(x, packed, statistics, shape, bias, gradient=False)
 
