@@ -146,13 +146,13 @@ def test_a_profiled_step_is_divided_among_the_parts(job: Job) -> None:
 
 def test_the_head_of_a_model_that_is_nearly_all_head_is_found(job: Job, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.SHAPES, "head", (*TINY[:2], 1, *TINY[3:6], 60_000))
+        patch.setitem(shapes.SHAPES, "head", (*TINY[:2], 1, *TINY[3:6], 200_000))
         shapes.write_model("head", tmp_path / "head")
     connection, thread = start(OURS, dataclasses.replace(job, model=str(tmp_path / "head")))
     parts = steps(connection, ["step", "profile"])[1].parts
     connection.close()
     thread.join(20)
-    assert parts is not None and parts["head and loss"] > 0.5, parts
+    assert parts is not None and parts["head products"] + parts["loss"] > 0.5, parts
 
 
 def test_what_goes_wrong_in_a_side_is_told(job: Job) -> None:
@@ -263,7 +263,7 @@ def test_ratios_and_fractions_are_taken_round_by_round(report: TrainingReport) -
     floors = [6e12 / 2e12 / 5, 6e12 / 3e12 / 4, 6e12 / 4e12 / 10]
     assert row.fraction_of_peak.median == statistics.median(floors) == 0.5
     assert row.floor_tokens_per_second == pytest.approx(2000 / (6e12 / 3e12))
-    assert row.matrix_share == pytest.approx(4 / 7)
+    assert row.matrix_share == pytest.approx(4 / 8)
 
 
 def test_the_table_names_every_side_and_what_was_measured(report: TrainingReport) -> None:
@@ -272,7 +272,7 @@ def test_the_table_names_every_side_and_what_was_measured(report: TrainingReport
     text = console.export_text()
     for shown in ("some-model, 4×500", "some-model, 4×1000", "bitsandbytes with checkpointing", "4.00 (3.00–4.50)"):
         assert shown in text
-    for shown in ("400", "1.00 GB", "1.5 s", "57%", "50%", "3,000 GFLOP/s"):
+    for shown in ("400", "1.00 GB", "1.5 s", "50%", "3,000 GFLOP/s"):
         assert shown in text
 
 

@@ -6,7 +6,7 @@ counts for the time that no event within it takes.
 
 - What runs in an optimizer's step is the optimizer's.
 - What runs between the end of the decoder's forward pass (a module with a list of ``layers``, as transformers' are) and
-  the moment that the gradient comes back to its output is head and loss, however these are computed.
+  the moment that the gradient comes back to its output is the head's: its products, and the loss with all else.
 - For the rest the name counts, its own or that of an event around it. A product of torch's that has LoRA's rank among
   its dimensions is LoRA's; LoRA products that a native kernel does together with the base's count as the base's.
 
@@ -26,12 +26,21 @@ from torch import nn
 
 from halfbyte.kernels import native
 
-PARTS = ("base products", "LoRA", "attention", "element-wise", "head and loss", "optimizer", "rest")
+PARTS = (
+    "base products",
+    "LoRA",
+    "attention",
+    "element-wise",
+    "head products",
+    "loss",
+    "optimizer",
+    "rest",
+)
 """``base products``: with the frozen 4-bit weights. ``element-wise``: norms, rotary embedding, gating, residuals,
-casts, copies, clipping. ``head and loss``: the products with the vocabulary included. ``rest``: between the events."""
+casts, copies, clipping. ``head products``: with the vocabulary. ``rest``: between the events."""
 
-MATRIX_WORK = ("base products", "LoRA", "attention", "head and loss")
-"""The parts that are matrix products, with what is done in the same kernels (the softmax of attention and loss)."""
+MATRIX_WORK = ("base products", "LoRA", "attention", "head products")
+"""The parts that are matrix products; attention with the softmax that is in the same kernels."""
 
 NATIVE = "halfbyte::"
 HEAD_BEGINS, HEAD_ENDS = "halfbyte: the head begins", "halfbyte: the head ends"
@@ -119,20 +128,23 @@ def _part(event: Any, rank: int, heads: Sequence[tuple[float, float]]) -> str:
     names = [e.name for e in around]
     if any(name.startswith("Optimizer.step") for name in names):
         return "optimizer"
+    part = _part_by_name(around, names, rank)
     if any(begun <= event.time_range.start < ended for begun, ended in heads):
-        return "head and loss"
+        return "head products" if part in ("base products", "LoRA") else "loss"
+    return part
+
+
+def _part_by_name(around: Sequence[Any], names: Sequence[str], rank: int) -> str:
     for name in names:
         if name.startswith(NATIVE):
             return next((part for word, part in NATIVE_PARTS.items() if word in name), "element-wise")
     if any("attention" in name for name in names):
         return "attention"
     operators = [e for e in around if e.name.startswith(("aten::", "mkldnn::"))]
-    if not operators:
-        return "rest"
-    sizes = {size for e in operators for shape in e.input_shapes or () for size in _flat(shape)}
     if any(e.name.split("::")[1] in PRODUCTS for e in operators):
+        sizes = {size for e in operators for shape in e.input_shapes or () for size in _flat(shape)}
         return "LoRA" if rank in sizes else "base products"
-    return "element-wise"
+    return "element-wise" if operators else "rest"
 
 
 def _flat(shape: Any) -> list[int]:
