@@ -93,8 +93,7 @@ class Pass {
           bytes_(a_.type == Type::fp32 ? 4 : 2),
           element_(m_.pairs ? 2 : 4),
           strips_(parts(a_.size, kStrip)),
-          lanes_(lanes(a_.size)),
-          direct_(m_.pairs ? a_.size % 2 == 0 : a_.type == Type::fp32) {}
+          lanes_(lanes(a_.size)) {}
 
   protected:
     int64_t lanes(int64_t depth) const { return m_.pairs ? (depth + 1) / 2 : depth; }
@@ -122,7 +121,8 @@ class Pass {
 
     int64_t copied_bytes() const { return lanes_ * 4; }  // of a row that was copied as lanes
 
-    // Copy rows as lanes, an odd end padded with zero. Up to 60 bytes more are written.
+    // Copy rows as lanes, an odd end padded with zero. Up to 60 bytes more are written. Reading those that could be read
+    // where they lie was no faster.
     void copy(const Heads& x, int64_t batch, int64_t head, int64_t row, int64_t rows, char* to) const {
         for (int64_t r = 0; r < rows; ++r, to += copied_bytes()) {
             const char* from = at(x, batch, head, row + r);
@@ -147,7 +147,6 @@ class Pass {
     const AttentionKernels& k_;
     const Attention& a_;
     const int64_t group_, bytes_, element_, strips_, lanes_;
-    const bool direct_;
 };
 
 class Forward : Pass {
@@ -177,7 +176,10 @@ class Forward : Pass {
         float* const out = sums.floats(group_ * head_rows * kStrip);
         float* const maximum = statistics.floats(2 * group_ * rows);
         float* const total = maximum + group_ * rows;
-        char* const x = reinterpret_cast<char*>(copies.floats((kMaxRows * lanes_) + kPanelLanes));
+        char* const q = reinterpret_cast<char*>(copies.floats(group_ * rows * lanes_ + kPanelLanes));
+        for (int64_t h = 0; h < group_; ++h) {
+            copy(a_.q, batch, kv_head * group_ + h, first, rows, q + h * rows * copied_bytes());
+        }
         std::fill(out, out + group_ * head_rows * kStrip, 0.0f);
         std::fill(maximum, total, -std::numeric_limits<float>::infinity());
         std::fill(total, total + group_ * rows, 0.0f);
@@ -197,15 +199,7 @@ class Forward : Pass {
                     laid_out = true;
                 }
                 for (int64_t h = 0; h < group_; ++h) {
-                    const int64_t head = kv_head * group_ + h;
-                    const void* from = at(a_.q, batch, head, first + row);
-                    int64_t stride = a_.q.row * bytes_;
-                    if (!direct_) {
-                        copy(a_.q, batch, head, first + row, count, x);
-                        from = x;
-                        stride = copied_bytes();
-                    }
-                    tile(batch, first + row, count, key, end, from, stride, key_panel, value_panel,
+                    tile(batch, first + row, count, key, end, q + (h * rows + row) * copied_bytes(), key_panel, value_panel,
                          maximum + h * rows + row, total + h * rows + row, out + (h * head_rows + row) * kStrip, rows);
                 }
             }
@@ -228,12 +222,12 @@ class Forward : Pass {
     }
 
     // `count` rows x of one head by the keys [key, end).
-    void tile(int64_t batch, int64_t query, int64_t count, int64_t key, int64_t end, const void* x, int64_t stride,
+    void tile(int64_t batch, int64_t query, int64_t count, int64_t key, int64_t end, const void* q,
               const float* key_panel, const float* value_panel, float* maximum, float* total, float* out,
               int64_t out_rows) const {
         alignas(64) float logits[kMaxRows * kStrip];
         alignas(64) float weights[kMaxRows * kStrip];
-        m_.multiply(x, stride, count, key_panel, lanes_, end - key, logits, false);
+        m_.multiply(q, copied_bytes(), count, key_panel, lanes_, end - key, logits, false);
         const int64_t weight_bytes = kStrip * element_;
         for (int64_t r = 0; r < count; ++r) {
             const int32_t* bounds = range(batch, query + r);
@@ -375,7 +369,7 @@ class Backward : Pass {
 
     // A left factor: rows `stride` bytes apart.
     struct Rows {
-        const char* values;
+        char* values;
         int64_t stride;
         const char* at(int64_t row) const { return values + row * stride; }
     };
@@ -409,24 +403,18 @@ class Backward : Pass {
         float* const q_gradient = dout_forward + tiles * forward;
         float* const dout_gradient = q_gradient + tiles * gradient;
 
-        // k transposed, then k and v as lanes where they do not lie so
-        const int64_t copied = direct_ ? 0 : keys * lanes_ + kPanelLanes;
+        const int64_t copied = keys * lanes_ + kPanelLanes;
         float* const transposed = left.floats(a_.size * even_keys + 2 * copied);
-        Rows k{at(a_.k, span.batch, span.kv_head, span.first_key), a_.k.row * bytes_};
-        Rows v{at(a_.v, span.batch, span.kv_head, span.first_key), a_.v.row * bytes_};
-        if (!direct_) {
-            char* const to = reinterpret_cast<char*>(transposed + a_.size * even_keys);
-            copy(a_.k, span.batch, span.kv_head, span.first_key, keys, to);
-            copy(a_.v, span.batch, span.kv_head, span.first_key, keys, to + copied * 4);
-            k = {to, copied_bytes()};
-            v = {to + copied * 4, copied_bytes()};
-        }
+        const Rows k{reinterpret_cast<char*>(transposed + a_.size * even_keys), copied_bytes()};
+        const Rows v{k.values + copied * 4, copied_bytes()};
+        copy(a_.k, span.batch, span.kv_head, span.first_key, keys, k.values);
+        copy(a_.v, span.batch, span.kv_head, span.first_key, keys, v.values);
         if (m_.pairs) {
             transpose<uint16_t>(k, keys, even_keys, transposed);
         } else {
             transpose<uint32_t>(k, keys, even_keys, transposed);
         }
-        const Rows k_transposed{reinterpret_cast<const char*>(transposed), even_keys * element_};
+        const Rows k_transposed{reinterpret_cast<char*>(transposed), even_keys * element_};
 
         Queries* const columns = reinterpret_cast<Queries*>(
             column_buffer.floats(tiles * static_cast<int64_t>(sizeof(Queries) / sizeof(float))));
