@@ -1,5 +1,8 @@
 # make quickstart   fine-tune a real chat model in 4 bits, in about four minutes
 # make test         every check and every quick test
+# make sanitize     the kernels under AddressSanitizer, UBSan and ThreadSanitizer, on random shapes
+# make fuzz         the same for SECONDS=... each, from a seed of its own (an hour: SECONDS=3600)
+# make test-neon    the kernels for 64-bit Arm, cross-compiled, run by an emulator
 # The rest: setup, check, test-slow, bench, docs, clean.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +11,7 @@ STAMP := $(VENV)/.installed
 # As in cli.py: torch's threads share the cores with whatever else runs.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup quickstart test test-slow check bench docs clean
+.PHONY: setup quickstart test test-slow check sanitize fuzz test-neon bench docs clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -35,6 +38,24 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/update_help.py --check
+
+# Without Python: see tests/native/check.cpp. About 20 seconds a tier.
+sanitize:
+	$(MAKE) -C tests/native --no-print-directory sanitize threads
+	build/native/sanitize/check
+	build/native/threads/check --cases 20
+	build/native/sanitize/check --seconds 3 --seed $$(date +%s)
+
+fuzz: SECONDS := 60
+fuzz:
+	$(MAKE) -C tests/native --no-print-directory sanitize
+	build/native/sanitize/check --seconds $(SECONDS) --seed $$(date +%s)
+
+test-neon:
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || \
+		{ echo "No cross compiler or no emulator: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(MAKE) -C tests/native --no-print-directory neon
+	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -L /usr/aarch64-linux-gnu build/native/neon/check --cases 50
 
 bench: setup
 	$(BIN)/halfbyte bench kernels

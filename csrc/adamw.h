@@ -81,7 +81,7 @@ struct AdamwKernels {
     void (*step_8bit)(const Adamw&, const Tables8bit&, const Stepped8bit&, int64_t first, int64_t last);  // the blocks
 };
 
-extern const AdamwKernels scalar_adamw, avx2_adamw, avx512_adamw;
+extern const AdamwKernels scalar_adamw, avx2_adamw, avx512_adamw, neon_adamw;
 
 // The lines of the 256 values that have these 255 midpoints, ascending.
 Lines fit_lines(const std::vector<float>& midpoints);

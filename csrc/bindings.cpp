@@ -12,8 +12,6 @@
 #include <array>
 #include <atomic>
 #include <deque>
-#include <limits>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -26,6 +24,7 @@
 #include "parallel.h"
 #include "probe.h"
 #include "rows.h"
+#include "tables.h"
 
 namespace nb = nanobind;
 
@@ -48,39 +47,6 @@ const std::vector<const Tier*>& tiers() {
 
 const Tier& tier(int index) { return *tiers()[static_cast<size_t>(index)]; }
 
-// Fill the tree of 2^depth nodes with the midpoints between `values` (ascending).
-void plant(const std::vector<float>& values, int depth, float* tree) {
-    tree[0] = 0.0f;
-    for (int level = 0; level < depth; ++level) {
-        for (int i = 0; i < 1 << level; ++i) {
-            const size_t rank = static_cast<size_t>(((2 * i + 1) << (depth - level - 1)) - 1);
-            tree[(1 << level) + i] = rank + 1 < values.size() ? (values[rank] + values[rank + 1]) / 2
-                                                               : std::numeric_limits<float>::infinity();
-        }
-    }
-}
-
-Search4 search4(Address code) {
-    std::array<float, 16> table;
-    std::memcpy(table.data(), pointer<const void>(code), sizeof table);
-    Search4 search;
-    std::iota(search.code, search.code + 16, uint8_t{0});
-    std::stable_sort(search.code, search.code + 16, [&](uint8_t a, uint8_t b) { return table[a] < table[b]; });
-    std::vector<float> values;
-    for (const uint8_t q : search.code) values.push_back(table[q]);
-    plant(values, 4, search.midpoint);
-    return search;
-}
-
-Search8 search8(Address code, int size) {
-    std::vector<float> values(static_cast<size_t>(size));
-    std::memcpy(values.data(), pointer<const void>(code), values.size() * sizeof(float));
-    Search8 search;
-    search.last = size - 1;
-    plant(values, 8, search.midpoint);
-    return search;
-}
-
 template <class Arguments>
 void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int threads) {
     const int64_t blocks = (arguments.n + arguments.blocksize - 1) / arguments.blocksize;
@@ -90,15 +56,16 @@ void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Argum
 
 void quantize_4bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code,
                    Address packed, Address absmax) {
-    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize, search4(code),
-                                 pointer<uint8_t>(packed), pointer<float>(absmax)};
+    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize,
+                                 search4(pointer<const void>(code)), pointer<uint8_t>(packed), pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_4bit, arguments, threads);
 }
 
 void quantize_8bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code, int size,
                    Address codes, Address absmax) {
-    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize, search8(code, size),
-                                 pointer<uint8_t>(codes), pointer<float>(absmax)};
+    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize,
+                                 search8(pointer<const void>(code), size), pointer<uint8_t>(codes),
+                                 pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_8bit, arguments, threads);
 }
 
@@ -145,12 +112,7 @@ void dequantize_8bit(int isa, int threads, Address codes, Address code, int size
 // Make a table, unless it is that of these values already.
 void update(std::optional<Table8bit>& table, Address code) {
     if (table && !std::memcmp(table->value, pointer<const void>(code), sizeof table->value)) return;
-    table.emplace();
-    std::memcpy(table->value, pointer<const void>(code), sizeof table->value);
-    table->search = search8(code, 256);
-    std::vector<float> midpoints;
-    for (int i = 0; i < 255; ++i) midpoints.push_back((table->value[i] + table->value[i + 1]) / 2);
-    table->lines = fit_lines(midpoints);
+    table = table8bit(pointer<const void>(code));
 }
 
 // The constants of a step, in the order of Adamw's members.

@@ -97,6 +97,7 @@ struct Tier {
 extern const Tier scalar;  // the baseline, everywhere; the other tiers leave odd cases to it
 extern const Tier avx2;    // AVX2, FMA, F16C
 extern const Tier avx512;  // AVX-512 F, BW, VL, DQ
+extern const Tier neon;    // 64-bit Arm
 
 namespace {
 

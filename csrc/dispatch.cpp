@@ -9,6 +9,8 @@ std::vector<const Tier*> available_tiers() {
     for (const Tier* tier : {
 #if defined(__x86_64__)
              &avx512, &avx2,
+#elif defined(__aarch64__)
+             &neon,
 #endif
              &scalar}) {
         if (tier->supported()) available.push_back(tier);

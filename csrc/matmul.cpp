@@ -13,7 +13,7 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t kSmallChunk = 48;      // rows that share a panel, at least, while threads have too little to do
-constexpr int64_t kFewStrip = 16;        // columns at a time where there are few rows
+constexpr int64_t kFewStrip = 16;        // columns at a time where there are few rows and no panel
 constexpr int64_t kGrain = 1 << 16;      // values of the right factors for one thread at a time, at least
 constexpr int64_t kPanels = 4;           // terms whose panels are in cache together, at most
 constexpr int64_t kExtraLanes = 64;      // that further terms may add to a full panel
@@ -53,8 +53,8 @@ class Product {
           per_lane_(k_.pairs ? 2 : 1),
           size_(size_of(a_.type)),
           y_size_(size_of(a_.y_type)),
-          few_(a_.rows <= k_.few_rows && a_.terms->weight && !a_.terms->gradient && a_.terms->weight->piece > 0),
-          strip_(few_ ? kFewStrip : kStrip),
+          few_(a_.rows <= k_.few_rows && dots(*a_.terms)),
+          strip_(few_ && a_.count == 1 ? kFewStrip : kStrip),
           strips_(parts(a_.width, strip_)) {
         const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips_));
         const int64_t chunks = std::max(parts(a_.rows, kChunk), few_ ? 1 : wanted);
@@ -76,6 +76,11 @@ class Product {
     }
 
   private:
+    // Whether `dot` can take this term.
+    static bool dots(const Term& term) {
+        return term.weight && !term.gradient && term.weight->piece > 0 && term.stride == term.depth();
+    }
+
     // The rows [begin, end) of the columns [column, column + columns).
     void part(int64_t begin, int64_t end, int64_t column, int64_t columns) const {
         Scratch& s = scratch();

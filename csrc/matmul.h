@@ -9,8 +9,8 @@
 //
 // Weights are those of dequantize_4bit, rounded to the type of x, except that a chip's bf16 unit takes subnormal
 // values for zero, also among its results. Sums are fp32. Each result is summed in an order that depends on the tier,
-// the type, the width, the terms' depths and on whether the call has few rows: never on the number of threads or on
-// what other rows there are.
+// the type, the width, the terms' depths and on whether the call has few rows (and the first x no gaps between them):
+// never on the number of threads or on what other rows there are.
 
 #pragma once
 
@@ -126,6 +126,7 @@ void matmul(Matmul* products, int count, int threads);
 // The kernels of a tier for this chip.
 const MatmulKernels* avx2_matmul(Type type);
 const MatmulKernels* avx512_matmul(Type type);
+const MatmulKernels* neon_matmul(Type type);
 
 namespace {
 

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace halfbyte {
@@ -128,6 +130,30 @@ float dot_bf16(int64_t rounds) {
 #pragma GCC pop_options
 #endif
 
+#elif defined(__aarch64__)
+
+namespace halfbyte {
+namespace {
+
+float fma_128(int64_t rounds) {
+    constexpr int sums = 24;  // up to four a cycle
+    const float32x4_t factor = vdupq_n_f32(0.5f), one = vdupq_n_f32(1.0f);
+    float32x4_t sum[sums];
+#pragma GCC unroll 24
+    for (int i = 0; i < sums; ++i) sum[i] = vdupq_n_f32(static_cast<float>(i));
+    for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+        for (float32x4_t& each : sum) each = vfmaq_f32(each, factor, one);  // the sum is the operand that is overwritten
+    }
+    float32x4_t total = vdupq_n_f32(0.0f);
+#pragma GCC unroll 24
+    for (const float32x4_t each : sum) total = vaddq_f32(total, each);
+    return vgetq_lane_f32(total, 0);
+}
+
+}  // namespace
+}  // namespace halfbyte
+
 #endif
 
 namespace halfbyte {
@@ -140,6 +166,8 @@ const Probe probes[] = {
      dot_bf16},
     {&avx512, "fp32 multiply-adds, 512 bits", always, kSums * 32, fma_512},
     {&avx2, "fp32 multiply-adds, 256 bits", always, kSums * 16, fma_256},
+#elif defined(__aarch64__)
+    {&neon, "fp32 multiply-adds, 128 bits", always, 24 * 8, fma_128},
 #endif
     {&scalar, "fp32 multiplications and additions, the compiler's baseline", always, 48 * 2, multiply_add},
 };

@@ -1,0 +1,254 @@
+// The NEON tier's products, in fp32 for every type.
+//
+// Four lanes at a time. A block of W has only sixteen different values: they are made once per block, scaled and
+// rounded, and looked up byte by byte. A panel is kStrip / 16 parts, one after the other, of kLanes rows of sixteen
+// lanes; six rows of x by one part keep 24 sums in registers. Left out: BFDOT and BFMMLA, which newer processors have
+// for bf16, since none was at hand to measure them on.
+
+#if defined(__aarch64__)
+
+#include "matmul.h"
+#include "neon.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t kPart = 16;
+
+// Where the lanes of column c of the strip begin.
+float* lanes_of(float* panel, int64_t c) { return panel + c / kPart * kPart * kLanes + c % kPart; }
+
+// The `count` values of W from position `first` of the flattened weight on, padded with zeros to a multiple of four.
+template <class T>
+void expand_row(const Weight4bit& w, int64_t first, int64_t count, float* out) {
+    const int64_t blocksize = w.blocksize.value(), end = first + count;
+    int64_t stop = (w.blocksize.quotient(first) + 1) * blocksize;
+    for (int64_t i = first; i < end; stop += blocksize) {
+        float scale;
+        read_scales(w, i, 0, 1, &scale);
+        stop = least(stop, end);
+        if (w.piece) {
+            const Table<T> table(w.code, scale);
+            for (; i < stop; i += 16, out += 16) {
+                const float32x4x4_t values = table.look_up(unpack(w.codes + (i >> 1)));
+                for (int k = 0; k < 4; ++k) store4(out + 4 * k, values.val[k]);
+            }
+        } else {
+            float values[16];
+            for (int k = 0; k < 16; k += 4) store4(values + k, T::nearest(vmulq_n_f32(load4(w.code + k), scale)));
+            for (; i < stop; ++i) *out++ = values[code_at(w.codes, i)];
+        }
+    }
+    for (; count % 4; ++count) *out++ = 0;
+}
+
+// Four rows of four lanes to columns of a part of a panel.
+void transpose(const float32x4_t* row, float* panel) {
+    const float32x4x2_t a = vtrnq_f32(row[0], row[1]), b = vtrnq_f32(row[2], row[3]);
+    store4(panel, vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0])));
+    store4(panel + kPart, vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1])));
+    store4(panel + 2 * kPart, vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0])));
+    store4(panel + 3 * kPart, vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1])));
+}
+
+// Columns beyond the last are the last again.
+template <class T>
+void expand_forward(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    constexpr int64_t lanes = 128;
+    float rows[4][lanes];
+    for (int64_t c = 0; c < kStrip; c += 4) {
+        float* const out = lanes_of(panel, c);
+        for (int64_t begin = first; begin < last; begin += lanes) {
+            const int64_t count = least(lanes, last - begin);
+            for (int64_t r = 0; r < 4; ++r) {
+                expand_row<T>(w, least(column + c + r, w.rows - 1) * w.columns + begin, count, rows[r]);
+            }
+            for (int64_t i = 0; i < count; i += 4) {
+                const float32x4_t four[4] = {load4(rows[0] + i), load4(rows[1] + i), load4(rows[2] + i),
+                                             load4(rows[3] + i)};
+                transpose(four, out + (begin - first + i) * kPart);
+            }
+        }
+    }
+}
+
+template <class T>
+void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    const int64_t count = least(kStrip, w.columns - column);
+    float row[kStrip] = {};
+    for (int64_t n = first; n < last; ++n, panel += kPart) {
+        expand_row<T>(w, n * w.columns + column, count, row);
+        for (int64_t c = 0; c < kStrip; c += 4) store4(lanes_of(panel, c), load4(row + c));
+    }
+}
+
+// The first `count` of four values of type S, rounded to T, and zeros.
+template <class T, class S>
+float32x4_t values_of(const void* x, int64_t i, int64_t count) {
+    if (count >= 4) return T::nearest(S::load(x, i));
+    float rest[4] = {};
+    if (count > 0) std::memcpy(rest, at(x, i * S::kSize), static_cast<size_t>(count * S::kSize));
+    return T::nearest(S::load(rest, 0));
+}
+
+template <class T, class S>
+void pack_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    for (int64_t c = 0; c < least(kStrip, m.rows - column); c += 4) {
+        for (int64_t i = first; i < last; i += 4) {
+            float32x4_t four[4];
+            for (int64_t r = 0; r < 4; ++r) {
+                const int64_t row = least(column + c + r, m.rows - 1);
+                four[r] = values_of<T, S>(m.values, row * m.stride + i, last - i);
+            }
+            transpose(four, lanes_of(panel, c) + (i - first) * kPart);
+        }
+    }
+}
+
+template <class T, class S>
+void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    const int64_t columns = least(kStrip, m.columns - column);
+    for (int64_t n = first; n < last; ++n, panel += kPart) {
+        for (int64_t c = 0; c < columns; c += 4) {
+            store4(lanes_of(panel, c), values_of<T, S>(m.values, n * m.stride + column + c, columns - c));
+        }
+    }
+}
+
+template <class T>
+void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    switch (m.type) {
+        case Type::bf16: return pack_forward<T, Bf16>(m, column, first, last, panel);
+        case Type::fp16: return pack_forward<T, Fp16>(m, column, first, last, panel);
+        default: return pack_forward<T, Fp32>(m, column, first, last, panel);
+    }
+}
+
+template <class T>
+void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
+    switch (m.type) {
+        case Type::bf16: return pack_gradient<T, Bf16>(m, column, first, last, panel);
+        case Type::fp16: return pack_gradient<T, Fp16>(m, column, first, last, panel);
+        default: return pack_gradient<T, Fp32>(m, column, first, last, panel);
+    }
+}
+
+template <int rows>
+void multiply_tile(const void* x, int64_t stride, const float* part, int64_t lanes, float* sums, bool add) {
+    float32x4_t sum[rows][4];
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < 4; ++c) sum[r][c] = add ? load4(sums + r * kStrip + 4 * c) : vdupq_n_f32(0);
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+        float32x4_t w[4];
+        for (int c = 0; c < 4; ++c) w[c] = load4(part + i * kPart + 4 * c);
+        for (int r = 0; r < rows; ++r) {
+            const float lane = load<float>(at(x, r * stride), i);
+            for (int c = 0; c < 4; ++c) sum[r][c] = vfmaq_n_f32(sum[r][c], w[c], lane);
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < 4; ++c) store4(sums + r * kStrip + 4 * c, sum[r][c]);
+    }
+}
+
+void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, int64_t columns,
+              float* sums, bool add) {
+    for (int64_t c = 0; c < columns; c += kPart, panel += kPart * kLanes, sums += kPart) {
+        switch (rows) {
+            case 1: multiply_tile<1>(x, stride, panel, lanes, sums, add); break;
+            case 2: multiply_tile<2>(x, stride, panel, lanes, sums, add); break;
+            case 3: multiply_tile<3>(x, stride, panel, lanes, sums, add); break;
+            case 4: multiply_tile<4>(x, stride, panel, lanes, sums, add); break;
+            case 5: multiply_tile<5>(x, stride, panel, lanes, sums, add); break;
+            default: multiply_tile<6>(x, stride, panel, lanes, sums, add); break;
+        }
+    }
+}
+
+// Two rows of W, from the positions `first` on, times `rows` of x.
+template <class T, int rows>
+void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* sums) {
+    constexpr int64_t stretch = 2048;  // values whose scales are read at once
+    const int64_t depth = w.columns, piece = least(w.piece, stretch);
+    const uint8_t *codes0 = w.codes + first[0] / 2, *codes1 = w.codes + first[1] / 2;
+    float32x4_t sum[rows][2][2];  // of each product the even and the odd vectors, since a sum is slow to follow another
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < 2; ++c) sum[r][c][0] = sum[r][c][1] = vdupq_n_f32(0);
+    }
+    for (int64_t begin = 0; begin < depth; begin += stretch) {
+        const int64_t end = least(begin + stretch, depth);
+        float scales[2][stretch / 32];
+        for (int c = 0; c < 2; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
+        for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
+            const Table<T> table0(w.code, scales[0][k]), table1(w.code, scales[1][k]);
+            for (int64_t j = i; j < i + piece; j += 16) {
+                const float32x4x4_t from_w0 = table0.look_up(unpack(codes0 + (j >> 1)));
+                const float32x4x4_t from_w1 = table1.look_up(unpack(codes1 + (j >> 1)));
+                for (int r = 0; r < rows; ++r) {
+                    for (int v = 0; v < 4; ++v) {
+                        const float32x4_t from_x = T::load(x, r * depth + j + 4 * v);
+                        sum[r][0][v % 2] = vfmaq_f32(sum[r][0][v % 2], from_x, from_w0.val[v]);
+                        sum[r][1][v % 2] = vfmaq_f32(sum[r][1][v % 2], from_x, from_w1.val[v]);
+                    }
+                }
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < 2; ++c) sums[r * kStrip + c] = vaddvq_f32(vaddq_f32(sum[r][c][0], sum[r][c][1]));
+    }
+}
+
+template <class T>
+void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums) {
+    for (int64_t c = 0; c < columns; c += 2) {
+        const int64_t n = column + c;  // the last row again where there are no two
+        const int64_t first[2] = {n * w.columns, (column + least(c + 1, columns - 1)) * w.columns};
+        for (int64_t r = 0; r < rows; r += 4) {
+            const void* from = at(x, r * w.columns * T::kSize);
+            float* out = sums + r * kStrip + c;
+            switch (least(rows - r, 4)) {
+                case 1: dot_tile<T, 1>(w, first, from, out); break;
+                case 2: dot_tile<T, 2>(w, first, from, out); break;
+                case 3: dot_tile<T, 3>(w, first, from, out); break;
+                default: dot_tile<T, 4>(w, first, from, out); break;
+            }
+        }
+    }
+}
+
+template <class T>
+void widen(const void* x, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) store4(out + i, T::load(x, i));
+    if (i < n) store4(out + i, values_of<Fp32, T>(x, i, n - i));
+}
+
+template <class T>
+void finish(const float* sums, const float* bias, int64_t n, void* y) {
+    float partial[kStrip];
+    void* out = n < kStrip ? partial : y;
+    for (int64_t i = 0; i < kStrip; i += 4) T::store(out, i, vaddq_f32(load4(sums + i), load4(bias + i)));
+    if (n < kStrip) std::memcpy(y, partial, static_cast<size_t>(n * T::kSize));
+}
+
+template <class T>
+const MatmulKernels kernels = {
+    false,    6,      8,        expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
+    multiply, dot<T>, widen<T>, finish<T>,
+};
+
+}  // namespace
+
+const MatmulKernels* neon_matmul(Type type) {
+    switch (type) {
+        case Type::bf16: return &kernels<Bf16>;
+        case Type::fp16: return &kernels<Fp16>;
+        default: return &kernels<Fp32>;
+    }
+}
+
+}  // namespace halfbyte
+
+#endif
