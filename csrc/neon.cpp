@@ -12,6 +12,7 @@
 
 #include "adamw.h"
 #include "matmul.h"
+#include "rows.h"
 
 namespace halfbyte {
 namespace {
@@ -161,7 +162,7 @@ bool supported() { return true; }
 
 const Tier neon = {
     "neon", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, neon_matmul, &neon_adamw,
-    &scalar_rows, nullptr,
+    &neon_rows, nullptr,
 };
 
 }  // namespace halfbyte

@@ -217,5 +217,9 @@ void matmul(Case& c);
 void multiply(Case& c);
 void adamw_32bit(Case& c);
 void adamw_8bit(Case& c);
+void rms_norm(Case& c);
+void gated(Case& c);
+void rotary(Case& c);
+void elementary(Case& c);
 
 }  // namespace halfbyte

@@ -64,8 +64,10 @@ const Group groups[] = {
     {"quantize_4bit", quantize_4bit, every},     {"quantize_8bit", quantize_8bit, every},
     {"dequantize_4bit", dequantize_4bit, every}, {"dequantize_8bit", dequantize_8bit, every},
     {"matmul", matmul, multiplies},              {"multiply", multiply, multiplies},
-    {"adamw_32bit", adamw_32bit, every},
-    {"adamw_8bit", adamw_8bit, every},           {"parallel", parallel, baseline},
+    {"adamw_32bit", adamw_32bit, every},         {"adamw_8bit", adamw_8bit, every},
+    {"rms_norm", rms_norm, every},               {"gated", gated, every},
+    {"rotary", rotary, every},                   {"elementary", elementary, every},
+    {"parallel", parallel, baseline},
 };
 
 struct Options {

@@ -13,7 +13,6 @@ everything under autocast or on another device.
 """
 
 import ast
-import functools
 import hashlib
 import inspect
 import sys
@@ -42,7 +41,7 @@ def fuse(model: nn.Module) -> str:
     Returns:
         What :func:`decoder_path` does.
     """
-    layers = [module for module in model.modules() if type(module).__name__ in _FAMILIES]
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ in _FAMILIES]
     families = {cls: _family(cls) for cls in {type(layer) for layer in layers}}
     for layer in layers:
         family = families[type(layer)]
@@ -57,9 +56,9 @@ def fuse(model: nn.Module) -> str:
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place."""
-    for module in model.modules():
-        if isinstance(module, _Fused):
-            module.__class__ = type(module).unfused
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
+    for module in fused:
+        module.__class__ = module.unfused
 
 
 def decoder_path(model: nn.Module) -> str:
@@ -87,6 +86,8 @@ class _Layer(_Fused):
     """A decoder layer: its named arguments go on to attention, as in every family here."""
 
     defaults: dict[str, Any]
+    self_attn: nn.Module
+    mlp: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[batch, length, width]`` to the same."""
@@ -106,6 +107,9 @@ class _Layer(_Fused):
 class _PreNorm(_Layer):
     """Norms before attention and MLP: Llama and most others. Phi-3 has dropout on both results."""
 
+    resid_attn_dropout: nn.Module
+    resid_mlp_dropout: nn.Module
+
     def pieces(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         x, y = self.norm("input_layernorm", x)
         y, _ = self.self_attn(hidden_states=y, **arguments)
@@ -115,7 +119,8 @@ class _PreNorm(_Layer):
         y = self.mlp(y)
         if hasattr(self, "resid_mlp_dropout"):
             y = self.resid_mlp_dropout(y)
-        return x + y
+        x = x + y
+        return x
 
 
 class _BothNorms(_Layer):
@@ -126,8 +131,7 @@ class _BothNorms(_Layer):
         y, _ = self.self_attn(hidden_states=y, **arguments)
         _, y = self.norm("post_attention_layernorm", y)
         x, y = self.norm("pre_feedforward_layernorm", y, x)
-        _, y = self.norm("post_feedforward_layernorm", self.mlp(y))
-        return x + y
+        return x + self.norm("post_feedforward_layernorm", self.mlp(y))[1]
 
 
 class _PostNorm(_Layer):
@@ -141,6 +145,20 @@ class _PostNorm(_Layer):
 
 class _Attention(_Fused):
     """Projections, norms of queries and keys, rotation, cache, attention, projection."""
+
+    config: Any
+    layer_idx: int
+    head_dim: int
+    num_key_value_heads: int
+    attention_dropout: float
+    scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    qkv_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def forward(
         self,
@@ -190,13 +208,18 @@ class _Attention(_Fused):
         of_keys = self.num_key_value_heads * self.head_dim
         return list(self.qkv_proj(x).split([of_queries, of_keys, of_keys], dim=-1))
 
-    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+    def norm(self, module: Any, x: Tensor) -> Tensor:
         """Normalize by head or, where the norm is that wide (OLMo 2), all heads together."""
-        return self.family.norm(module, x.unflatten(-1, (-1, len(module.weight))))[1].flatten(-2)
+        return self.family.norm(module, x.view(*x.shape[:-1], -1, len(module.weight)))[1].flatten(-2)
 
 
 class _Mlp(_Fused):
     """A gated MLP, gate and up projected together or, in Phi-3, by one layer."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, length, width]`` to the same."""
@@ -208,7 +231,8 @@ class _Mlp(_Fused):
         if hasattr(self, "gate_up_proj"):
             y: Tensor = self.down_proj(gated_halves(self.gate_up_proj(x), name))
         else:
-            y = self.down_proj(gated(*project([self.gate_proj, self.up_proj], x), name))
+            gate, up = project([self.gate_proj, self.up_proj], x)
+            y = self.down_proj(gated(gate, up, name))
         return y
 
 
@@ -285,7 +309,7 @@ class _Family:
         dtype = torch.float32 if self.fp32_angles else x.dtype
         return position_embeddings is None or position_embeddings[0].dtype == dtype
 
-    def norm(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def norm(self, module: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return ``x + residual`` and its norm; by ``module`` itself if it is not the family's plain RMSNorm."""
         plain = type(module) is self.of(f"{self.name}RMSNorm") and untouched(module)
         if not plain or module.weight.dtype != x.dtype:
@@ -338,11 +362,15 @@ def _digest(family: _Family) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-@functools.cache
+_made: dict[type[nn.Module], type[_Fused]] = {}
+
+
 def _fused(kind: type[_Fused], cls: type[nn.Module], family: _Family) -> type[_Fused]:
     """Return the subclass of ``cls`` that runs as ``kind``, under the same name (FSDP wraps layers by it)."""
-    members: dict[str, Any] = {"family": family, "unfused": cls, "__module__": __name__}
-    if issubclass(kind, _Layer):
-        parameters = list(inspect.signature(inspect.unwrap(cls.forward)).parameters.values())
-        members["defaults"] = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return type(cls.__name__, (kind, cls), members)
+    if cls not in _made:
+        members: dict[str, Any] = {"family": family, "unfused": cls, "__module__": __name__}
+        if issubclass(kind, _Layer):
+            parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters.values()
+            members["defaults"] = {p.name: p.default for p in parameters if p.default is not p.empty}
+        _made[cls] = type(cls.__name__, (kind, cls), members)
+    return _made[cls]
