@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import halfbyte
 from halfbyte import kernels
 from halfbyte.hf.head import bind_head, head_of, unbind_head
+from halfbyte.nn import Linear4bit
 
 VOCABULARY = 101
 SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -159,6 +160,19 @@ def test_a_head_that_is_not_what_its_configuration_says_is_left_alone(cls: Any) 
     ours = model(**batch)
     assert head_of(model) is None
     assert torch.equal(ours.loss, own.loss) and torch.equal(ours.logits, own.logits)
+
+
+def test_a_head_in_4_bits_is_served_too() -> None:
+    model, batch = small_model().train(), some_batch()
+    model.lm_head = Linear4bit.from_linear(model.lm_head)
+    own = model(**batch)
+    expected = gradients(model, own.loss)
+    bind_head(model)
+    ours = model(**batch)
+    assert ours.logits is None
+    torch.testing.assert_close(ours.loss, own.loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients(model, ours.loss).items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
 
 
 def test_an_adapter_on_the_head_takes_part() -> None:

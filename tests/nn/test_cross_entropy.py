@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte import kernels
 from halfbyte.nn import Scores, cross_entropy, linear_cross_entropy
+from halfbyte.quant import quantize_4bit
 
 
 @pytest.fixture(params=kernels.providers())
@@ -142,6 +143,20 @@ def test_a_tied_weight_gets_the_gradients_of_both_its_uses(provider: None, small
     dense(theirs[ids].tanh(), theirs, None, labels, 1.0, None).log_prob.sum().backward()
     assert ours.grad is not None and theirs.grad is not None
     assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize(("width", "double_quant"), [(24, False), (256, True)])
+def test_a_head_in_4_bits_is_its_dense_self(provider: None, small_chunks: None, width: int, double_quant: bool) -> None:
+    hidden, weight, bias, labels = some_head(7, 150, width)
+    quantized = quantize_4bit(weight, "nf4", 64, double_quant)
+    results = []
+    for head in (quantized, quantized.dequantize()):
+        leaves = [hidden.clone().requires_grad_(), bias.clone().requires_grad_()]
+        scores = linear_cross_entropy(leaves[0], head, labels, leaves[1])
+        scores.log_prob.sum().backward()
+        results.append([*scores, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_nothing_is_computed_for_a_gradient_that_nobody_asks_for(

@@ -257,3 +257,20 @@ def test_golden_vectors() -> None:
     equal = quantize_4bit(torch.full((64, 160), 0.5))
     assert set(equal.statistics.absmax.tolist()) == {127}
     assert torch.equal(equal.dequantize(), torch.full((64, 160), 0.5))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_rows_of_a_weight_are_rows_of_its_dense_form(double_quant: bool) -> None:
+    weight = quantize_4bit(torch.randn(37, 512, generator=torch.Generator().manual_seed(0)), "nf4", 64, double_quant)
+    dense = weight.dequantize()
+    for first, last in [(0, 37), (0, 32), (32, 37), (32, 33), (0, 1)]:
+        rows = weight.rows(first, last)
+        assert rows.shape == (last - first, 512) and torch.equal(rows.dequantize(), dense[first:last])
+        assert rows.packed.untyped_storage().data_ptr() == weight.packed.untyped_storage().data_ptr()
+
+
+def test_rows_that_begin_within_a_block_are_refused() -> None:
+    weight = quantize_4bit(torch.randn(40, 30), "nf4", 64, False)
+    assert torch.equal(weight.rows(32, 40).dequantize(), weight.dequantize()[32:])
+    with pytest.raises(ValueError, match=r"row 1 of 30 values does not begin with a block of 64"):
+        weight.rows(1, 40)

@@ -8,8 +8,8 @@ positions with a label alone and never holds their logits:
   ``trl.trainer.utils.add_fused_lm_head``) bind a forward of their own in ``__init__``, which without Triton evaluates
   the head at every position, twice; ours is bound again on top of it.
 
-Anything else goes to the forward that was there before: evaluation, generation, a head that is no plain linear layer
-(PEFT's wrappers among them), router logits.
+Anything else goes to the forward that was there before: evaluation, generation, a head that is no linear layer or wrapped
+(by PEFT, say), router logits. A head in 4 bits is expanded a chunk at a time.
 
 Which families it serves: those whose logits are ``cap tanh(scale W h / cap)``, scale and cap being in the
 configuration under a name known here. That is not believed but tried: before its first use the model's own forward runs
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 
-from halfbyte.nn import Scores, linear_cross_entropy
+from halfbyte.nn import Linear4bit, Scores, linear_cross_entropy
+from halfbyte.quant import QuantizedWeight
 
 IGNORED = -100
 PROBED_LOGIT = 20.0
@@ -136,11 +137,14 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
 def _score(layer: nn.Linear, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Scores, Tensor]:
     """Score ``labels`` ``[B, L]`` at ``hidden`` ``[B, L, H]`` where there are any, and say where: bool ``[B, L]``."""
     hidden, labels = hidden.to(layer.weight.device), labels.to(layer.weight.device)
+    weight: Tensor | QuantizedWeight = layer.weight
+    if isinstance(layer, Linear4bit):
+        hidden, weight = hidden.to(layer.compute_dtype or hidden.dtype), layer.quantized_weight
     mask = labels != IGNORED
     positions = mask.view(-1).nonzero().squeeze(1)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     targets = labels.reshape(-1).index_select(0, positions)
-    return linear_cross_entropy(rows, layer.weight, targets, layer.bias, scale=head.scale, cap=head.cap), mask
+    return linear_cross_entropy(rows, weight, targets, layer.bias, scale=head.scale, cap=head.cap), mask
 
 
 def _wants_router_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
@@ -157,7 +161,7 @@ def _parameters(cls: type[PreTrainedModel]) -> tuple[str, ...]:
 def head_of(model: PreTrainedModel) -> Head | None:
     """Return how ``model`` makes its logits, or None if that is not known or its head is not a plain linear layer."""
     layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or _is_hooked(layer):
+    if type(layer) not in (nn.Linear, Linear4bit) or type(layer.weight) is not nn.Parameter or _is_hooked(layer):
         return None
     if not hasattr(model, "_halfbyte_head"):
         model._halfbyte_head = _tried(model, layer)
@@ -189,7 +193,7 @@ def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
     head = _configured(model.config.get_text_config())
     generator = torch.Generator().manual_seed(0)
     weight = layer.weight
-    hidden = torch.randn(1, 3, layer.in_features, generator=generator).to(weight.device, weight.dtype)
+    hidden = torch.randn(1, 3, layer.in_features, generator=generator).to(weight.device, model.dtype)
     labels = torch.randint(layer.out_features, (1, 3), generator=generator).to(weight.device)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         largest = float(layer(hidden).abs().max())
@@ -199,11 +203,11 @@ def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
         try:
             with _returning(model.base_model, hidden):
                 own = type(model).forward(model, input_ids=torch.zeros_like(labels), labels=labels)
-        except Exception:  # a forward that needs more than ids and hidden states
+            scores, _ = _score(layer, head, hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
+        except Exception:  # a forward that needs more than ids and hidden states, or 4-bit rows that share a block
             return None
         z = head.scale * layer(hidden).float()
         z = z if head.cap is None else head.cap * torch.tanh(z / head.cap)
-        scores, _ = _score(layer, head, hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
         loss = -scores.log_prob.mean()
     # each rounds to the dtype of the head, after other steps
     bound = 0.02 * float(z.abs().max())

@@ -24,11 +24,15 @@ from torch.nn.functional import linear
 
 from halfbyte import kernels
 from halfbyte.kernels import RunningSoftmax
+from halfbyte.quant import QuantizedWeight
 
 ROWS = 2048
 """Positions that are taken together."""
 WIDTH = 2048
 """Vocabulary in a chunk: its logits and rows of W stay in cache, and the products run at the speed of large ones."""
+
+
+Weight = Tensor | QuantizedWeight
 
 
 class Scores(NamedTuple):
@@ -51,7 +55,7 @@ class Scores(NamedTuple):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
@@ -64,7 +68,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[n, H]``, floating.
-        weight: ``[V, H]``, floating.
+        weight: ``[V, H]``, floating, or in 4 bits, of which a chunk at a time is expanded.
         labels: int64 ``[n]``, each within ``[0, V)``.
         bias: ``[V]`` or None.
         scale: what the logits are multiplied by.
@@ -73,15 +77,17 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes do not fit each other, or a label lies outside the vocabulary.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.ndim != 2 or len(weight.shape) != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [n, H] and [V, H]")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; a weight {tuple(weight.shape)} needs ({len(weight)},)")
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; a weight {tuple(weight.shape)} needs ({weight.shape[0]},)"
+        )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; {len(hidden)} positions need ({len(hidden)},)")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weight):
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
         raise ValueError(
-            f"labels go from {int(labels.min())} to {int(labels.max())}; the vocabulary from 0 to {len(weight) - 1}"
+            f"labels go from {int(labels.min())} to {int(labels.max())}; the vocabulary from 0 to {weight.shape[0] - 1}"
         )
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -97,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         labels: Tensor,
         scale: float,
@@ -112,56 +118,71 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sum = torch.empty_like(scores.log_prob)
         for first in range(0, len(hidden), ROWS):
             rows = slice(first, first + ROWS)
-            softmax, taken = _fold_vocabulary(hidden[rows].to(dtype), weight, bias, labels[rows], scale, cap, gradient)
+            softmax, own, taken = _fold_vocabulary(
+                hidden[rows].to(dtype), weight, bias, labels[rows], scale, cap, gradient
+            )
             known = softmax.log_prob()
-            if dhidden is not None and taken is not None:
+            if dhidden is not None and own is not None and taken is not None:
                 given = -known.expm1() * softmax.slope
                 taken.div_(softmax.sum.unsqueeze(1))
-                dhidden[rows] = torch.addcmul(-taken, given.unsqueeze(1), weight[labels[rows]].float())
+                dhidden[rows] = torch.addcmul(-taken, given.unsqueeze(1), own)
             log_sum[rows] = softmax.log_sum()
-            results = (known, softmax.entropy(), softmax.log_sum_squares(), softmax.total / len(weight), softmax.top)
+            results = (
+                known,
+                softmax.entropy(),
+                softmax.log_sum_squares(),
+                softmax.total / weight.shape[0],
+                softmax.top,
+            )
             for score, result in zip(scores, results, strict=True):
                 score[rows] = result
         ctx.mark_non_differentiable(*scores[1:])
         ctx.set_materialize_grads(False)
-        head = (hidden, weight, bias, labels, log_sum) if grad_enabled and any(ctx.needs_input_grad[1:3]) else ()
-        ctx.save_for_backward(dhidden, *head)
-        ctx.options = scale, cap, dtype
+        head = (hidden, bias, labels, log_sum) if grad_enabled and any(ctx.needs_input_grad[1:3]) else ()
+        dense = weight if isinstance(weight, Tensor) and head else None
+        ctx.save_for_backward(dhidden, dense, *head)
+        ctx.quantized, ctx.options = None if isinstance(weight, Tensor) else weight, (scale, cap, dtype)
         return tuple(scores)
 
     @staticmethod
     def backward(ctx: Any, given: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        dhidden, *head = ctx.saved_tensors
+        dhidden, dense, *head = ctx.saved_tensors
         none = (None,) * 5
         if given is None:
             return None, None, None, *none
         if dhidden is not None:
             dhidden = (dhidden * given.unsqueeze(1)).to(dhidden.dtype)
-        dweight, dbias = _head_gradient(given, *head, *ctx.options) if head else (None, None)
+        dweight = dbias = None
+        if head:
+            weight = ctx.quantized if dense is None else dense
+            dweight, dbias = _head_gradient(given, weight, *ctx.needs_input_grad[1:3], *head, *ctx.options)
         return dhidden, dweight, dbias, *none
 
 
-def _chunks(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def _chunks(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """The head in chunks of the vocabulary: the first index, and its part of weight and bias as ``dtype``."""
-    for first in range(0, len(weight), WIDTH):
-        part = slice(first, first + WIDTH)
-        yield first, weight[part].to(dtype), None if bias is None else bias[part].to(dtype)
+    for first in range(0, weight.shape[0], WIDTH):
+        last = min(first + WIDTH, weight.shape[0])
+        dense = (
+            weight[first:last].to(dtype) if isinstance(weight, Tensor) else weight.rows(first, last).dequantize(dtype)
+        )
+        yield first, dense, None if bias is None else bias[first:last].to(dtype)
 
 
 def _fold_vocabulary(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     labels: Tensor,
     scale: float,
     cap: float | None,
     gradient: bool,
-) -> tuple[RunningSoftmax, Tensor | None]:
-    """The softmax of each row, and Σ exp(z - m) z' W over all but its label, fp32 ``[n, H]``."""
+) -> tuple[RunningSoftmax, Tensor | None, Tensor | None]:
+    """The softmax of each row; for a gradient also ``W[label]`` and Σ exp(z - m) z' W over the others, fp32."""
     rows = len(hidden)
     softmax = RunningSoftmax.empty(rows, hidden.device)
-    taken = torch.zeros_like(hidden, dtype=torch.float32) if gradient else None
-    buffer = hidden.new_empty(rows * min(WIDTH, len(weight)))
+    own, taken = (torch.zeros_like(hidden, dtype=torch.float32) if gradient else None for _ in range(2))
+    buffer = hidden.new_empty(rows * min(WIDTH, weight.shape[0]))
     product = torch.empty_like(hidden)
     for first, head, offset in _chunks(weight, bias, hidden.dtype):
         logits = buffer[: rows * len(head)].view(rows, len(head))
@@ -169,25 +190,29 @@ def _fold_vocabulary(
         if offset is not None:
             logits.add_(offset)
         kernels.fold_softmax(logits, labels, first, softmax, scale=scale, cap=cap, gradient=gradient)
-        if taken is not None:
+        if own is not None and taken is not None:
+            inside = ((labels >= first) & (labels < first + len(head))).nonzero().squeeze(1)
+            own[inside] = head[labels[inside] - first].float()
             taken.mul_(softmax.shrink.unsqueeze(1)).add_(torch.mm(logits, head, out=product))
-    return softmax, taken
+    return softmax, own, taken
 
 
 def _head_gradient(
     given: Tensor,
+    weight: Weight,
+    weight_is_trained: bool,
+    bias_is_trained: bool,
     hidden: Tensor,
-    weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     log_sum: Tensor,
     scale: float,
     cap: float | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias: dz = given z' (1[label] - p), dW = dzᵀ h, over chunks computed again."""
-    dweight = torch.empty_like(weight)
-    dbias = None if bias is None else torch.empty_like(bias)
+    dweight = torch.empty_like(weight) if weight_is_trained and isinstance(weight, Tensor) else None
+    dbias = torch.empty_like(bias) if bias_is_trained and bias is not None else None
     inner = hidden.to(dtype)
     for first, head, offset in _chunks(weight, bias, dtype):
         z = linear(inner, head, offset).float() * scale
@@ -200,7 +225,8 @@ def _head_gradient(
         dz[rows, labels[rows] - first] += 1
         dz *= slope * given.unsqueeze(1)
         part = slice(first, first + len(head))
-        dweight[part] = dz.to(dtype).T @ inner
+        if dweight is not None:
+            dweight[part] = dz.to(dtype).T @ inner
         if dbias is not None:
             dbias[part] = dz.sum(0)
     return dweight, dbias

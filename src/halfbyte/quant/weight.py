@@ -67,6 +67,26 @@ class QuantizedWeight:
         """Return the dense tensor in its shape, as ``dtype`` or else as it was before."""
         return kernels.dequantize_4bit(self.packed, self.statistics, self.shape, dtype or self.dtype)
 
+    def rows(self, first: int, last: int) -> "QuantizedWeight":
+        """Return the rows ``[first, last)`` of a matrix, as a view.
+
+        Raises:
+            ValueError: a statistic, or a byte, is shared between the first row and the one before.
+        """
+        columns = self.shape[1]
+        begin, end, blocksize = first * columns, last * columns, self.statistics.blocksize
+        nested = self.statistics.nested
+        if begin % (blocksize * (nested.blocksize if nested else 1)) or begin % 2:
+            raise ValueError(f"row {first} of {columns} values does not begin with a block of {blocksize}")
+        blocks = slice(begin // blocksize, -(-end // blocksize))
+        if nested:
+            groups = slice(blocks.start // nested.blocksize, -(-blocks.stop // nested.blocksize))
+            nested = dataclasses.replace(nested, absmax=nested.absmax[groups])
+        statistics = dataclasses.replace(self.statistics, absmax=self.statistics.absmax[blocks], nested=nested)
+        shape = torch.Size((last - first, columns))
+        packed = self.packed[begin // 2 : -(-end // 2)]
+        return dataclasses.replace(self, packed=packed, statistics=statistics, shape=shape)
+
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """Return the weight on ``device``."""
         return dataclasses.replace(self, packed=self.packed.to(device), statistics=self.statistics.to(device))
