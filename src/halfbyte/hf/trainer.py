@@ -46,9 +46,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
-from halfbyte.hf.adapters import prepare_for_training
 from halfbyte.hf.diverged import describe
 from halfbyte.hf.head import IGNORED, base_of, bind_head
+from halfbyte.hf.prepare import prepare_for_training
 from halfbyte.nn import Linear4bit
 
 if TYPE_CHECKING:

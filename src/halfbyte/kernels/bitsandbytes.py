@@ -10,7 +10,8 @@ What bitsandbytes cannot do the reference does:
 - 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
 - 8-bit optimizer state: blocks of other sizes than 256.
 - Tensors of 2³¹ elements and more, which its kernels count in 32 bits, and empty ones.
-- Block-wise int8 weights, and the other pieces of a training step: attention, norms, gating, rotary embedding, the softmax of the output head.
+- Block-wise int8 weights, and the other pieces of a training step: attention, norms, gating, rotary embedding, the
+  softmax of the output head.
 
 Its fused product takes rows of whole blocks and double quantization in blocks of 256; for others, and for the gradient,
 the weight is dequantized and torch multiplies. A short last block is filled up first, since its AVX-512 kernel places
