@@ -292,7 +292,7 @@ def serve(connection: Connection) -> None:
         connection.send(Imported())
         connection.recv()
         side.run(job, Pace(connection, job.rank))
-    except EOFError:
+    except (EOFError, ConnectionError):
         return  # nobody is left to tell
     except Exception as error:
         user = isinstance(error, InputError)
