@@ -121,8 +121,8 @@ class Pass {
 
     int64_t copied_bytes() const { return lanes_ * 4; }  // of a row that was copied as lanes
 
-    // Copy rows as lanes, an odd end padded with zero. Up to 60 bytes more are written. Reading those that could be read
-    // where they lie was no faster.
+    // Copy rows as lanes, an odd end padded with zero. Up to 60 bytes more are written. Where rows could be read as
+    // they lie, that was no faster.
     void copy(const Heads& x, int64_t batch, int64_t head, int64_t row, int64_t rows, char* to) const {
         for (int64_t r = 0; r < rows; ++r, to += copied_bytes()) {
             const char* from = at(x, batch, head, row + r);
@@ -199,8 +199,9 @@ class Forward : Pass {
                     laid_out = true;
                 }
                 for (int64_t h = 0; h < group_; ++h) {
-                    tile(batch, first + row, count, key, end, q + (h * rows + row) * copied_bytes(), key_panel, value_panel,
-                         maximum + h * rows + row, total + h * rows + row, out + (h * head_rows + row) * kStrip, rows);
+                    tile(batch, first + row, count, key, end, q + (h * rows + row) * copied_bytes(), key_panel,
+                         value_panel, maximum + h * rows + row, total + h * rows + row,
+                         out + (h * head_rows + row) * kStrip, rows);
                 }
             }
         }

@@ -245,8 +245,8 @@ bool supported() {
 }  // namespace
 
 const Tier avx2 = {
-    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw, &avx2_rows,
-    avx2_attention,
+    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw,
+    &avx2_rows, avx2_attention,
 };
 
 }  // namespace halfbyte

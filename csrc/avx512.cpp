@@ -208,8 +208,8 @@ bool supported() {
 }  // namespace
 
 const Tier avx512 = {
-    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul, &avx512_adamw, &avx512_rows,
-    avx512_attention,
+    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul, &avx512_adamw,
+    &avx512_rows, avx512_attention,
 };
 
 }  // namespace halfbyte
