@@ -8,8 +8,8 @@ positions with a label alone and never holds their logits:
   ``trl.trainer.utils.add_fused_lm_head``) bind a forward of their own in ``__init__``, which without Triton evaluates
   the head at every position, twice; ours is bound again on top of it.
 
-Anything else goes to the forward that was there before: evaluation, generation, a head that is no linear layer or
-wrapped (by PEFT, say), router logits. A head in 4 bits is expanded a chunk at a time.
+Anything else goes to the forward that was there before: evaluation, generation, router logits, a head that is no linear
+layer or that PEFT has wrapped. A head in 4 bits is expanded a chunk at a time.
 
 Which families it serves: those whose logits are ``cap tanh(scale W h / cap)``, scale and cap being in the
 configuration under a name known here. That is not believed but tried: before its first use the model's own forward runs
