@@ -5,10 +5,13 @@ are recorded through a wrapper around the functions of :mod:`halfbyte.kernels.na
 counts for the time that no event within it takes.
 
 - What runs in an optimizer's step is the optimizer's.
-- What runs between the end of the decoder's forward pass (a module with a list of ``layers``, as transformers' are) and
-  the moment that the gradient comes back to its output is the head's: its products, and the loss with all else.
+- What runs in the output head's operation (:mod:`halfbyte.nn.cross_entropy`, which takes its gradient at once) is the
+  head's: its products, and the loss with all else.
 - For the rest the name counts, its own or that of an event around it. A product of torch's that has LoRA's rank among
-  its dimensions is LoRA's; LoRA products that a native kernel does together with the base's count as the base's.
+  its dimensions is LoRA's, and so is a native one without a 4-bit weight; LoRA products that a native kernel does
+  together with the base's count as the base's.
+
+No module gets a hook for it: layers with hooks run unfused (:mod:`halfbyte.hf.fusion`).
 
 What is between the events, the interpreter above all, is the rest. A profiled step is slower than others (each event
 costs some microseconds), which makes the parts of many small operations look larger.
@@ -16,15 +19,13 @@ costs some microseconds), which makes the parts of many small operations look la
 
 import functools
 import inspect
-import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from halfbyte.kernels import native
+from halfbyte.kernels import Sum, Weight4bit, native
 
 PARTS = (
     "base products",
@@ -43,12 +44,13 @@ MATRIX_WORK = ("base products", "LoRA", "attention", "head products")
 """The parts that are matrix products; attention with the softmax that is in the same kernels."""
 
 NATIVE = "halfbyte::"
-HEAD_BEGINS, HEAD_ENDS = "halfbyte: the head begins", "halfbyte: the head ends"
+HEAD = "_LinearCrossEntropy"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear", "matmul", "_mkl_linear", "dot")
 NATIVE_PARTS = {
     "attention": "attention",
     "adamw": "optimizer",
     "matmul": "base products",
+    "low_rank": "LoRA",
     "dequantize": "base products",
 }
 
@@ -66,7 +68,6 @@ class Profile:
         }
         for name, function in self._functions.items():
             setattr(native, name, _recorded(name, function))
-        self._hook = nn.modules.module.register_module_forward_hook(_mark_head)
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
         self._profiler.start()
         self._begun = time.perf_counter()
@@ -75,53 +76,32 @@ class Profile:
         """Return the fraction of the time that each of :data:`PARTS` took, of all together 1; ``rank`` is LoRA's."""
         seconds = time.perf_counter() - self._begun
         self._profiler.stop()
-        self._hook.remove()
         for name, function in self._functions.items():
             setattr(native, name, function)
         events = self._profiler.events() or ()  # type: ignore[no-untyped-call]
-        heads = _heads(events)
         found = dict.fromkeys(PARTS, 0.0)
         for event in events:
-            found[_part(event, rank, heads)] += event.self_cpu_time_total / 1e6
+            found[_part(event, rank)] += event.self_cpu_time_total / 1e6
         found["rest"] += max(0.0, seconds - sum(found.values()))
         whole = sum(found.values())
         return {part: value / whole for part, value in found.items()}
 
 
-def _mark_head(module: nn.Module, _: Any, output: Any) -> None:
-    """Mark the end of the decoder's forward pass, and the return of the gradient to it."""
-    hidden = getattr(output, "last_hidden_state", None)
-    if hidden is None or not hidden.requires_grad or not isinstance(getattr(module, "layers", None), nn.ModuleList):
-        return
-    hidden.register_hook(lambda _: _mark(HEAD_ENDS))
-    _mark(HEAD_BEGINS)
-
-
-def _mark(name: str) -> None:
-    with torch.profiler.record_function(name):
-        pass
-
-
-def _heads(events: Iterable[Any]) -> list[tuple[float, float]]:
-    """Return the times between the marks, in the events' clock."""
-    marks = sorted((e.time_range.start, e.name) for e in events if e.name in (HEAD_BEGINS, HEAD_ENDS))
-    return [
-        (begun, ended)
-        for (begun, first), (ended, second) in itertools.pairwise(marks)
-        if (first, second) == (HEAD_BEGINS, HEAD_ENDS)
-    ]
-
-
 def _recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def record(*arguments: Any, **options: Any) -> Any:
-        with torch.profiler.record_function(NATIVE + name):
+        low_rank = name == "matmul_sums" and not any(map(_has_weight, arguments[0]))
+        with torch.profiler.record_function(NATIVE + ("low_rank" if low_rank else name)):
             return function(*arguments, **options)
 
     return record
 
 
-def _part(event: Any, rank: int, heads: Sequence[tuple[float, float]]) -> str:
+def _has_weight(products: Sum) -> bool:
+    return any(isinstance(term.factor, Weight4bit) for term in products.terms)
+
+
+def _part(event: Any, rank: int) -> str:
     around = [event]
     while around[-1].cpu_parent is not None:
         around.append(around[-1].cpu_parent)
@@ -129,7 +109,7 @@ def _part(event: Any, rank: int, heads: Sequence[tuple[float, float]]) -> str:
     if any(name.startswith("Optimizer.step") for name in names):
         return "optimizer"
     part = _part_by_name(around, names, rank)
-    if any(begun <= event.time_range.start < ended for begun, ended in heads):
+    if any(HEAD in name for name in names):
         return "head products" if part in ("base products", "LoRA") else "loss"
     return part
 
