@@ -2,7 +2,7 @@
 //
 // A new kernel is a template over the storage type in an .inl file that rows.inl includes, an entry of RowKernels here
 // and one of `row_kernels` in rows.inl; each tier's *_rows.cpp includes rows.inl within its target region, after the
-// tier's `Lanes` (avx512_lanes.h, avx2_lanes.h, scalar_lanes.h; lanes.inl). A kernel goes through a row in steps of
+// tier's `Lanes` (avx512_lanes.h, avx2_lanes.h, neon_lanes.h, scalar_lanes.h; lanes.inl). A kernel goes through a row in steps of
 // Lanes::kWidth with the remaining length as read's and write's last argument, which makes a short last step right.
 // Arithmetic is fp32; results do not depend on how rows are shared out, but tiers differ in the last places, since they
 // add in another order and not all fuse multiply-adds.
@@ -113,5 +113,6 @@ struct RowKernels {
 extern const RowKernels scalar_rows;
 extern const RowKernels avx2_rows;
 extern const RowKernels avx512_rows;
+extern const RowKernels neon_rows;
 
 }  // namespace halfbyte

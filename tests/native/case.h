@@ -214,7 +214,14 @@ void quantize_8bit(Case& c);
 void dequantize_4bit(Case& c);
 void dequantize_8bit(Case& c);
 void matmul(Case& c);
+void few(Case& c);
 void multiply(Case& c);
+void elementary(Case& c);
+void rms_norm(Case& c);
+void gated(Case& c);
+void rotary(Case& c);
+void fold_softmax(Case& c);
+void attention(Case& c);
 void adamw_32bit(Case& c);
 void adamw_8bit(Case& c);
 
