@@ -45,8 +45,8 @@ constexpr int64_t kKeyTile = 96;  // keys that a tile of the backward has at mos
 // A tier's share, for one storage type: rows of tiles that are kStrip columns wide. `p` and `ds` are the elements of a
 // left factor: bf16 where lanes are pairs, otherwise fp32. Pointers to float are aligned to 64 bytes.
 struct AttentionKernels {
-    // A row of the forward: p = exp(z - maximum), z being that of `products` and of scale `factor`, in the columns [begin, end), begin < end;
-    // 0 in the others. The running maximum and total are brought up to date.
+    // A row of the forward: p = exp(z - maximum), z being that of `products` and of scale `factor`, in the columns
+    // [begin, end), begin < end; 0 in the others. The running maximum and total are brought up to date.
     // Returns the factor by which what was summed before has shrunk.
     float (*weigh)(const float* products, int64_t begin, int64_t end, float factor, float cap, float* maximum,
                    float* total, void* p);

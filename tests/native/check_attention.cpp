@@ -105,11 +105,14 @@ void attention(Case& c) {
     const int64_t batches = c.note("batches", many ? 1 : 1 + c.random.below(2));
     const int64_t kv_heads = c.note("kv_heads", many ? 1 : 1 + c.random.below(3));
     const int64_t group = c.note("group", 1 + c.random.below(3));
-    const int64_t keys = c.note("keys", many ? 577 + c.random.below(900) : 1 + c.random.below(c.random.of({20, 150, 300})));
-    const int64_t queries = c.note("queries", c.random.once_in(2) && !many ? keys : 1 + c.random.below(many ? 90 : 200));
+    const int64_t keys =
+        c.note("keys", many ? 577 + c.random.below(900) : 1 + c.random.below(c.random.of({20, 150, 300})));
+    const bool square = !many && c.random.once_in(2);
+    const int64_t queries = c.note("queries", square ? keys : 1 + c.random.below(many ? 90 : 200));
     const int64_t heads = kv_heads * group, most = 600000 / (batches * heads * queries * keys) + 1;
     const int64_t size = c.note("size", 1 + c.random.below(std::min(most, c.random.of<int64_t>({20, 80, 80, kLanes}))));
-    const float cap = c.note("cap", c.random.of({0.0f, 0.0f, 4.0f})), scale = c.note("scale", c.random.uniform(0.05f, 0.5f));
+    const float cap = c.note("cap", c.random.of({0.0f, 0.0f, 4.0f}));
+    const float scale = c.note("scale", c.random.uniform(0.05f, 0.5f));
     const std::vector<int32_t> ranges = make_ranges(c, batches, queries, keys);
     const Tensor q(c, type, batches, heads, queries, size, 1), k(c, type, batches, kv_heads, keys, size, 1);
     const Tensor v(c, type, batches, kv_heads, keys, size, 1), dout(c, type, batches, heads, queries, size, 1);
@@ -187,8 +190,8 @@ void attention(Case& c) {
                         magnitude += std::abs(douts[from + d] * vs[key + d]);
                     }
                     const double ds = scale * slope[n] * p * (dp - delta);
-                    const double off_p = p * (off + rounded), off_ds = scale * p * magnitude * off + std::abs(ds) * rounded;
-                    const double stored = scale * p * magnitude * off + 1.1 * rounding(ds, type);
+                    const double summed = scale * p * magnitude * off, stored = summed + 1.1 * rounding(ds, type);
+                    const double off_p = p * (off + rounded), off_ds = summed + std::abs(ds) * rounded;
                     for (size_t d = 0; d < row_size; ++d) {
                         want_out[from + d] += p * vs[key + d];
                         off_out[from + d] += off_p * std::abs(vs[key + d]);

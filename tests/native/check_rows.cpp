@@ -86,10 +86,11 @@ void rms_norm(Case& c) {
     const float offset = c.note("offset", c.random.of({0.0f, 1.0f})), eps = c.note("eps", c.random.of({1e-6f, 0.1f}));
     const bool adds = c.note("residual", c.random.once_in(2)), rounded = c.note("rounded", c.random.once_in(2));
     const Matrix x(c, rows, width, type), residual(c, rows, width, type), weight(c, 1, width, type);
-    const Buffer h = poisoned(c, rows * width, type), y = poisoned(c, rows * width, type), scale = poisoned_floats(rows);
+    const Buffer h = poisoned(c, rows * width, type), y = poisoned(c, rows * width, type);
+    const Buffer scale = poisoned_floats(rows);
     in_ranges<RmsNorm>(c, c.tier.rows->rms_norm[index_of(type)],
-                       {x.rows(), {adds ? residual.values.data : nullptr, residual.stride}, weight.values.data, width, eps,
-                        offset, rounded, adds ? h.data : nullptr, y.data, scale.floats()}, rows);
+                       {x.rows(), {adds ? residual.values.data : nullptr, residual.stride}, weight.values.data, width,
+                        eps, offset, rounded, adds ? h.data : nullptr, y.data, scale.floats()}, rows);
     for (int64_t row = 0; row < rows; ++row) {
         double squares = 0;
         for (int64_t i = 0; i < width; ++i) {
@@ -101,8 +102,9 @@ void rms_norm(Case& c) {
         near(c, "scale", row, scale.floats()[row], s, off * s);
         for (int64_t i = 0; i < width; ++i) {
             const double factor = offset + weight.at(0, i);
-            double normalized = (adds ? get(h.data, row * width + i, type) : x.at(row, i)) * s;
-            const double twice = rounded ? 2 * rounding(normalized, type) * std::abs(factor) : 0;  // either side of a tie
+            const double normalized = (adds ? get(h.data, row * width + i, type) : x.at(row, i)) * s;
+            // rounded to either side of a tie
+            const double twice = rounded ? 2 * rounding(normalized, type) * std::abs(factor) : 0;
             near(c, "y", y, row * width + i, type, normalized * factor, off * std::abs(normalized * factor) + twice, 1);
         }
     }
@@ -165,8 +167,8 @@ void gated(Case& c) {
             near(c, "y", y, row * width + i, type, x * s * by, std::abs(x * most * by), off);
             near(c, "dup", dup, row * stride + i, type, d * x * s, std::abs(d * x * most), off);
             // 1 - σ is off by a rounding of 1
-            const double wide = std::abs(x * most) * (linear + 3 * cubic * x * x) * (1 - s + 1e-1);
-            near(c, "dgate", dgate, row * stride + i, type, d * by * (s + turned), std::abs(d * by) * (most + wide), off);
+            const double size = std::abs(x * most) * (linear + 3 * cubic * x * x) * (1 - s + 1e-1) + most;
+            near(c, "dgate", dgate, row * stride + i, type, d * by * (s + turned), std::abs(d * by) * size, off);
         }
         for (int64_t i = width; i < stride && row + 1 < rows; ++i) {
             for (const Buffer* out : {&dgate, &dup}) {
@@ -214,7 +216,8 @@ void rotary(Case& c) {
         const bool first = value < half;
         const int64_t other = first ? value + half : value - half;
         const double straight = double{get(x.data, from + value, type)} * get(cos.data, at + value, angle);
-        const double across = double{get(x.data, from + other, type)} * get(sin.data, at + (inverse ? other : value), angle);
+        const float factor = get(sin.data, at + (inverse ? other : value), angle);
+        const double across = double{get(x.data, from + other, type)} * factor;
         const double expected = straight + (first == inverse ? across : -across);
         near(c, "y", y, i, type, expected, std::abs(straight) + std::abs(across), 2 * kUnit);
     }
@@ -224,7 +227,8 @@ void rotary(Case& c) {
 void fold_softmax(Case& c) {
     const Type type = c.type();
     const int64_t rows = few_rows(c), chunks = c.note("chunks", 1 + c.random.below(3));
-    const float scale = c.note("scale", c.random.of({1.0f, 0.3f})), cap = c.note("cap", c.random.of({0.0f, 5.0f, 30.0f}));
+    const float scale = c.note("scale", c.random.of({1.0f, 0.3f}));
+    const float cap = c.note("cap", c.random.of({0.0f, 5.0f, 30.0f}));
     const float size = c.note("size", c.random.of({1.0f, 10.0f, 60.0f}));
     const bool gradient = c.note("gradient", !c.random.once_in(3));
     const Buffer state = poisoned_floats(8 * rows);
@@ -257,7 +261,7 @@ void fold_softmax(Case& c) {
         if (!gradient) c.same(logits, given, "bytes of logits");
         for (int64_t row = 0; row < rows; ++row) {
             const std::vector<float>& all = seen[static_cast<size_t>(row)];
-            const auto z = [&](float x) { return cap > 0 ? cap * std::tanh(double{x} * scale / cap) : double{x} * scale; };
+            const auto z = [&](double x) { return cap > 0 ? cap * std::tanh(x * scale / cap) : x * scale; };
             const auto slope = [&](float x) {
                 const double t = cap > 0 ? z(x) / cap : 0;
                 return scale * (1 - t * t);
@@ -296,12 +300,14 @@ void fold_softmax(Case& c) {
             }
             const bool inside = top >= 0 && top < static_cast<int64_t>(all.size());
             c.require(inside && z(all[static_cast<size_t>(top)]) >= maximum - off, "top is not the largest logit");
-            const auto best = std::max_element(all.begin(), all.end(), [&](float a, float b) { return a * scale < b * scale; });
-            c.require(cap > 0 || top == best - all.begin(), "top is not the first of the largest logits");
+            const auto less = [&](float a, float b) { return a * scale < b * scale; };
+            const auto best = std::max_element(all.begin(), all.end(), less) - all.begin();
+            c.require(cap > 0 || top == best, "top is not the first of the largest logits");
             for (int64_t i = 0; gradient && i < width; ++i) {
                 const float x = all[static_cast<size_t>(first + i)];
                 const double e = first + i == label ? 0 : std::exp(z(x) - maximum);
-                near(c, "logits", logits, row * width + i, type, e * slope(x), e * (3 * off * slope(x) + 4e-6 * scale), 1);
+                const double bound = e * (3 * off * slope(x) + 4e-6 * scale);
+                near(c, "logits", logits, row * width + i, type, e * slope(x), bound, 1);
             }
         }
         first += width;
