@@ -9,9 +9,10 @@
 //     dv = pᵀ dout,  ds = scale (1 - (z / c)²) p (dout vᵀ - d),  dq = ds k,  dk = dsᵀ q.
 //
 // Products are those of matmul.h: the left factor lies as it is, the right one is laid out as a panel. Where the chip
-// multiplies bf16, p and ds are rounded to it; sums and everything else is fp32. Tiles that no range meets are left
-// out, so the work follows the ranges. Between forward and backward one number a row, lse, is kept. Every row is
-// summed in an order that the shapes and ranges alone decide, so that results do not depend on the number of threads.
+// multiplies bf16, p and ds are rounded to it, and for dq ds is rounded to the storage type everywhere, as a panel's
+// values are; sums and everything else is fp32. Tiles that no range meets are left out, so the work follows the ranges.
+// Between forward and backward one number a row, lse, is kept. Every row is summed in an order that the shapes and
+// ranges alone decide, so that results do not depend on the number of threads.
 //
 // Left out: dropout, an additive bias, attention sinks, keys and values of different head size.
 
@@ -69,6 +70,7 @@ void attention_backward(const MatmulKernels& products, const AttentionKernels& k
 // The kernels of a tier; `pairs` as in its products.
 const AttentionKernels* avx2_attention(Type type, bool pairs);
 const AttentionKernels* avx512_attention(Type type, bool pairs);
+const AttentionKernels* neon_attention(Type type, bool pairs);
 
 namespace {
 

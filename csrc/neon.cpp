@@ -7,11 +7,10 @@
 
 #if defined(__aarch64__)
 
-#include "neon.h"
-#include "rows.h"
-
 #include "adamw.h"
+#include "attention.h"
 #include "matmul.h"
+#include "neon.h"
 #include "rows.h"
 
 namespace halfbyte {
@@ -162,7 +161,7 @@ bool supported() { return true; }
 
 const Tier neon = {
     "neon", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, neon_matmul, &neon_adamw,
-    &neon_rows, nullptr,
+    &neon_rows, neon_attention,
 };
 
 }  // namespace halfbyte

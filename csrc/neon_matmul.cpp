@@ -1,8 +1,8 @@
 // The NEON tier's products, in fp32 for every type.
 //
 // Four lanes at a time. A block of W has only sixteen different values: they are made once per block, scaled and
-// rounded, and looked up byte by byte. A panel is kStrip / 16 parts, one after the other, of kLanes rows of sixteen
-// lanes; six rows of x by one part keep 24 sums in registers. Left out: BFDOT and BFMMLA, which newer processors have
+// rounded, and looked up byte by byte. A panel is kStrip / 16 parts, one after the other, of rows of sixteen lanes;
+// six rows of x by one part keep 24 sums in registers. Left out: BFDOT and BFMMLA, which newer processors have
 // for bf16, since none was at hand to measure them on.
 
 #if defined(__aarch64__)
@@ -15,8 +15,11 @@ namespace {
 
 constexpr int64_t kPart = 16;
 
-// Where the lanes of column c of the strip begin.
-float* lanes_of(float* panel, int64_t c) { return panel + c / kPart * kPart * kLanes + c % kPart; }
+// Where the next part of a panel of so many lanes begins.
+int64_t part_size(int64_t lanes) { return (lanes + 3) / 4 * 4 * kPart; }
+
+// Where column c of a panel of so many lanes begins.
+float* column_of(float* panel, int64_t lanes, int64_t c) { return panel + c / kPart * part_size(lanes) + c % kPart; }
 
 // The `count` values of W from position `first` of the flattened weight on, padded with zeros to a multiple of four.
 template <class T>
@@ -57,7 +60,7 @@ void expand_forward(const Weight4bit& w, int64_t column, int64_t first, int64_t 
     constexpr int64_t lanes = 128;
     float rows[4][lanes];
     for (int64_t c = 0; c < kStrip; c += 4) {
-        float* const out = lanes_of(panel, c);
+        float* const out = column_of(panel, last - first, c);
         for (int64_t begin = first; begin < last; begin += lanes) {
             const int64_t count = least(lanes, last - begin);
             for (int64_t r = 0; r < 4; ++r) {
@@ -78,7 +81,7 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
     float row[kStrip] = {};
     for (int64_t n = first; n < last; ++n, panel += kPart) {
         expand_row<T>(w, n * w.columns + column, count, row);
-        for (int64_t c = 0; c < kStrip; c += 4) store4(lanes_of(panel, c), load4(row + c));
+        for (int64_t c = 0; c < kStrip; c += 4) store4(column_of(panel, last - first, c), load4(row + c));
     }
 }
 
@@ -91,26 +94,48 @@ float32x4_t values_of(const void* x, int64_t i, int64_t count) {
     return T::nearest(S::load(rest, 0));
 }
 
+// The rows of a dense matrix with values of type S: the first `count` of four values from position i of a row on,
+// rounded to T, and zeros.
 template <class T, class S>
-void pack_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    for (int64_t c = 0; c < least(kStrip, m.rows - column); c += 4) {
+struct DenseRows {
+    const Dense& m;
+    float32x4_t read(int64_t row, int64_t i, int64_t count) const {
+        return values_of<T, S>(m.values, row * m.stride + i, count);
+    }
+};
+
+// Those of a weight in bytes.
+template <class T>
+struct BytesRows {
+    const Weight8bit& m;
+    float32x4_t read(int64_t row, int64_t i, int64_t count) const {
+        const int64_t begin = row * m.columns + i;
+        float values[4] = {};
+        for (int64_t n = 0; n < least(count, 4); ++n) values[n] = static_cast<float>(m.codes[begin + n]);
+        if (m.pieces) return T::nearest(vmulq_n_f32(load4(values), m.scale(begin)));
+        for (int64_t n = 0; n < least(count, 4); ++n) values[n] *= m.scale(begin + n);
+        return T::nearest(load4(values));
+    }
+};
+
+template <class Rows>
+void pack_forward(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
+    for (int64_t c = 0; c < least(kStrip, rows.m.rows - column); c += 4) {
+        float* const out = column_of(panel, last - first, c);
         for (int64_t i = first; i < last; i += 4) {
             float32x4_t four[4];
-            for (int64_t r = 0; r < 4; ++r) {
-                const int64_t row = least(column + c + r, m.rows - 1);
-                four[r] = values_of<T, S>(m.values, row * m.stride + i, last - i);
-            }
-            transpose(four, lanes_of(panel, c) + (i - first) * kPart);
+            for (int64_t r = 0; r < 4; ++r) four[r] = rows.read(least(column + c + r, rows.m.rows - 1), i, last - i);
+            transpose(four, out + (i - first) * kPart);
         }
     }
 }
 
-template <class T, class S>
-void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    const int64_t columns = least(kStrip, m.columns - column);
+template <class Rows>
+void pack_gradient(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
+    const int64_t columns = least(kStrip, rows.m.columns - column);
     for (int64_t n = first; n < last; ++n, panel += kPart) {
         for (int64_t c = 0; c < columns; c += 4) {
-            store4(lanes_of(panel, c), values_of<T, S>(m.values, n * m.stride + column + c, columns - c));
+            store4(column_of(panel, last - first, c), rows.read(n, column + c, columns - c));
         }
     }
 }
@@ -118,19 +143,29 @@ void pack_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, 
 template <class T>
 void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
     switch (m.type) {
-        case Type::bf16: return pack_forward<T, Bf16>(m, column, first, last, panel);
-        case Type::fp16: return pack_forward<T, Fp16>(m, column, first, last, panel);
-        default: return pack_forward<T, Fp32>(m, column, first, last, panel);
+        case Type::bf16: return pack_forward(DenseRows<T, Bf16>{m}, column, first, last, panel);
+        case Type::fp16: return pack_forward(DenseRows<T, Fp16>{m}, column, first, last, panel);
+        default: return pack_forward(DenseRows<T, Fp32>{m}, column, first, last, panel);
     }
 }
 
 template <class T>
 void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
     switch (m.type) {
-        case Type::bf16: return pack_gradient<T, Bf16>(m, column, first, last, panel);
-        case Type::fp16: return pack_gradient<T, Fp16>(m, column, first, last, panel);
-        default: return pack_gradient<T, Fp32>(m, column, first, last, panel);
+        case Type::bf16: return pack_gradient(DenseRows<T, Bf16>{m}, column, first, last, panel);
+        case Type::fp16: return pack_gradient(DenseRows<T, Fp16>{m}, column, first, last, panel);
+        default: return pack_gradient(DenseRows<T, Fp32>{m}, column, first, last, panel);
     }
+}
+
+template <class T>
+void bytes_forward(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    pack_forward(BytesRows<T>{w}, column, first, last, panel);
+}
+
+template <class T>
+void bytes_gradient(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
+    pack_gradient(BytesRows<T>{w}, column, first, last, panel);
 }
 
 template <int rows>
@@ -159,7 +194,7 @@ void multiply_tile(const void* x, int64_t stride, const float* part, int64_t lan
 
 void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, int64_t lanes, int64_t columns,
               float* sums, bool add) {
-    for (int64_t c = 0; c < columns; c += kPart, panel += kPart * kLanes, sums += kPart) {
+    for (int64_t c = 0; c < columns; c += kPart, panel += part_size(lanes), sums += kPart) {
         switch (rows) {
             case 1: multiply_tile<1>(x, stride, panel, lanes, sums, add); break;
             case 2: multiply_tile<2>(x, stride, panel, lanes, sums, add); break;
@@ -183,7 +218,7 @@ void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* s
     }
     for (int64_t begin = 0; begin < depth; begin += stretch) {
         const int64_t end = least(begin + stretch, depth);
-        float scales[2][stretch / 32];
+        float scales[2][stretch / 64];
         for (int c = 0; c < 2; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
         for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
             const Table<T> table0(w.code, scales[0][k]), table1(w.code, scales[1][k]);
@@ -203,6 +238,12 @@ void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* s
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < 2; ++c) sums[r * kStrip + c] = vaddvq_f32(vaddq_f32(sum[r][c][0], sum[r][c][1]));
     }
+}
+
+// Values are looked up in their order, so that rows of x stay as they are.
+template <class T>
+void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
+    std::memcpy(arranged, x, static_cast<size_t>(rows * depth * T::kSize));
 }
 
 template <class T>
@@ -239,9 +280,12 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 }
 
 template <class T>
+const FewKernels few = {8, T::kSize, arrange<T>, dot<T>};
+
+template <class T>
 const MatmulKernels kernels = {
-    false,    6,      8,        expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
-    multiply, dot<T>, widen<T>, finish<T>,
+    false, 6, &few<T>, expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
+    bytes_forward<T>, bytes_gradient<T>, multiply, widen<T>, finish<T>,
 };
 
 }  // namespace

@@ -4,9 +4,11 @@
 //
 // Case i of a group is made from the seed S + i alone, N cases a group or as many as fit into T seconds. A failure is
 // described with the options that repeat it.
-// Quantizing, dequantizing and AdamW must give the bytes of the tier
-// `scalar`, which is held against the formulas in double; products must lie within a bound of the product of the
-// dequantized weight in double, and be the same bytes for every number of threads.
+//
+// Quantizing, dequantizing and AdamW must give the bytes of the tier `scalar`, which is held against the formulas in
+// double; products must lie within a bound of the product of the dequantized weight in double, attention and the
+// kernels over rows within a bound of their formulas in double; products and attention must be the same bytes for every
+// number of threads.
 
 #include <atomic>
 #include <chrono>
@@ -52,6 +54,7 @@ void parallel(Case& c) {
 
 bool every(const Tier&) { return true; }
 bool multiplies(const Tier& tier) { return tier.matmul; }
+bool attends(const Tier& tier) { return tier.attention; }
 bool baseline(const Tier& tier) { return &tier == &scalar; }
 
 struct Group {
@@ -63,11 +66,12 @@ struct Group {
 const Group groups[] = {
     {"quantize_4bit", quantize_4bit, every},     {"quantize_8bit", quantize_8bit, every},
     {"dequantize_4bit", dequantize_4bit, every}, {"dequantize_8bit", dequantize_8bit, every},
-    {"matmul", matmul, multiplies},              {"multiply", multiply, multiplies},
-    {"adamw_32bit", adamw_32bit, every},         {"adamw_8bit", adamw_8bit, every},
-    {"rms_norm", rms_norm, every},               {"gated", gated, every},
-    {"rotary", rotary, every},                   {"elementary", elementary, every},
-    {"parallel", parallel, baseline},
+    {"matmul", matmul, multiplies},              {"few", few, multiplies},
+    {"multiply", multiply, multiplies},          {"attention", attention, attends},
+    {"elementary", elementary, every},           {"rms_norm", rms_norm, every},
+    {"gated", gated, every},                     {"rotary", rotary, every},
+    {"fold_softmax", fold_softmax, every},       {"adamw_32bit", adamw_32bit, every},
+    {"adamw_8bit", adamw_8bit, every},           {"parallel", parallel, baseline},
 };
 
 struct Options {

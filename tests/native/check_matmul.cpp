@@ -1,5 +1,5 @@
-// Products: each element within its bound of the sum of the terms' products in double, whose right factors are
-// dequantized and rounded to the type of x, and bit for bit the same for every number of threads.
+// Products: each element within its bound of the sum of the terms' products in double, whose right factors (4-bit,
+// 8-bit or dense) are dequantized and rounded to the type of x, and bit for bit the same for every number of threads.
 
 #include <cstdlib>
 #include <deque>
@@ -9,12 +9,14 @@
 namespace halfbyte {
 namespace {
 
-// One term: x, a 4-bit or dense W, and what W is, depth x width, in double.
+// One term: x, a W of 4 or 8 bits or (0) dense, and what W is, depth x width, in double. Of `few` rows: such as go
+// without a panel, or just miss it.
 struct Factors {
     int64_t depth;
     bool transposed;  // how x lies
     int64_t stride, step;
-    bool gradient, quantized;
+    bool gradient;
+    int bits;
     int64_t rows, columns;  // of W
     int64_t dense_stride;
     Type dense_type;
@@ -22,28 +24,34 @@ struct Factors {
     Buffer x, values;
     std::vector<float> code;
     Statistics statistics;
+    Buffer absmax;  // of 8 bits
     Weight4bit weight;
+    Weight8bit weight8;
     std::vector<double> factor;
 
-    Factors(Case& c, Type type, int64_t x_rows, int64_t width, int64_t most)
-        : depth(c.note("depth", c.random.once_in(2) ? 1 + c.random.below(most) : 32 * (1 + c.random.below(most) / 32))),
-          transposed(c.note("transposed", c.random.once_in(5))),
-          stride(transposed ? 1 : depth + c.note("x_gap", c.gap())),
+    Factors(Case& c, Type type, int64_t x_rows, int64_t width, int64_t most, bool few)
+        : depth(c.note("depth", !few && c.random.once_in(2) ? 1 + c.random.below(most)
+                                                            : 32 * (1 + c.random.below(most) / 32))),
+          transposed(c.note("transposed", !few && c.random.once_in(5))),
+          stride(transposed ? 1 : depth + c.note("x_gap", few ? 0 : c.gap())),
           step(transposed ? x_rows + c.note("x_gap", c.gap()) : 1),
-          gradient(c.note("gradient", c.random.once_in(2))),
-          quantized(c.note("quantized", !c.random.once_in(3))),
+          gradient(c.note("gradient", !few && c.random.once_in(2))),
+          bits(c.note("bits", few ? 4 : c.random.of({4, 4, 4, 8, 8, 0}))),
           rows(gradient ? depth : width),
           columns(gradient ? width : depth),
           dense_stride(columns + c.note("gap", c.gap())),
           dense_type(c.type()),
-          blocksize(c.blocksize()),
+          blocksize(few ? c.note("blocksize", c.random.of<int64_t>({64, 128, 32, 4096})) : c.blocksize()),
           blocks((rows * columns + blocksize - 1) / blocksize),
           x(x_rows > 0 ? ((x_rows - 1) * stride + (depth - 1) * step + 1) * size_of(type) : 0, c.shift(), 0),
-          values(quantized ? c.bytes((rows * columns + 1) / 2, c.shift())
-                           : Buffer(((rows - 1) * dense_stride + columns) * size_of(dense_type), c.shift(), 0)),
+          values(bits ? c.bytes((rows * columns * bits + 7) / 8, c.shift())
+                      : Buffer(((rows - 1) * dense_stride + columns) * size_of(dense_type), c.shift(), 0)),
           code(table_of(c, 16)),
           statistics(c, blocks, false),
+          absmax(c.floats(blocks, 0, 0.1f, 1.0f)),
           weight{values.data, {}, statistics.scales, Divisor(blocksize), Divisor(statistics.size), rows, columns, 0},
+          weight8{reinterpret_cast<const int8_t*>(values.data), absmax.floats(), Divisor(blocksize), rows, columns,
+                  blocksize % 32 == 0 && columns % 32 == 0},
           factor(static_cast<size_t>(depth * width)) {
         std::memcpy(weight.code, code.data(), sizeof weight.code);
         const int64_t piece = (blocksize | columns) & -(blocksize | columns);
@@ -54,24 +62,28 @@ struct Factors {
                 put(x.data, c.random.below(x.size / size_of(type)), type, c.random.of({kInfinity, -kInfinity, kNaN}));
             }
         }
-        for (int64_t i = 0; !quantized && i < values.size / size_of(dense_type); ++i) {
+        for (int64_t i = 0; !bits && i < values.size / size_of(dense_type); ++i) {
             put(values.data, i, dense_type, c.random.normal());
         }
         for (int64_t row = 0; row < rows; ++row) {
             for (int64_t column = 0; column < columns; ++column) {
                 const int64_t i = row * columns + column;
-                const float value =
-                    quantized ? code[static_cast<size_t>(code_at(values.data, i))] * statistics.of(i / blocksize)
-                              : get(values.data, row * dense_stride + column, dense_type);
                 float stored = 0;
-                put(&stored, 0, type, value);
+                put(&stored, 0, type, value(row, column));
                 factor[static_cast<size_t>(gradient ? i : column * width + row)] = get(&stored, 0, type);
             }
         }
     }
 
+    float value(int64_t row, int64_t column) const {
+        const int64_t i = row * columns + column;
+        if (bits == 4) return code[static_cast<size_t>(code_at(values.data, i))] * statistics.of(i / blocksize);
+        if (bits == 8) return weight8.codes[i] * (absmax.floats()[i / blocksize] / 127.0f);
+        return get(values.data, row * dense_stride + column, dense_type);
+    }
+
     Term term() const {
-        return {x.data, stride, step, gradient, quantized ? &weight : nullptr,
+        return {x.data, stride, step, gradient, bits == 4 ? &weight : nullptr, bits == 8 ? &weight8 : nullptr,
                 {values.data, dense_type, rows, columns, dense_stride}};
     }
 };
@@ -84,11 +96,12 @@ struct Sum {
     bool biased;
     Buffer bias;
 
-    explicit Sum(Case& c)
+    explicit Sum(Case& c, bool few = false)
         : type(c.type()),
           y_type(c.random.once_in(2) ? type : c.type()),
-          rows(c.note("rows", c.random.once_in(30) ? 500 + c.random.below(700)
-                                                   : c.random.below(c.random.of({10, 20, 20, 300})))),
+          rows(c.note("rows", few                    ? 1 + c.random.below(17)
+                              : c.random.once_in(30) ? 500 + c.random.below(700)
+                                                     : c.random.below(c.random.of({10, 20, 20, 300})))),
           width(c.note("width", c.random.once_in(2) ? 1 + c.random.below(400) : 32 * (1 + c.random.below(12)))),
           y_stride(width + c.note("y_gap", c.gap())),
           shift(c.shift()),
@@ -96,7 +109,9 @@ struct Sum {
           bias(width * size_of(y_type), c.shift(), 0) {
         const int64_t most = c.random.of<int64_t>({50, 300, 300, rows < 500 ? 1000000 / width / (rows + 1) + 1 : 1500});
         for (int64_t i = c.note("terms", c.random.of({1, 1, 2, 3, 6})); i > 0; --i) {
-            terms.emplace_back(c, type, rows, width, most);
+            const bool first = few && terms.empty();
+            const int64_t deepest = first ? least(600000 / width / (rows + 1) + 65, 3300) : most;
+            terms.emplace_back(c, type, rows, width, deepest, first);
         }
         for (int64_t i = 0; i < width; ++i) put(bias.data, i, y_type, c.random.normal());
     }
@@ -141,9 +156,9 @@ struct Sum {
 
 }  // namespace
 
-void matmul(Case& c) {
-    std::deque<Sum> sums;
-    for (int64_t i = c.note("sums", c.random.of({1, 1, 2, 3})); i > 0; --i) sums.emplace_back(c);
+namespace {
+
+void check_sums(Case& c, const std::deque<Sum>& sums) {
     std::vector<std::vector<Buffer>> results;
     for (const int threads : {1, 2, 3}) {
         std::vector<Buffer>& ys = results.emplace_back();
@@ -166,8 +181,6 @@ void matmul(Case& c) {
     }
 }
 
-namespace {
-
 // Whole floats at an address that is a multiple of 64, of exactly that size.
 struct Floats {
     Floats(int64_t n, int fill)
@@ -180,6 +193,19 @@ struct Floats {
 };
 
 }  // namespace
+
+void matmul(Case& c) {
+    std::deque<Sum> sums;
+    for (int64_t i = c.note("sums", c.random.of({1, 1, 2, 3})); i > 0; --i) sums.emplace_back(c);
+    check_sums(c, sums);
+}
+
+// Sums whose first term is a product of few rows with a 4-bit weight.
+void few(Case& c) {
+    std::deque<Sum> sums;
+    sums.emplace_back(c, true);
+    check_sums(c, sums);
+}
 
 // A panel from a dense matrix, and rows of x, as attention multiplies them: nothing beyond the rows, the lanes and the
 // depth is read or written. Packed rows, of any number, give the same bytes.
@@ -196,7 +222,7 @@ void multiply(Case& c) {
     const Buffer values = c.values(columns * depth, type, false);
     const Dense dense{values.data, type, gradient ? depth : columns, gradient ? columns : depth,
                       gradient ? columns : depth};
-    const Floats panel(kLanes * kStrip, 0xff);  // NaN
+    const Floats panel((lanes + 15) / 16 * 16 * kStrip, 0xff);  // NaN
     (gradient ? k.dense_gradient : k.dense_forward)(dense, 0, 0, depth, panel.data);
 
     const Buffer x((rows - 1) * stride + 4 * lanes, c.shift(), 0xff);
@@ -215,6 +241,8 @@ void multiply(Case& c) {
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = 0; i < columns; ++i) {
             double sum = add ? before.data[r * kStrip + i] : 0.0, size = std::abs(sum);
+            // each term may be lost beside what it is added to; a bf16 unit takes subnormal products for zero
+            const double lost = static_cast<double>(depth) * (0x1p-24 * size + 0x1p-125);
             for (int64_t n = 0; n < depth; ++n) {
                 const double term = double{get(x.data + r * stride, n, lane_type)} *
                                     get(values.data, gradient ? n * columns + i : i * depth + n, type);
@@ -222,7 +250,7 @@ void multiply(Case& c) {
                 size += std::abs(term);
             }
             const double got = sums.data[r * kStrip + i];
-            const bool right = size > 3e38 || std::abs(got - sum) <= 2e-6 * size + static_cast<double>(depth) * 0x1p-125;
+            const bool right = size > 3e38 || std::abs(got - sum) <= 2e-6 * size + lost;
             c.require(right, right ? "" : c.differ("sums", r * kStrip + i, got, sum));
         }
     }

@@ -31,7 +31,7 @@ def test_no_kernel_reads_or_writes_beyond_its_buffers_and_all_tiers_agree() -> N
 
 def test_threads_do_not_race() -> None:
     program = build("threads")
-    for group in ("parallel", "matmul", "adamw_8bit"):
+    for group in ("parallel", "matmul", "few", "attention", "adamw_8bit"):
         passes(program, "--group", group, "--cases", "20")
 
 
