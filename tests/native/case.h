@@ -224,9 +224,5 @@ void fold_softmax(Case& c);
 void attention(Case& c);
 void adamw_32bit(Case& c);
 void adamw_8bit(Case& c);
-void rms_norm(Case& c);
-void gated(Case& c);
-void rotary(Case& c);
-void elementary(Case& c);
 
 }  // namespace halfbyte
