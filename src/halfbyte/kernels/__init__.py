@@ -1,13 +1,12 @@
 """The kernels: 4-bit and 8-bit operations as torch functions with gradients.
 
 ``reference`` states each formula once, ``native`` carries them out in C++, ``bitsandbytes`` by that library's kernels,
-``provider`` chooses, and ``operations`` is what everybody else calls. Codebooks come in as arguments; this package
+``provider`` chooses, and ``operations`` and ``adamw`` are what everybody else calls. Codebooks come in as arguments; this package
 knows none.
 """
 
+from halfbyte.kernels.adamw import Adamw8bit, Adamw32bit, adamw_8bit, adamw_32bit
 from halfbyte.kernels.operations import (
-    adamw_8bit,
-    adamw_32bit,
     attention,
     attention_backward,
     dequantize_4bit,
@@ -34,6 +33,8 @@ from halfbyte.kernels.statistics import Nested, Statistics
 from halfbyte.kernels.terms import Sum, Term, Weight4bit, Weight8bit
 
 __all__ = [
+    "Adamw8bit",
+    "Adamw32bit",
     "Nested",
     "RunningSoftmax",
     "Statistics",

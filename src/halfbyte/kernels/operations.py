@@ -186,70 +186,6 @@ def attention_backward(
     return provider_for(q.device).attention_backward(dout, q, k, v, out, lse, ranges.contiguous(), scale, softcap)
 
 
-def adamw_32bit(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW step over many tensors of one device, in place, with fp32 moments.
-
-    See :func:`halfbyte.kernels.reference.adamw_32bit`.
-    """
-    if not params:
-        return
-    device = params[0].device
-    for i, (param, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        _check_step(i, param, grad, device)
-        for name, x in (("exp_avgs", m), ("exp_avg_sqs", v)):
-            _check_like(name, i, x, torch.float32, param)
-    provider_for(device).adamw_32bit(
-        params, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
-
-
-def adamw_8bit(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[tuple[Tensor, Tensor]],
-    exp_avg_sqs: list[tuple[Tensor, Tensor]],
-    code: Tensor,
-    code_unsigned: Tensor,
-    blocksize: int,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW step over many tensors of one device, in place, with block-wise 8-bit moments.
-
-    See :func:`halfbyte.kernels.reference.adamw_8bit`.
-    """
-    if not params:
-        return
-    device = params[0].device
-    _check_blocksize(blocksize)
-    for table in (code, code_unsigned):
-        _check_code(table, range(256, 257), device)
-    for i, (param, grad, first, second) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        _check_step(i, param, grad, device)
-        for name, (codes, absmax) in (("exp_avgs", first), ("exp_avg_sqs", second)):
-            _check_like(name, i, codes, torch.uint8, param)
-            _check_absmax(absmax, torch.float32, param.numel(), blocksize, device)
-    provider_for(device).adamw_8bit(
-        params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize,
-        step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-    )  # fmt: skip
-
-
 def rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -583,25 +519,6 @@ def _check_weight(packed: Tensor, statistics: Statistics, n: int) -> None:
         _check_blocksize(nested.blocksize)
         _check_code(nested.code, range(256, 257), packed.device)
         _check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, packed.device)
-
-
-def _check_step(i: int, param: Tensor, grad: Tensor, device: torch.device) -> None:
-    if param.dtype not in FLOATING or param.device != device or not param.is_contiguous():
-        raise TypeError(
-            f"params[{i}] is {param.dtype} on {param.device} with strides {param.stride()}; it must be float32, "
-            f"bfloat16 or float16, on {device} and contiguous"
-        )
-    _check_like("grads", i, grad, param.dtype, param)
-
-
-def _check_like(name: str, i: int, x: Tensor, dtype: torch.dtype, param: Tensor) -> None:
-    if x.dtype != dtype or x.device != param.device or not x.is_contiguous():
-        raise TypeError(
-            f"{name}[{i}] is {x.dtype} on {x.device} with strides {x.stride()}; it must be {dtype} on {param.device} "
-            "and contiguous"
-        )
-    if x.shape != param.shape:
-        raise ValueError(f"{name}[{i}] has shape {tuple(x.shape)}; its parameter has {tuple(param.shape)}")
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ part of it. 32-bit state goes to and from ``torch.optim.AdamW``. Left out: amsgr
 learning rates.
 """
 
+import contextlib
+import dataclasses
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -43,6 +46,28 @@ BATCH = 2**22
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 Layout = dict[str, tuple[torch.dtype, torch.Size]]
+Batch = kernels.Adamw8bit | kernels.Adamw32bit
+
+
+@dataclasses.dataclass
+class _Division:
+    """How the parameters of a group that had gradients were stepped the last time.
+
+    Attributes:
+        params: they.
+        state: the tensors of their state, in the same order.
+        steps: the step counts that belong to the next step.
+        batches: which of them go together, as indices.
+    """
+
+    params: list[Tensor]
+    state: list[Tensor]
+    steps: list[int]
+    batches: list[tuple[list[int], Batch]]
+
+    def holds(self, params: list[Tensor], state: list[Tensor], steps: list[int]) -> bool:
+        """Whether these are the same objects, each one step further."""
+        return steps == self.steps and _same(params, self.params) and _same(state, self.state)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -76,6 +101,7 @@ class AdamW(torch.optim.Optimizer):
             raise InputError(f"state_bits is {state_bits}; it must be 8 or 32.")
         self.state_bits = state_bits
         self.page_dir = paging.choose_folder(Path(page_dir) if page_dir is not None else None) if paged else None
+        self._divisions: dict[int, _Division] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -120,11 +146,14 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        new = [p for p in chain.from_iterable(moved) if not self.state[p]]
+        moved = [
+            [(p, self._gradient(p, grad)) for p in group["params"] if (grad := p.grad) is not None]
+            for group in self.param_groups
+        ]
+        new = [p for p, _ in chain.from_iterable(moved) if not self.state[p]]
         self.state.update(zip(new, self._zero_states(new), strict=True))
-        for group, params in zip(self.param_groups, moved, strict=True):
-            self._step_group(group, params)
+        for index, pairs in enumerate(moved):
+            self._step_group(index, [p for p, _ in pairs], [grad for _, grad in pairs])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,6 +179,7 @@ class AdamW(torch.optim.Optimizer):
                     f"The saved optimizer state of parameter {i} is {_describe(found)}, but this optimizer needs "
                     f"{_describe(self._layout(params[i]))}; resume with the model and the optimizer that wrote it."
                 )
+        self._divisions.clear()
         states = self._zero_states([params[i] for i in saved])
         for state, old in zip(states, saved.values(), strict=True):
             state["step"] = int(old["step"])
@@ -158,48 +188,49 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})  # with state, it would cast that to the parameters' dtype
         self.state.update(zip([params[i] for i in saved], states, strict=True))
 
-    def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
-        """Step ``params`` in few calls: parameters of one device, step count and kind of state go together.
+    def _step_group(self, index: int, params: list[Tensor], grads: list[Tensor]) -> None:
+        """Step ``params`` of one group in few calls; how they are divided holds until state or step counts differ."""
+        group = self.param_groups[index]
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] += 1
+        steps = [state["step"] for state in states]
+        found = [x for state in states for x in state.values() if isinstance(x, Tensor)]
+        division = self._divisions.get(index)
+        if division is None or not division.holds(params, found, steps):
+            division = self._divisions[index] = _Division(params, found, steps, self._batches(params, states))
+        division.steps = [step + 1 for step in steps]
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        for indices, batch in division.batches:
+            own = [grads[i] for i in indices]
+            # The native 32-bit step rounds the square root otherwise than torch, whose bits are promised here.
+            exact = isinstance(batch, kernels.Adamw32bit)
+            with kernels.use_provider("reference") if exact else contextlib.nullcontext():
+                batch.step(own, step=steps[indices[0]], **options)
 
-        Calls of about ``BATCH`` elements bound the memory for intermediate results and walk through paged state once.
+    def _batches(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> list[tuple[list[int], Batch]]:
+        """Divide ``params`` into those that go together: of one device, dtype, step count and kind of state.
+
+        Batches of about ``BATCH`` elements bound the memory for intermediate results and walk through paged state once.
         """
         alike = defaultdict(list)
         elements = 0
-        for p in params:
-            state = self.state[p]
-            state["step"] += 1
+        for i, (p, state) in enumerate(zip(params, states, strict=True)):
             elements += p.numel()
-            alike[p.device, state["step"], state["exp_avg"].dtype, elements // BATCH].append(p)
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        for (device, step, dtype, _), batch in alike.items():
-            grads, states = [self._gradient(p) for p in batch], [self.state[p] for p in batch]
+            alike[p.device, state["step"], state["exp_avg"].dtype, elements // BATCH].append(i)
+        batches: list[tuple[list[int], Batch]] = []
+        for (device, _, dtype, _), indices in alike.items():
+            own, kept = [params[i] for i in indices], [states[i] for i in indices]
             if dtype == torch.float32:
-                # The native step rounds the square root otherwise than torch, whose bits are promised here.
-                with kernels.use_provider("reference"):
-                    kernels.adamw_32bit(
-                        batch,
-                        grads,
-                        [s["exp_avg"] for s in states],
-                        [s["exp_avg_sq"] for s in states],
-                        step=step,
-                        **options,
-                    )
+                moments = [[s[name] for s in kept] for name in ("exp_avg", "exp_avg_sq")]
+                batches.append((indices, kernels.Adamw32bit(own, *moments)))
             else:
-                kernels.adamw_8bit(
-                    batch,
-                    grads,
-                    [(s["exp_avg"], s["exp_avg_absmax"]) for s in states],
-                    [(s["exp_avg_sq"], s["exp_avg_sq_absmax"]) for s in states],
-                    codebook("dynamic", device),
-                    codebook("dynamic_unsigned", device),
-                    BLOCKSIZE,
-                    step=step,
-                    **options,
-                )
+                tables = codebook("dynamic", device), codebook("dynamic_unsigned", device)
+                first, second = ([(s[name], s[f"{name}_absmax"]) for s in kept] for name in ("exp_avg", "exp_avg_sq"))
+                batches.append((indices, kernels.Adamw8bit(own, first, second, *tables, BLOCKSIZE)))
+        return batches
 
-    def _gradient(self, param: Tensor) -> Tensor:
-        grad = param.grad
-        assert grad is not None
+    def _gradient(self, param: Tensor, grad: Tensor) -> Tensor:
         if grad.layout != torch.strided:
             index = next(i for i, p in enumerate(self._parameters()) if p is param)
             raise InputError(f"The gradient of parameter {index} is sparse; AdamW needs a dense one (sparse=False).")
@@ -236,6 +267,10 @@ class AdamW(torch.optim.Optimizer):
         if self.page_dir is not None:
             return paging.zeros(entries, self.page_dir if device.type == "cpu" else device)
         return [torch.zeros(shape, dtype=dtype, device=device) for dtype, shape in entries]
+
+
+def _same(these: list[Tensor], those: list[Tensor]) -> bool:
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def _describe(layout: Layout) -> str:
