@@ -396,6 +396,17 @@ def test_a_parameter_that_cannot_be_stepped_is_refused_by_its_index(bad: Tensor,
         optim.AdamW([{"params": parameters([(7,), (8,)])}, {"params": [Parameter(bad)]}])
 
 
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_frozen_parameters_of_any_kind_are_left_alone(state_bits: int) -> None:
+    (trained,) = parameters([(4096,)])
+    frozen = Parameter(torch.arange(7, dtype=torch.uint8), requires_grad=False)
+    optimizer = optim.AdamW([frozen, trained], state_bits=state_bits)
+    trained.grad = torch.ones_like(trained)
+    before = trained.detach().clone()
+    optimizer.step()
+    assert torch.equal(frozen, torch.arange(7, dtype=torch.uint8)) and not torch.equal(trained, before)
+
+
 def test_optimizers_go_by_transformers_names_and_a_near_miss_is_told() -> None:
     assert set(optim.NAMES) <= {name.value for name in OptimizerNames}
     with pytest.raises(InputError, match=r"no optimizer 'paged_adamw_8bits' \(did you mean 'paged_adamw_8bit'\?\)"):

@@ -144,8 +144,7 @@ class Adamw32bit:
 
 
 class Adamw8bit:
-    """Tensors of one device, at least one, that :func:`adamw_8bit` steps together again and again; arguments as there.
-    """
+    """Tensors of one device, at least one, that :func:`adamw_8bit` steps together again and again: its arguments."""
 
     def __init__(
         self,
@@ -180,9 +179,7 @@ class Adamw8bit:
 
     def _prepare(self, grads: list[Tensor]) -> None:
         tables = self.code, self.code_unsigned
-        _check_8bit(
-            self.params, grads, self.exp_avgs, self.exp_avg_sqs, tables, self.blocksize, self.params[0].device
-        )
+        _check_8bit(self.params, grads, self.exp_avgs, self.exp_avg_sqs, tables, self.blocksize, self.params[0].device)
         moments = [x for moment in (*self.exp_avgs, *self.exp_avg_sqs) for x in moment]
         self._checked = _Checked(self.params, [*moments, *tables])
 

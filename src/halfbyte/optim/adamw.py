@@ -115,6 +115,8 @@ class AdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise InputError(f"betas are {group['betas']}; both must be at least 0 and below 1.")
         for index, param in enumerate(group["params"], first):
+            if not param.requires_grad:
+                continue  # frozen, perhaps in 4 bits: never stepped
             if param.dtype not in FLOATING or not param.is_contiguous():
                 raise InputError(
                     f"Parameter {index} is {param.dtype} {tuple(param.shape)} with strides {param.stride()}; AdamW "
