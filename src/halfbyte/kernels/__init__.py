@@ -1,8 +1,8 @@
 """The kernels: 4-bit and 8-bit operations as torch functions with gradients.
 
 ``reference`` states each formula once, ``native`` carries them out in C++, ``bitsandbytes`` by that library's kernels,
-``provider`` chooses, and ``operations`` and ``adamw`` are what everybody else calls. Codebooks come in as arguments; this package
-knows none.
+``provider`` chooses, and ``operations`` and ``adamw`` are what everybody else calls. Codebooks come in as arguments;
+this package knows none.
 """
 
 from halfbyte.kernels.adamw import Adamw8bit, Adamw32bit, adamw_8bit, adamw_32bit
