@@ -137,7 +137,7 @@ class Adamw32bit:
         )
         if self.joined:
             for old, (new,) in zip(self._flat, (p, m, v), strict=True):
-                torch._foreach_copy_(old, new.split(self._sizes))
+                torch._foreach_copy_(old, torch.split_with_sizes(new, self._sizes))
 
     def _prepare(self, grads: list[Tensor]) -> None:
         _check_32bit(self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.params[0].device)

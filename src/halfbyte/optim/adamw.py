@@ -224,8 +224,8 @@ class AdamW(torch.optim.Optimizer):
         for (device, _, in_8_bits, small, _), indices in alike.items():
             own, kept = [params[i] for i in indices], [states[i] for i in indices]
             if not in_8_bits:
-                moments = [[s[name] for s in kept] for name in ("exp_avg", "exp_avg_sq")]
-                batches.append((indices, kernels.Adamw32bit(own, *moments, joined=small)))
+                ms, vs = ([s[name] for s in kept] for name in ("exp_avg", "exp_avg_sq"))
+                batches.append((indices, kernels.Adamw32bit(own, ms, vs, joined=small)))
             else:
                 tables = codebook("dynamic", device), codebook("dynamic_unsigned", device)
                 first, second = ([(s[name], s[f"{name}_absmax"]) for s in kept] for name in ("exp_avg", "exp_avg_sq"))
