@@ -400,6 +400,15 @@ int64_t probe(int isa, int threads, int64_t rounds) {
     return rounds * probe.operations;
 }
 
+int64_t probe_lookups(int isa, int threads, int64_t rounds) {
+    const LookupProbe* const probe = lookup_probe_of(tier(isa));
+    if (!probe) return 0;
+    std::atomic<int> result;  // used, as above
+    parallel_for(rounds, rounds / (8 * threads) + 1, threads,
+                 [&](int64_t first, int64_t last) { result = probe->run(last - first); });
+    return rounds * probe->values;
+}
+
 }  // namespace
 }  // namespace halfbyte
 
@@ -409,6 +418,7 @@ NB_MODULE(_native, module) {
     module.def("tiers", tier_names);
     module.def("use_openmp", [](Address parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); });
     module.def("probe", probe, unlocked());
+    module.def("probe_lookups", probe_lookups, unlocked());
     module.def("probed_arithmetic", [](int isa) { return std::string(probe_of(tier(isa)).arithmetic); });
     module.def("quantize_4bit", quantize_4bit, unlocked());
     module.def("quantize_8bit", quantize_8bit, unlocked());

@@ -63,6 +63,34 @@ float fma_256(int64_t rounds) {
     return _mm256_cvtss_f32(total);
 }
 
+// 64 values from 32 bytes of codes to fp32 lanes, as csrc/avx2_few.cpp takes them: nibbles, two byte shuffles for 32
+// values, words interleaved, and a word's halves as the upper halves of fp32. Each feeds a sum, for which the bits are
+// combined by the cheapest instruction there is; a multiply-add takes its place in a product of one row.
+int look_up_256(int64_t rounds) {
+    const __m256i mask = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    const __m256i lows = _mm256_set1_epi64x(0x0706050403020100), highs = _mm256_set1_epi64x(0x4746454443424140);
+    __m256i codes = _mm256_set1_epi64x(0x1032547698badcfe);
+    __m256i found[4];
+#pragma GCC unroll 4
+    for (__m256i& each : found) each = _mm256_setzero_si256();
+    for (int64_t round = 0; round < rounds; ++round) {
+        codes = _mm256_add_epi8(codes, mask);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const __m256i index = _mm256_and_si256(half ? codes : _mm256_srli_epi16(codes, 4), mask);
+            const __m256i low = _mm256_shuffle_epi8(lows, index), high = _mm256_shuffle_epi8(highs, index);
+            const __m256i words[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                found[2 * i] = _mm256_xor_si256(found[2 * i], _mm256_slli_epi32(words[i], 16));
+                found[2 * i + 1] = _mm256_xor_si256(found[2 * i + 1], _mm256_and_si256(words[i], upper));
+            }
+        }
+    }
+    const __m256i first = _mm256_xor_si256(found[0], found[1]), second = _mm256_xor_si256(found[2], found[3]);
+    return _mm256_extract_epi32(_mm256_add_epi32(first, second), 0);
+}
+
 }  // namespace
 }  // namespace halfbyte
 
@@ -222,6 +250,14 @@ const Probe& probe_of(const Tier& tier) {
     const Probe* probe = probes;
     while (probe->tier != &tier || !probe->supported()) ++probe;
     return *probe;
+}
+
+const LookupProbe* lookup_probe_of([[maybe_unused]] const Tier& tier) {
+#if defined(__x86_64__)
+    static const LookupProbe shuffles{&avx2, 64, look_up_256};
+    if (&tier == &avx2) return &shuffles;
+#endif
+    return nullptr;
 }
 
 }  // namespace halfbyte

@@ -1,4 +1,5 @@
-// The ceiling of a tier: the fastest arithmetic that it has for a product of bf16 matrices, in registers alone.
+// The ceilings of a tier, in registers alone: the fastest arithmetic that it has for a product of bf16 matrices, and the
+// lookups of 4-bit values that a product of few rows takes.
 
 #pragma once
 
@@ -18,5 +19,14 @@ struct Probe {
 
 // The best probe of this tier that the chip has.
 const Probe& probe_of(const Tier& tier);
+
+struct LookupProbe {
+    const Tier* tier;
+    int64_t values;  // looked up in one round
+    int (*run)(int64_t rounds);
+};
+
+// The tier's lookups, where their rate is measured; else null.
+const LookupProbe* lookup_probe_of(const Tier& tier);
 
 }  // namespace halfbyte

@@ -160,6 +160,24 @@ def test_the_fraction_is_that_of_the_lower_ceiling():
     assert (memory.bound, memory.fraction.median) == ("memory", 0.8)
 
 
+def test_lookups_are_the_ceiling_where_they_take_longest():
+    low = row({"halfbyte": [0.5, 0.5]}, flop=250, size=1).model_copy(update={"lookups": 8, "lookup_rate": [20.0] * 2})
+    high = low.model_copy(update={"lookup_rate": [80.0] * 2})
+    assert (low.bound, low.fraction.median, low.roof) == ("lookups", 0.8, 625.0)  # 0.4 s
+    assert (high.bound, high.fraction.median) == ("arithmetic", 0.5)
+
+
+@pytest.mark.skipif("avx2" not in native.tiers(), reason="its lookups are probed on the AVX2 tier")
+def test_lookups_are_probed_for_products_of_few_rows_of_a_tier_that_has_a_probe(monkeypatch):
+    monkeypatch.setenv("HALFBYTE_ISA", "avx2")
+    assert native.probe_lookups(3000) == 3 * native.probe_lookups(1000) == 3000 * 64
+    report = bench.bench_kernels([forward(4, 64, 128), forward(5, 64, 128)], isa="avx2", threads=1, rounds=2)
+    few, more = report.rows
+    assert (few.lookups, len(few.lookup_rate)) == (64 * 128, 2)
+    assert (more.lookups, more.lookup_rate) == (0, [])
+    assert "G values/s" in str(report.table().caption)
+
+
 def test_measured_ratios_agree_with_measured_medians(report):
     for measured in report.rows:
         ours = measured.seconds["halfbyte"]
@@ -185,10 +203,14 @@ def test_the_files_hold_the_report(report, tmp_path):
 def test_a_point_stands_at_its_fraction_of_the_roof(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(roofline.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    points = [roofline.Point("AdamW", "", 2.0, 0.5), roofline.Point("forward", "", 400.0, 1.25)]
+    points = [
+        roofline.Point("AdamW", "", 2.0, 0.5),
+        roofline.Point("forward", "", 400.0, 1.25),
+        roofline.Point("forward", "", 4.0, 0.5, roof=80e9),
+    ]
     roofline.draw(points, 1e12, 3e10, "", tmp_path / "x.png")
     axes = drawn[0].axes[0]
-    assert [mark.get_offsets()[0].tolist() for mark in axes.collections] == [[2.0, 30.0], [400.0, 1250.0]]
+    assert [mark.get_offsets()[0].tolist() for mark in axes.collections] == [[2.0, 30.0], [400.0, 1250.0], [4.0, 40.0]]
     assert axes.get_ylim()[1] > 1250
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -429,3 +430,72 @@ def test_the_kernels_say_which_argument_of_an_8_bit_step_is_wrong(wrong: str) ->
         kernels.adamw_8bit(
             [p], [p], [first], [good], *tables, 256, step=1, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0
         )
+
+
+def lora(count: int = 9) -> list[Parameter]:
+    return parameters([(192, 16), (16, 192), (16, 257), (3,)] * count, seed=5)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_steps_of_small_tensors_joined_into_one_are_bitwise_those_of_torch(state_bits: int) -> None:
+    runs = []
+    for make in (optim.AdamW, torch.optim.AdamW):
+        params = lora(15)
+        small = [p for p in params if p.numel() < 4096]
+        optimizer = make(params, lr=1e-2, **({"state_bits": state_bits} if make is optim.AdamW else {}))
+        train(optimizer, range(6))
+        runs.append([x for p in small for x in (p.detach(), *itemgetter("exp_avg", "exp_avg_sq")(optimizer.state[p]))])
+    assert all_equal(*runs)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("change", ["data", "state", "memory of state", "gradient missing", "step count"])
+def test_tensors_that_are_replaced_between_steps_are_noticed(change: str, state_bits: int) -> None:
+    runs = []
+    for fresh in (False, True):  # the second run meets every step with an optimizer that has checked nothing yet
+        params = lora(2)
+        optimizer = optim.AdamW(params, lr=1e-2, state_bits=state_bits)
+        for step in range(5):
+            set_gradients(params, seed=step)
+            if step == 3:
+                for p in params[::2]:
+                    state = optimizer.state[p]
+                    if change == "data":
+                        p.data = p.data.clone() + 1
+                    elif change == "state":
+                        optimizer.state[p] = {n: x.clone() if n != "step" else x for n, x in state.items()}
+                    elif change == "memory of state":
+                        state["exp_avg"].data = state["exp_avg"].data.clone()
+                    elif change == "step count":
+                        state["step"] += 7
+                    else:
+                        p.grad = None
+            if fresh:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = optim.AdamW(params, lr=1e-2, state_bits=state_bits)
+                optimizer.load_state_dict(saved)
+            optimizer.step()
+        runs.append(tensors(optimizer))
+    assert all_equal(*runs)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, state: setattr(p, "data", p.data.T), r"params\[1\] is torch.float32 on cpu with strides"),
+        (lambda p, state: setattr(p, "data", p.data[:-1].clone()), r"grads\[1\] has shape"),
+        (lambda p, state: state.update(exp_avg=state["exp_avg"].double()), r"exp_avgs\[1\] is torch.float64"),
+        (lambda p, state: setattr(state["exp_avg"], "data", state["exp_avg"][1:].clone()), r"exp_avgs\[1\] has shape"),
+    ],
+)
+def test_a_tensor_that_no_longer_fits_is_refused_before_anything_is_stepped(change, message, state_bits: int) -> None:
+    params = parameters([(64, 96), (96, 65)])
+    optimizer = optim.AdamW(params, state_bits=state_bits)
+    train(optimizer, range(2))
+    set_gradients(params, seed=2)
+    change(params[1], optimizer.state[params[1]])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert all_equal([p.detach() for p in params], before)

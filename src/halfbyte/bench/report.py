@@ -1,10 +1,12 @@
 """What a benchmark found: every time that was taken, its circumstances, and what follows from both.
 
-The floor of a work is the time that the machine's ceilings leave it: its flop at the peak of the tier's arithmetic, or
-its bytes at the bandwidth of a copy, whichever takes longer. The fraction of the ceiling is the floor over the time
+The floor of a work is the time that the machine's ceilings leave it: its flop at the peak of the tier's arithmetic, its
+bytes at the bandwidth of a copy, or the 4-bit values of a product of few rows at the rate of the tier's lookups (where
+that is probed), whichever takes longest. The fraction of the ceiling is the floor over the time
 taken, round by round, since all were timed in the same round.
 """
 
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,6 +80,8 @@ class Row(BaseModel):
         seconds: of one call of each implementation, in each round.
         peak_flops: the ceiling of arithmetic in each round, in flop/s.
         copy_bandwidth: bytes read and written per second by a copy, in each round.
+        lookups: 4-bit values that have to be looked up, 0 where that is no ceiling.
+        lookup_rate: values looked up per second, in each round, or nothing where that is no ceiling.
     """
 
     operation: str
@@ -88,6 +92,8 @@ class Row(BaseModel):
     seconds: dict[str, list[float]]
     peak_flops: list[float]
     copy_bandwidth: list[float]
+    lookups: int = 0
+    lookup_rate: list[float] = []
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -109,16 +115,29 @@ class Row(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def bound(self) -> str:
-        """Which ceiling is the lower one: ``arithmetic`` or ``memory``."""
-        arithmetic = self.flop / statistics.median(self.peak_flops)
-        return "arithmetic" if arithmetic > self.bytes / statistics.median(self.copy_bandwidth) else "memory"
+        """Which ceiling is the lowest: ``arithmetic``, ``memory`` or ``lookups``."""
+        floors = {name: statistics.median(times) for name, times in self._floors().items()}
+        return max(floors, key=lambda name: floors[name])
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def fraction(self) -> Spread:
         """What part of the ceiling was reached."""
-        ceilings = zip(self.seconds["halfbyte"], self.peak_flops, self.copy_bandwidth, strict=True)
-        return spread(max(self.flop / peak, self.bytes / copy) / own for own, peak, copy in ceilings)
+        floors = map(max, zip(*self._floors().values(), strict=True))
+        return spread(floor / own for own, floor in zip(self.seconds["halfbyte"], floors, strict=True))
+
+    @property
+    def roof(self) -> float:
+        """The median ceiling of lookups, in flop/s of this work; infinite where there is none."""
+        return self.flop * statistics.median(self.lookup_rate) / self.lookups if self.lookup_rate else math.inf
+
+    def _floors(self) -> dict[str, list[float]]:
+        """Return the seconds that each ceiling leaves this work, in each round."""
+        floors = {
+            "memory": [self.bytes / copy for copy in self.copy_bandwidth],
+            "arithmetic": [self.flop / peak for peak in self.peak_flops],
+        }
+        return floors | ({"lookups": [self.lookups / rate for rate in self.lookup_rate]} if self.lookup_rate else {})
 
 
 class Report(BaseModel):
@@ -146,17 +165,23 @@ class Report(BaseModel):
         """Write ``kernels.json`` and ``roofline.png`` to ``folder``."""
         write_text(folder / "kernels.json", self.model_dump_json(indent=1) + "\n")
         points = [
-            roofline.Point(row.operation, row.size, row.flop / row.bytes, row.fraction.median) for row in self.rows
+            roofline.Point(row.operation, row.size, row.flop / row.bytes, row.fraction.median, row.roof)
+            for row in self.rows
         ]
         with whole_file(folder / "roofline.png") as part:
             roofline.draw(points, self.peak_flops, self.copy_bandwidth, self.circumstances.title, part)
+
+    def _lookups(self) -> str:
+        rates = [rate for row in self.rows for rate in row.lookup_rate]
+        return f", lookups {statistics.median(rates) / 1e9:.1f} G values/s" if rates else ""
 
     def table(self) -> Table:
         """Return the rows for the terminal."""
         table = Table(
             title=self.circumstances.title,
             caption=(
-                f"Ceilings: {self.peak_flops / 1e9:,.0f} GFLOP/s, copy {self.copy_bandwidth / 1e9:.1f} GB/s. "
+                f"Ceilings: {self.peak_flops / 1e9:,.0f} GFLOP/s, copy {self.copy_bandwidth / 1e9:.1f} GB/s"
+                f"{self._lookups()}. "
                 "×: how many times as long the other takes, median (and quartiles) over the rounds. "
                 "bitsandbytes: t training path, e evaluation path."
             ),

@@ -1,13 +1,15 @@
 """The roofline picture (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009).
 
 Across: operational intensity, flop per byte that a work has to move. Up: flop/s. No work lies above the roof: the
-bandwidth of memory times the intensity, up to the peak of arithmetic; the roofs are those of the measured tier.
+bandwidth of memory times the intensity, up to the peak of arithmetic; the roofs are those of the measured tier. A work
+that looks values up may have a lower one, the rate of lookups, which is not drawn.
 
 On a machine whose speed varies a time and a roof from different minutes do not belong together. So a point stands at
 the fraction of the roof over it that was reached in its own rounds.
 """
 
 import cmath
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +22,13 @@ DPI = 120
 
 
 class Point(NamedTuple):
-    """One work: what it is, its flop per byte, and the fraction of the ceiling that was reached."""
+    """One work: what it is, its flop per byte, the fraction of the ceiling that was reached, its own lower roof."""
 
     operation: str
     size: str
     intensity: float
     fraction: float
+    roof: float = math.inf
 
 
 def draw(points: Sequence[Point], peak_flops: float, bandwidth: float, title: str, file: Path) -> None:
@@ -42,7 +45,8 @@ def draw(points: Sequence[Point], peak_flops: float, bandwidth: float, title: st
     ceilings = f"{bandwidth / 1e9:.1f} GB/s, {peak_flops / 1e9:,.0f} GFLOP/s"
     axes.plot([left, ridge, right], roof, color="black", label=ceilings)
     operations = list(dict.fromkeys(point.operation for point in points))
-    places = [(x, fraction * min(x * bandwidth, peak_flops) / 1e9) for _, _, x, fraction in points]
+    roofs = [min(point.intensity * bandwidth, peak_flops, point.roof) for point in points]
+    places = [(point.intensity, point.fraction * top / 1e9) for point, top in zip(points, roofs, strict=True)]
     for number, (point, place) in enumerate(zip(points, places, strict=True), 1):
         i = operations.index(point.operation)
         name = f"{number}  {point.operation} {point.size}"

@@ -24,6 +24,7 @@ from halfbyte.kernels import native, provider_for
 
 ROUNDS = 9
 PROBE_ROUNDS = 2_000_000
+LOOKUP_ROUNDS = 1_000_000
 LIBRARIES = ("halfbyte", "torch", "bitsandbytes")
 CHECKOUT = Path(__file__).resolve().parents[3]
 
@@ -60,16 +61,22 @@ def bench_kernels(
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 sides = work.sides()
-            seconds = interleaved({**sides, "arithmetic": ceiling, "copy": copy}, rounds)
+            ceilings = {"arithmetic": ceiling, "copy": copy}
+            values = _lookups(work)
+            if values:
+                ceilings["lookups"] = Side([functools.partial(native.probe_lookups, LOOKUP_ROUNDS)])
+            seconds = interleaved(sides | ceilings, rounds)
             rows.append(
                 Row(
                     operation=work.operation,
                     size=work.size,
                     flop=work.flop,
                     bytes=work.bytes,
+                    lookups=work.lookups if values else 0,
                     settings={name: side.setting for name, side in sides.items() if side.setting},
                     peak_flops=[flop / second for second in seconds.pop("arithmetic")],
                     copy_bandwidth=[moved / second for second in seconds.pop("copy")],
+                    lookup_rate=[values / second for second in seconds.pop("lookups", [])],
                     seconds=seconds,
                 )
             )
@@ -124,6 +131,11 @@ def _copy() -> tuple[int, Side]:
     source = torch.ones(measure.RING_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * source.nbytes, Side([functools.partial(target.copy_, source)])
+
+
+def _lookups(work: Work) -> int:
+    """Return the values that a call of the tier's lookup probe looks up, or 0 if ``work`` or the tier has none."""
+    return native.probe_lookups(LOOKUP_ROUNDS) if work.lookups and _native() else 0
 
 
 def _native() -> bool:

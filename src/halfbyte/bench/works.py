@@ -9,7 +9,8 @@ Counts are of what a work needs, however it is done: ``flop``, and ``bytes`` rea
 1 flop a value to dequantize, 2 to quantize, 18 for AdamW over 8-bit state.
 
 Up to :data:`STREAMED_ROWS` rows weights are read from memory, as in decoding (:mod:`halfbyte.bench.measure`); with
-more, arithmetic takes so much longer than reading them that one weight serves all calls.
+more, arithmetic takes so much longer than reading them that one weight serves all calls. Up to :data:`LOOKED_UP_ROWS`
+rows, each value of the weight is looked up once for all of them: ``lookups``.
 """
 
 import copy
@@ -30,6 +31,7 @@ from halfbyte.optim.adamw import BLOCKSIZE, SMALLEST_8BIT
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
 STREAMED_ROWS = 64
+LOOKED_UP_ROWS = 4
 LARGE = ((4096, 4096), (11008, 4096))  # [N, K] of the products in a 7B model
 SMALL = ((576, 576), (1536, 576), (576, 1536))  # and in a 135M one
 ROWS = (1, 4, 16, 64, 512, 2048)
@@ -50,6 +52,7 @@ class Work:
         flop: floating-point operations that it needs.
         bytes: bytes that it has to read or write.
         sides: prepares the implementations.
+        lookups: 4-bit values that it has to look up, where that may be its ceiling; else 0.
     """
 
     operation: str
@@ -57,6 +60,7 @@ class Work:
     flop: int
     bytes: int
     sides: Callable[[], dict[str, Side]]
+    lookups: int = 0
 
     @property
     def name(self) -> str:
@@ -97,6 +101,7 @@ def forward(rows: int, out_features: int, in_features: int) -> Work:
         f"{rows}×{out_features}×{in_features}",
         *_product_counts(rows, out_features, in_features),
         functools.partial(_products, rows, out_features, in_features, _forward_call),
+        lookups=out_features * in_features if rows <= LOOKED_UP_ROWS else 0,
     )
 
 

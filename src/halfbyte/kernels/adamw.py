@@ -104,14 +104,16 @@ class _Checked:
 
 
 class Adamw32bit:
-    """Tensors of one device, at least one, that :func:`adamw_32bit` steps together again and again, as one.
+    """Tensors of one device, at least one, that :func:`adamw_32bit` steps together again and again; arguments as there.
 
-    They are copied into one flat tensor for each step, and back: for small ones less work than a dozen calls for each.
-    A value is the same wherever it lies. Arguments as there.
+    With ``joined`` they are copied into one flat tensor for each step, and back: for small ones less work than a dozen
+    calls for each, and the bits are the same.
     """
 
-    def __init__(self, params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> None:
-        self.params, self.exp_avgs, self.exp_avg_sqs = params, exp_avgs, exp_avg_sqs
+    def __init__(
+        self, params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], joined: bool = False
+    ) -> None:
+        self.params, self.exp_avgs, self.exp_avg_sqs, self.joined = params, exp_avgs, exp_avg_sqs, joined
         self._prepare(params)
 
     def step(
@@ -127,13 +129,15 @@ class Adamw32bit:
         """Take one step; ``grads`` are those of the parameters, in their order."""
         if not self._checked.hold(self.params, grads):
             self._prepare(grads)
-        flat = [torch.cat(x) for x in (*self._flat, [g.view(-1) for g in grads])]
-        p, m, v, g = ([x] for x in flat)
+        p, m, v, g = self.params, self.exp_avgs, self.exp_avg_sqs, grads
+        if self.joined:
+            p, m, v, g = ([torch.cat(x)] for x in (*self._flat, [x.view(-1) for x in grads]))
         provider_for(self._checked.device).adamw_32bit(
             p, g, m, v, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
         )
-        for old, new in zip(self._flat, flat, strict=False):
-            torch._foreach_copy_(old, new.split(self._sizes))
+        if self.joined:
+            for old, (new,) in zip(self._flat, (p, m, v), strict=True):
+                torch._foreach_copy_(old, torch.split_with_sizes(new, self._sizes))
 
     def _prepare(self, grads: list[Tensor]) -> None:
         _check_32bit(self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.params[0].device)
@@ -144,7 +148,7 @@ class Adamw32bit:
 
 
 class Adamw8bit:
-    """Tensors of one device, at least one, that :func:`adamw_8bit` steps together again and again: its arguments."""
+    """Tensors of one device, at least one, that :func:`adamw_8bit` steps together repeatedly; arguments as there."""
 
     def __init__(
         self,

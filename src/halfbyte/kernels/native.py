@@ -78,6 +78,15 @@ def probe(rounds: int) -> int:
     return _native.probe(_tier(), threads(), rounds)
 
 
+def probe_lookups(rounds: int) -> int:
+    """Run ``rounds`` rounds of a register-only loop of the tier's lookups of 4-bit values.
+
+    Returns:
+        the values looked up: over the time taken, the ceiling of a product of one row. 0 if the tier has no such loop.
+    """
+    return _native.probe_lookups(_tier(), threads(), rounds)
+
+
 def probed_arithmetic() -> str:
     """Return what :func:`probe` runs, in words."""
     return _native.probed_arithmetic(_tier())

@@ -211,7 +211,7 @@ class AdamW(torch.optim.Optimizer):
                 batch.step(own, step=steps[indices[0]], **options)
 
     def _batches(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> list[tuple[list[int], Batch]]:
-        """Divide ``params`` into those that go together: of one device, dtype, step count and kind of state.
+        """Divide ``params`` into those that go together: of one device, step count and kind of state, small or not.
 
         Batches of about ``BATCH`` elements bound the memory for intermediate results and walk through paged state once.
         """
@@ -219,13 +219,15 @@ class AdamW(torch.optim.Optimizer):
         elements = 0
         for i, (p, state) in enumerate(zip(params, states, strict=True)):
             elements += p.numel()
-            alike[p.device, state["step"], state["exp_avg"].dtype, elements // BATCH].append(i)
+            alike[
+                p.device, state["step"], "exp_avg_absmax" in state, p.numel() < SMALLEST_8BIT, elements // BATCH
+            ].append(i)
         batches: list[tuple[list[int], Batch]] = []
-        for (device, _, dtype, _), indices in alike.items():
+        for (device, _, in_8_bits, small, _), indices in alike.items():
             own, kept = [params[i] for i in indices], [states[i] for i in indices]
-            if dtype == torch.float32:
-                moments = [[s[name] for s in kept] for name in ("exp_avg", "exp_avg_sq")]
-                batches.append((indices, kernels.Adamw32bit(own, *moments)))
+            if not in_8_bits:
+                ms, vs = ([s[name] for s in kept] for name in ("exp_avg", "exp_avg_sq"))
+                batches.append((indices, kernels.Adamw32bit(own, ms, vs, joined=small)))
             else:
                 tables = codebook("dynamic", device), codebook("dynamic_unsigned", device)
                 first, second = ([(s[name], s[f"{name}_absmax"]) for s in kept] for name in ("exp_avg", "exp_avg_sq"))
