@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import halfbyte
 from halfbyte.hf import attention as ours
+from halfbyte.hf.quantizer import choose_attention
 
 DECODER = {
     "hidden_size": 32,
@@ -230,3 +231,26 @@ def test_the_quantizer_leaves_models_that_have_their_own_ways(tmp_path: Path) ->
             tmp_path / name, quantization_config=halfbyte.HalfbyteConfig()
         )
         assert quantized.config._attn_implementation != ours.NAME
+
+
+COMPUTING = {
+    "doge": lambda: t.DogeForCausalLM(t.DogeConfig(**DECODER)),
+    "deepseek_v32": lambda: t.DeepseekV32ForCausalLM(
+        t.DeepseekV32Config(
+            **DECODER | {"num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+            qk_nope_head_dim=8, v_head_dim=8, index_head_dim=8, index_n_heads=2, index_topk=4, n_routed_experts=4,
+            num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=2,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_layers_that_compute_with_the_mask_get_one(name: str) -> None:
+    torch.manual_seed(0)
+    model = COMPUTING[name]().eval()
+    ids, real = tokens(), torch.ones(3, 17, dtype=torch.long)
+    real[0, :4] = 0
+    expected = model(input_ids=ids, attention_mask=real).logits
+    choose_attention(model)
+    assert torch.equal(model(input_ids=ids, attention_mask=real).logits, expected)

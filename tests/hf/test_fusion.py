@@ -172,7 +172,33 @@ def changed_subclass(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         layer.__class__ = Mine
 
 
-@pytest.mark.parametrize("change", [changed_class, changed_rotation, changed_instances, changed_subclass])
+def changed_without_source(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a notebook, a lambda or compiled code leaves."""
+    made: dict[str, Any] = {}
+    exec("def doubled(self, x): return 2 * x", made)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", made["doubled"])
+
+
+def changed_to_a_lambda(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 2 * x)
+
+
+def changed_to_a_builtin(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", staticmethod(torch.neg))
+
+
+CHANGES = [
+    changed_class,
+    changed_rotation,
+    changed_instances,
+    changed_subclass,
+    changed_without_source,
+    changed_to_a_lambda,
+    changed_to_a_builtin,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_layer_is_left_to_who_changed_it(
     change: Callable[[Any, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The bound head against each family's own forward, and when it stays out of the way."""
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -200,6 +201,27 @@ def test_a_copy_runs_on_its_own_weights() -> None:
         copied.lm_head.weight.zero_()
     assert copied(**batch).loss.item() == pytest.approx(torch.tensor(float(VOCABULARY)).log().item())
     assert model(**batch).loss != copied(**batch).loss
+
+
+def test_a_copy_runs_on_its_own_weights_where_somebody_else_had_bound_a_forward_before() -> None:
+    model, batch = small_model().eval(), some_batch()
+    model.forward = types.MethodType(type(model).forward, model)
+    bind_head(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+        assert not copied(input_ids=batch["input_ids"]).logits.any()
+        assert model(input_ids=batch["input_ids"]).logits.any()
+
+
+def test_binding_again_over_a_forward_that_calls_ours_ends() -> None:
+    model, batch = small_model().eval(), some_batch()
+    expected = model(input_ids=batch["input_ids"]).logits
+    bind_head(model)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # as TRL's trainers do
+    bind_head(model)
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, expected)
 
 
 def test_the_trial_leaves_the_random_numbers_and_the_layers_alone() -> None:

@@ -341,7 +341,10 @@ def _family(cls: type[nn.Module]) -> _Family | None:
     family = _FAMILIES[cls.__name__]
     if cls.__module__ != family.module or cls is not family.of(cls.__name__):
         return None
-    return family if _digest(family) == family.digest else None
+    try:
+        return family if _digest(family) == family.digest else None
+    except (OSError, TypeError, SyntaxError):  # no source of a function's own, as for a lambda: not what is known
+        return None
 
 
 def _digest(family: _Family) -> str:
@@ -355,8 +358,9 @@ def _digest(family: _Family) -> str:
     lines = []
     for function in functions:
         if function is not None:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
-            assert isinstance(tree, ast.FunctionDef)
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
+            if not isinstance(tree, ast.FunctionDef):
+                raise TypeError(f"{function} is not defined by a statement")
             lines.append(",".join(argument.arg for argument in (*tree.args.args, *tree.args.kwonlyargs)))
             lines += [ast.unparse(node) for node in tree.body[ast.get_docstring(tree) is not None :]]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

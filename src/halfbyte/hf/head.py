@@ -50,7 +50,10 @@ class Head:
 def bind_head(model: PreTrainedModel) -> None:
     """Give ``model`` the forward described in this file's head, once; :func:`unbind_head` takes it away."""
     if not _is_bound(model):
-        before = vars(model).get("forward")
+        # an attribute, so that a copy of the model has its own; several where others bound theirs between ours
+        befores = vars(model).setdefault("_halfbyte_befores", [])
+        place = len(befores)
+        befores.append(vars(model).get("forward"))
 
         # generate() and PEFT read the arguments from the signature
         @functools.wraps(type(model).forward)
@@ -58,16 +61,17 @@ def bind_head(model: PreTrainedModel) -> None:
             output = _scored(self, args, kwargs)
             if output is not None:
                 return output
+            before = vars(self)["_halfbyte_befores"][place]
             return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 
-        forward.halfbyte_before = before  # type: ignore[attr-defined]
+        forward.halfbyte = True  # type: ignore[attr-defined]
         model.forward = types.MethodType(forward, model)
 
 
 def unbind_head(model: PreTrainedModel) -> None:
     """Undo :func:`bind_head`, if it was the last to bind a forward."""
     if _is_bound(model):
-        before = model.forward.halfbyte_before
+        before = vars(model)["_halfbyte_befores"].pop()
         del model.forward
         if before is not None:
             model.forward = before
@@ -80,7 +84,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def _is_bound(model: PreTrainedModel) -> bool:
-    return hasattr(vars(model).get("forward"), "halfbyte_before")
+    return hasattr(vars(model).get("forward"), "halfbyte")
 
 
 def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,13 @@ logger = logging.getLogger(__name__)
 # Linear layers whose weight the model multiplies by hand (Mamba), so that it has to stay dense.
 READ_DIRECTLY = ("dt_proj",)
 
+# Folders of transformers 5.23 whose layers add to the mask, select from it or look at its dtype before attention reads
+# it: sparse attention's index, relative positions. Key ranges (hf/attention.py) pass through all others as they are.
+COMPUTE_WITH_MASK = {
+    "axk2", "beit", "deepseek_v32", "doge", "dots3_note", "glm_moe_dsa", "lasr", "minimax_m3_vl", "mistral_large4",
+    "nemotron_asr_streaming", "qwen4_exp", "siglip2",
+}  # fmt: skip
+
 
 @register_quantizer(QUANT_METHOD)
 class HalfbyteQuantizer(HfQuantizer):
@@ -216,13 +223,13 @@ def replace_linears(model: nn.Module, skip: list[str], compute_dtype: torch.dtyp
 def choose_attention(model: PreTrainedModel) -> None:
     """Let every part of ``model`` for which transformers (5.23) chose SDPA attend our way, if it can.
 
-    A model that does not take attention functions from the registry (``_can_set_attn_implementation``), or that has to
-    be eager, keeps what it has.
+    A model that does not take attention functions from the registry (``_can_set_attn_implementation``), that computes
+    with the mask (``COMPUTE_WITH_MASK``), or that has to be eager, keeps what it has.
     """
     for module in model.modules():
         if not isinstance(module, PreTrainedModel) or module.config._attn_implementation != "sdpa":
             continue
-        if module._can_set_attn_implementation():
+        if module._can_set_attn_implementation() and not COMPUTE_WITH_MASK & set(type(module).__module__.split(".")):
             # what set_attn_implementation does for one part, without its warnings about others
             module.config._attn_implementation_internal = attention.NAME
 
