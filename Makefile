@@ -1,4 +1,4 @@
-# make quickstart   fine-tune a real chat model in 4 bits, in about four minutes
+# make quickstart   fine-tune a real chat model in 4 bits, in about two minutes
 # make test         every check and every quick test
 # make sanitize     the kernels under AddressSanitizer, UBSan and ThreadSanitizer, on random shapes
 # make fuzz         the same for SECONDS=... each, from a seed of its own (an hour: SECONDS=3600)

@@ -1,4 +1,4 @@
-"""Teach a small chat model to judge movie reviews, on two CPU cores, in about four minutes.
+"""Teach a small chat model to judge movie reviews, on two CPU cores, in about two minutes.
 
     make quickstart
 
