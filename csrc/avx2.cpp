@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 
+#include <cpuid.h>
+
 #include "adamw.h"
 #include "attention.h"
 #include "avx2.h"
@@ -239,7 +241,10 @@ namespace halfbyte {
 namespace {
 
 bool supported() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    constexpr unsigned f16c = 1u << 29;  // which clang's built-in does not know
+    unsigned eax, ebx, ecx, edx;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & f16c);
 }
 
 }  // namespace
