@@ -37,7 +37,7 @@ from halfbyte.bench.works import has_bitsandbytes
 from halfbyte.errors import InputError, nearest
 from halfbyte.hf.loader import read_config
 
-WARM_UP = 2
+WARM_UP = 3
 SAMPLING = 0.02
 WORDS = (
     "the",
@@ -214,8 +214,8 @@ def _fastest(name: str, ways: Sequence[Side], job: Job, progress: Callable[[str]
             for started in filter(None, (process, best)):
                 started.end()
             raise
-        trials[way.setting] = process.steps[-1].seconds
-        if best is None or process.steps[-1].seconds < best.steps[-1].seconds:
+        trials[way.setting] = seconds = min(step.seconds for step in process.steps)
+        if best is None or seconds < min(step.seconds for step in best.steps):
             best, process = process, best
         if process is not None:
             process.end()
