@@ -19,7 +19,7 @@ class SideResult(BaseModel):
 
     Attributes:
         setting: which of its ways was the fastest; empty if it has one.
-        trials: seconds of one step in each of its ways, None where it did not come through.
+        trials: seconds of the shortest of its first steps in each of its ways, None where it did not come through.
         seconds: of a step, in each round.
         losses: of each step, before its update, those that are not counted included.
         load_seconds: from the files to a model with an adapter.
