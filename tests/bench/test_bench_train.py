@@ -315,7 +315,7 @@ def test_the_command_measures_every_side_in_a_process_of_its_own(
     assert row.sides["lora16"].trials.keys() == {"without checkpointing", "with checkpointing"}
     assert row.sides["lora16"].setting == min(row.sides["lora16"].trials, key=row.sides["lora16"].trials.get)
     for side in row.sides.values():
-        assert len(side.seconds) == 2 and len(side.losses) == 4 and side.load_seconds > 0
+        assert len(side.seconds) == 2 and len(side.losses) == train.WARM_UP + 2 and side.load_seconds > 0
         assert side.losses == pytest.approx(row.sides["halfbyte"].losses, rel=2e-2)
         assert side.peak_bytes is None or 0 < side.peak_bytes < 2**30
     assert {"transformers", "peft"} <= report.circumstances.versions.keys()
@@ -330,7 +330,8 @@ def test_a_side_that_dies_is_told_and_another_way_taken(model: Path, tmp_path: P
     job = dataclasses.replace(job, data=str(train._write_rows(tmp_path / "rows.jsonl", job)))
     failing = Halfbyte(int, fine_tune)  # int takes no options of a run
     best = train._fastest("a side", [failing, Peer(False, False)], job, lambda _: None)
-    assert best.trials[""] is None and best.trials["without checkpointing"] == best.steps[-1].seconds
+    assert best.trials[""] is None
+    assert best.trials["without checkpointing"] == min(step.seconds for step in best.steps)
     best._process.kill()
     with pytest.raises(ChildProcessError, match="exit code -9, perhaps for want of memory"):
         best.step()
