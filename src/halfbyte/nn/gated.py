@@ -1,6 +1,7 @@
 """Gated linear units (arXiv 2002.05202): ``f(gate) up`` with ``f`` SiLU (SwiGLU) or tanh's GELU (GeGLU).
 
-One pass each way. Only ``gate`` and ``up`` are kept; the backward computes ``f`` again.
+One pass each way. Only ``gate`` and ``up`` are kept; the backward computes ``f`` again, and the result too for a
+projection that reads it (:mod:`halfbyte.nn.recomputed`).
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from halfbyte import kernels
+from halfbyte.nn.recomputed import recomputed
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -21,13 +23,13 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         activation: ``silu`` or ``gelu_tanh``.
     """
     y: Tensor = _Gated.apply(gate, up, activation)  # type: ignore[no-untyped-call]
-    return y
+    return recomputed(y, lambda gate, up: kernels.gated(gate, up, activation), gate, up)
 
 
 def gated_halves(gate_up: Tensor, activation: str) -> Tensor:
     """Return :func:`gated` of the halves of ``[..., 2 width]``, where one projection makes both."""
     y: Tensor = _GatedHalves.apply(gate_up, activation)  # type: ignore[no-untyped-call]
-    return y
+    return recomputed(y, lambda gate_up: kernels.gated(*gate_up.chunk(2, dim=-1), activation), gate_up)
 
 
 class _Gated(Function):
@@ -49,8 +51,7 @@ class _GatedHalves(Function):
     def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
-        gate, up = gate_up.chunk(2, dim=-1)
-        return kernels.gated(gate, up, activation)
+        return kernels.gated(*gate_up.chunk(2, dim=-1), activation)
 
     @staticmethod
     @once_differentiable

@@ -10,8 +10,9 @@ Gradients, with ``g = dy B`` [rows, rank], summed over the projections where the
 
 A, B and their gradients are fp32; products take factors in the dtype of ``x`` and sum in fp32, rounded once: what LoRA
 adds is never rounded apart from the base product. The low-rank factors of all projections are stacked along the rank,
-so that ``x`` is read once for all u and once for all dA. Kept for the backward: ``x``, ``u`` and the seed of the
-dropout mask, which is drawn again; never a dense W.
+so that ``x`` is read once for all u and once for all dA. Kept for the backward: ``u``, the seed of the dropout mask,
+which is drawn again, and, if an A is trained, ``x`` or what it is computed from (:mod:`halfbyte.nn.recomputed`); never
+a dense W.
 
 One mask serves all projections of a call, where PEFT draws one for each; every value is still dropped with the same
 probability.
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte import kernels
-from halfbyte.kernels import Sum, Term, Weight4bit, Weight8bit
+from halfbyte.kernels import Sum, Term, Weight4bit, Weight8bit, memory
+from halfbyte.nn.recomputed import Source, source_of
 
 
 class LowRank(NamedTuple):
@@ -72,7 +74,9 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0
     adapters = [adapter for p in projections for adapter in p.adapters]
     plan = _Plan(projections, dropout if adapters else 0.0)
     factors = [adapter.a.contiguous() for adapter in adapters] + [adapter.b.contiguous() for adapter in adapters]
-    ys: tuple[Tensor, ...] = _LoraLinear.apply(rows, plan, *biases, *factors)  # type: ignore[no-untyped-call]
+    ys: tuple[Tensor, ...] = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        rows, plan, source_of(x), *biases, *factors
+    )
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
@@ -105,18 +109,19 @@ class _Plan:
         n = len(self.weights)
         return values[:n], values[n : n + len(self.scalings)], values[n + len(self.scalings) :]
 
-    def noise(self, x: Tensor) -> Tensor | None:
+    def noise(self, u: Tensor) -> Tensor | None:
         """Return what multiplies ``x`` for the adapters, the same each time; None without dropout.
 
         The probability is rounded to a multiple of 2⁻¹⁶, so that one draw of the generator serves four values.
         """
         if not self.dropout:
             return None
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        values = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
+        generator = torch.Generator(u.device).manual_seed(self.seed)
+        rows, width = len(u), self.weights[0].shape[1]
+        draws = torch.empty(-(-rows * width // 4), dtype=torch.int64, device=u.device)
+        values = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: rows * width]
         dropped = min(round(self.dropout * 2**16), 2**16 - 1)
-        return (values >= dropped - 2**15).to(x.dtype) / (1 - dropped / 2**16)
+        return (values >= dropped - 2**15).view(rows, width).to(u.dtype) / (1 - dropped / 2**16)
 
     def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
         """Return all ``s A``, ``[sum of ranks, in]``."""
@@ -132,19 +137,22 @@ class _LoraLinear(torch.autograd.Function):
     """The formulas at the head of this file. ``tensors``: the biases, all A, all B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, plan: _Plan, source: Source | None, *tensors: Any) -> tuple[Tensor, ...]:
         biases, factors_a, factors_b = plan.split(tensors)
         u = x.new_empty(len(x), plan.rank)
         if plan.rank:
-            kernels.matmul_sums([Sum([Term(_times(x, plan.noise(x)), plan.stacked(factors_a))], u)])
+            kernels.matmul_sums([Sum([Term(_times(x, plan.noise(u)), plan.stacked(factors_a))], u)])
         bs = iter(factors_b)
         sums = []
         for weight, bias, columns in zip(plan.weights, biases, plan.columns, strict=True):
             terms = [Term(x, weight), *(Term(u[:, c], next(bs)) for c in columns)]
-            sums.append(Sum(terms, x.new_empty(len(x), weight.shape[0]), bias))
+            sums.append(Sum(terms, memory.empty((len(x), weight.shape[0]), x.dtype, x.device), bias))
         kernels.matmul_sums(sums)
-        ctx.save_for_backward(x, u, *factors_a, *factors_b)
+        _, need_a, _ = plan.split(ctx.needs_input_grad[3:])
+        kept = () if not any(need_a) else (x,) if source is None else source.tensors
+        ctx.save_for_backward(u, *factors_a, *factors_b, *kept)
         ctx.plan = plan
+        ctx.compute = None if source is None else source.compute
         ctx.set_materialize_grads(False)
         return tuple(y.out for y in sums)
 
@@ -152,15 +160,17 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        x, u, *factors = ctx.saved_tensors
+        u, *saved = ctx.saved_tensors
+        factors, kept = saved[: 2 * len(plan.scalings)], saved[2 * len(plan.scalings) :]
         _, factors_a, factors_b = plan.split([None] * len(plan.weights) + factors)
-        need_x, _, *needs = ctx.needs_input_grad
+        need_x, _, _, *needs = ctx.needs_input_grad
         need_biases, need_a, need_b = plan.split(needs)
         dys = [None if dy is None else dy.contiguous() for dy in gradients]
         # of each adapter, the gradient of its projection and its columns of u and g
         adapters = [(dy, c) for dy, columns in zip(dys, plan.columns, strict=True) for c in columns]
 
-        g = x.new_zeros(len(x), plan.rank)
+        rows, width = len(u), plan.weights[0].shape[1]
+        g = u.new_zeros(rows, plan.rank)
         sums = []
         if need_x or any(need_a):
             for (dy, c), b in zip(adapters, factors_b, strict=True):
@@ -169,26 +179,27 @@ class _LoraLinear(torch.autograd.Function):
             kernels.matmul_sums(sums)
 
         sums = []
-        noise = plan.noise(x) if need_x or any(need_a) else None
+        noise = plan.noise(u) if need_x or any(need_a) else None
         dx = through_adapters = da = None
         if need_x:
-            dx = torch.empty_like(x)
+            dx = memory.empty((rows, width), u.dtype, u.device)
             terms = [Term(dy, w, gradient=True) for dy, w in zip(dys, plan.weights, strict=True) if dy is not None]
             if plan.rank:
                 of_adapters = Term(g, plan.stacked(factors_a), gradient=True)
                 if plan.dropout:
-                    through_adapters = torch.empty_like(x)
+                    through_adapters = torch.empty_like(dx)
                     sums.append(Sum([of_adapters], through_adapters))
                 else:
                     terms.append(of_adapters)
             sums.append(Sum(terms, dx))
         if any(need_a):
-            da = x.new_empty(plan.rank, x.shape[1], dtype=torch.float32)
+            x = kept[0] if ctx.compute is None else ctx.compute(*kept).reshape(rows, width)
+            da = u.new_empty(plan.rank, width, dtype=torch.float32)
             sums.append(Sum([Term(g.T, _times(x, noise), gradient=True)], da))
         dbs: list[Tensor | None] = [None] * len(adapters)
         for i, (dy, c) in enumerate(adapters):
             if dy is not None and need_b[i]:
-                dbt = x.new_empty(c.stop - c.start, dy.shape[1], dtype=torch.float32)
+                dbt = u.new_empty(c.stop - c.start, dy.shape[1], dtype=torch.float32)
                 sums.append(Sum([Term(u[:, c].T, dy, gradient=True)], dbt))
                 dbs[i] = dbt.T
         kernels.matmul_sums(sums)
@@ -202,4 +213,4 @@ class _LoraLinear(torch.autograd.Function):
             ]
         dbiases = [None if dy is None or not need else dy.sum(0) for dy, need in zip(dys, need_biases, strict=True)]
         low_rank = [d if d is None else d.to(f.dtype) for d, f in zip([*das, *dbs], factors, strict=True)]
-        return dx, None, *dbiases, *low_rank
+        return dx, None, None, *dbiases, *low_rank

@@ -3,8 +3,8 @@
     h = x + residual,    y = h / sqrt(mean(h²) + eps) (offset + weight)
 
 Families differ in ``offset`` (1 for Gemma) and in whether the normalized value is rounded before the weight multiplies
-it (Llama: yes). ``h`` and one number a row are kept for the backward. The gradient of a weight that is not trained is
-not computed.
+it (Llama: yes). ``h`` and one number a row are kept for the backward; ``y`` is computed again for a projection that
+reads it (:mod:`halfbyte.nn.recomputed`). The gradient of a weight that is not trained is not computed.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from halfbyte import kernels
+from halfbyte.nn.recomputed import recomputed
 
 
 def rms_norm(
@@ -37,8 +38,12 @@ def rms_norm(
         offset: what is added to the weight.
         rounded: whether ``h / sqrt(...)`` is rounded to the dtype of ``x``.
     """
+
+    def again(h: Tensor, weight: Tensor) -> Tensor:
+        return kernels.rms_norm(h, None, weight, eps=eps, offset=offset, rounded=rounded)[1]
+
     h, y = _RmsNorm.apply(x, residual, weight, eps, offset, rounded)  # type: ignore[no-untyped-call]
-    return h, y
+    return h, recomputed(y, again, h, weight)
 
 
 class _RmsNorm(Function):
