@@ -45,47 +45,22 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
         addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
         gathered.append(extension.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
         for x, factor, gradient in terms:
-            step = x.stride(1) if x.shape[1] > 1 else 1
+            address, stride, step = x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 1
+            rows, columns = factor.shape
             if isinstance(factor, Weight4bit):
                 code, nested_code = code_tables(factor.statistics)
                 kept.append((code, nested_code))
+                packed, table, blocksize = factor.packed.data_ptr(), code.data_ptr(), factor.statistics.blocksize
+                scales = scale_arguments(factor.statistics, nested_code)
                 gathered[-1].add_weight(
-                    x.data_ptr(),
-                    x.stride(0),
-                    step,
-                    gradient,
-                    factor.packed.data_ptr(),
-                    code.data_ptr(),
-                    *scale_arguments(factor.statistics, nested_code),
-                    factor.statistics.blocksize,
-                    *factor.shape,
+                    address, stride, step, gradient, packed, table, *scales, blocksize, rows, columns
                 )
-                continue
-            rows, columns = factor.shape
-            if isinstance(factor, Weight8bit):
-                gathered[-1].add_bytes(
-                    x.data_ptr(),
-                    x.stride(0),
-                    step,
-                    gradient,
-                    factor.codes.data_ptr(),
-                    factor.absmax.data_ptr(),
-                    factor.blocksize,
-                    rows,
-                    columns,
-                )
+            elif isinstance(factor, Weight8bit):
+                codes, absmax, blocksize = factor.codes.data_ptr(), factor.absmax.data_ptr(), factor.blocksize
+                gathered[-1].add_bytes(address, stride, step, gradient, codes, absmax, blocksize, rows, columns)
             else:
-                gathered[-1].add_dense(
-                    x.data_ptr(),
-                    x.stride(0),
-                    step,
-                    gradient,
-                    factor.data_ptr(),
-                    TYPES[factor.dtype],
-                    rows,
-                    columns,
-                    factor.stride(0),
-                )
+                values, dtype, row = factor.data_ptr(), TYPES[factor.dtype], factor.stride(0)
+                gathered[-1].add_dense(address, stride, step, gradient, values, dtype, rows, columns, row)
     extension.matmul_sums(threads(), gathered)
 
 
