@@ -50,7 +50,7 @@ def attention_backward(
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, softcap: float) -> None:
     check_floating("q", q.dtype)
-    if q.ndim != 4 or k.ndim != 4 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.ndim != 4 or k.ndim != 4 or 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; they must be [B, H, L, D] and [B, G, S, D] with H a "
             "multiple of G"
