@@ -85,10 +85,11 @@ struct Reach {
 // What forward and backward share: sizes, addresses, and how rows become left factors.
 class Pass {
   public:
-    Pass(const MatmulKernels& products, const AttentionKernels& kernels, const Attention& arguments)
-        : m_(products),
-          k_(kernels),
-          a_(arguments),
+    Pass(const Tier& tier, const Attention& arguments)
+        : a_(arguments),
+          m_(*tier.matmul(a_.type)),
+          of_lanes_(m_.pairs ? m_ : *tier.matmul(Type::fp32)),
+          k_(*tier.attention(a_.type, m_.pairs)),
           group_(a_.heads / a_.kv_heads),
           bytes_(a_.type == Type::fp32 ? 4 : 2),
           element_(m_.pairs ? 2 : 4),
@@ -143,9 +144,10 @@ class Pass {
         }
     }
 
-    const MatmulKernels& m_;
-    const AttentionKernels& k_;
     const Attention& a_;
+    const MatmulKernels& m_;
+    const MatmulKernels& of_lanes_;  // as m_, but panels of p and ds keep their values
+    const AttentionKernels& k_;
     const int64_t group_, bytes_, element_, strips_, lanes_;
 };
 
@@ -257,6 +259,7 @@ class Backward : Pass {
     void run(int threads) const {
         Plan plan;
         for (int64_t batch = 0; batch < a_.batches; ++batch) find_spans(batch, plan.spans);
+        if (plan.spans.empty()) return;
         const int64_t pieces = std::min(kMostPieces, parts(kFewSpans, static_cast<int64_t>(plan.spans.size())));
         int64_t sums = 0;
         for (const Span& span : plan.spans) sums += cut(span, pieces, plan);
@@ -485,7 +488,7 @@ class Backward : Pass {
             }
         }
         const Dense rows{ds, m_.pairs ? Type::bf16 : Type::fp32, last - first, kStrip, kStrip};
-        m_.dense_gradient(rows, 0, 0, last - first, panel);
+        of_lanes_.dense_gradient(rows, 0, 0, last - first, panel);
         for (int64_t i = 0; i < a_.size; i += m_.tile_rows) {
             m_.multiply(k_transposed.at(i) + first * element_, k_transposed.stride, std::min(m_.tile_rows, a_.size - i),
                         panel, lanes(last - first), queries, query_gradient + i * kStrip, true);
@@ -539,14 +542,12 @@ class Backward : Pass {
 
 }  // namespace
 
-void attention_forward(const MatmulKernels& products, const AttentionKernels& kernels, const Attention& arguments,
-                       int threads) {
-    Forward(products, kernels, arguments).run(threads);
+void attention_forward(const Tier& tier, const Attention& arguments, int threads) {
+    Forward(tier, arguments).run(threads);
 }
 
-void attention_backward(const MatmulKernels& products, const AttentionKernels& kernels, const Attention& arguments,
-                        int threads) {
-    Backward(products, kernels, arguments).run(threads);
+void attention_backward(const Tier& tier, const Attention& arguments, int threads) {
+    Backward(tier, arguments).run(threads);
 }
 
 }  // namespace halfbyte

@@ -9,8 +9,8 @@
 //     dv = pᵀ dout,  ds = scale (1 - (z / c)²) p (dout vᵀ - d),  dq = ds k,  dk = dsᵀ q.
 //
 // Products are those of matmul.h: the left factor lies as it is, the right one is laid out as a panel. Where the chip
-// multiplies bf16, p and ds are rounded to it, and for dq ds is rounded to the storage type everywhere, as a panel's
-// values are; sums and everything else is fp32. Tiles that no range meets are left out, so the work follows the ranges.
+// multiplies bf16, p and ds are rounded to it; sums and everything else is fp32. Tiles that no range meets are left out,
+// so the work follows the ranges.
 // Between forward and backward one number a row, lse, is kept. Every row is summed in an order that the shapes and
 // ranges alone decide, so that results do not depend on the number of threads.
 //
@@ -30,7 +30,7 @@ struct Heads {
 };
 
 struct Attention {
-    int64_t batches, heads, kv_heads, queries, keys;  // fewer than 2^24 keys
+    int64_t batches, heads, kv_heads, queries, keys;  // heads: a multiple of kv_heads, from 1 on; fewer than 2^24 keys
     int64_t size;           // of a head, up to kLanes
     Type type;              // of all but lse
     const int32_t* ranges;  // [batches, queries, 2]: begin and end
@@ -62,10 +62,9 @@ struct AttentionKernels {
     float (*dot)(const void* x, const void* y, int64_t n);
 };
 
-void attention_forward(const MatmulKernels& products, const AttentionKernels& kernels, const Attention& arguments,
-                       int threads);
-void attention_backward(const MatmulKernels& products, const AttentionKernels& kernels, const Attention& arguments,
-                        int threads);
+// On a tier that has products and a share in this.
+void attention_forward(const Tier& tier, const Attention& arguments, int threads);
+void attention_backward(const Tier& tier, const Attention& arguments, int threads);
 
 // The kernels of a tier; `pairs` as in its products.
 const AttentionKernels* avx2_attention(Type type, bool pairs);

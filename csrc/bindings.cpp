@@ -279,8 +279,7 @@ void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& si
                           float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
                           const Lying& out, Address lse) {
     const Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
-    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
-    attention_forward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+    attention_forward(tier(isa), arguments, threads);
 }
 
 void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
@@ -292,8 +291,7 @@ void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& s
     arguments.dq = heads(dq);
     arguments.dk = heads(dk);
     arguments.dv = heads(dv);
-    const MatmulKernels& products = *tier(isa).matmul(arguments.type);
-    attention_backward(products, *tier(isa).attention(arguments.type, products.pairs), arguments, threads);
+    attention_backward(tier(isa), arguments, threads);
 }
 
 // y = f(x) for n fp32 values.

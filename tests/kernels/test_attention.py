@@ -140,6 +140,24 @@ def test_logits_may_be_large(tier: None) -> None:
     assert dq.isfinite().all() and dk.isfinite().all()
 
 
+def test_what_only_leads_to_the_gradients_may_leave_the_range_of_fp16(tier: None) -> None:
+    q, k, v, dout = inputs(1, (2, 1), (70, 70), 64, torch.float16)
+    ranges = ranges_of("causal", 1, 70, 70)
+    large = [q * 2**-8, k * 2**-10, v * 2**7, dout * 2**8]
+    assert torch.inf in (large[3] @ large[2].repeat_interleave(2, 1).mT)  # in fp16, and ds is no smaller
+    check(large, ranges, 4.0)
+    check([q * 2**-12, k * 2**12, v * 2**-10, dout * 2**-10], ranges, 0.125)  # ds is below the smallest number of fp16
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)])
+def test_nothing_to_do_is_no_work(tier: None, shape: tuple[int, int, int, int]) -> None:
+    batches, heads, queries, keys = shape
+    tensors = inputs(batches, (heads, 1), (queries, keys), 8, torch.float32)
+    ranges = torch.zeros(batches, queries, 2, dtype=torch.int32)
+    for got, like in zip(results(*tensors, ranges, 0.2), (tensors[0], *tensors[:3]), strict=True):
+        assert got.shape == like.shape and (got == 0).all()
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_queries_without_keys_and_keys_without_queries_are_zero(tier: None, dtype: torch.dtype) -> None:
     tensors = inputs(3, (4, 2), (70, 150), 32, dtype)
@@ -206,6 +224,7 @@ def test_a_wrong_argument_is_named() -> None:
         (TypeError, "q is torch.int64", (q.long(), k, v, ranges)),
         (TypeError, "k is torch.bfloat16 on cpu, but q is torch.float32", (q, k.bfloat16(), v, ranges)),
         (ValueError, "multiple of G", (q[:, :3], k, v, ranges)),
+        (ValueError, "multiple of G", (q[:, :0], k, v, ranges)),
         (ValueError, "multiple of G", (q[0], k, v, ranges)),
         (ValueError, "v has shape", (q, k, v[:, :, :3], ranges)),
         (ValueError, "k has shape", (q, k[..., :3], v[..., :3], ranges)),

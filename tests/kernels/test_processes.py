@@ -17,8 +17,9 @@ pytestmark = [
 SETUP = """
 import os, signal, threading, warnings
 import torch
-from halfbyte.kernels import native, reference
 from halfbyte import _native
+from halfbyte.kernels import native, reference
+from halfbyte.kernels.native import runtime
 from halfbyte.quant import codebook
 
 def quantized():
@@ -63,7 +64,7 @@ def run(script: str, **environment: str) -> str:
 def test_the_environment_forces_a_tier_and_the_kernels_run_on_torch_s_threads() -> None:
     # Torch's threads are there after the reference has run; the kernels add none.
     script = """
-        assert native._gomp_parallel(), "torch's OpenMP runtime was not found"
+        assert runtime.gomp_parallel(), "torch's OpenMP runtime was not found"
         before = tasks()
         assert before > 1
         assert quantized() == expected

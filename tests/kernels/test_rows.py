@@ -6,6 +6,7 @@ from torch import Tensor
 
 from halfbyte import kernels
 from halfbyte.kernels import native
+from halfbyte.kernels.native import runtime
 
 
 @pytest.fixture(params=native.tiers(), autouse=True)
@@ -46,7 +47,7 @@ def test_a_short_last_step_neither_reads_nor_writes_beyond_the_end() -> None:
     for n in range(40):
         x = torch.randn(n, generator=seeded(n))
         y = torch.full((n + 16,), 7.0)
-        native._native.exp(native._tier(), x.data_ptr(), n, y.data_ptr())
+        runtime.extension.exp(runtime.tier_index(), x.data_ptr(), n, y.data_ptr())
         assert torch.equal(y[:n], native.elementary("exp", torch.cat([x, x.new_zeros(16)]))[:n])
         assert torch.equal(y[n:], torch.full((16,), 7.0))
 

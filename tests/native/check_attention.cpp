@@ -1,6 +1,6 @@
 // Attention, forward and backward: each element within a bound of the formulas of attention.h in double, and bit for
 // bit the same for every number of threads. Bounds follow the sums of magnitudes; where the chip multiplies bf16, p and
-// ds are rounded to it; on the way to dq, ds is rounded to the storage type.
+// ds are rounded to it.
 
 #include "attention.h"
 #include "case.h"
@@ -99,8 +99,6 @@ std::vector<int32_t> make_ranges(Case& c, int64_t batches, int64_t queries, int6
 
 void attention(Case& c) {
     const Type type = c.type();
-    const MatmulKernels& products = *c.tier.matmul(type);
-    const AttentionKernels& kernels = *c.tier.attention(type, products.pairs);
     const bool many = c.note("many", c.random.once_in(12));  // enough keys for spans to be cut
     const int64_t batches = c.note("batches", many ? 1 : 1 + c.random.below(2));
     const int64_t kv_heads = c.note("kv_heads", many ? 1 : 1 + c.random.below(3));
@@ -129,8 +127,8 @@ void attention(Case& c) {
         const Attention a{batches, heads, kv_heads, queries, keys, size, type, ranges.data(), scale, cap,
                           q.in_place(), k.in_place(), v.in_place(), out.in(r.out), r.lse.floats(),
                           dout.in_place(), dq.in(r.dq), dk.in(r.dk), dv.in(r.dv)};
-        attention_forward(products, kernels, a, threads);
-        attention_backward(products, kernels, a, threads);
+        attention_forward(c.tier, a, threads);
+        attention_backward(c.tier, a, threads);
         c.same(r.out, results[0].out, "bytes of out on more threads");
         c.same(r.lse, results[0].lse, "bytes of lse on more threads");
         c.same(r.dq, results[0].dq, "bytes of dq on more threads");
@@ -143,7 +141,7 @@ void attention(Case& c) {
     dq.check_gaps(c, r.dq);
     dk.check_gaps(c, r.dk);
     dv.check_gaps(c, r.dv);
-    const double rounded = products.pairs ? 1.1 * 0x1p-8 : 0;  // of p and ds
+    const double rounded = c.tier.matmul(type)->pairs ? 1.1 * 0x1p-8 : 0;  // of p and ds
     const auto row_size = static_cast<size_t>(size);
     for (int64_t head = 0; head < batches * kv_heads; ++head) {
         const int64_t batch = head / kv_heads, kv_head = head % kv_heads;
@@ -190,13 +188,13 @@ void attention(Case& c) {
                         magnitude += std::abs(douts[from + d] * vs[key + d]);
                     }
                     const double ds = scale * slope[n] * p * (dp - delta);
-                    const double summed = scale * p * magnitude * off, stored = summed + 1.1 * rounding(ds, type);
-                    const double off_p = p * (off + rounded), off_ds = summed + std::abs(ds) * rounded;
+                    const double off_p = p * (off + rounded);
+                    const double off_ds = scale * p * magnitude * off + std::abs(ds) * rounded;
                     for (size_t d = 0; d < row_size; ++d) {
                         want_out[from + d] += p * vs[key + d];
                         off_out[from + d] += off_p * std::abs(vs[key + d]);
                         want_dq[from + d] += ds * ks[key + d];
-                        off_dq[from + d] += stored * std::abs(ks[key + d]);
+                        off_dq[from + d] += off_ds * std::abs(ks[key + d]);
                         want_dk[key + d] += ds * qs[from + d];
                         off_dk[key + d] += off_ds * std::abs(qs[from + d]);
                         want_dv[key + d] += p * douts[from + d];

@@ -62,9 +62,7 @@ class Profile:
         self._functions = {
             name: function
             for name, function in inspect.getmembers(native, inspect.isfunction)
-            if function.__module__ == native.__name__
-            and not name.startswith("_")
-            and inspect.signature(function).parameters  # the others ask, they do not compute
+            if inspect.signature(function).parameters  # the others ask, they do not compute
         }
         for name, function in self._functions.items():
             setattr(native, name, _recorded(name, function))

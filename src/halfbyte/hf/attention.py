@@ -27,7 +27,8 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from halfbyte.kernels.operations import FLOATING, LARGEST_HEAD, MOST_KEYS
+from halfbyte.kernels.attention import LARGEST_HEAD, MOST_KEYS
+from halfbyte.kernels.checks import FLOATING
 from halfbyte.nn.attention import attention, key_ranges, mask_of, within_segments
 
 NAME = "halfbyte"

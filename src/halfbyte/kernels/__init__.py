@@ -1,33 +1,28 @@
 """The kernels: 4-bit and 8-bit operations as torch functions with gradients.
 
 ``reference`` states each formula once, ``native`` carries them out in C++, ``bitsandbytes`` by that library's kernels,
-``provider`` chooses, and ``operations`` and ``adamw`` are what everybody else calls. Codebooks come in as arguments;
-this package knows none.
+``provider`` chooses. What everybody else calls is in a file for each family of operations, which checks the arguments
+and hands them on: ``quantize``, ``matmul``, ``attention``, ``norm``, ``gated``, ``rotary``, ``fold_softmax``,
+``adamw``; the files of ``native`` have the same names. ``statistics``, ``terms`` and ``softmax`` are what operations
+take. Codebooks come in as arguments; this package knows none.
 """
 
 from halfbyte.kernels.adamw import Adamw8bit, Adamw32bit, adamw_8bit, adamw_32bit
-from halfbyte.kernels.operations import (
-    attention,
-    attention_backward,
+from halfbyte.kernels.attention import attention, attention_backward
+from halfbyte.kernels.fold_softmax import fold_softmax
+from halfbyte.kernels.gated import gated, gated_gradient, gated_halves_gradient
+from halfbyte.kernels.matmul import matmul_4bit, matmul_int8, matmul_sums
+from halfbyte.kernels.norm import rms_norm, rms_norm_gradient, rms_norm_weight_gradient
+from halfbyte.kernels.provider import provider_for, providers, use_provider
+from halfbyte.kernels.quantize import (
     dequantize_4bit,
     dequantize_8bit,
     dequantize_int8,
-    fold_softmax,
-    gated,
-    gated_gradient,
-    gated_halves_gradient,
-    matmul_4bit,
-    matmul_int8,
-    matmul_sums,
     quantize_4bit,
     quantize_8bit,
     quantize_int8,
-    rms_norm,
-    rms_norm_gradient,
-    rms_norm_weight_gradient,
-    rotary,
 )
-from halfbyte.kernels.provider import provider_for, providers, use_provider
+from halfbyte.kernels.rotary import rotary
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.statistics import Nested, Statistics
 from halfbyte.kernels.terms import Sum, Term, Weight4bit, Weight8bit

@@ -1,7 +1,7 @@
 """AdamW steps over many tensors: arguments checked, then handed to a provider.
 
 Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`; errors as in
-:mod:`halfbyte.kernels.operations`.
+:mod:`halfbyte.kernels.checks`.
 
 An optimizer steps the same hundreds of small tensors again and again, and checking each costs as much as stepping it.
 :class:`Adamw32bit` and :class:`Adamw8bit` hold such tensors and check them when they are made. At each step they look
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.operations import FLOATING, _check_absmax, _check_blocksize, _check_code
+from halfbyte.kernels.checks import FLOATING, check_absmax, check_blocksize, check_code
 from halfbyte.kernels.provider import provider_for
 
 Moment8bit = tuple[Tensor, Tensor]
@@ -210,14 +210,14 @@ def _check_8bit(
     blocksize: int,
     device: torch.device,
 ) -> None:
-    _check_blocksize(blocksize)
+    check_blocksize(blocksize)
     for table in tables:
-        _check_code(table, range(256, 257), device)
+        check_code(table, range(256, 257), device)
     for i, (param, grad, first, second) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         _check_step(i, param, grad, device)
         for name, (codes, absmax) in (("exp_avgs", first), ("exp_avg_sqs", second)):
             _check_like(name, i, codes, torch.uint8, param)
-            _check_absmax(absmax, torch.float32, param.numel(), blocksize, device)
+            check_absmax(absmax, torch.float32, param.numel(), blocksize, device)
 
 
 def _check_step(i: int, param: Tensor, grad: Tensor, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Who carries out an operation: the native kernels on a CPU, bitsandbytes on CUDA, the torch reference elsewhere.
 
-A provider is a module with the functions of :class:`Provider`; it may take its arguments for granted, since
-:mod:`halfbyte.kernels.operations` has checked them.
+A provider is a module with the functions of :class:`Provider`; it may take its arguments for granted, since the
+operations have checked them.
 """
 
 import contextlib
@@ -107,6 +107,7 @@ class Provider(Protocol):
     def gated_gradient(self, dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tensor, dup: Tensor) -> None: ...
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor: ...
+
     def fold_softmax(
         self,
         logits: Tensor,

@@ -228,8 +228,8 @@ def attention_backward(
     ds = p * (dout.float() @ _for_queries(v, q).mT - d) * slope * scale
     dq = ds @ _for_queries(k, q)
     dk, dv = ds.mT @ q.float(), p.mT @ dout.float()
-    batches, kv_heads, keys, size = k.shape
-    dk, dv = (x.view(batches, kv_heads, -1, keys, size).sum(2) for x in (dk, dv))
+    shape = *k.shape[:2], q.shape[1] // k.shape[1], *k.shape[2:]
+    dk, dv = (x.view(shape).sum(2) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 

@@ -37,13 +37,13 @@ from torch import Tensor
 
 from halfbyte import kernels
 from halfbyte.errors import InputError
+from halfbyte.kernels.checks import FLOATING
 from halfbyte.optim import paged as paging
 from halfbyte.quant import codebook
 
 BLOCKSIZE = 256
 SMALLEST_8BIT = 4096
 BATCH = 2**22
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 Layout = dict[str, tuple[torch.dtype, torch.Size]]
 Batch = kernels.Adamw8bit | kernels.Adamw32bit

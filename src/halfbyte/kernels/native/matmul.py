@@ -1,0 +1,93 @@
+"""Products with 4-bit weights, and sums of products (csrc/matmul.h); torch's on the scalar tier, which has none."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import reference
+from halfbyte.kernels.native.quantize import code_tables, dequantize_4bit, scale_arguments
+from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
+from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
+
+
+def matmul_4bit(
+    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    """The 4-bit linear product ``y = x Wᵀ + bias``.
+
+    Sums are fp32 and rounded once, with the bias. On a vector tier each row of the result is bitwise the same for any
+    number of threads and whatever the other rows are, except that up to 16 rows are summed in another order than more
+    (csrc/matmul.h), where block size and depth are multiples of 64.
+    """
+    return _matmul(x, packed, statistics, shape, bias, gradient=False)
+
+
+def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+    """The gradient of :func:`matmul_4bit` with respect to ``x``; of any number of rows in one order."""
+    return _matmul(dy, packed, statistics, shape, None, gradient=True)
+
+
+def matmul_sums(sums: Sequence[Sum]) -> None:
+    """Sums of products, each value rounded once, all in one parallel region.
+
+    As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; up to 8 rows
+    are summed in another order than more where the first term is a 4-bit weight, no gradient.
+    """
+    isa = tier_index()
+    if not extension.multiplies(isa):
+        return reference.matmul_sums(sums)
+    gathered, kept = [], []
+    for terms, out, bias in sums:
+        rows, width = out.shape
+        types = TYPES[terms[0].x.dtype], TYPES[out.dtype]
+        addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        gathered.append(extension.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
+        for x, factor, gradient in terms:
+            address, stride, step = x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 1
+            rows, columns = factor.shape
+            if isinstance(factor, Weight4bit):
+                code, nested_code = code_tables(factor.statistics)
+                kept.append((code, nested_code))
+                packed, table, blocksize = factor.packed.data_ptr(), code.data_ptr(), factor.statistics.blocksize
+                scales = scale_arguments(factor.statistics, nested_code)
+                gathered[-1].add_weight(
+                    address, stride, step, gradient, packed, table, *scales, blocksize, rows, columns
+                )
+            elif isinstance(factor, Weight8bit):
+                codes, absmax, blocksize = factor.codes.data_ptr(), factor.absmax.data_ptr(), factor.blocksize
+                gathered[-1].add_bytes(address, stride, step, gradient, codes, absmax, blocksize, rows, columns)
+            else:
+                values, dtype, row = factor.data_ptr(), TYPES[factor.dtype], factor.stride(0)
+                gathered[-1].add_dense(address, stride, step, gradient, values, dtype, rows, columns, row)
+    extension.matmul_sums(threads(), gathered)
+
+
+def _matmul(
+    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
+) -> Tensor:
+    isa = tier_index()
+    if 0 in shape or not extension.multiplies(isa):
+        weight = dequantize_4bit(packed, statistics, shape[0] * shape[1], x.dtype).view(shape)
+        return x @ weight if gradient else torch.nn.functional.linear(x, weight, bias)
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    code, nested_code = code_tables(statistics)
+    y = torch.empty(*x.shape[:-1], shape[1] if gradient else shape[0], dtype=x.dtype, device="cpu")
+    extension.matmul_4bit(
+        isa,
+        threads(),
+        gradient,
+        x.data_ptr(),
+        x.shape[:-1].numel(),
+        TYPES[x.dtype],
+        packed.data_ptr(),
+        code.data_ptr(),
+        *scale_arguments(statistics, nested_code),
+        statistics.blocksize,
+        *shape,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y

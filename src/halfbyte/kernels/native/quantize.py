@@ -1,0 +1,117 @@
+"""Block-wise quantization to 4 and 8 bits and back, and how the extension takes the statistics of a 4-bit weight."""
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import reference
+from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
+from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Weight8bit
+
+
+def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise 8-bit quantization; ``code`` must be ascending."""
+    n = x.numel()
+    code = code.contiguous()
+    codes = torch.empty(n, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
+    extension.quantize_8bit(
+        tier_index(),
+        threads(),
+        x.data_ptr(),
+        TYPES[x.dtype],
+        n,
+        blocksize,
+        code.data_ptr(),
+        len(code),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+    )
+    return codes, absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_8bit`."""
+    code = code.contiguous()
+    out = torch.empty(codes.numel(), dtype=dtype, device="cpu")
+    extension.dequantize_8bit(
+        tier_index(),
+        threads(),
+        codes.data_ptr(),
+        code.data_ptr(),
+        len(code),
+        absmax.data_ptr(),
+        codes.numel(),
+        blocksize,
+        out.data_ptr(),
+        TYPES[dtype],
+    )
+    return out
+
+
+def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise 4-bit quantization."""
+    n = x.numel()
+    code = code.contiguous()
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
+    extension.quantize_4bit(
+        tier_index(),
+        threads(),
+        x.data_ptr(),
+        TYPES[x.dtype],
+        n,
+        blocksize,
+        code.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+    )
+    return packed, absmax
+
+
+def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_4bit`."""
+    code, nested_code = code_tables(statistics)
+    out = torch.empty(n, dtype=dtype, device="cpu")
+    extension.dequantize_4bit(
+        tier_index(),
+        threads(),
+        packed.data_ptr(),
+        code.data_ptr(),
+        *scale_arguments(statistics, nested_code),
+        n,
+        statistics.blocksize,
+        out.data_ptr(),
+        TYPES[dtype],
+    )
+    return out
+
+
+def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+    """Block-wise quantization to int8, by torch: it is done once."""
+    return reference.quantize_int8(x, blocksize)
+
+
+def dequantize_int8(weight: Weight8bit, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_int8`, by torch: products read the codes themselves."""
+    return reference.dequantize_int8(weight, dtype)
+
+
+def code_tables(statistics: Statistics) -> tuple[Tensor, Tensor | None]:
+    """Return the codebooks of a 4-bit weight and of its statistics, contiguous."""
+    nested = statistics.nested
+    return statistics.code.contiguous(), None if nested is None else nested.code.contiguous()
+
+
+def scale_arguments(statistics: Statistics, nested_code: Tensor | None) -> tuple[int, int, int, int, float]:
+    """Return the statistics as the extension takes them."""
+    nested = statistics.nested
+    if nested is None or nested_code is None:
+        return statistics.absmax.data_ptr(), 0, 0, 0, 0.0
+    return (
+        statistics.absmax.data_ptr(),
+        nested.absmax.data_ptr(),
+        nested_code.data_ptr(),
+        nested.blocksize,
+        nested.offset,
+    )

@@ -1,0 +1,74 @@
+"""Block-wise quantization to 4 and 8 bits and back: arguments checked, then handed to a provider.
+
+Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`; errors as in :mod:`halfbyte.kernels.checks`.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.checks import (
+    check_absmax,
+    check_blocksize,
+    check_bytes,
+    check_code,
+    check_floating,
+    check_int8,
+    check_weight,
+)
+from halfbyte.kernels.provider import provider_for
+from halfbyte.kernels.statistics import Statistics
+from halfbyte.kernels.terms import Weight8bit
+
+
+def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Quantize block-wise to 8 bits: codes uint8 in the shape of ``x``, and ``absmax`` fp32 ``[blocks]``."""
+    check_floating("x", x.dtype)
+    check_code(code, range(2, 257), x.device)
+    check_blocksize(blocksize)
+    codes, absmax = provider_for(x.device).quantize_8bit(x.contiguous(), code, blocksize)
+    return codes.view(x.shape), absmax
+
+
+def dequantize_8bit(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Inverse of :func:`quantize_8bit`, as ``dtype`` in the shape of ``codes``."""
+    check_bytes("codes", codes, codes.numel())
+    check_blocksize(blocksize)
+    check_floating("dtype", dtype)
+    check_code(code, range(2, 257), codes.device)
+    check_absmax(absmax, torch.float32, codes.numel(), blocksize, codes.device)
+    flat = provider_for(codes.device).dequantize_8bit(codes, absmax, code, blocksize, dtype)
+    return flat.view(codes.shape)
+
+
+def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Quantize block-wise to 4 bits: ``packed`` uint8 ``[ceil(n / 2)]`` and ``absmax`` fp32 ``[blocks]``."""
+    check_floating("x", x.dtype)
+    check_code(code, range(16, 17), x.device)
+    check_blocksize(blocksize)
+    return provider_for(x.device).quantize_4bit(x.contiguous(), code, blocksize)
+
+
+def dequantize_4bit(packed: Tensor, statistics: Statistics, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_4bit`, as ``dtype`` in ``shape``."""
+    n = torch.Size(shape).numel()
+    check_floating("dtype", dtype)
+    check_weight(packed, statistics, n)
+    return provider_for(packed.device).dequantize_4bit(packed, statistics, n, dtype).view(shape)
+
+
+def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+    """Quantize a matrix block-wise to int8; see :func:`halfbyte.kernels.reference.quantize_int8`."""
+    check_floating("x", x.dtype)
+    check_blocksize(blocksize)
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be a matrix")
+    return provider_for(x.device).quantize_int8(x, blocksize)
+
+
+def dequantize_int8(weight: Weight8bit, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inverse of :func:`quantize_int8`, as ``dtype`` ``[N, K]``."""
+    check_int8(weight)
+    check_floating("dtype", dtype)
+    return provider_for(weight.codes.device).dequantize_int8(weight, dtype)
