@@ -1,8 +1,8 @@
 """Decoder layers of known families of transformers with the fused pieces of :mod:`halfbyte.nn`.
 
-:func:`fuse` swaps the class of each decoder layer, of its attention and of its MLP for a subclass of the family's own
-class with our forward; parameters, names, files, hooks and the output recorder see no difference, and :func:`unfuse`
-swaps back. Ours does what the family's forward does, with one pass over memory each for residual and RMSNorm, for the
+:func:`fuse` swaps the class of each decoder layer, of its attention and its MLP, and of every norm for a subclass of the
+family's own class with our forward; parameters, names, files, hooks and the output recorder see no difference, and
+:func:`unfuse` swaps back. Ours does what the family's forward does, with one pass over memory each for residual and RMSNorm, for the
 rotation of queries and keys, and for activation and product of a gated MLP, and with projections of one input sharing
 its work. Attention itself goes through transformers' attention interface as the family calls it.
 
@@ -51,6 +51,12 @@ def fuse(model: nn.Module) -> str:
         if type(_activation(layer.mlp)) in _ACTIVATIONS:
             layer.mlp.__class__ = _fused(_Mlp, type(layer.mlp), family)
         layer.__class__ = _fused(family.layer, type(layer), family)
+    norms = {
+        layer.family.of(f"{layer.family.name}RMSNorm"): layer.family for layer in layers if isinstance(layer, _Fused)
+    }
+    for module in model.modules():
+        if type(module) in norms and module.weight.device.type == "cpu":
+            module.__class__ = _fused(_Norm, type(module), norms[type(module)])
     return decoder_path(model)
 
 
@@ -236,6 +242,26 @@ class _Mlp(_Fused):
         return y
 
 
+class _Norm(_Fused):
+    """An RMSNorm, whose ``eps`` has one name or the other."""
+
+    weight: Tensor
+    eps: float
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same."""
+        if not _plain(x) or self.weight.dtype != x.dtype:
+            theirs: Tensor = super().forward(x)
+            return theirs
+        return self.after_sum(x)[1]
+
+    def after_sum(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``x + residual`` and its norm."""
+        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        return rms_norm(x, self.weight, residual, eps=eps, offset=self.family.offset, rounded=self.family.rounded)
+
+
 def _activation(mlp: Any) -> nn.Module:
     activation: nn.Module = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
     return activation
@@ -310,13 +336,11 @@ class _Family:
         return position_embeddings is None or position_embeddings[0].dtype == dtype
 
     def norm(self, module: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``x + residual`` and its norm; by ``module`` itself if it is not the family's plain RMSNorm."""
-        plain = type(module) is self.of(f"{self.name}RMSNorm") and untouched(module)
-        if not plain or module.weight.dtype != x.dtype:
-            h = x if residual is None else residual + x
-            return h, module(h)
-        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-        return rms_norm(x, module.weight, residual, eps=eps, offset=self.offset, rounded=self.rounded)
+        """Return ``x + residual`` and its norm; by calling ``module`` if it is not the family's plain RMSNorm."""
+        if isinstance(module, _Norm) and untouched(module) and module.weight.dtype == x.dtype:
+            return module.after_sum(x, residual)
+        h = x if residual is None else residual + x
+        return h, module(h)
 
 
 _FAMILIES = {

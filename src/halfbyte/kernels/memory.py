@@ -37,7 +37,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     nbytes = count * dtype.itemsize
     if nbytes < SMALLEST or torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_pool.take(nbytes), dtype=dtype, count=count).view(tuple(shape))
+    return torch.frombuffer(_pool.take(nbytes), dtype=dtype, count=count).resize_(tuple(shape))
 
 
 def release() -> None:
