@@ -1,10 +1,10 @@
 """Decoder layers of known families of transformers with the fused pieces of :mod:`halfbyte.nn`.
 
-:func:`fuse` swaps the class of each decoder layer, of its attention and its MLP, and of every norm for a subclass of the
-family's own class with our forward; parameters, names, files, hooks and the output recorder see no difference, and
-:func:`unfuse` swaps back. Ours does what the family's forward does, with one pass over memory each for residual and RMSNorm, for the
-rotation of queries and keys, and for activation and product of a gated MLP, and with projections of one input sharing
-its work. Attention itself goes through transformers' attention interface as the family calls it.
+:func:`fuse` swaps the class of each decoder layer, of its attention and its MLP, and of every norm for a subclass of
+the family's own class with our forward; parameters, names, files, hooks and the output recorder see no difference, and
+:func:`unfuse` swaps back. Ours does what the family's forward does, with one pass over memory each for residual and
+RMSNorm, for the rotation of queries and keys, and for activation and product of a gated MLP, and with projections of
+one input sharing its work. Attention itself goes through transformers' attention interface as the family calls it.
 
 A family is recognised by its class and by the text of what is replaced (:func:`_digest`; the table was written against
 transformers 5.23, whose private layout this file relies on): a subclass, remote code, or a forward that somebody
