@@ -1,5 +1,5 @@
-// The entries of a vector tier's AdamwKernels, written once: each tier's file includes this within its target region and
-// namespace, after its step_32bit<T> and step_8bit<T> for the storage types T.
+// The entries of a vector tier's AdamwKernels, written once: each tier's file includes this within its target region
+// and namespace, after its step_32bit<T> and step_8bit<T> for the storage types T.
 
 void step_32bit_any(const Adamw& a, const Stepped32bit& t, int64_t first, int64_t last) {
     switch (t.type) {

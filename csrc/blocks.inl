@@ -1,6 +1,6 @@
 // The quantization entries of a vector tier's table, written once: each tier's file includes this within its target
-// region and namespace, after its Searcher4 and Searcher8, quantize<T, Searcher> and dequantize<T> for the storage types
-// T. Those take whole blocks of a multiple of 32 values; the rest goes to `scalar`.
+// region and namespace, after its Searcher4 and Searcher8, quantize<T, Searcher> and dequantize<T> for the storage
+// types T. Those take whole blocks of a multiple of 32 values; the rest goes to `scalar`.
 
 template <class Searcher, class Arguments>
 void quantize_any(const Arguments& a, int64_t first, int64_t last) {

@@ -44,9 +44,9 @@ struct Factors {
           dense_type(c.type()),
           blocksize(few ? c.note("blocksize", c.random.of<int64_t>({64, 128, 32, 4096})) : c.blocksize()),
           blocks((rows * columns + blocksize - 1) / blocksize),
-          x(x_rows > 0 && depth > 0 ? ((x_rows - 1) * stride + (depth - 1) * step + 1) * size_of(type) : 0, c.shift(), 0),
+          x(x_rows && depth ? ((x_rows - 1) * stride + (depth - 1) * step + 1) * size_of(type) : 0, c.shift(), 0),
           values(bits ? c.bytes((rows * columns * bits + 7) / 8, c.shift())
-                      : Buffer(rows > 0 ? ((rows - 1) * dense_stride + columns) * size_of(dense_type) : 0, c.shift(), 0)),
+                      : Buffer(rows ? ((rows - 1) * dense_stride + columns) * size_of(dense_type) : 0, c.shift(), 0)),
           code(table_of(c, 16)),
           statistics(c, blocks, false),
           absmax(c.floats(blocks, 0, 0.1f, 1.0f)),
