@@ -126,22 +126,24 @@ void one_by_four(const char* x, const float* panel, int64_t tiles, float* sums, 
     T::template store<3>(sums + 3 * kTile, kStripRow);
 }
 
-// One or two rows of tiles, the second `stride` bytes after the first.
+// One or two rows of tiles, the second `stride` bytes after the first. Without depth sums are zero too.
 template <class T>
 void multiply_rows(const char* x, int64_t stride, int64_t rows, const float* panel, int64_t tiles, int64_t columns,
                    float* sums, bool add) {
-    for (int64_t i = 0; i < tiles; i += kReach) {
+    int64_t i = 0;
+    do {
         const char* const from = x + i * kTileBytes;
         const float* const lanes = panel + i * kTile * kStrip;
         const int64_t count = least(tiles - i, kReach);
         if (rows == kTile) {
             one_by_four<T>(from, lanes, count, sums, add || i > 0);
-            continue;
+        } else {
+            for (int64_t c = 0; c < columns; c += 2 * kTile) {
+                two_by_two<T>(from, from + stride, lanes + c, count, sums + c, add || i > 0);
+            }
         }
-        for (int64_t c = 0; c < columns; c += 2 * kTile) {
-            two_by_two<T>(from, from + stride, lanes + c, count, sums + c, add || i > 0);
-        }
-    }
+        i += kReach;
+    } while (i < tiles);
 }
 
 // MatmulKernels::multiply_packed.

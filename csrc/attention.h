@@ -9,8 +9,8 @@
 //     dv = pᵀ dout,  ds = scale (1 - (z / c)²) p (dout vᵀ - d),  dq = ds k,  dk = dsᵀ q.
 //
 // Products are those of matmul.h: the left factor lies as it is, the right one is laid out as a panel. Where the chip
-// multiplies bf16, p and ds are rounded to it; sums and everything else is fp32. Tiles that no range meets are left out,
-// so the work follows the ranges.
+// multiplies bf16, p and ds are rounded to it; sums and everything else is fp32. Tiles that no range meets are left
+// out, so the work follows the ranges.
 // Between forward and backward one number a row, lse, is kept. Every row is summed in an order that the shapes and
 // ranges alone decide, so that results do not depend on the number of threads.
 //

@@ -2,8 +2,8 @@
 //
 // A group is 64 values of a row of W, which have one scale: 32 bytes of codes. Values of 16 bits are looked up by byte
 // shuffles, 32 low bytes and 32 high ones at a time, and interleaved; their order along the depth, which results from
-// that, `arrange` gives to x. Four or eight rows of W are expanded a stretch at a time, into cache, and serve all rows
-// of x.
+// that, `arrange` gives to x. One row is multiplied with values as they are looked up. For more, eight rows of W are
+// expanded a stretch at a time, into cache, and serve all rows of x.
 
 #if defined(__x86_64__)
 
@@ -21,8 +21,9 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t kGroup = 64, kStretch = kStretchBytes / 4, kRow = kArrangedBytes / 4;
-constexpr int64_t kColumns = 8;  // rows of W at a time
-constexpr int64_t kTile = 3;     // rows of x at a time
+constexpr int64_t kColumns = 8;   // rows of W at a time
+constexpr int64_t kLookedUp = 4;  // the same for one row of x
+constexpr int64_t kTile = 3;      // rows of x at a time
 
 // By permutes: values as they lie.
 template <class T>
@@ -32,8 +33,11 @@ struct Permuted {
 
     Permuted(const float* code, float scale) : table(code, scale) {}
 
-    void expand(const uint8_t* codes, float* out) const {
-        for (int i = 0; i < 64; i += 8) _mm256_storeu_ps(out + i, table.look_up(codes + i / 2));
+    // Call use(i, values) for the places i, i + 1, ... i + 7 of a half of a group, in order.
+    template <int half, class Use>
+    void each(const uint8_t* codes, const Use& use) const {
+#pragma GCC unroll 4
+        for (int i = 32 * half; i < 32 * half + 32; i += 8) use(i, table.look_up(codes + i / 2));
     }
 
     static int position(int i) { return i; }
@@ -55,10 +59,13 @@ struct Shuffled {
         high = _mm256_permute4x64_epi64(bytes, 0xdd);
     }
 
-    void expand(const uint8_t* codes, float* out) const {
+    template <int half, class Use>
+    void each(const uint8_t* codes, const Use& use) const {
         const __m256i mask = _mm256_set1_epi8(15), bytes = _mm256_loadu_si256(at(codes));
-        expand_half(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), out);
-        expand_half(_mm256_and_si256(bytes, mask), out + 32);
+        const __m256i index = _mm256_and_si256(half ? bytes : _mm256_srli_epi16(bytes, 4), mask);
+        const __m256i lows = _mm256_shuffle_epi8(low, index), highs = _mm256_shuffle_epi8(high, index);
+        each_of_words(_mm256_unpacklo_epi8(lows, highs), 32 * half, use);
+        each_of_words(_mm256_unpackhi_epi8(lows, highs), 32 * half + 16, use);
     }
 
     // Which value of a group comes to place i.
@@ -73,21 +80,13 @@ struct Shuffled {
         return _mm256_srli_epi32(_mm256_castps_si256(value), 16);
     }
 
-    void expand_half(__m256i index, float* out) const {
-        const __m256i lows = _mm256_shuffle_epi8(low, index), highs = _mm256_shuffle_epi8(high, index);
-        store_words(_mm256_unpacklo_epi8(lows, highs), out);
-        store_words(_mm256_unpackhi_epi8(lows, highs), out + 16);
-    }
-
-    static void store_words(__m256i words, float* out) {
-        const __m256i even = _mm256_slli_epi32(words, 16);
-        const __m256i odd = _mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000)));
-        _mm256_storeu_si256(at(out), even);
-        _mm256_storeu_si256(at(out + 8), odd);
+    template <class Use>
+    static void each_of_words(__m256i words, int i, const Use& use) {
+        use(i, _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
+        use(i + 8, _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000)))));
     }
 
     static const __m256i* at(const void* x) { return static_cast<const __m256i*>(x); }
-    static __m256i* at(void* x) { return static_cast<__m256i*>(x); }
 };
 
 template <class L>
@@ -136,8 +135,50 @@ void multiply_tile(const float* w, int64_t count, const float* x, float* sums, b
     }
 }
 
+// One row of x times `count` rows of W from `column` on, at most kLookedUp. What does not wait for each other stands
+// close together: the tables of all rows of W, then halves of groups in turn.
+template <class L>
+void look_up_row(const Weight4bit& w, int64_t column, int64_t count, const float* x, float* sums) {
+    const int64_t depth = w.columns;
+    for (int64_t begin = 0; begin < depth; begin += kStretch, x += kRow) {
+        const int64_t values = least(kStretch, depth - begin);
+        const uint8_t* codes[kLookedUp];
+        float scales[kLookedUp][kStretch / kGroup];
+        __m256 sum[kLookedUp];
+        for (int64_t c = 0; c < kLookedUp; ++c) {  // the last row again where there are no more
+            const int64_t first = (column + least(c, count - 1)) * depth + begin;
+            codes[c] = w.codes + first / 2;
+            read_scales(w, first, kGroup, values / kGroup, scales[c]);
+            sum[c] = _mm256_setzero_ps();
+        }
+        for (int64_t j = 0; j < values; j += kGroup) {
+            const L tables[kLookedUp] = {{w.code, scales[0][j / kGroup]}, {w.code, scales[1][j / kGroup]},
+                                         {w.code, scales[2][j / kGroup]}, {w.code, scales[3][j / kGroup]}};
+            const auto multiply_add = [&](int c) {
+                return [&sum = sum[c], x, j](int i, __m256 looked_up) {
+                    sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + j + i), looked_up, sum);
+                };
+            };
+#pragma GCC unroll 4
+            for (int c = 0; c < kLookedUp; ++c) tables[c].template each<0>(codes[c] + j / 2, multiply_add(c));
+#pragma GCC unroll 4
+            for (int c = 0; c < kLookedUp; ++c) {
+                tables[c].template each<1>(codes[c] + j / 2, multiply_add(c));
+                _mm_prefetch(reinterpret_cast<const char*>(codes[c] + j / 2 + kLookedUp * depth / 2), _MM_HINT_T0);
+            }
+        }
+        for (int c = 0; c < kLookedUp; ++c) sums[c] = begin > 0 ? sums[c] + total(sum[c]) : total(sum[c]);
+    }
+}
+
 template <class L>
 void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums) {
+    if (rows == 1) {
+        for (int64_t c = 0; c < columns; c += kLookedUp) {
+            look_up_row<L>(w, column + c, least(kLookedUp, columns - c), static_cast<const float*>(arranged), sums + c);
+        }
+        return;
+    }
     alignas(64) float expanded[kColumns * kRow];
     const int64_t depth = w.columns;
     for (int64_t c = 0; c < columns; c += kColumns) {
@@ -152,7 +193,11 @@ void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arran
                 for (int64_t j = 0; j < values; j += kGroup) {
                     const uint8_t* const codes = w.codes + (first + j) / 2;
                     _mm_prefetch(reinterpret_cast<const char*>(codes + kColumns * depth / 2), _MM_HINT_T0);
-                    L(w.code, scales[j / kGroup]).expand(codes, expanded + i * kRow + j);
+                    float* const out = expanded + i * kRow + j;
+                    const L table(w.code, scales[j / kGroup]);
+                    const auto store = [&](int place, __m256 value) { _mm256_storeu_ps(out + place, value); };
+                    table.template each<0>(codes, store);
+                    table.template each<1>(codes, store);
                 }
             }
             const bool add = begin > 0;

@@ -156,33 +156,7 @@ void pack_gradient(const Rows& rows, int64_t column, int64_t first, int64_t last
     }
 }
 
-template <class T>
-void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    switch (m.type) {
-        case Type::bf16: return pack_forward(DenseRows<T, Bf16>{m}, column, first, last, panel);
-        case Type::fp16: return pack_forward(DenseRows<T, Fp16>{m}, column, first, last, panel);
-        default: return pack_forward(DenseRows<T, Fp32>{m}, column, first, last, panel);
-    }
-}
-
-template <class T>
-void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    switch (m.type) {
-        case Type::bf16: return pack_gradient(DenseRows<T, Bf16>{m}, column, first, last, panel);
-        case Type::fp16: return pack_gradient(DenseRows<T, Fp16>{m}, column, first, last, panel);
-        default: return pack_gradient(DenseRows<T, Fp32>{m}, column, first, last, panel);
-    }
-}
-
-template <class T>
-void bytes_forward(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    pack_forward(BytesRows<T>{w}, column, first, last, panel);
-}
-
-template <class T>
-void bytes_gradient(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    pack_gradient(BytesRows<T>{w}, column, first, last, panel);
-}
+#include "factors.inl"
 
 template <int rows>
 void multiply_tile(const void* x, int64_t stride, const float* part, int64_t lanes, float* sums, bool add) {

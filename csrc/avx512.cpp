@@ -148,45 +148,7 @@ void dequantize(const Dequantize8bit& a, int64_t first, int64_t last) {
     }
 }
 
-void quantize_4bit(const Quantize4bit& a, int64_t first, int64_t last) {
-    const int64_t whole = whole_blocks(a, first, last);
-    switch (a.type) {
-        case Type::fp32: quantize<Fp32, Searcher4>(a, first, whole); break;
-        case Type::bf16: quantize<Bf16, Searcher4>(a, first, whole); break;
-        case Type::fp16: quantize<Fp16, Searcher4>(a, first, whole); break;
-    }
-    scalar.quantize_4bit(a, whole, last);
-}
-
-void quantize_8bit(const Quantize8bit& a, int64_t first, int64_t last) {
-    const int64_t whole = whole_blocks(a, first, last);
-    switch (a.type) {
-        case Type::fp32: quantize<Fp32, Searcher8>(a, first, whole); break;
-        case Type::bf16: quantize<Bf16, Searcher8>(a, first, whole); break;
-        case Type::fp16: quantize<Fp16, Searcher8>(a, first, whole); break;
-    }
-    scalar.quantize_8bit(a, whole, last);
-}
-
-void dequantize_4bit(const Dequantize4bit& a, int64_t first, int64_t last) {
-    const int64_t whole = whole_blocks(a, first, last);
-    switch (a.type) {
-        case Type::fp32: dequantize<Fp32>(a, first, whole); break;
-        case Type::bf16: dequantize<Bf16>(a, first, whole); break;
-        case Type::fp16: dequantize<Fp16>(a, first, whole); break;
-    }
-    scalar.dequantize_4bit(a, whole, last);
-}
-
-void dequantize_8bit(const Dequantize8bit& a, int64_t first, int64_t last) {
-    const int64_t whole = whole_blocks(a, first, last);
-    switch (a.type) {
-        case Type::fp32: dequantize<Fp32>(a, first, whole); break;
-        case Type::bf16: dequantize<Bf16>(a, first, whole); break;
-        case Type::fp16: dequantize<Fp16>(a, first, whole); break;
-    }
-    scalar.dequantize_8bit(a, whole, last);
-}
+#include "blocks.inl"
 
 }  // namespace
 }  // namespace halfbyte

@@ -26,7 +26,7 @@ namespace {
 // Lanes of two bf16 values.
 struct Pairs {
     using Element = uint16_t;
-    static constexpr int kPerLane = 2, kSize = 2;  // values in a lane, bytes of a value of x
+    static constexpr int kPerLane = 2;  // values in a lane
 
     // The sixteen values of a block, twice, since a lookup reads five bits.
     static __m512i table(__m512 values) { return (__m512i)_mm512_cvtne2ps_pbh(values, values); }
@@ -86,7 +86,7 @@ struct Bf16OfUnit : Bf16 {
 template <class T>
 struct Singles {
     using Element = float;
-    static constexpr int kPerLane = 1, kSize = T::kSize;
+    static constexpr int kPerLane = 1;
 
     static __m512i table(__m512 values) { return _mm512_castps_si512(T::nearest(values)); }
 
@@ -248,6 +248,7 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
 // The rows of a dense matrix with values of type S: the first `count` lanes' values from position i of a row on.
 template <class L, class S>
 struct DenseRows {
+    using Lane = L;
     const Dense& m;
     // A strip is a small part of each row: what lies ahead is asked for, since no processor guesses it.
     void prefetch(int64_t row, int64_t i, int64_t count) const {
@@ -263,6 +264,7 @@ struct DenseRows {
 // Those of a weight in bytes.
 template <class L>
 struct BytesRows {
+    using Lane = L;
     const Weight8bit& m;
     void prefetch(int64_t row, int64_t i, int64_t) const {
         _mm_prefetch(reinterpret_cast<const char*>(m.codes + row * m.columns + i), _MM_HINT_T0);
@@ -285,8 +287,9 @@ struct BytesRows {
     }
 };
 
-template <class L, class Rows>
+template <class Rows>
 void pack_forward(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
+    using L = typename Rows::Lane;
     constexpr int64_t width = 16 * L::kPerLane;
     alignas(64) __m512i lanes[16];
     for (int64_t c = 0; c < least(kStrip, rows.m.rows - column); c += 16) {
@@ -299,8 +302,9 @@ void pack_forward(const Rows& rows, int64_t column, int64_t first, int64_t last,
     }
 }
 
-template <class L, class Rows>
+template <class Rows>
 void pack_gradient(const Rows& rows, int64_t column, int64_t first, int64_t last, float* panel) {
+    using L = typename Rows::Lane;
     constexpr int64_t width = 16 * L::kPerLane;
     const int64_t columns = least(kStrip, rows.m.columns - column);
     for (int64_t n = first; n < last; n += L::kPerLane, panel += kStrip) {
@@ -314,33 +318,7 @@ void pack_gradient(const Rows& rows, int64_t column, int64_t first, int64_t last
     }
 }
 
-template <class L>
-void dense_forward(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    switch (m.type) {
-        case Type::bf16: return pack_forward<L>(DenseRows<L, Bf16>{m}, column, first, last, panel);
-        case Type::fp16: return pack_forward<L>(DenseRows<L, Fp16>{m}, column, first, last, panel);
-        default: return pack_forward<L>(DenseRows<L, Fp32>{m}, column, first, last, panel);
-    }
-}
-
-template <class L>
-void dense_gradient(const Dense& m, int64_t column, int64_t first, int64_t last, float* panel) {
-    switch (m.type) {
-        case Type::bf16: return pack_gradient<L>(DenseRows<L, Bf16>{m}, column, first, last, panel);
-        case Type::fp16: return pack_gradient<L>(DenseRows<L, Fp16>{m}, column, first, last, panel);
-        default: return pack_gradient<L>(DenseRows<L, Fp32>{m}, column, first, last, panel);
-    }
-}
-
-template <class L>
-void bytes_forward(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    pack_forward<L>(BytesRows<L>{w}, column, first, last, panel);
-}
-
-template <class L>
-void bytes_gradient(const Weight8bit& w, int64_t column, int64_t first, int64_t last, float* panel) {
-    pack_gradient<L>(BytesRows<L>{w}, column, first, last, panel);
-}
+#include "factors.inl"
 
 // Where few columns leave registers, the even and the odd lanes are summed apart, so that no sum waits for its last.
 template <class L, int rows, int groups>

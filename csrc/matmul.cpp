@@ -57,7 +57,7 @@ class Product {
           size_(size_of(a_.type)),
           y_size_(size_of(a_.y_type)),
           few_(a_.rows <= k_.few->rows && dots(*a_.terms)),
-          tiled_(k_.pack && !few_ && a_.width > kStrip),
+          tiled_(k_.pack && !few_ && a_.width > kStrip && depth() > 0),
           strip_(few_ && a_.count == 1 ? kFewStrip : tiled_ ? kStrip * panels_at_once() : kStrip),
           strips_(parts(a_.width, strip_)) {
         const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips_));
@@ -101,8 +101,9 @@ class Product {
 
   private:
     // Whether `dot` can take this term.
-    static bool dots(const Term& term) {
-        return term.weight && !term.gradient && term.weight->piece >= 64 && term.stride == term.depth();
+    bool dots(const Term& term) const {
+        const bool without_gaps = a_.rows == 1 || term.stride == term.depth();
+        return term.weight && !term.gradient && term.weight->piece >= 64 && term.depth() > 0 && without_gaps;
     }
 
     int64_t depth() const {

@@ -88,7 +88,7 @@ struct FewKernels {
     void (*arrange)(const void* x, int64_t rows, int64_t depth, void* arranged);
 
     // sums[r][0 .. columns) = x[r] times the columns [column, column + columns) of Wᵀ, at most kStrip, of a W in pieces
-    // of at least 64; up to 3 more are written.
+    // of at least 64; up to 7 more are written.
     void (*dot)(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums);
 };
 

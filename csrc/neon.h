@@ -80,10 +80,12 @@ struct Table {
     // The values of sixteen codes as they are stored.
     void store(void* out, int64_t i, uint8x16_t codes) const {
         if constexpr (T::kSize == 4) {
-            vst4q_u8(at(out, 4 * i), {{vqtbl1q_u8(bytes[0], codes), vqtbl1q_u8(bytes[1], codes),
-                                       vqtbl1q_u8(bytes[2], codes), vqtbl1q_u8(bytes[3], codes)}});
+            const uint8x16x4_t values = {{vqtbl1q_u8(bytes[0], codes), vqtbl1q_u8(bytes[1], codes),
+                                          vqtbl1q_u8(bytes[2], codes), vqtbl1q_u8(bytes[3], codes)}};
+            vst4q_u8(at(out, 4 * i), values);
         } else {
-            vst2q_u8(at(out, 2 * i), {{vqtbl1q_u8(bytes[0], codes), vqtbl1q_u8(bytes[1], codes)}});
+            const uint8x16x2_t values = {{vqtbl1q_u8(bytes[0], codes), vqtbl1q_u8(bytes[1], codes)}};
+            vst2q_u8(at(out, 2 * i), values);
         }
     }
 

@@ -106,9 +106,11 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
     if (count <= grain || threads <= 1) return body(0, count);
     Job job(count, grain, body);
     if (const OpenMP parallel = openmp) {
+        // Always as many, whatever the work: libgomp ends those that a smaller team leaves over.
         parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
     } else {
-        current_pool().run(job, threads);
+        const int64_t ranges = (count + grain - 1) / grain;
+        current_pool().run(job, static_cast<int>(std::min<int64_t>(threads, ranges)));
     }
 }
 

@@ -17,8 +17,6 @@
 namespace halfbyte {
 namespace {
 
-constexpr int kSums = 12;
-
 bool always() { return true; }
 
 // Multiply and add apart (-ffp-contract=off), in whatever vectors the compiler's baseline has.
@@ -37,6 +35,14 @@ float multiply_add(int64_t rounds) {
 }  // namespace halfbyte
 
 #if defined(__x86_64__)
+
+namespace halfbyte {
+namespace {
+
+constexpr int kSums = 12;
+
+}  // namespace
+}  // namespace halfbyte
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

@@ -89,6 +89,17 @@ def test_without_openmp_a_pool_does_the_work_for_several_callers_and_for_forked_
     """)
 
 
+def test_the_pool_has_no_more_threads_than_there_ever_was_work_for() -> None:
+    run("""
+        _native.use_openmp(0)
+        before = tasks()
+        torch.set_num_threads(50)
+        small = torch.randn(3 << 16)  # three ranges
+        native.quantize_4bit(small, code, 64)
+        assert tasks() <= before + 2, (before, tasks())
+    """)
+
+
 def test_forked_children_and_data_loader_workers_compute_the_same() -> None:
     run("""
         assert quantized() == expected

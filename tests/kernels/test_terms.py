@@ -163,6 +163,7 @@ def test_any_number_of_terms_and_any_depth_do(tier: None) -> None:
             random = Random(len(depths))
             xs = [random.dense(7, depth, dtype) for depth in depths]
             check([Term(x, random.dense(40, x.shape[1], dtype)) for x in xs], dtype)
+        check([Term(random.dense(3, 0, dtype), random.dense(200, 0, dtype))], dtype, random.dense(1, 200, dtype)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,6 +189,16 @@ def test_neither_threads_nor_other_rows_change_a_bit(
     few = products(FEW_ROWS)
     for rows in (3, 11):
         assert all(torch.equal(got, whole[:rows]) for got, whole in zip(products(rows), few, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_row_gives_the_same_wherever_the_next_would_be(vector_tier: None, dtype: torch.dtype) -> None:
+    random = Random(0)
+    weight, wide = random.weight(200, 1088), random.dense(3, 2000, dtype)
+    row = wide[1:2, :1088]
+    close = torch.as_strided(row, (1, 1088), (1088, 1))
+    results = [check([Term(x, weight)], torch.float32) for x in (close, row)]
+    assert torch.equal(*results)
 
 
 def test_wrong_terms_are_named() -> None:

@@ -30,8 +30,9 @@ struct Factors {
     std::vector<double> factor;
 
     Factors(Case& c, Type type, int64_t x_rows, int64_t width, int64_t most, bool few)
-        : depth(c.note("depth", !few && c.random.once_in(2) ? 1 + c.random.below(most)
-                                                            : 32 * (1 + c.random.below(most) / 32))),
+        : depth(c.note("depth", c.random.once_in(30)              ? 0
+                                : !few && c.random.once_in(2) ? 1 + c.random.below(most)
+                                                              : 32 * (1 + c.random.below(most) / 32))),
           transposed(c.note("transposed", !few && c.random.once_in(5))),
           stride(transposed ? 1 : depth + c.note("x_gap", few ? 0 : c.gap())),
           step(transposed ? x_rows + c.note("x_gap", c.gap()) : 1),
@@ -43,9 +44,9 @@ struct Factors {
           dense_type(c.type()),
           blocksize(few ? c.note("blocksize", c.random.of<int64_t>({64, 128, 32, 4096})) : c.blocksize()),
           blocks((rows * columns + blocksize - 1) / blocksize),
-          x(x_rows > 0 ? ((x_rows - 1) * stride + (depth - 1) * step + 1) * size_of(type) : 0, c.shift(), 0),
+          x(x_rows && depth ? ((x_rows - 1) * stride + (depth - 1) * step + 1) * size_of(type) : 0, c.shift(), 0),
           values(bits ? c.bytes((rows * columns * bits + 7) / 8, c.shift())
-                      : Buffer(((rows - 1) * dense_stride + columns) * size_of(dense_type), c.shift(), 0)),
+                      : Buffer(rows ? ((rows - 1) * dense_stride + columns) * size_of(dense_type) : 0, c.shift(), 0)),
           code(table_of(c, 16)),
           statistics(c, blocks, false),
           absmax(c.floats(blocks, 0, 0.1f, 1.0f)),

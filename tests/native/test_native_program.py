@@ -45,6 +45,18 @@ def test_arm_kernels_do_as_well() -> None:
     passes(*emulator, build("neon"), "--cases", "15")
 
 
+@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang")
+@pytest.mark.parametrize("target", ["", "aarch64-linux-gnu"])
+def test_clang_has_nothing_to_say(target: str) -> None:
+    if target and not shutil.which(f"{target}-g++"):
+        pytest.skip("no headers of 64-bit Arm")
+    options = [f"--target={target}"] if target else []
+    options += ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    for source in (HERE.parents[1] / "csrc").glob("*.cpp"):
+        if source.name != "bindings.cpp":  # which needs Python's headers
+            passes("clang++", *options, source)
+
+
 def test_a_wrong_option_is_an_error() -> None:
     program = build("sanitize")
     for options in (["--tier", "none"], ["--case", "3"]):
