@@ -9,6 +9,7 @@ import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
 
 import halfbyte
 from halfbyte import kernels
@@ -238,3 +239,24 @@ def test_preparing_for_training_binds_and_unpreparing_unbinds(tiny_model_folder:
     assert peft(**batch).logits is None
     halfbyte.unprepare(peft)
     assert peft(**batch).logits is not None
+
+
+def test_trl_answers_where_the_head_is_not_ours() -> None:
+    model, batch = small_model(), some_batch()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    expected = model(**batch, fused_lm_head=True)
+    bind_head(model)
+    assert torch.allclose(model(**batch, fused_lm_head=True).log_probs, expected.log_probs, atol=1e-5)
+    model.lm_head.register_forward_hook(lambda module, args, output: None)
+    assert head_of(model) is None
+    got = model(**batch, fused_lm_head=True)
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+    assert model(**batch | {"labels": None}).logits is not None
+
+
+def test_a_temperature_is_left_to_trl() -> None:
+    model, batch = small_model(), some_batch()
+    add_fused_lm_head(model, temperature=0.5)
+    expected = model(**batch, fused_lm_head=True).log_probs
+    bind_head(model)
+    assert torch.equal(model(**batch, fused_lm_head=True).log_probs, expected)
