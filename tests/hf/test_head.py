@@ -186,6 +186,24 @@ def test_an_adapter_on_the_head_takes_part() -> None:
     assert torch.equal(peft(**batch).loss, own.loss)
 
 
+def test_a_head_that_is_trained_beside_the_adapters_is_served_too() -> None:
+    model, batch = small_model(), some_batch()
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    peft = get_peft_model(model, lora).train()
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight *= -1
+    own = peft(**batch)
+    expected = gradients(peft, own.loss)
+    bind_head(model)
+    ours = peft(**batch)
+    assert ours.logits is None and any("lm_head" in name for name in expected)
+    torch.testing.assert_close(ours.loss, own.loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients(peft, ours.loss).items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
+    with peft.disable_adapter():
+        assert peft(**batch).loss == pytest.approx(peft.eval()(**batch).loss.item()) != pytest.approx(own.loss.item())
+
+
 def test_binding_twice_is_binding_once_and_unbinding_leaves_nothing() -> None:
     model = small_model()
     bind_head(model)

@@ -10,7 +10,7 @@ positions with a label alone and never holds their logits:
   would compute with the weights of the original.)
 
 Anything else goes to the forward that was there before, or TRL's: evaluation, generation, router logits, a head that is
-no linear layer or that PEFT has wrapped, a temperature. A head in 4 bits is expanded a chunk at a time.
+no linear layer or that has an adapter, a temperature. A head in 4 bits is expanded a chunk at a time.
 
 Which families it serves: those whose logits are ``cap tanh(scale W h / cap)``, scale and cap being in the
 configuration under a name known here. That is not believed but tried: before its first use the model's own forward runs
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
@@ -142,7 +143,7 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         width = labels.shape[1] - 1
     else:
         width = shifted.shape[1]
-    scores, mask = _score(model.get_output_embeddings(), head, hidden, shifted)
+    scores, mask = _score(_layer_of(model), head, hidden, shifted)
     trained = mask.sum()
     loss = -scores.log_prob.sum() / (trained.clamp(min=1) if count is None else count)
     if not fused:
@@ -196,13 +197,24 @@ def _parameters(cls: type[PreTrainedModel]) -> tuple[str, ...]:
 
 def head_of(model: PreTrainedModel) -> Head | None:
     """Return how ``model`` makes its logits, or None if that is not known or its head is not a plain linear layer."""
-    layer = model.get_output_embeddings()
+    layer = _layer_of(model)
     if type(layer) not in (nn.Linear, Linear4bit) or type(layer.weight) is not nn.Parameter or _is_hooked(layer):
         return None
     if not hasattr(model, "_halfbyte_head"):
         model._halfbyte_head = _tried(model, layer)
     known: Head | None = model._halfbyte_head
     return known
+
+
+def _layer_of(model: PreTrainedModel) -> Any:
+    """Return the output layer, or of PEFT's ``modules_to_save`` (0.21) the copy that its forward would choose."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not ModulesToSaveWrapper or _is_hooked(layer):
+        return layer
+    names = layer.active_adapters
+    if layer.disable_adapters or not names or any(name not in layer.modules_to_save for name in names):
+        return layer.original_module
+    return layer.modules_to_save[names[0]]
 
 
 def _is_hooked(layer: nn.Module) -> bool:
