@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -224,3 +224,118 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder: Path
     ours.activation_checkpointing_enable({"use_reentrant": False})
     for name, gradient in gradients(ours).items():
         assert torch.equal(gradient, plain[name])
+
+
+def same_gradients(ours: nn.Module, theirs: nn.Module, bound: float = BOUNDS[torch.float32]) -> bool:
+    got, expected = gradients(ours.train()), gradients(theirs.train())
+    assert got.keys() == expected.keys() and expected
+    return all((got[name] - gradient).norm() <= bound * gradient.norm() for name, gradient in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"up_proj": 3}},
+        {"modules_to_save": ["input_layernorm", "norm"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [5, 6]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_what_peft_is_asked_to_train_gets_its_gradients(tiny_model_folder: Path, options: dict[str, object]) -> None:
+    ours, theirs = pair(tiny_model_folder, torch.float32, **options)
+    assert same_gradients(ours, theirs)
+
+
+def test_gradients_in_fp16_lie_on_fp32(tiny_model_folder: Path) -> None:
+    assert same_gradients(*pair(tiny_model_folder, torch.float16), bound=1e-2)
+
+
+def test_a_model_that_is_partly_dense_is_trained_too(tiny_model_folder: Path) -> None:
+    config = halfbyte.HalfbyteConfig(compute_dtype=torch.float32, skip_modules=["lm_head", "q_proj", "down_proj"])
+    base = halfbyte.load(tiny_model_folder, quantization_config=config)
+    dense = copy.deepcopy(base).dequantize(torch.float32).float()
+    torch.manual_seed(0)
+    ours = halfbyte.prepare_for_training(get_peft_model(base, lora(init_lora_weights=False)))
+    torch.manual_seed(0)
+    assert same_gradients(ours, get_peft_model(dense, lora(init_lora_weights=False)))
+    assert sum(isinstance(module, LoraLinear4bit) for module in ours.modules()) == 2 * 5
+
+
+def test_peft_s_own_preparation_for_quantized_training_may_come_first(tiny_model_folder: Path) -> None:
+    """It turns all that is dense into fp32; 4-bit layers go on computing in theirs."""
+    config = halfbyte.HalfbyteConfig(compute_dtype=torch.bfloat16)
+    base = prepare_model_for_kbit_training(halfbyte.load(tiny_model_folder, quantization_config=config))
+    dense = copy.deepcopy(base).dequantize(torch.float32).float()
+    torch.manual_seed(0)
+    ours = halfbyte.prepare_for_training(get_peft_model(base, lora(init_lora_weights=False)))
+    torch.manual_seed(0)
+    assert same_gradients(ours, get_peft_model(dense, lora(init_lora_weights=False)), BOUNDS[torch.bfloat16])
+
+
+def test_adapters_come_go_and_work_together(tiny_model_folder: Path) -> None:
+    both = pair(tiny_model_folder, torch.float32)
+    for model in both:
+        torch.manual_seed(3)
+        model.add_adapter("second", lora(init_lora_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+    assert same_gradients(*both)
+    for model in both:
+        model.add_weighted_adapter(["default", "second"], [0.3, 0.7], "mixed", combination_type="linear")
+        model.set_adapter("mixed")
+    assert same_gradients(*both)
+    for model in both:
+        model.set_adapter("second")
+        model.delete_adapter("mixed")
+        model.delete_adapter("default")
+    assert same_gradients(*both)
+
+
+def test_rows_of_a_batch_may_each_have_their_adapter(tiny_model_folder: Path) -> None:
+    both = pair(tiny_model_folder, torch.float32)
+    ids, names = torch.cat([IDS, IDS[:1]]), ["default", "second", "__base__"]
+    results = []
+    for model in both:
+        torch.manual_seed(3)
+        model.add_adapter("second", lora(init_lora_weights=False))
+        logits = model.eval()(input_ids=ids, adapter_names=names).logits
+        text = model.generate(input_ids=ids, adapter_names=names, max_new_tokens=4, do_sample=False)
+        results.append((logits, text))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_text_can_be_generated_between_steps(tiny_model_folder: Path) -> None:
+    ours, theirs = pair(tiny_model_folder, torch.float32)
+    for mode in (False, True):
+        assert same_gradients(ours, theirs)
+        texts = [m.train(mode).generate(input_ids=IDS, max_new_tokens=6, do_sample=False) for m in (ours, theirs)]
+        assert torch.equal(*texts)
+    assert same_gradients(ours, theirs)
+
+
+def test_an_unloaded_base_takes_another_adapter(tiny_model_folder: Path) -> None:
+    bases = [model.unload() for model in pair(tiny_model_folder, torch.float32)]
+    logits = [base.eval()(input_ids=IDS).logits for base in bases]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    again = []
+    for base in bases:
+        torch.manual_seed(4)
+        again.append(get_peft_model(base, lora(init_lora_weights=False)))
+    assert same_gradients(halfbyte.prepare_for_training(again[0]), again[1])
+
+
+def test_a_deep_copy_of_a_prepared_model_is_one_of_its_own(tiny_model_folder: Path) -> None:
+    ours, theirs = pair(tiny_model_folder, torch.float32)
+    copied = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            if parameter.is_floating_point():
+                parameter.zero_()
+    assert same_gradients(copied, theirs)
+    assert copied.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
+    assert all(p.grad is None for p in ours.parameters())

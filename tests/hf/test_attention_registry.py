@@ -38,6 +38,11 @@ FAMILIES: dict[str, tuple[Any, Any, bool]] = {
         t.Gemma2Config(**DECODER, head_dim=12, attn_logit_softcapping=1.5, query_pre_attn_scalar=9, **MIXED),
         True,
     ),
+    "vaultgemma": (
+        t.VaultGemmaForCausalLM,
+        t.VaultGemmaConfig(**DECODER, head_dim=12, attn_logit_softcapping=1.5, query_pre_attn_scalar=9, **MIXED),
+        True,
+    ),
     "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig(**DECODER, head_dim=12, **MIXED), True),
     "phi3": (t.Phi3ForCausalLM, t.Phi3Config(**DECODER, sliding_window=6), True),
     "olmo2": (t.Olmo2ForCausalLM, t.Olmo2Config(**DECODER), True),
@@ -221,6 +226,14 @@ def test_the_quantizer_chooses_it_where_the_caller_left_the_choice(tiny_model_fo
     assert implementation() == implementation(attn_implementation="flash_attention_2") == ours.NAME
     assert implementation(attn_implementation=ours.NAME, device_map="cpu") == ours.NAME
     assert [implementation(attn_implementation=name) for name in ("sdpa", "eager")] == ["sdpa", "eager"]
+
+
+def test_the_quantizer_chooses_it_for_soft_caps_which_sdpa_does_not_have(tmp_path: Path) -> None:
+    make("gemma2").save_pretrained(tmp_path)
+    for wish, expected in ((None, ours.NAME), ("flash_attention_2", ours.NAME), ("eager", "eager")):
+        config = halfbyte.HalfbyteConfig()
+        model = t.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, attn_implementation=wish)
+        assert model.config._attn_implementation == expected
 
 
 def test_the_quantizer_leaves_models_that_have_their_own_ways(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
 
 import halfbyte
 from halfbyte import kernels
@@ -185,6 +186,24 @@ def test_an_adapter_on_the_head_takes_part() -> None:
     assert torch.equal(peft(**batch).loss, own.loss)
 
 
+def test_a_head_that_is_trained_beside_the_adapters_is_served_too() -> None:
+    model, batch = small_model(), some_batch()
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    peft = get_peft_model(model, lora).train()
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight *= -1
+    own = peft(**batch)
+    expected = gradients(peft, own.loss)
+    bind_head(model)
+    ours = peft(**batch)
+    assert ours.logits is None and any("lm_head" in name for name in expected)
+    torch.testing.assert_close(ours.loss, own.loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients(peft, ours.loss).items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
+    with peft.disable_adapter():
+        assert peft(**batch).loss == pytest.approx(peft.eval()(**batch).loss.item()) != pytest.approx(own.loss.item())
+
+
 def test_binding_twice_is_binding_once_and_unbinding_leaves_nothing() -> None:
     model = small_model()
     bind_head(model)
@@ -238,3 +257,24 @@ def test_preparing_for_training_binds_and_unpreparing_unbinds(tiny_model_folder:
     assert peft(**batch).logits is None
     halfbyte.unprepare(peft)
     assert peft(**batch).logits is not None
+
+
+def test_trl_answers_where_the_head_is_not_ours() -> None:
+    model, batch = small_model(), some_batch()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    expected = model(**batch, fused_lm_head=True)
+    bind_head(model)
+    assert torch.allclose(model(**batch, fused_lm_head=True).log_probs, expected.log_probs, atol=1e-5)
+    model.lm_head.register_forward_hook(lambda module, args, output: None)
+    assert head_of(model) is None
+    got = model(**batch, fused_lm_head=True)
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+    assert model(**batch | {"labels": None}).logits is not None
+
+
+def test_a_temperature_is_left_to_trl() -> None:
+    model, batch = small_model(), some_batch()
+    add_fused_lm_head(model, temperature=0.5)
+    expected = model(**batch, fused_lm_head=True).log_probs
+    bind_head(model)
+    assert torch.equal(model(**batch, fused_lm_head=True).log_probs, expected)

@@ -193,3 +193,32 @@ def test_an_output_that_is_not_finite_is_told_with_the_rows_of_the_data(
     assert "first in the output of base_model.model.model.layers.1.mlp.act_fn" in str(error.value)
     batches = ("0 and 1 of the training data, of 4 and 3", "1 and 0 of the training data, of 3 and 4")
     assert any(f"on rows {batch} tokens" in str(error.value) for batch in batches)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_model_under_training_runs_on_its_own_weights(
+    kind: str, prepared: bool, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    our_trainer, _, our_config, _, rows = KINDS[kind]
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(halfbyte.load(tiny_model_folder), lora)
+    if prepared:
+        halfbyte.prepare_for_training(model)
+    trainer = our_trainer(
+        model=model,
+        args=our_config(**arguments(tmp_path)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+    )
+    trained = trainer.model.eval()
+    ids = torch.arange(5, 25).view(2, 10)
+    batch = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    expected, loss = trained(input_ids=ids).logits, trained(**batch).loss
+    copied = copy.deepcopy(trained)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.is_floating_point():
+                parameter.zero_()
+    assert torch.equal(copied(input_ids=ids).logits, expected) and torch.equal(copied(**batch).loss, loss)
+    assert not trained(input_ids=ids).logits.any()

@@ -22,6 +22,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
+import halfbyte
 from halfbyte.data import Collator
 from halfbyte.hf.trainer import EpochSampler, SFTTrainer, _random_state, _set_random_state
 
@@ -68,6 +69,7 @@ def small_model(family: str) -> Any:
 
 
 def trainer(model: Any, folder: Path, tokenizer: Any, callback: TrainerCallback, **arguments: Any) -> SFTTrainer:
+    packing = arguments.get("packing", False)
     config = SFTConfig(
         output_dir=str(folder),
         **{"max_steps": 1, "max_grad_norm": 0} | arguments,
@@ -75,7 +77,7 @@ def trainer(model: Any, folder: Path, tokenizer: Any, callback: TrainerCallback,
         save_strategy="no",
         bf16=False,
         activation_checkpointing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        dataset_kwargs={"skip_prepare_dataset": not packing},
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         report_to="none",
@@ -85,7 +87,7 @@ def trainer(model: Any, folder: Path, tokenizer: Any, callback: TrainerCallback,
         model=model,
         args=config,
         train_dataset=Dataset.from_list(some_rows()),
-        data_collator=Collator(0),
+        data_collator=None if packing else Collator(0),
         processing_class=tokenizer,
         callbacks=[callback],
     )
@@ -124,6 +126,30 @@ def test_loss_and_gradients_are_those_of_the_mean_over_trained_tokens(
     for name, gradient in expected.items():
         # fp32; padding and batching reorder sums of up to 50 terms
         torch.testing.assert_close(gradients.found[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
+
+
+def test_packing_trains_each_sample_as_if_it_were_alone(tiny_model_folder: Path, tmp_path: Path) -> None:
+    config = halfbyte.HalfbyteConfig(compute_dtype=torch.float32)
+    base = halfbyte.load(tiny_model_folder, quantization_config=config)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    dense = get_peft_model(copy.deepcopy(base).dequantize(torch.float32).float(), lora)
+    model = get_peft_model(base, lora)
+    adapters = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    dense.load_state_dict(adapters, strict=False)
+    expected_loss = plain_loss(dense.eval())
+    expected_loss.backward()
+
+    gradients = Gradients()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    arguments = {"packing": True, "max_length": 40, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    run = trainer(model, tmp_path, tokenizer, gradients, **arguments)
+    assert sorted(map(sum, run.train_dataset["seq_lengths"])) == [39, 40]  # of six samples
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
+    for name, parameter in dense.named_parameters():
+        if parameter.grad is not None:
+            error = (gradients.found[name] - parameter.grad).norm()
+            assert error < 1e-5 * parameter.grad.norm(), name
 
 
 @pytest.mark.parametrize("group", [None, 4])

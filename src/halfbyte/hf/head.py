@@ -6,10 +6,11 @@ positions with a label alone and never holds their logits:
 - called with ``labels=`` while training, it returns the loss, and ``logits`` is None, as with Liger's kernels;
 - called with ``fused_lm_head=True``, it returns TRL's ``FusedCausalLMOutput``. TRL's trainers (1.16:
   ``trl.trainer.utils.add_fused_lm_head``) bind a forward of their own in ``__init__``, which without Triton evaluates
-  the head at every position, twice; ours is bound again on top of it.
+  the head at every position, twice; ours takes its place. (Its closure also holds the model: a deep copy of the model
+  would compute with the weights of the original.)
 
-Anything else goes to the forward that was there before: evaluation, generation, router logits, a head that is no linear
-layer or that PEFT has wrapped. A head in 4 bits is expanded a chunk at a time.
+Anything else goes to the forward that was there before, or TRL's: evaluation, generation, router logits, a head that is
+no linear layer or that has an adapter, a temperature. A head in 4 bits is expanded a chunk at a time.
 
 Which families it serves: those whose logits are ``cap tanh(scale W h / cap)``, scale and cap being in the
 configuration under a name known here. That is not believed but tried: before its first use the model's own forward runs
@@ -19,14 +20,16 @@ over three made-up hidden states, without its layers, and logits and loss must a
 import functools
 import inspect
 import math
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
@@ -49,6 +52,13 @@ class Head:
 
 def bind_head(model: PreTrainedModel) -> None:
     """Give ``model`` the forward described in this file's head, once; :func:`unbind_head` takes it away."""
+    trl_s = _closure_of_trl_s(vars(model).get("forward"))
+    if trl_s is not None:
+        if trl_s["temperature"] != 1 or trl_s["cast_lm_head_to_fp32"]:
+            return
+        model.forward = trl_s["original_forward"]
+        if getattr(model.forward, "__func__", None) is type(model).forward:
+            del model.forward
     if not _is_bound(model):
         # an attribute, so that a copy of the model has its own; several where others bound theirs between ours
         befores = vars(model).setdefault("_halfbyte_befores", [])
@@ -61,6 +71,8 @@ def bind_head(model: PreTrainedModel) -> None:
             output = _scored(self, args, kwargs)
             if output is not None:
                 return output
+            if kwargs.get("fused_lm_head"):
+                return _answered_by_trl(self, args, kwargs)
             before = vars(self)["_halfbyte_befores"][place]
             return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 
@@ -87,6 +99,27 @@ def _is_bound(model: PreTrainedModel) -> bool:
     return hasattr(vars(model).get("forward"), "halfbyte")
 
 
+def _closure_of_trl_s(forward: Any) -> Mapping[str, Any] | None:
+    """Return what the forward that TRL bound has in its closure, or None if ``forward`` is another one."""
+    utils, function = sys.modules.get("trl.trainer.utils"), getattr(forward, "__func__", None)
+    if utils is None or function is None or function.__code__ not in utils.add_fused_lm_head.__code__.co_consts:
+        return None
+    return inspect.getclosurevars(function).nonlocals
+
+
+def _answered_by_trl(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let TRL's forward answer this call."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    ours = model.forward
+    del model.forward
+    try:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+        return model.forward(*args, **kwargs)
+    finally:
+        model.forward = ours
+
+
 def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the output for this call, or None if it is not one for this head."""
     inputs = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs  # type: ignore[arg-type]
@@ -110,7 +143,7 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         width = labels.shape[1] - 1
     else:
         width = shifted.shape[1]
-    scores, mask = _score(model.get_output_embeddings(), head, hidden, shifted)
+    scores, mask = _score(_layer_of(model), head, hidden, shifted)
     trained = mask.sum()
     loss = -scores.log_prob.sum() / (trained.clamp(min=1) if count is None else count)
     if not fused:
@@ -164,13 +197,24 @@ def _parameters(cls: type[PreTrainedModel]) -> tuple[str, ...]:
 
 def head_of(model: PreTrainedModel) -> Head | None:
     """Return how ``model`` makes its logits, or None if that is not known or its head is not a plain linear layer."""
-    layer = model.get_output_embeddings()
+    layer = _layer_of(model)
     if type(layer) not in (nn.Linear, Linear4bit) or type(layer.weight) is not nn.Parameter or _is_hooked(layer):
         return None
     if not hasattr(model, "_halfbyte_head"):
         model._halfbyte_head = _tried(model, layer)
     known: Head | None = model._halfbyte_head
     return known
+
+
+def _layer_of(model: PreTrainedModel) -> Any:
+    """Return the output layer, or of PEFT's ``modules_to_save`` (0.21) the copy that its forward would choose."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not ModulesToSaveWrapper or _is_hooked(layer):
+        return layer
+    names = layer.active_adapters
+    if layer.disable_adapters or not names or any(name not in layer.modules_to_save for name in names):
+        return layer.original_module
+    return layer.modules_to_save[names[0]]
 
 
 def _is_hooked(layer: nn.Module) -> bool:

@@ -224,10 +224,14 @@ def choose_attention(model: PreTrainedModel) -> None:
     """Let every part of ``model`` for which transformers (5.23) chose SDPA attend our way, if it can.
 
     A model that does not take attention functions from the registry (``_can_set_attn_implementation``), that computes
-    with the mask (``COMPUTE_WITH_MASK``), or that has to be eager, keeps what it has.
+    with the mask (``COMPUTE_WITH_MASK``), or that has to be eager, keeps what it has. One that is eager because SDPA
+    has no soft caps (Gemma 2) need not be.
     """
     for module in model.modules():
-        if not isinstance(module, PreTrainedModel) or module.config._attn_implementation != "sdpa":
+        if not isinstance(module, PreTrainedModel):
+            continue
+        capped = hasattr(module.config, "attn_logit_softcapping") and module._supports_flash_attn
+        if module.config._attn_implementation not in (("sdpa", "eager") if capped else ("sdpa",)):
             continue
         if module._can_set_attn_implementation() and not COMPUTE_WITH_MASK & set(type(module).__module__.split(".")):
             # what set_attn_implementation does for one part, without its warnings about others
