@@ -37,7 +37,7 @@ SEAM = ("gradient_checkpointing", "_gradient_checkpointing_func")
 BYTES_PER_TRAINED = 12
 """Gradient and two moments in fp32, the most that a trained parameter brings along."""
 WORKSPACE = 2**30 // 5
-"""Bytes that a step takes beside what autograd saves: libraries' scratch, and gaps between allocations."""
+"""Bytes that a step takes beside what autograd saves: scratch of libraries and kernels, small tensors, gaps."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf import activations
+from halfbyte.kernels import memory
 from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
 from halfbyte.plan.memory import anonymous_memory, free_memory
 from halfbyte.train.config import CHANGEABLE, RUN_OPTIONS, TrainConfig
@@ -137,6 +138,7 @@ def fine_tune(config: TrainConfig, display: Display | None = None) -> RunResult:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             display.end()
+            memory.release()
         if trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(trainer.state.global_step, config.output)
         summary = Summary(
