@@ -29,7 +29,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_halves(gate_up: Tensor, activation: str) -> Tensor:
     """Return :func:`gated` of the halves of ``[..., 2 width]``, where one projection makes both."""
     y: Tensor = _GatedHalves.apply(gate_up, activation)  # type: ignore[no-untyped-call]
-    return recomputed(y, lambda gate_up: kernels.gated(*gate_up.chunk(2, dim=-1), activation), gate_up)
+    return recomputed(y, lambda gate_up: _gated_halves(gate_up, activation), gate_up)
 
 
 class _Gated(Function):
@@ -51,10 +51,15 @@ class _GatedHalves(Function):
     def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
-        return kernels.gated(*gate_up.chunk(2, dim=-1), activation)
+        return _gated_halves(gate_up, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         return kernels.gated_halves_gradient(dy, gate_up, ctx.activation), None
+
+
+def _gated_halves(gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return kernels.gated(gate, up, activation)

@@ -42,8 +42,8 @@ from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf import activations
-from halfbyte.kernels import memory
 from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
+from halfbyte.kernels import memory
 from halfbyte.plan.memory import anonymous_memory, free_memory
 from halfbyte.train.config import CHANGEABLE, RUN_OPTIONS, TrainConfig
 from halfbyte.train.display import Display, StepMetrics
