@@ -340,6 +340,7 @@ def bench_train(
         list[str] | None,
         typer.Option("--vs", help="bitsandbytes or lora16 (a bf16 base); may be repeated.  [default: both]"),
     ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="halfbyte beside nothing but the machine's peak.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
     lengths: Annotated[
@@ -365,6 +366,8 @@ def bench_train(
         measured = [int(part) for part in lengths.split(",")] if lengths else [length]
     except ValueError:
         raise InputError(f"--lengths is {lengths!r}; give numbers with commas between, such as 256,512.") from None
+    if alone and vs:
+        raise InputError("--alone and --vs contradict each other: give one of them.")
     if min(measured) < 2:
         raise InputError(f"--lengths is {lengths!r}; a row needs 2 tokens or more.")
     _quiet()
@@ -377,7 +380,7 @@ def bench_train(
         report = measure(
             models or [SMOLLM2],
             Halfbyte(TrainConfig, fine_tune),
-            versus=vs or list(PEERS),
+            versus=vs or ([] if alone else list(PEERS)),
             batch=batch,
             lengths=measured,
             rank=rank,

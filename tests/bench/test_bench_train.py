@@ -276,7 +276,11 @@ def test_the_table_names_every_side_and_what_was_measured(report: TrainingReport
         assert shown in text
 
 
-def test_json_comes_back_and_the_picture_can_be_read(report: TrainingReport, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lengths", [[1000], [1000, 2000]])  # beside 500: bars, or a curve
+def test_json_comes_back_and_the_picture_can_be_read(
+    report: TrainingReport, lengths: list[int], tmp_path: Path
+) -> None:
+    report.rows[1:] = [report.rows[0].model_copy(update={"length": length}) for length in lengths]
     report.write(tmp_path)
     text = (tmp_path / "training.json").read_text()
     assert TrainingReport.model_validate_json(text) == report
@@ -292,6 +296,7 @@ def test_json_comes_back_and_the_picture_can_be_read(report: TrainingReport, tmp
         (["/no/such/folder"], "There is no folder /no/such/folder"),
         (["--lengths", "256,long"], "--lengths is '256,long'; give numbers"),
         (["--lengths", "256,1"], "a row needs 2 tokens or more"),
+        (["--alone", "--vs", "lora16"], "--alone and --vs contradict each other"),
     ],
 )
 def test_bad_input_is_told_before_anything_starts(arguments: list[str], message: str) -> None:
@@ -319,6 +324,15 @@ def test_the_command_measures_every_side_in_a_process_of_its_own(
         assert side.losses == pytest.approx(row.sides["halfbyte"].losses, rel=2e-2)
         assert side.peak_bytes is None or 0 < side.peak_bytes < 2**30
     assert {"transformers", "peft"} <= report.circumstances.versions.keys()
+
+
+@pytest.mark.slow
+def test_halfbyte_is_measured_alone_at_several_lengths(model: Path, tmp_path: Path) -> None:
+    command = ["bench", "train", str(model), "--alone", "--lengths", "8,16,24", "--steps", "2", "--rank", str(RANK)]
+    done = CliRunner().invoke(cli.app, [*command, "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    report = TrainingReport.model_validate_json((tmp_path / "training.json").read_text())
+    assert [(row.length, list(row.sides)) for row in report.rows] == [(n, ["halfbyte"]) for n in (8, 16, 24)]
 
 
 @pytest.mark.slow

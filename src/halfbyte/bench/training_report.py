@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import BaseModel, computed_field
 from rich.table import Table
@@ -12,6 +13,7 @@ from halfbyte.bench.report import Circumstances, Spread, digits, spread
 from halfbyte.files import whole_file, write_text
 
 DPI = 120
+FLOOR = "matrix work at the peak"
 
 
 class SideResult(BaseModel):
@@ -146,19 +148,17 @@ class TrainingReport(BaseModel):
         return table
 
     def _draw(self, file: Path) -> None:
-        """Draw tokens/s of every side beside the floor, and where the time of halfbyte's step goes, as PNG."""
+        """Draw tokens/s of every side beside the floor, and where the time of halfbyte's step goes, as PNG.
+
+        Several lengths of one model become a curve, anything else bars.
+        """
         figure = Figure(figsize=(11, 4 + 0.9 * len(self.rows)), layout="constrained")
         speed, parts = figure.subplots(2)
         names = [row.name for row in self.rows]
-        sides = list(dict.fromkeys(name for row in self.rows for name in row.sides))
-        height = 0.8 / len(sides)
-        for i, side in enumerate(sides):
-            medians = [row.tokens_per_second[side].median for row in self.rows]
-            places = [y + (i - (len(sides) - 1) / 2) * height for y in range(len(names))]
-            speed.bar_label(speed.barh(places, medians, height, label=side), fmt="{:,.0f}", padding=3, fontsize=8)
-        floors = [row.floor_tokens_per_second for row in self.rows]
-        speed.plot(floors, range(len(names)), "k|", markersize=30, label="matrix work at the peak")
-        speed.set(xlabel="tokens/s")
+        if len({row.model for row in self.rows}) == 1 and len(self.rows) > 2:
+            self._draw_curves(speed)
+        else:
+            self._draw_bars(speed)
         figure.suptitle(self.circumstances.title, fontsize=9)
         lefts = [0.0] * len(names)
         for part in PARTS:
@@ -167,8 +167,33 @@ class TrainingReport(BaseModel):
             parts.bar_label(bars, [f"{w:.0%}" if w >= 0.04 else "" for w in widths], label_type="center", fontsize=8)
             lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
         parts.set(xlabel="fraction of halfbyte's step", xlim=(0, 1))
-        speed.set_yticks(range(len(names)), names)
+        parts.invert_yaxis()
         for axes in (speed, parts):
-            axes.invert_yaxis()
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=0.3)
         figure.savefig(file, format="png", dpi=DPI)
+
+    def _draw_curves(self, axes: Axes) -> None:
+        lengths = [row.length for row in self.rows]
+        for side in self._sides():
+            medians = [row.tokens_per_second[side].median for row in self.rows]
+            axes.plot(lengths, medians, "o-", label=side)
+        axes.plot(lengths, [row.floor_tokens_per_second for row in self.rows], "k--", label=FLOOR)
+        axes.set(xlabel="tokens of a row", ylabel="tokens/s", xscale="log", ylim=(0, None))
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+
+    def _draw_bars(self, axes: Axes) -> None:
+        sides = self._sides()
+        height = 0.8 / len(sides)
+        for i, side in enumerate(sides):
+            medians = [row.tokens_per_second[side].median for row in self.rows]
+            places = [y + (i - (len(sides) - 1) / 2) * height for y in range(len(self.rows))]
+            axes.bar_label(axes.barh(places, medians, height, label=side), fmt="{:,.0f}", padding=3, fontsize=8)
+        floors = [row.floor_tokens_per_second for row in self.rows]
+        axes.plot(floors, range(len(self.rows)), "k|", markersize=30, label=FLOOR)
+        axes.set(xlabel="tokens/s")
+        axes.set_yticks(range(len(self.rows)), [row.name for row in self.rows])
+        axes.invert_yaxis()
+
+    def _sides(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.sides))

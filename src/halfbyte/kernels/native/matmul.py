@@ -18,8 +18,8 @@ def matmul_4bit(
     """The 4-bit linear product ``y = x Wᵀ + bias``.
 
     Sums are fp32 and rounded once, with the bias. On a vector tier each row of the result is bitwise the same for any
-    number of threads and whatever the other rows are, except that up to 16 rows are summed in another order than more
-    (csrc/matmul.h), where block size and depth are multiples of 64.
+    number of threads and whatever the other rows are, except that few rows (up to 16; on Arm 8) are summed in another
+    order than more (csrc/matmul.h), where block size and depth are multiples of 64.
     """
     return _matmul(x, packed, statistics, shape, bias, gradient=False)
 
@@ -32,8 +32,8 @@ def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tu
 def matmul_sums(sums: Sequence[Sum]) -> None:
     """Sums of products, each value rounded once, all in one parallel region.
 
-    As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; up to 8 rows
-    are summed in another order than more where the first term is a 4-bit weight, no gradient.
+    As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; few rows are
+    summed in another order than more where the first term is a 4-bit weight, no gradient.
     """
     isa = tier_index()
     if not extension.multiplies(isa):
