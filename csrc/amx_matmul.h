@@ -11,8 +11,8 @@
 //
 // A unit `T` has static functions, with tiles named by their numbers from 0 to 7: configure() makes all of them full,
 // load<tile>(address, stride) and store<tile>(address, stride) take `stride` bytes from row to row, zero<tile>(),
-// dot<sums, x, w>(), and release(), after which the operating system has no tiles to save. Each call configures the
-// unit and releases it, so that nobody else has a state to keep: some 200 cycles in, for many rows, tens of thousands.
+// dot<sums, x, w>(), and release(), after which the operating system has no tiles to save. The drivers configure the
+// unit once for a task: that takes some 200 cycles, and 32 rows of attention by 64 keys, with a head size of 64, 256.
 //
 // What depends on the chip was chosen by argument, given with it, and is not measured.
 //
@@ -151,7 +151,6 @@ template <class T>
 void multiply_packed(const void* tiles, int64_t stride, int64_t rows, const float* panel, int64_t lanes,
                      int64_t columns, float* sums, bool add) {
     const int64_t count = (lanes + kTile - 1) / kTile;
-    T::configure();
     for (int64_t row = 0; row < rows; row += 2 * kTile, sums += 2 * kTile * kStrip) {
         const char* const x = static_cast<const char*>(tiles) + row / kTile * stride;
         const int64_t left = least(rows - row, 2 * kTile);
@@ -165,7 +164,6 @@ void multiply_packed(const void* tiles, int64_t stride, int64_t rows, const floa
         multiply_rows<T>(x, stride, left < kTile ? kTile : 2 * kTile, panel, count, columns, buffer, add);
         std::memcpy(sums, buffer, bytes);
     }
-    T::release();
 }
 
 // MatmulKernels::multiply.
@@ -204,6 +202,8 @@ MatmulKernels in_tiles() {
     kernels.multiply = multiply<T>;
     kernels.pack = pack;
     kernels.multiply_packed = multiply_packed<T>;
+    kernels.begin = T::configure;
+    kernels.end = T::release;
     return kernels;
 }
 

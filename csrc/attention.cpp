@@ -159,6 +159,7 @@ class Forward : Pass {
         const int64_t chunk = rounded(std::max(kChunkRows / group_, int64_t{1}), m_.tile_rows);
         const int64_t chunks = parts(a_.queries, chunk);
         parallel_for(a_.batches * a_.kv_heads * chunks, 1, threads, [&](int64_t first, int64_t last) {
+            const Multiplying unit(m_);
             for (int64_t task = first; task < last; ++task) {
                 // the last queries first: they tend to have the most keys
                 const int64_t head = task / chunks, query = (chunks - 1 - task % chunks) * chunk;
@@ -276,6 +277,7 @@ class Backward : Pass {
         std::stable_sort(order.begin(), order.end(),
                          [&](size_t a, size_t b) { return plan.tasks[a].area() > plan.tasks[b].area(); });
         parallel_for(static_cast<int64_t>(order.size()), 1, threads, [&](int64_t first, int64_t last) {
+            const Multiplying unit(m_);
             for (int64_t i = first; i < last; ++i) part(plan.tasks[order[static_cast<size_t>(i)]]);
         });
         for (const Whole& whole : plan.wholes) {

@@ -126,6 +126,7 @@ class Product {
     // The rows [begin, end), packed, of the columns [column, column + columns), up to kPanels strips.
     void tiled_part(int64_t begin, int64_t end, int64_t column, int64_t columns) const {
         Scratch& s = scratch();
+        const Multiplying unit(k_);
         const char* tiles = tiles_;
         bool add = false;
         for (const Term* term = a_.terms; term < a_.terms + a_.count; ++term) {
@@ -170,6 +171,7 @@ class Product {
             ++next.term;
             add = true;
         }
+        const Multiplying unit(k_);
         for (;; add = true) {
             const int count = gather(next, pieces);
             const bool whole = !add && done(next);  // all of the depth is in the panels

@@ -132,6 +132,27 @@ struct MatmulKernels {
     // As `multiply`, for any number of such rows, each kTile of them `stride` bytes after those before.
     void (*multiply_packed)(const void* tiles, int64_t stride, int64_t rows, const float* panel, int64_t lanes,
                             int64_t columns, float* sums, bool add) = nullptr;
+
+    // For a unit with a state of its own, otherwise null: what a thread calls before it multiplies and after, between
+    // which the operating system has that state to save. See Multiplying.
+    void (*begin)() = nullptr;
+    void (*end)() = nullptr;
+};
+
+// While this lives, its thread may call `multiply` and `multiply_packed`.
+class Multiplying {
+  public:
+    explicit Multiplying(const MatmulKernels& kernels) : kernels_(kernels) {
+        if (kernels_.begin) kernels_.begin();
+    }
+    ~Multiplying() {
+        if (kernels_.end) kernels_.end();
+    }
+    Multiplying(const Multiplying&) = delete;
+    Multiplying& operator=(const Multiplying&) = delete;
+
+  private:
+    const MatmulKernels& kernels_;
 };
 
 // One term of a sum of products: x times Wᵀ (forward) or W (gradient).

@@ -235,6 +235,7 @@ void multiply(Case& c) {
     const Floats before(rows * kStrip, 0), sums(rows * kStrip, 0xff);
     for (int64_t i = 0; i < rows * kStrip; ++i) before.data[i] = c.random.normal();
     if (add) std::memcpy(sums.data, before.data, sums.size);
+    const Multiplying unit(k);
     for (int64_t r = 0; r < rows; r += k.tile_rows) {
         k.multiply(x.data + r * stride, stride, least(k.tile_rows, rows - r), panel.data, lanes, columns,
                    sums.data + r * kStrip, add);

@@ -13,6 +13,7 @@ time in page faults. Here each size has blocks of its own, mapped once and hande
 A tensor holds its block by a memoryview; the block is free when the last tensor over it is gone.
 """
 
+import contextlib
 import mmap
 import weakref
 from collections import OrderedDict, deque
@@ -70,12 +71,10 @@ class Pool:
             if blocks:
                 block = blocks.pop()
                 self.unused -= size
-                self.used += size
             else:
-                self.used += size
-                self.most = max(self.most, self.used)
-                self._shrink(self.most - self.used + SLACK)
-                block = _map(size)
+                block = self._another(size)
+            self.used += size
+            self.most = max(self.most, self.used)
         view = memoryview(block)[_offset(block) :][:size]
         weakref.finalize(view, self._returned.append, (size, block)).atexit = False
         return view
@@ -86,6 +85,14 @@ class Pool:
             self._collect()
             self._shrink(0)
             self.most = self.used
+
+    def _another(self, size: int) -> mmap.mmap:
+        self._shrink(max(self.most - self.used - size, 0) + SLACK)
+        try:
+            return _map(size)
+        except OSError:  # the system has no more
+            self._shrink(0)
+            return _map(size)
 
     def _collect(self) -> None:
         while self._returned:
@@ -108,7 +115,9 @@ class Pool:
 
 def _map(size: int) -> mmap.mmap:
     block = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 
