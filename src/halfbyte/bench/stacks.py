@@ -95,7 +95,7 @@ class Pace:
     def __init__(self, connection: Connection, rank: int) -> None:
         self._connection = connection
         self._rank = rank
-        self._begun = time.perf_counter()
+        self._begun = self._loaded = time.perf_counter()
         self._profile: Profile | None = None
 
     def loading(self) -> None:
@@ -103,8 +103,12 @@ class Pace:
         self._begun = time.perf_counter()
 
     def loaded(self) -> None:
-        """Loading is done; wait for the first step."""
-        self._connection.send(Loaded(time.perf_counter() - self._begun))
+        """The model and its adapter are there."""
+        self._loaded = time.perf_counter()
+
+    def ready(self) -> None:
+        """All is ready for the first step; wait for it."""
+        self._connection.send(Loaded(self._loaded - self._begun))
         self._wait()
 
     def stepped(self, loss: float) -> None:
@@ -179,9 +183,11 @@ class _PacedDisplay:
     def note(self, text: str) -> None:
         if text.startswith("Loading"):
             self._pace.loading()
+        if text.startswith("Training"):  # so many parameters: the model is there, its memory is planned next
+            self._pace.loaded()
 
     def begin(self, first_step: int, total_steps: int) -> None:
-        self._pace.loaded()
+        self._pace.ready()
 
     def step(self, metrics: Any) -> None:
         self._pace.stepped(metrics.loss)
@@ -216,11 +222,12 @@ class Peer:
 
         pace.loading()
         model, optimizer = self._load(job)
+        pace.loaded()
         rows = data.tokenize(data.read_examples(job.data), hf.load_tokenizer(job.model), job.length).rows
         batch = data.Collator(None)(rows)
         inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"]}  # no row is padded
         parameters = [p for p in model.parameters() if p.requires_grad]
-        pace.loaded()
+        pace.ready()
         while True:
             with torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext():
                 loss = model(**inputs).loss
