@@ -133,7 +133,7 @@ class LinearOfRoundedFactors(nn.Linear):
 def test_bf16_is_closer_than_plain_peft_and_near_what_rounding_the_factors_leaves(name: str, tmp_path: Path) -> None:
     """With weights of the size that keeps activations as large as they are (std of 1/√width).
 
-    An fp32 model in which only the factors of linear layers are rounded is 0.5 to 1.4 % away (mean over the gradients),
+    An fp32 model in which only the factors of linear layers are rounded is 0.6 to 1.5 % away (mean over the gradients),
     up to 2.1 % in one of them. Ours rounds what passes between the layers as well.
     """
     ours, theirs = pair(name, tmp_path, torch.bfloat16, initializer_range=SIZES["hidden_size"] ** -0.5)

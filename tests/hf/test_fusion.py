@@ -131,6 +131,17 @@ def test_unfuse_gives_every_class_back(family: str) -> None:
     assert [type(module) for module in model.modules()] == before
 
 
+def test_the_norm_after_the_last_layer_takes_one_pass_too(family: str) -> None:
+    model = make(FAMILIES[family]())
+    x = torch.randn(2, 3, SIZES["hidden_size"])
+    expected = model.model.norm(x)
+    fuse(model)
+    y = model.model.norm(x.requires_grad_())
+    torch.testing.assert_close(y, expected)
+    one_pass = type(y.grad_fn).__name__ == "_RmsNormBackward"
+    assert one_pass == (family != "Olmo")  # whose norms are LayerNorms
+
+
 def test_a_family_that_is_not_known_stays_as_it_is() -> None:
     del_config = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     model = make(t.GPTNeoXConfig(**del_config))

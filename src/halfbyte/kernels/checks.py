@@ -14,13 +14,12 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_floating(name: str, dtype: torch.dtype) -> None:
-    """Check the dtype of ``name``, or a dtype of that name."""
+    """Check ``dtype``, which is that of ``name``."""
     if dtype not in FLOATING:
         raise TypeError(f"{name} is {dtype}; it must be float32, bfloat16 or float16")
 
 
 def check_blocksize(blocksize: int) -> None:
-    """Check that ``name`` is ``size`` bytes that follow each other, at any address."""
     """Check that a block has values."""
     if blocksize < 1:
         raise ValueError(f"blocksize is {blocksize}; it must be 1 or more")

@@ -112,6 +112,7 @@ class _Plan:
     def noise(self, u: Tensor) -> Tensor | None:
         """Return what multiplies ``x`` for the adapters, the same each time; None without dropout.
 
+        It has the rows, dtype and device of ``u``, and the width of ``x``, which need not be there any more.
         The probability is rounded to a multiple of 2⁻¹⁶, so that one draw of the generator serves four values.
         """
         if not self.dropout:
