@@ -116,8 +116,8 @@ class Measurement:
 def measure(model_path: Path, held_out: Path, samples: list[Snippet]) -> Measurement:
     """Load a model, or an adapter with its model, and see how it answers."""
     from halfbyte.data import read_examples, tokenize
-    from halfbyte.deploy.chat import stream_reply
     from halfbyte.evaluate import score_choices
+    from halfbyte.generate.stream import stream_reply
 
     with timed("Loading"):
         model = halfbyte.load(model_path)

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 
-_PACKAGES = ("data", "deploy", "evaluate", "hf", "kernels", "nn", "optim", "plan", "quant", "train")
+_PACKAGES = ("data", "evaluate", "generate", "hf", "kernels", "nn", "optim", "plan", "quant", "runs", "train")
 
 
 def __getattr__(name: str) -> Any:

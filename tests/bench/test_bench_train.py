@@ -32,8 +32,8 @@ from halfbyte.bench.training_report import SideResult, TrainingReport, TrainingR
 from halfbyte.errors import InputError
 from halfbyte.hf import load_tokenizer
 from halfbyte.kernels import native
+from halfbyte.runs.config import TrainConfig
 from halfbyte.train import fine_tune
-from halfbyte.train.config import TrainConfig
 
 OURS = Halfbyte(TrainConfig, fine_tune)
 # hidden, inner, layers, heads, key/value heads, head size, vocabulary; rows of whole blocks, since bitsandbytes' CPU

@@ -19,9 +19,9 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import halfbyte
 from halfbyte import cli
-from halfbyte.deploy.chat import stream_reply
+from halfbyte.generate.stream import stream_reply
 from halfbyte.plan import doctor
-from halfbyte.train.config import TrainConfig
+from halfbyte.runs.config import TrainConfig
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import halfbyte
 from halfbyte.data import Collator
-from halfbyte.hf import activations, decoder_path
+from halfbyte.hf import describe_layers
+from halfbyte.hf.layers import activations
 
 SIZES = {
     "hidden_size": 64,
@@ -86,7 +87,7 @@ def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, flo
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fp32_is_plain_peft_s(name: str, tmp_path: Path) -> None:
     ours, theirs = pair(name, tmp_path, torch.float32)
-    assert decoder_path(ours).startswith("fused" if name != "GPTNeoX" else "unfused")
+    assert describe_layers(ours).startswith("fused" if name != "GPTNeoX" else "unfused")
     (loss, got), (wanted, expected) = step(ours), step(theirs)
     assert abs(loss - wanted) < 1e-5 * wanted
     assert max(errors(got, expected).values()) < 1e-5

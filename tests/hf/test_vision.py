@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import halfbyte
-from halfbyte.hf import decoder_path
+from halfbyte.hf import describe_layers
 
 IMAGE = 150
 TEXT = {
@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_plain_peft_s(family: Any, tmp_path: Path) -> Non
     adapters = {name: value for name, value in ours.state_dict().items() if "lora_" in name}
     assert not theirs.load_state_dict(adapters, strict=False).unexpected_keys
     halfbyte.prepare_for_training(ours)
-    assert decoder_path(ours) == PATHS[family]
+    assert describe_layers(ours) == PATHS[family]
 
     ids, mask = some_ids(), torch.ones(2, 14, dtype=torch.int64)
     mask[0, 11:] = 0

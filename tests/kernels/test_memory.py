@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.kernels import memory
 from halfbyte.kernels.memory import HUGE_PAGE, SLACK, SMALLEST, Pool
-from halfbyte.plan.memory import anonymous_memory
+from halfbyte.plan.machine import anonymous_memory
 
 MIB = 2**20
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.hf import prepare
+from halfbyte.hf.layers import prepare
 from halfbyte.kernels import native, use_provider
 from halfbyte.train import TrainConfig, fine_tune
 

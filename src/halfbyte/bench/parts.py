@@ -11,7 +11,7 @@ counts for the time that no event within it takes.
   its dimensions is LoRA's, and so is a native one without a 4-bit weight; LoRA products that a native kernel does
   together with the base's count as the base's.
 
-No module gets a hook for it: layers with hooks run unfused (:mod:`halfbyte.hf.fusion`).
+No module gets a hook for it: layers with hooks run unfused (:mod:`halfbyte.hf.layers.fusion`).
 
 What is between the events, the interpreter above all, is the rest. A profiled step is slower than others (each event
 costs some microseconds), which makes the parts of many small operations look larger.

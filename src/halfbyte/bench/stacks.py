@@ -143,7 +143,7 @@ class Halfbyte:
     """``halfbyte train``.
 
     Attributes:
-        config: makes the options of a run from keywords (``halfbyte.train.config.TrainConfig``).
+        config: makes the options of a run from keywords (``halfbyte.runs.config.TrainConfig``).
         fine_tune: runs them, telling a display (``halfbyte.train.fine_tune``). Both come from the layer beside this.
     """
 

@@ -37,7 +37,7 @@ from halfbyte.bench.stacks import PEERS, Failed, Imported, Job, Loaded, Peer, Si
 from halfbyte.bench.training_report import SideResult, TrainingReport, TrainingRow
 from halfbyte.bench.works import has_bitsandbytes
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.loader import read_config
+from halfbyte.hf.models.loader import read_config
 
 WARM_UP = 3
 PEAK_CALLS = 20

@@ -13,7 +13,7 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.kernels import native, provider_for, providers
-from halfbyte.plan.memory import memory_limit
+from halfbyte.plan.machine import memory_limit
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 COMPILERS = ("c++", "g++", "clang++")

@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.train.config import TrainConfig
+from halfbyte.runs.config import TrainConfig
 
 if TYPE_CHECKING:
     from halfbyte.train.run import Interrupted, RunResult, fine_tune

@@ -4,7 +4,7 @@ Everything cheap is checked first: the run folder, the data, the tokens; then th
 
     config.yaml                   every option; written first
     metrics.jsonl                 one line per optimizer step (``StepMetrics``), written as it happens
-    checkpoints/step-000123/      while training; what ``resume`` goes on from (``hf/trainer.py``)
+    checkpoints/step-000123/      while training; what ``resume`` goes on from (``hf/trainers/state.py``)
     adapter_model.safetensors     the result, a plain PEFT folder, with adapter_config.json and the tokenizer
     loss.png
     summary.json                  ``Summary``; written last, so a folder that has it holds a finished run
@@ -41,11 +41,12 @@ from transformers.utils import logging as transformers_logging
 from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
-from halfbyte.hf import activations
-from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
+from halfbyte.hf.layers import activations
+from halfbyte.hf.trainers import SFTConfig, SFTTrainer
+from halfbyte.hf.trainers.state import saved_states
 from halfbyte.kernels import memory
-from halfbyte.plan.memory import anonymous_memory, free_memory
-from halfbyte.train.config import CHANGEABLE, RUN_OPTIONS, TrainConfig
+from halfbyte.plan.machine import anonymous_memory, free_memory
+from halfbyte.runs.config import CHANGEABLE, RUN_OPTIONS, TrainConfig
 from halfbyte.train.display import Display, StepMetrics
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "summary.json")
@@ -122,7 +123,7 @@ def fine_tune(config: TrainConfig, display: Display | None = None) -> RunResult:
         model = _load_model(config)
         trained, parameters = model.get_nb_trainable_parameters()
         display.note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
-        display.note(f"Decoder layers {hf.decoder_path(model)}")
+        display.note(f"Decoder layers {hf.describe_layers(model)}")
         policy = _plan_activations(config, model, rows)
         display.note(str(policy))
         if checkpoint:
@@ -177,7 +178,7 @@ def _check_folder(config: TrainConfig) -> Path | None:
                 f"{output} was begun with {name} {old!r} and cannot go on with {new!r}; "
                 f"use its own config.yaml, or name another folder."
             )
-    return next(reversed(checkpoints(output)), None)
+    return next(reversed(saved_states(output)), None)
 
 
 def _clear_folder(config: TrainConfig) -> None:
@@ -235,7 +236,7 @@ def _trainer(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        activation_checkpointing=False,  # the layers have been told (hf/activations.py)
+        activation_checkpointing=False,  # the layers have been told (hf/layers/activations.py)
         seed=config.seed,
         save_steps=config.save_steps,
         logging_steps=1,

@@ -10,7 +10,7 @@ import transformers as t
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from halfbyte.hf import decoder_path, fuse, unfuse
+from halfbyte.hf import describe_layers, fuse, unfuse
 
 SIZES = {
     "hidden_size": 48,
@@ -148,7 +148,7 @@ def test_a_family_that_is_not_known_stays_as_it_is() -> None:
     before, expected = [type(module) for module in model.modules()], run(model)
     assert fuse(model) == "unfused: GPTNeoXLayer is not known"
     assert [type(module) for module in model.modules()] == before and distance(run(model), expected) == 0
-    assert decoder_path(nn.Linear(1, 1)) == "unfused: there is no decoder layer"
+    assert describe_layers(nn.Linear(1, 1)) == "unfused: there is no decoder layer"
 
 
 def changed_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

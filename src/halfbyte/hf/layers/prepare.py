@@ -1,6 +1,6 @@
 """A PEFT model over 4-bit weights, made ready: our LoRA layers and fused decoder layers, by class swap, and our head.
 
-The model's output head is bound too (:mod:`halfbyte.hf.head`): while training with labels it returns no logits.
+The model's output head is bound too (:mod:`halfbyte.hf.layers.head`): while training with labels it returns no logits.
 """
 
 from typing import TypeVar
@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
-from halfbyte.hf.adapters import Counts, LoraLinear4bit
-from halfbyte.hf.fusion import fuse, unfuse
-from halfbyte.hf.head import base_of, bind_head, unbind_head
+from halfbyte.hf.layers.adapters import Counts, LoraLinear4bit
+from halfbyte.hf.layers.fusion import fuse, unfuse
+from halfbyte.hf.layers.head import base_of, bind_head, unbind_head
 from halfbyte.nn import Linear4bit
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,7 +22,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def prepare_for_training(model: Model) -> Model:
     """Make a PEFT model over 4-bit weights ready to train (and to run) with our LoRA layers and fused decoder layers.
 
-    Decoder layers of families that are not known stay as they are; :func:`halfbyte.hf.fusion.decoder_path` tells.
+    Decoder layers of families that are not known stay as they are;
+    :func:`halfbyte.hf.layers.fusion.describe_layers` tells.
 
     Args:
         model: what ``get_peft_model`` or ``PeftModel.from_pretrained`` returned; changed in place.

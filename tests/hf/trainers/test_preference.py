@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import halfbyte
 from halfbyte import kernels
-from halfbyte.hf import trainer as ours
-from halfbyte.hf.adapters import LoraLinear4bit
+from halfbyte.hf import trainers as ours
+from halfbyte.hf.layers.adapters import LoraLinear4bit
 from halfbyte.nn import cross_entropy
 
 PAIRS = [

@@ -21,9 +21,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
-from halfbyte.hf.config import SAVEABLE, HalfbyteConfig
-from halfbyte.hf.loader import model_class, read_config
-from halfbyte.hf.quantizer import HalfbyteQuantizer, dense_dtype
+from halfbyte.hf.models.config import SAVEABLE, HalfbyteConfig
+from halfbyte.hf.models.loader import model_class, read_config
+from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import quantize_4bit
 

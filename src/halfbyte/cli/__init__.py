@@ -2,7 +2,7 @@
 
 Standard output gets what was asked for, standard error everything else, so that ``halfbyte generate`` can be piped.
 Exit codes: 0; 2 with one sentence for bad input or a full disk; 130 after an interrupt. Any other error is a bug
-and keeps its traceback. ``train`` has a flag for each field of :class:`halfbyte.train.config.TrainConfig`, made from
+and keeps its traceback. ``train`` has a flag for each field of :class:`halfbyte.runs.config.TrainConfig`, made from
 it. torch and the libraries over it take seconds to import, so each command imports what it needs.
 """
 
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from halfbyte import __version__
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full
-from halfbyte.train.config import TrainConfig
+from halfbyte.runs.config import TrainConfig
 
 INTERRUPTED = 130
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -157,7 +157,7 @@ def chat(
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
     loaded, tokenizer = _load(model, seed, trust_remote_code)
-    from halfbyte.deploy.chat import stream_reply
+    from halfbyte.generate.stream import stream_reply
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and history)
@@ -218,7 +218,7 @@ def generate(
         raise InputError("--raw takes the prompt as it stands, without --system; give one of the two.")
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded, tokenizer = _load(model, seed, trust_remote_code)
-    from halfbyte.deploy.chat import stream_reply
+    from halfbyte.generate.stream import stream_reply
 
     for piece in stream_reply(
         loaded,

@@ -24,7 +24,8 @@ from trl import SFTConfig
 
 import halfbyte
 from halfbyte.data import Collator
-from halfbyte.hf.trainer import EpochSampler, SFTTrainer, _random_state, _set_random_state
+from halfbyte.hf.trainers import EpochSampler, SFTTrainer
+from halfbyte.hf.trainers.state import random_state, set_random_state
 
 VOCABULARY = 97
 SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -184,9 +185,9 @@ def test_random_state_survives_its_files() -> None:
 
     random.gauss(0, 1)  # leaves a second value behind, which is part of the state
     np.random.randn()
-    tensors, numbers = _random_state()
+    tensors, numbers = random_state()
     first = draw()
-    _set_random_state(tensors, numbers)
+    set_random_state(tensors, numbers)
     assert draw() == first
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import halfbyte
-from halfbyte.hf import attention as ours
-from halfbyte.hf.quantizer import choose_attention
+from halfbyte.hf.layers import attention as ours
+from halfbyte.hf.models.quantizer import choose_attention
 
 DECODER = {
     "hidden_size": 32,

@@ -20,8 +20,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.generic import is_flash_attention_requested
 
 from halfbyte.errors import InputError
-from halfbyte.hf import attention
-from halfbyte.hf.config import QUANT_METHOD, SAVEABLE, HalfbyteConfig
+from halfbyte.hf.layers import attention
+from halfbyte.hf.models.config import QUANT_METHOD, SAVEABLE, HalfbyteConfig
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 READ_DIRECTLY = ("dt_proj",)
 
 # Folders of transformers 5.23 whose layers add to the mask, select from it or look at its dtype before attention reads
-# it: sparse attention's index, relative positions. Key ranges (hf/attention.py) pass through all others as they are.
+# it: sparse attention's index, relative positions. Key ranges (hf/layers/attention.py) pass through all others.
 COMPUTE_WITH_MASK = {
     "axk2", "beit", "deepseek_v32", "doge", "dots3_note", "glm_moe_dsa", "lasr", "minimax_m3_vl", "mistral_large4",
     "nemotron_asr_streaming", "qwen4_exp", "siglip2",

@@ -15,8 +15,8 @@ from transformers import (
     set_seed,
 )
 
-from halfbyte.deploy.chat import stream_reply
 from halfbyte.errors import InputError
+from halfbyte.generate.stream import stream_reply
 from halfbyte.kernels import native, provider_for, use_provider
 
 CHATML = (

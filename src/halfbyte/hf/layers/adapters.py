@@ -1,8 +1,8 @@
 """PEFT's LoRA layers over 4-bit weights: theirs to configure, save and load, ours to run.
 
 PEFT (0.21) wraps a :class:`~halfbyte.nn.Linear4bit` in its ``lora.Linear``, which would compute the low-rank part in
-fp32 and, asked to merge, add floats to packed bytes. :mod:`halfbyte.hf.prepare` turns each of those, by class swap,
-into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's.
+fp32 and, asked to merge, add floats to packed bytes. :mod:`halfbyte.hf.layers.prepare` turns each of those, by class
+swap, into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import halfbyte
 from halfbyte import kernels
-from halfbyte.hf.head import bind_head, head_of, unbind_head
+from halfbyte.hf.layers.head import bind_head, head_of, unbind_head
 from halfbyte.nn import Linear4bit
 
 VOCABULARY = 101

@@ -8,7 +8,7 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
   pickles the optimizer, the schedule, the random state and its arguments. The last two checkpoints are kept.
 - The data order is a function of the seed and the epoch alone. Transformers draws it from the global random state
   when lengths are grouped, so a run resumed within an epoch would go on through another order.
-- The output head is ours (:mod:`halfbyte.hf.head`): evaluated at trained positions only, its logits never whole.
+- The output head is ours (:mod:`halfbyte.hf.layers.head`): evaluated at trained positions only, its logits never whole.
 - bf16 autocast and gradient checkpointing are off unless asked for: see :class:`SFTConfig` and its sisters.
 - The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers goes by
   what the model's class declares: some get the mean of the micro-batches' means, some a count that is too large.
@@ -24,16 +24,13 @@ import functools
 import hashlib
 import inspect
 import json
-import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import trl
 from accelerate import DistributedType
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
@@ -42,13 +39,22 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
-from halfbyte.hf.diverged import describe
-from halfbyte.hf.head import IGNORED, base_of, bind_head
-from halfbyte.hf.prepare import prepare_for_training
+from halfbyte.hf.layers.head import base_of, bind_head
+from halfbyte.hf.layers.prepare import prepare_for_training
+from halfbyte.hf.trainers.diverged import describe
+from halfbyte.hf.trainers.sampler import EpochSampler
+from halfbyte.hf.trainers.state import (
+    flatten,
+    random_state,
+    read_state,
+    saved_states,
+    set_random_state,
+    state_folder,
+    unflatten,
+)
 from halfbyte.nn import Linear4bit
 
 if TYPE_CHECKING:
@@ -60,41 +66,7 @@ CHECKPOINTS_KEPT = 2
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-@dataclass
-class SFTConfig(trl.SFTConfig):
-    """``trl.SFTConfig`` with bf16 autocast and gradient checkpointing off unless asked for.
-
-    The model runs in its own dtype and computes its 4-bit layers in ``compute_dtype``. TRL turns both on by default;
-    in one of its own configurations a default cannot be told from a wish, so those are taken at their word.
-    """
-
-    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
-    )
-
-
-@dataclass
-class DPOConfig(trl.DPOConfig):
-    """``trl.DPOConfig`` with the defaults of :class:`SFTConfig`."""
-
-    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
-    )
-
-
-@dataclass
-class KTOConfig(trl.KTOConfig):
-    """``trl.KTOConfig`` with the defaults of :class:`SFTConfig`."""
-
-    bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
-    )
-
-
-class _Trainer(_Theirs):
+class BaseTrainer(_Theirs):
     """What our trainers share; stands before TRL's class in theirs."""
 
     _config: type[TrainingArguments]
@@ -162,7 +134,7 @@ class _Trainer(_Theirs):
         self._step_batches = []
 
         def loss_of(batch: dict[str, Any]) -> Tensor:
-            loss: Tensor = super(_Trainer, self).compute_loss(self.model, dict(batch))
+            loss: Tensor = super(BaseTrainer, self).compute_loss(self.model, dict(batch))
             return loss
 
         place = describe(self.model, loss_of, batches, self.train_dataset)
@@ -190,17 +162,17 @@ class _Trainer(_Theirs):
         return EpochSampler(lengths, batch, self.args.seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = checkpoint_folder(Path(self.args.output_dir), self.state.global_step)
+        folder = state_folder(Path(self.args.output_dir), self.state.global_step)
         with whole_folder(folder) as part:
             self._save(str(part))
-            tensors, numbers = _flatten(self.optimizer.state_dict())
+            tensors, numbers = flatten(self.optimizer.state_dict())
             numbers["scheduler"] = self.lr_scheduler.state_dict()
             numbers["data"] = self._data_digest
-            random_tensors, numbers["random"] = _random_state()
+            random_tensors, numbers["random"] = random_state()
             save_file(tensors | random_tensors, part / "state.safetensors")
             (part / "state.json").write_text(json.dumps(numbers))
             self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-        for old in checkpoints(Path(self.args.output_dir))[:-CHECKPOINTS_KEPT]:
+        for old in saved_states(Path(self.args.output_dir))[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -218,16 +190,16 @@ class _Trainer(_Theirs):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            tensors, numbers = _read_state(Path(checkpoint))
+            tensors, numbers = read_state(Path(checkpoint))
             if numbers["data"] != self._data_digest:
                 raise InputError(f"{checkpoint} was made with other training data; restore it, or begin another run.")
-            self.optimizer.load_state_dict(_unflatten(tensors, numbers))
+            self.optimizer.load_state_dict(unflatten(tensors, numbers))
             self.lr_scheduler.load_state_dict(numbers["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            tensors, numbers = _read_state(Path(checkpoint))
-            _set_random_state(tensors, numbers["random"])
+            tensors, numbers = read_state(Path(checkpoint))
+            set_random_state(tensors, numbers["random"])
 
 
 @contextlib.contextmanager
@@ -251,122 +223,3 @@ def _few_walks(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         del model.train, model.zero_grad
-
-
-class SFTTrainer(_Trainer, trl.SFTTrainer):
-    """``trl.SFTTrainer`` for a PEFT model: same arguments, see this file's head for what differs.
-
-    Attributes:
-        trained_tokens: tokens with a label that this process has trained on.
-    """
-
-    _config = SFTConfig
-
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
-        self.trained_tokens = 0
-        # Trainer counts a step's trained tokens only for classes that accept loss arguments (Gemma 4 says no), and
-        # leaves the first position out only where the class's name tells its loss (GPT2LMHeadModel does not). The
-        # loss is computed by the head, which takes the count and shifts the labels for any class.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.model.training:
-            self.trained_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-
-class DPOTrainer(_Trainer, trl.DPOTrainer):
-    """``trl.DPOTrainer`` for a PEFT model: same arguments, see this file's head for what differs."""
-
-    _config = DPOConfig
-
-
-class KTOTrainer(_Trainer, trl.KTOTrainer):
-    """``trl.KTOTrainer`` for a PEFT model: same arguments, see this file's head for what differs."""
-
-    _config = KTOConfig
-
-
-class EpochSampler(Sampler[int]):
-    """A shuffled order of the rows, given by the seed and the epoch.
-
-    Args:
-        lengths: tokens of each row.
-        group: rows per optimizer step, among which lengths are to be similar; ``None`` does not look at lengths.
-        seed: of the run, below 2**32.
-    """
-
-    def __init__(self, lengths: list[int], group: int | None, seed: int) -> None:
-        self.lengths = lengths
-        self.group = group
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Any:
-        # torch's generator on a CPU takes 32 bits, so the two numbers are hashed into as many
-        mixed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(mixed)
-        if self.group:
-            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
-        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader before each pass."""
-        self.epoch = epoch
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """The folder of the checkpoint after ``step`` optimizer steps of the run in ``run``."""
-    return run / "checkpoints" / f"step-{step:06d}"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of the run in ``run``, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
-def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state dict: its tensors as ``index.name``, everything else as it is."""
-    tensors: dict[str, Tensor] = {}
-    state: dict[str, dict[str, Any]] = {}
-    for index, entries in optimizer["state"].items():
-        state[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-        tensors |= {f"{index}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
-    return tensors, {"state": state, "param_groups": optimizer["param_groups"]}
-
-
-def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
-    state = {int(index): dict(entries) for index, entries in numbers["state"].items()}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        if index != "random":
-            state[int(index)][name] = tensor
-    return {"state": state, "param_groups": numbers["param_groups"]}
-
-
-def _read_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return load_file(checkpoint / "state.safetensors"), json.loads((checkpoint / "state.json").read_text())
-
-
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"random.cpu": torch.get_rng_state()}
-    tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    numpy = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    return tensors, {"python": random.getstate(), "numpy": numpy}
-
-
-def _set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    version, internal, gauss = numbers["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(numbers["numpy"])
-    torch.set_rng_state(tensors["random.cpu"])
-    for i in range(torch.cuda.device_count()):
-        torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.errors import InputError
-from halfbyte.hf import activations
-from halfbyte.hf.activations import Costs, Policy
+from halfbyte.hf.layers import activations
+from halfbyte.hf.layers.activations import Costs, Policy
 
 LAYERS = 4 * [Costs(kept=100, input=10)]
 BUSY = 2 * 100

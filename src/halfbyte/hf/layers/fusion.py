@@ -6,20 +6,14 @@ the family's own class with our forward; parameters, names, files, hooks and the
 RMSNorm, for the rotation of queries and keys, and for activation and product of a gated MLP, and with projections of
 one input sharing its work. Attention itself goes through transformers' attention interface as the family calls it.
 
-A family is recognised by its class and by the text of what is replaced (:func:`_digest`; the table was written against
-transformers 5.23, whose private layout this file relies on): a subclass, remote code, or a forward that somebody
-changed runs as it is. So does, at a call, a norm, projection or activation with hooks or with a forward of its own, and
-everything under autocast or on another device.
+Which families are known stands in :mod:`halfbyte.hf.layers.families`; this file relies on their private layout
+(transformers 5.23). At a call a norm, projection or activation with hooks or with a forward of its own runs as it is,
+and so does everything under autocast or on another device.
 """
 
-import ast
-import hashlib
 import inspect
 import sys
-import textwrap
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +22,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from halfbyte.hf.adapters import project, untouched
+from halfbyte.hf.layers.adapters import project, untouched
+from halfbyte.hf.layers.families import FAMILIES, Family, recognise
 from halfbyte.nn import gated, gated_halves, rms_norm, rotary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,10 +34,10 @@ def fuse(model: nn.Module) -> str:
     """Swap the decoder layers of known families in ``model`` for fused ones, in place.
 
     Returns:
-        What :func:`decoder_path` does.
+        What :func:`describe_layers` does.
     """
-    layers: list[Any] = [module for module in model.modules() if type(module).__name__ in _FAMILIES]
-    families = {cls: _family(cls) for cls in {type(layer) for layer in layers}}
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ in FAMILIES]
+    families = {cls: recognise(cls) for cls in {type(layer) for layer in layers}}
     for layer in layers:
         family = families[type(layer)]
         if family is None or not family.fits(layer):
@@ -50,14 +45,14 @@ def fuse(model: nn.Module) -> str:
         layer.self_attn.__class__ = _fused(_Attention, type(layer.self_attn), family)
         if type(_activation(layer.mlp)) in _ACTIVATIONS:
             layer.mlp.__class__ = _fused(_Mlp, type(layer.mlp), family)
-        layer.__class__ = _fused(family.layer, type(layer), family)
+        layer.__class__ = _fused(_LAYERS[family.norms], type(layer), family)
     norms = {
         layer.family.of(f"{layer.family.name}RMSNorm"): layer.family for layer in layers if isinstance(layer, _Fused)
     }
     for module in model.modules():
         if type(module) in norms and module.weight.device.type == "cpu":
             module.__class__ = _fused(_Norm, type(module), norms[type(module)])
-    return decoder_path(model)
+    return describe_layers(model)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -67,7 +62,7 @@ def unfuse(model: nn.Module) -> None:
         module.__class__ = module.unfused
 
 
-def decoder_path(model: nn.Module) -> str:
+def describe_layers(model: nn.Module) -> str:
     """Return which way the decoder layers of ``model`` run, for a run's log.
 
     For example ``fused: 30 Llama layers`` or ``unfused: GPTNeoXLayer is not known``.
@@ -76,7 +71,7 @@ def decoder_path(model: nn.Module) -> str:
     fused = Counter(layer.family.name for layer in layers if isinstance(layer, _Fused))
     lines = [f"fused: {count} {name} layer{'s' * (count > 1)}" for name, count in fused.items()]
     for name in sorted({type(layer).__name__ for layer in layers if not isinstance(layer, _Fused)}):
-        reason = "is not the one that is known, or not on a CPU" if name in _FAMILIES else "is not known"
+        reason = "is not the one that is known, or not on a CPU" if name in FAMILIES else "is not known"
         lines.append(f"unfused: {name} {reason}")
     return "; ".join(lines) or "unfused: there is no decoder layer"
 
@@ -84,7 +79,7 @@ def decoder_path(model: nn.Module) -> str:
 class _Fused(nn.Module):
     """What the swapped classes share; they are made by :func:`_fused`."""
 
-    family: "_Family"
+    family: "Family"
     unfused: type[nn.Module]
 
 
@@ -107,7 +102,7 @@ class _Layer(_Fused):
 
     def norm(self, name: str, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return ``x + residual`` and its norm by the module ``name``."""
-        return self.family.norm(getattr(self, name), x, residual)
+        return _after_sum(getattr(self, name), x, residual)
 
 
 class _PreNorm(_Layer):
@@ -216,7 +211,7 @@ class _Attention(_Fused):
 
     def norm(self, module: Any, x: Tensor) -> Tensor:
         """Normalize by head or, where the norm is that wide (OLMo 2), all heads together."""
-        return self.family.norm(module, x.view(*x.shape[:-1], -1, len(module.weight)))[1].flatten(-2)
+        return _after_sum(module, x.view(*x.shape[:-1], -1, len(module.weight)))[1].flatten(-2)
 
 
 class _Mlp(_Fused):
@@ -262,6 +257,14 @@ class _Norm(_Fused):
         return rms_norm(x, self.weight, residual, eps=eps, offset=self.family.offset, rounded=self.family.rounded)
 
 
+def _after_sum(module: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return ``x + residual`` and its norm; by calling ``module`` if it is not the family's plain RMSNorm."""
+    if isinstance(module, _Norm) and untouched(module) and module.weight.dtype == x.dtype:
+        return module.after_sum(x, residual)
+    h = x if residual is None else residual + x
+    return h, module(h)
+
+
 def _activation(mlp: Any) -> nn.Module:
     activation: nn.Module = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
     return activation
@@ -272,128 +275,11 @@ def _plain(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and not torch.is_autocast_enabled("cpu")
 
 
-def _nothing(attention: Any) -> dict[str, Any]:
-    return {}
-
-
-def _configured_window(attention: Any) -> dict[str, Any]:
-    return {"sliding_window": getattr(attention.config, "sliding_window", None)}
-
-
-def _own_window(attention: Any) -> dict[str, Any]:
-    return {"sliding_window": attention.sliding_window}
-
-
-def _own_window_and_cap(attention: Any) -> dict[str, Any]:
-    return {"sliding_window": attention.sliding_window, "softcap": attention.attn_logit_softcapping}
-
-
-@dataclass(frozen=True)
-class _Family:
-    """A family of transformers: ``models/<folder>/modeling_<folder>.py`` and what is particular about it.
-
-    Attributes:
-        name: the prefix of its classes.
-        digest: of the functions that are replaced.
-        layer: how its decoder layer is built.
-        extras: what its attention passes on beyond scaling and dropout.
-        offset: of its RMSNorm's weight.
-        rounded: whether its RMSNorm rounds before the weight.
-        fp32_angles: whether cosines and sines are fp32 whatever the model's dtype, and queries and keys stay in it.
-    """
-
-    name: str
-    digest: str
-    layer: type[_Layer] = _PreNorm
-    extras: Callable[[Any], dict[str, Any]] = _nothing
-    offset: float = 0.0
-    rounded: bool = True
-    fp32_angles: bool = False
-
-    @property
-    def module(self) -> str:
-        """The module that defines the family."""
-        return f"transformers.models.{self.name.lower()}.modeling_{self.name.lower()}"
-
-    def of(self, part: str) -> Any:
-        """Return the family's own class or function, or None."""
-        return vars(sys.modules[self.module]).get(part)
-
-    def fits(self, layer: Any) -> bool:
-        """Whether a decoder layer of this family is built from the family's own parts, and on a CPU."""
-        attention, mlp = layer.self_attn, layer.mlp
-        return (
-            type(attention) is self.of(f"{self.name}Attention")
-            and type(mlp) is self.of(f"{self.name}MLP")
-            and not any("forward" in vars(module) for module in (layer, attention, mlp))
-            and getattr(attention.config, "clip_qkv", None) is None
-            and all(parameter.device.type == "cpu" for parameter in layer.parameters())
-        )
-
-    def turns(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether rotation by these angles keeps the dtype of queries and keys."""
-        dtype = torch.float32 if self.fp32_angles else x.dtype
-        return position_embeddings is None or position_embeddings[0].dtype == dtype
-
-    def norm(self, module: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``x + residual`` and its norm; by calling ``module`` if it is not the family's plain RMSNorm."""
-        if isinstance(module, _Norm) and untouched(module) and module.weight.dtype == x.dtype:
-            return module.after_sum(x, residual)
-        h = x if residual is None else residual + x
-        return h, module(h)
-
-
-_FAMILIES = {
-    f"{family.name}DecoderLayer": family
-    for family in (
-        _Family("Llama", "dc50c4f1a7fea8d2"),
-        _Family("Mistral", "535aef00e31fc4e9", extras=_configured_window),
-        _Family("Qwen2", "5d7ce114dd406178", extras=_own_window),
-        _Family("Qwen3", "5ab423f8f24e9617", extras=_own_window),
-        _Family("SmolLM3", "0cfdc84b4929ef05", extras=_own_window),
-        _Family("Phi3", "f7d6135036a636f3", extras=_configured_window),
-        _Family("Gemma2", "3479c5435cf34b4b", _BothNorms, _own_window_and_cap, offset=1.0, rounded=False),
-        _Family("Gemma3", "2840cb8ae4850127", _BothNorms, _own_window, offset=1.0, rounded=False),
-        _Family("Olmo", "5fba39abaad52718", fp32_angles=True),
-        _Family("Olmo2", "fb26469ba89f4d25", _PostNorm, rounded=False, fp32_angles=True),
-    )
-}
-
-
-def _family(cls: type[nn.Module]) -> _Family | None:
-    """Return the family whose own, unchanged decoder layer ``cls`` is."""
-    family = _FAMILIES[cls.__name__]
-    if cls.__module__ != family.module or cls is not family.of(cls.__name__):
-        return None
-    try:
-        return family if _digest(family) == family.digest else None
-    except (OSError, TypeError, SyntaxError):  # no source of a function's own, as for a lambda: not what is known
-        return None
-
-
-def _digest(family: _Family) -> str:
-    """Return the digest of all that the fused layers do in place of the family's own code.
-
-    It is taken over arguments and statements, without annotations, docstrings and comments.
-    """
-    classes = [family.of(f"{family.name}{part}") for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm")]
-    functions = [inspect.unwrap(cls.forward) for cls in classes if cls is not None]
-    functions += [family.of("apply_rotary_pos_emb"), family.of("rotate_half"), getattr(classes[-1], "_norm", None)]
-    lines = []
-    for function in functions:
-        if function is not None:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
-            if not isinstance(tree, ast.FunctionDef):
-                raise TypeError(f"{function} is not defined by a statement")
-            lines.append(",".join(argument.arg for argument in (*tree.args.args, *tree.args.kwonlyargs)))
-            lines += [ast.unparse(node) for node in tree.body[ast.get_docstring(tree) is not None :]]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
+_LAYERS = {"before": _PreNorm, "around": _BothNorms, "after": _PostNorm}
 _made: dict[type[nn.Module], type[_Fused]] = {}
 
 
-def _fused(kind: type[_Fused], cls: type[nn.Module], family: _Family) -> type[_Fused]:
+def _fused(kind: type[_Fused], cls: type[nn.Module], family: Family) -> type[_Fused]:
     """Return the subclass of ``cls`` that runs as ``kind``, under the same name (FSDP wraps layers by it)."""
     if cls not in _made:
         members: dict[str, Any] = {"family": family, "unfused": cls, "__module__": __name__}

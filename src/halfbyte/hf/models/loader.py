@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import InputError
-from halfbyte.hf.config import HalfbyteConfig
-from halfbyte.hf.prepare import prepare_for_training
+from halfbyte.hf.layers.prepare import prepare_for_training
+from halfbyte.hf.models.config import HalfbyteConfig
 
 ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")

@@ -1,0 +1,37 @@
+"""The words and bounds that options may take, once; importing this imports no torch.
+
+Everything that takes such an option reads its words, bounds and defaults here: configurations, the command line, the
+quantizer, the file format.
+"""
+
+from typing import Literal, get_args
+
+QuantType = Literal["nf4", "fp4", "e2m1", "e3m0", "int4"]
+"""A 4-bit number format of weights; see :mod:`halfbyte.quant.codebooks`."""
+SaveableType = Literal["nf4", "fp4"]
+"""Those that bitsandbytes' file format has a name for."""
+FloatType = Literal["float32", "bfloat16", "float16"]
+"""A dtype of torch in which can be computed."""
+Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
+"""AdamW by the bits of its state and whether that can be paged to disk."""
+Schedule = Literal["constant", "linear", "cosine"]
+"""The course of the learning rate after the warm-up; linear and cosine fall to zero."""
+Preset = Literal["paper", "quick"]
+"""Which defaults of a run apply: the paper's, or quick ones for small models and data."""
+
+QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
+SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)
+FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+
+BLOCKSIZES = range(32, 4097)
+"""Values that may share one absmax."""
+
+QUANT_TYPE: QuantType = "nf4"
+BLOCKSIZE = 64
+DOUBLE_QUANT = True
+COMPUTE_DTYPE: FloatType = "bfloat16"
+"""Defaults: the paper's (QLoRA, arXiv 2305.14314, section 3)."""
+
+IGNORED = -100
+"""The label of a token that is not trained, as in torch's cross entropy."""

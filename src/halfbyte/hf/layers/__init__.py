@@ -1,0 +1,1 @@
+"""A model's layers made ours, by class swap and through transformers' registries."""

@@ -1,0 +1,6 @@
+"""TRL's trainers over 4-bit models: resumed bit for bit, without pickle, and what they stand on."""
+
+from halfbyte.hf.trainers.methods import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from halfbyte.hf.trainers.sampler import EpochSampler
+
+__all__ = ["DPOConfig", "DPOTrainer", "EpochSampler", "KTOConfig", "KTOTrainer", "SFTConfig", "SFTTrainer"]
