@@ -11,11 +11,9 @@ torch and the libraries over it take seconds to import, so they are imported whe
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import halfbyte
+from halfbyte.cli.console import TerminalDisplay
 from halfbyte.files import write_text
+from halfbyte.quiet import quiet
 from halfbyte.train import TrainConfig
-from halfbyte.train.display import TerminalDisplay
 from reviews import Snippet, read_snippets, split, write_chats
 from sources import MODEL, REVIEWS, cache_folder, convert, fetch
 
@@ -45,7 +44,6 @@ def main(output: Path = Path("runs/quickstart"), train: int = 900, held_out: int
     cache = cache_folder()
     gguf, ratings = fetch(MODEL, cache), fetch(REVIEWS, cache)
     begun = time.monotonic()
-    quiet_libraries()
     with timed("Converting the model to a Hugging Face folder, the first time only"):
         base = convert(gguf, cache / "SmolLM2-135M-Instruct")
     training, holding_out = split(read_snippets(ratings), train, held_out, SEED)
@@ -117,7 +115,7 @@ def measure(model_path: Path, held_out: Path, samples: list[Snippet]) -> Measure
     """Load a model, or an adapter with its model, and see how it answers."""
     from halfbyte.data import read_examples, tokenize
     from halfbyte.evaluate import score_choices
-    from halfbyte.generate.stream import stream_reply
+    from halfbyte.generate import stream_reply
 
     with timed("Loading"):
         model = halfbyte.load(model_path)
@@ -151,19 +149,11 @@ def timed(what: str) -> Iterator[None]:
     console.print(f"{what}: {time.monotonic() - begun:.1f} s")
 
 
-def quiet_libraries() -> None:
-    """Leave the terminal to the quick start's own progress."""
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
-
-
 if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     try:
-        main()
+        with quiet():
+            main()
     except halfbyte.InputError as error:
         console.print(f"Error: {error}", style="red", markup=False)
         sys.exit(2)

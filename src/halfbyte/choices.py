@@ -19,6 +19,9 @@ Schedule = Literal["constant", "linear", "cosine"]
 Preset = Literal["paper", "quick"]
 """Which defaults of a run apply: the paper's, or quick ones for small models and data."""
 
+Method = Literal["sft"]
+"""A method of training; see :mod:`halfbyte.train.methods`."""
+
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)
 FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)
@@ -27,7 +30,7 @@ OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 BLOCKSIZES = range(32, 4097)
 """Values that may share one absmax."""
 
-QUANT_TYPE: QuantType = "nf4"
+QUANT_TYPE: SaveableType = "nf4"
 BLOCKSIZE = 64
 DOUBLE_QUANT = True
 COMPUTE_DTYPE: FloatType = "bfloat16"

@@ -80,3 +80,14 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def absolute(path: str | Path) -> Path:
+    """Return ``path`` as it is meant wherever it is read: ``~`` expanded, absolute, without ``..``."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def model_path(name: str) -> str:
+    """Return what a user calls a model, its path absolute if it is one; a hub id stays as it is."""
+    is_path = name.startswith(("~", "/", "./", "../")) or name in (".", "..") or os.path.isdir(name)
+    return str(absolute(name)) if is_path else name

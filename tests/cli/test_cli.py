@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import halfbyte
 from halfbyte import cli
+from halfbyte.cli import console
 from halfbyte.generate.stream import stream_reply
 from halfbyte.plan import doctor
 from halfbyte.runs.config import TrainConfig
@@ -298,7 +300,7 @@ def test_an_interrupt_in_training_says_how_to_go_on(run, tiny_model_folder, tmp_
 
     def interrupt():
         for _ in range(1000):
-            if metrics.exists() and metrics.read_text().count("\n") >= 2:
+            if metrics.exists() and metrics.read_text().count('"kind":"step"') >= 2:
                 return os.kill(os.getpid(), 2)
             time.sleep(0.02)
 
@@ -311,15 +313,15 @@ def test_an_interrupt_in_training_says_how_to_go_on(run, tiny_model_folder, tmp_
     assert "interrupted" in err
     resume = shlex.split(err.splitlines()[-1])[1:]
     assert run(*resume)[0] == 0
-    steps = [line.split(",")[0] for line in metrics.read_text().splitlines()]
-    assert steps == [f'{{"step": {step}' for step in range(1, 21)]
+    told = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [event["step"] for event in told if event["kind"] == "step"] == list(range(1, 21))
 
 
 def test_the_program_is_named_as_it_was_started(run, monkeypatch, tiny_model_folder, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["venv/bin/halfbyte"])
-    assert cli._command("chat", "a b") == "venv/bin/halfbyte chat 'a b'"
+    assert console.command("chat", "a b") == "venv/bin/halfbyte chat 'a b'"
     (tmp_path / "halfbyte").write_text("#!/bin/sh\n")
     (tmp_path / "halfbyte").chmod(0o755)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "halfbyte")])
-    assert cli._command("chat") == "halfbyte chat"
+    assert console.command("chat") == "halfbyte chat"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from halfbyte.data import IGNORED, Chat, Collator, Completion, Text, Tokenized, chat_template, decode_trained, tokenize
+from halfbyte.choices import IGNORED
+from halfbyte.data import Chat, Collator, Completion, Text, Tokenized, chat_template, decode_trained, tokenize
 from halfbyte.errors import InputError
 
 # Templates in the manner of well-known models, each with the stop that closes its answers.

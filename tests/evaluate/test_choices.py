@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from halfbyte.data import IGNORED
+from halfbyte.choices import IGNORED
 from halfbyte.evaluate import score_choices
 
 

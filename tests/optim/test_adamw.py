@@ -268,7 +268,7 @@ def through_files(state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", optim.NAMES)
+@pytest.mark.parametrize("name", optim.KINDS)
 def test_training_resumes_bit_for_bit_through_files(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     straight = create(name, parameters(SHAPES, dtype))
     train(straight, range(12))
@@ -409,7 +409,7 @@ def test_frozen_parameters_of_any_kind_are_left_alone(state_bits: int) -> None:
 
 
 def test_optimizers_go_by_transformers_names_and_a_near_miss_is_told() -> None:
-    assert set(optim.NAMES) <= {name.value for name in OptimizerNames}
+    assert set(optim.KINDS) <= {name.value for name in OptimizerNames}
     with pytest.raises(InputError, match=r"no optimizer 'paged_adamw_8bits' \(did you mean 'paged_adamw_8bit'\?\)"):
         create("paged_adamw_8bits", parameters([(7,)]))
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import halfbyte.optim
 from halfbyte.errors import InputError
-from halfbyte.quant.codebooks import FOUR_BIT
+from halfbyte.quant.codebooks import CODEBOOKS, codebook
 from halfbyte.train import TrainConfig
+from halfbyte.train.methods import METHODS
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output": "run"}
 
@@ -100,8 +102,9 @@ def test_every_option_says_what_it_is() -> None:
 
 def test_the_choices_are_those_that_the_layers_below_offer() -> None:
     choices = {name: typing.get_args(field.annotation) for name, field in TrainConfig.model_fields.items()}
-    assert set(choices["optimizer"]) == set(halfbyte.optim.NAMES)
-    assert set(choices["quant_type"]) == set(FOUR_BIT)
+    assert set(choices["optimizer"]) == set(halfbyte.optim.KINDS)
+    assert set(choices["quant_type"]) == {name for name in CODEBOOKS if len(codebook(name, torch.device("cpu"))) == 16}
+    assert set(choices["method"]) == set(METHODS)
 
 
 def test_the_options_are_known_without_importing_torch() -> None:

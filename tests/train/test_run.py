@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte import data, hf
+from halfbyte.cli.console import TerminalDisplay
 from halfbyte.errors import InputError
+from halfbyte.runs.events import Begin, End, Event, StepMetrics
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
-from halfbyte.train.display import Display, StepMetrics, TerminalDisplay
 
 ANSWERS = ["yes", "no, never", "perhaps on Sunday", "ask again"]
 
@@ -50,29 +52,35 @@ def options(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> dict[st
     }
 
 
-class Recorder(Display):
-    """Keeps what it is told, and interrupts the process after a step, as Ctrl-C would."""
+class Recorder:
+    """Keeps what it is told, and interrupts the process after a step, as Ctrl-C or a scheduler would."""
 
-    def __init__(self, interrupt_after: int | None = None) -> None:
+    def __init__(
+        self, interrupt_after: int | None = None, signals: Sequence[signal.Signals] = (signal.SIGINT,)
+    ) -> None:
         self.interrupt_after = interrupt_after
+        self.signals = signals
         self.begun: list[tuple[int, int]] = []
         self.steps: list[StepMetrics] = []
-        self.ended = 0
+        self.ends: list[End] = []
 
-    def begin(self, first_step: int, total_steps: int) -> None:
-        self.begun.append((first_step, total_steps))
-
-    def step(self, metrics: StepMetrics) -> None:
-        self.steps.append(metrics)
-        if metrics.step == self.interrupt_after:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def end(self) -> None:
-        self.ended += 1
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Begin(step=step, total_steps=total):
+                self.begun.append((step, total))
+            case StepMetrics(step=step):
+                self.steps.append(event)
+                if step == self.interrupt_after:
+                    for number in self.signals:
+                        os.kill(os.getpid(), number)
+            case End():
+                self.ends.append(event)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of optimizer steps, read without our own reader."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "step"]
 
 
 def data_loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
@@ -99,7 +107,7 @@ def test_a_run_memorises_its_data_and_its_adapter_opens_with_plain_peft(options:
 
     steps = metrics(result.output)
     assert [step["step"] for step in steps] == list(range(1, 81))
-    assert recorder.begun == [(0, 80)] and recorder.ended == 1
+    assert recorder.begun == [(0, 80)] and recorder.ends == [End(step=80, reason="finished")]
     assert [step.loss for step in recorder.steps] == [step["loss"] for step in steps]
     assert steps[0]["loss"] == pytest.approx(before, rel=0.1)
     epochs = 80 / 4  # 7 batches of at most 2 rows: 4 steps
@@ -126,6 +134,7 @@ def test_a_finished_run_folder_holds_its_results_and_nothing_else(options: dict[
         "config.yaml",
         "loss.png",
         "metrics.jsonl",
+        "run.json",
         "summary.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -197,16 +206,12 @@ def test_an_interrupt_during_the_last_step_still_finishes(options: dict[str, Any
 
 
 def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(options: dict[str, Any]) -> None:
-    class Impatient(Recorder):
-        def step(self, metrics: StepMetrics) -> None:
-            if metrics.step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
-
     before = signal.getsignal(signal.SIGINT)
+    recorder = Recorder(interrupt_after=3, signals=[signal.SIGINT, signal.SIGINT])
     with pytest.raises(KeyboardInterrupt) as stop:
-        fine_tune(TrainConfig(**options, save_steps=1), Impatient())
+        fine_tune(TrainConfig(**options, save_steps=1), recorder)
     assert not isinstance(stop.value, Interrupted)
+    assert recorder.ends == [End(step=3, reason="interrupted")]
     assert signal.getsignal(signal.SIGINT) is before
     assert sorted(path.name for path in (options["output"] / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 

@@ -21,6 +21,7 @@ from halfbyte.bench.report import Circumstances, Report, Row
 from halfbyte.bench.works import Work
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import native, provider_for
+from halfbyte.runs.circumstances import processor
 
 ROUNDS = 9
 PROBE_ROUNDS = 2_000_000
@@ -150,7 +151,7 @@ def circumstances(arithmetic: str, libraries: Sequence[str] = LIBRARIES) -> Circ
             versions[name] = importlib.metadata.version(name)
     commit = _git("rev-parse", "--short", "HEAD")
     return Circumstances(
-        machine=_processor(),
+        machine=processor(),
         cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         load=round(os.getloadavg()[0], 2),
@@ -163,16 +164,6 @@ def circumstances(arithmetic: str, libraries: Sequence[str] = LIBRARIES) -> Circ
         commit=commit,
         changed=bool(_git("status", "--porcelain", "--untracked-files=no")),
     )
-
-
-def _processor() -> str:
-    """Return the processor's name with family and model, by which the makers tell apart what they name alike."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
-    if "model name" not in about:
-        return platform.processor() or platform.machine()
-    return f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,6 +1,7 @@
 """The sides of the training benchmark: each a process of its own, which takes a step when it is told to.
 
-- ``halfbyte``: ``halfbyte train`` itself; its display is what waits, so that everything a run does in a step counts.
+- ``halfbyte``: ``halfbyte train`` itself; a listener of its events is what waits, so that everything a run does in a
+  step counts.
 - ``bitsandbytes``: transformers and peft over an NF4 base with double quantization, PagedAdamW8bit, bf16 autocast.
 - ``lora16``: transformers and peft over a dense bf16 base, torch's AdamW; with bf16 autocast over fp32 adapters, or
   without autocast and with bf16 adapters.
@@ -18,12 +19,11 @@ transformers and peft are imported by the side's process alone, once it has sile
 import contextlib
 import dataclasses
 import importlib
-import logging
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +31,8 @@ import torch
 from halfbyte import data
 from halfbyte.bench.parts import Profile
 from halfbyte.errors import InputError
+from halfbyte.quiet import quiet
+from halfbyte.runs import events
 
 LEARNING_RATE = 2e-4
 MAX_GRAD_NORM = 0.3
@@ -140,23 +142,18 @@ class Side(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Halfbyte:
-    """``halfbyte train``.
+    """``halfbyte train``."""
 
-    Attributes:
-        config: makes the options of a run from keywords (``halfbyte.runs.config.TrainConfig``).
-        fine_tune: runs them, telling a display (``halfbyte.train.fine_tune``). Both come from the layer beside this.
-    """
-
-    config: Callable[..., Any]
-    fine_tune: Callable[[Any, Any], Any]
     setting = ""
 
     def run(self, job: Job, pace: Pace) -> None:
         """Train as the command does."""
-        options = self.config(
+        from halfbyte.train import TrainConfig, fine_tune
+
+        options = TrainConfig(
             model=job.model,
             data=job.data,
-            output=job.folder,
+            output=Path(job.folder),
             rank=job.rank,
             lora_alpha=2 * job.rank,
             lora_dropout=0.0,
@@ -171,29 +168,20 @@ class Halfbyte:
             save_steps=job.steps + 1,
             overwrite=True,
         )
-        self.fine_tune(options, _PacedDisplay(pace))
 
+        def listen(event: events.Event) -> None:
+            """Take a step only when told to: what a run does in a step counts, its events included."""
+            match event:
+                case events.Stage(name="model"):
+                    pace.loading()
+                case events.Stage(name="plan"):  # the model is there
+                    pace.loaded()
+                case events.Begin():
+                    pace.ready()
+                case events.StepMetrics(loss=loss):
+                    pace.stepped(loss)
 
-class _PacedDisplay:
-    """A display of a run (``halfbyte.train.display``) that lets it take a step only when it is told to."""
-
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-
-    def note(self, text: str) -> None:
-        if text.startswith("Loading"):
-            self._pace.loading()
-        if text.startswith("Training"):  # so many parameters: the model is there, its memory is planned next
-            self._pace.loaded()
-
-    def begin(self, first_step: int, total_steps: int) -> None:
-        self._pace.ready()
-
-    def step(self, metrics: Any) -> None:
-        self._pace.stepped(metrics.loss)
-
-    def end(self) -> None:
-        pass
+        fine_tune(options, listen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +264,7 @@ class Peer:
         return model, torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
 
 
+OURS = Halfbyte()
 PEERS: dict[str, tuple[Peer, ...]] = {
     "bitsandbytes": (Peer(True, True), Peer(True, False)),
     "lora16": (Peer(False, True), Peer(False, False), Peer(False, True, False), Peer(False, False, False)),
@@ -286,11 +275,11 @@ PEERS: dict[str, tuple[Peer, ...]] = {
 def serve(connection: Connection) -> None:
     """Be the side that the other end of ``connection`` names, until the process is ended or the side fails."""
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
+    with quiet():
+        _serve(connection)
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+
+def _serve(connection: Connection) -> None:
     try:
         side, job = connection.recv()  # imports what the side is made of
         if isinstance(side, Peer):

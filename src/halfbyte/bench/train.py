@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.bench.run import LIBRARIES, circumstances, forced, peak
 from halfbyte.bench.shapes import SHAPES, write_model
-from halfbyte.bench.stacks import PEERS, Failed, Imported, Job, Loaded, Peer, Side, Step, serve
+from halfbyte.bench.stacks import OURS, PEERS, Failed, Imported, Job, Loaded, Peer, Side, Step, serve
 from halfbyte.bench.training_report import SideResult, TrainingReport, TrainingRow
 from halfbyte.bench.works import has_bitsandbytes
 from halfbyte.errors import InputError, nearest
@@ -65,7 +65,6 @@ Message = TypeVar("Message")
 
 def bench_train(
     models: Sequence[str],
-    ours: Side,
     *,
     versus: Sequence[str] = tuple(PEERS),
     batch: int = 4,
@@ -73,6 +72,7 @@ def bench_train(
     rank: int = 16,
     steps: int = 5,
     threads: int | None = None,
+    ours: Side = OURS,
     peers: dict[str, tuple[Peer, ...]] = PEERS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> TrainingReport:
@@ -80,13 +80,13 @@ def bench_train(
 
     Args:
         models: folders or hub ids of 16-bit models, or names of :data:`halfbyte.bench.shapes.SHAPES`.
-        ours: halfbyte's side.
         versus: the others, of ``peers``.
         batch: rows of a step.
         lengths: tokens of a row.
         rank: of LoRA.
         steps: rounds that are counted, 2 or more.
         threads: of every side; None takes torch's number.
+        ours: halfbyte's side.
         peers: the settings of each peer.
         progress: is told what happens.
 

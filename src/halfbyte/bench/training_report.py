@@ -9,6 +9,7 @@ from rich.table import Table
 
 from halfbyte.bench.parts import MATRIX_WORK, PARTS
 from halfbyte.bench.report import Circumstances, Spread, digits, spread
+from halfbyte.errors import size_text
 from halfbyte.files import whole_file, write_text
 
 DPI = 120
@@ -135,7 +136,7 @@ class TrainingReport(BaseModel):
                     f"{name} {side.setting}".strip(),
                     f"{row.tokens_per_second[name].median:,.0f}",
                     "" if ours else f"{median} ({lower}–{upper})",
-                    "" if side.peak_bytes is None else f"{side.peak_bytes / 1e9:.2f} GB",
+                    "" if side.peak_bytes is None else size_text(side.peak_bytes),
                     f"{side.load_seconds:.1f} s",
                     f"{side.losses[-1]:.4f}",
                     f"{row.matrix_share:.0%}" if ours else "",

@@ -2,10 +2,9 @@
 
 from halfbyte.data.collate import Collator
 from halfbyte.data.formats import Chat, Completion, Example, Text, read_examples
-from halfbyte.data.tokens import IGNORED, Tokenized, chat_template, decode_trained, tokenize
+from halfbyte.data.tokens import Tokenized, chat_template, decode_trained, tokenize
 
 __all__ = [
-    "IGNORED",
     "Chat",
     "Collator",
     "Completion",

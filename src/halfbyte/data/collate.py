@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from halfbyte.data.tokens import IGNORED, Row
+from halfbyte.choices import IGNORED
+from halfbyte.data.tokens import Row
 
 
 @dataclasses.dataclass(frozen=True)

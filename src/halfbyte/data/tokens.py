@@ -33,14 +33,12 @@ from typing import TYPE_CHECKING
 import jinja2
 from tokenizers import processors
 
+from halfbyte.choices import IGNORED
 from halfbyte.data.formats import Chat, Completion, Example, Message, Text
 from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a token that is not trained, as in torch's cross entropy."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"

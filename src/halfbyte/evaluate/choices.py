@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.data import IGNORED, Collator
+from halfbyte.choices import IGNORED
+from halfbyte.data import Collator
 from halfbyte.data.tokens import Row
 
 if TYPE_CHECKING:

@@ -6,23 +6,20 @@ transformers' own ``TextIteratorStreamer`` decodes line by line, which loses a s
 start of a line with SentencePiece tokenizers. The cache of keys and values is not kept between two turns.
 """
 
-import contextlib
 import contextvars
 import functools
 import queue
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jinja2
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from halfbyte.data import Chat, chat_template, tokenize
 from halfbyte.errors import InputError
+from halfbyte.generate.conversation import encode, stop_tokens
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -55,7 +52,7 @@ def stream_reply(
     """
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} does not generate text; give a causal language model.")
-    ids = _encode(prompt, tokenizer)
+    ids = encode(prompt, tokenizer)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"The prompt is {len(ids)} tokens long, but the model attends to {limit}: shorten it.")
@@ -68,7 +65,7 @@ def stream_reply(
         stopping_criteria=StoppingCriteriaList([listener]),
         max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)),
         num_beams=1,
-        eos_token_id=_stop_tokens(model, tokenizer),
+        eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
     )
@@ -80,20 +77,6 @@ def stream_reply(
         finally:
             listener.stopped = True
         generation.result()
-
-
-def _encode(prompt: list[dict[str, Any]] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
-    try:
-        text = tokenizer.apply_chat_template(
-            prompt, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.TemplateError as error:
-        raise InputError(f"The model's chat template refuses this conversation: {error}") from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 class _Listener:
@@ -127,13 +110,3 @@ def _decode(listener: _Listener, tokenizer: PreTrainedTokenizerBase) -> Iterator
             shown = text
     if len(text) > len(shown):
         yield text[len(shown) :]
-
-
-def _stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the stop tokens of the model, of its tokenizer, and the one that an answer in training ends with."""
-    own = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    question, answer = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}
-    with contextlib.suppress(InputError):  # then nothing was trained with this tokenizer
-        stops.add(tokenize([Chat("", [question, answer])], tokenizer, max_length=sys.maxsize).rows[-1]["labels"][-1])
-    return sorted(stops)

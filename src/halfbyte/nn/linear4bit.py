@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import kernels
+from halfbyte.choices import BLOCKSIZE, DOUBLE_QUANT, QUANT_TYPE
 from halfbyte.errors import InputError
 from halfbyte.kernels import Statistics, Weight4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
@@ -63,9 +64,9 @@ class Linear4bit(nn.Linear):
     def from_linear(
         cls,
         linear: nn.Linear,
-        quant_type: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
+        quant_type: str = QUANT_TYPE,
+        blocksize: int = BLOCKSIZE,
+        double_quant: bool = DOUBLE_QUANT,
         compute_dtype: torch.dtype | None = None,
     ) -> Self:
         """Quantize ``linear``, which stays as it is; arguments as for :func:`halfbyte.quant.quantize_4bit`."""

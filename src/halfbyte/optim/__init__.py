@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from halfbyte.choices import Optimizer
 from halfbyte.errors import InputError, nearest
 from halfbyte.optim.adamw import AdamW
 
-KINDS: dict[str, dict[str, Any]] = {
+KINDS: dict[Optimizer, dict[str, Any]] = {
     "adamw_torch": {"state_bits": 32, "paged": False},
     "adamw_8bit": {"state_bits": 8, "paged": False},
     "paged_adamw_32bit": {"state_bits": 32, "paged": True},
     "paged_adamw_8bit": {"state_bits": 8, "paged": True},
 }
-NAMES = tuple(KINDS)
 
 
 def create(
@@ -31,14 +31,14 @@ def create(
     weight_decay: float,
     page_dir: Path | None = None,
 ) -> AdamW:
-    """Return the optimizer that transformers calls ``name``, one of :data:`NAMES`; the rest as in :class:`AdamW`.
+    """Return the optimizer that transformers calls ``name``; the rest as in :class:`AdamW`.
 
     Raises:
         InputError: there is no such optimizer.
     """
     if name not in KINDS:
-        raise InputError(f"There is no optimizer {name!r}{nearest(name, NAMES)}; there is {', '.join(NAMES)}.")
+        raise InputError(f"There is no optimizer {name!r}{nearest(name, KINDS)}; there is {', '.join(KINDS)}.")
     return AdamW(params, lr, betas, eps, weight_decay, page_dir=page_dir, **KINDS[name])
 
 
-__all__ = ["NAMES", "AdamW", "create"]
+__all__ = ["AdamW", "create"]

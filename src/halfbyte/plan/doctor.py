@@ -12,8 +12,10 @@ import psutil
 import torch
 
 from halfbyte import __version__
+from halfbyte.errors import size_text
 from halfbyte.kernels import native, provider_for, providers
 from halfbyte.plan.machine import memory_limit
+from halfbyte.runs.circumstances import kernels_in_force
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 COMPILERS = ("c++", "g++", "clang++")
@@ -55,9 +57,8 @@ def report() -> list[Finding]:
 
 def line() -> str:
     """Return one line that names the version, the provider and the instruction-set tier in force."""
-    name = _provider("cpu")
-    tier = f" ({native.tier()})" if name == "native" else ""
-    return f"halfbyte {__version__}: {name} kernels{tier}, {torch.get_num_threads()} threads"
+    name, *tier = kernels_in_force().split(" ", 1)
+    return f"halfbyte {__version__}: {' '.join([name, 'kernels', *tier])}, {torch.get_num_threads()} threads"
 
 
 def _provider(device: str) -> str:
@@ -92,10 +93,10 @@ def _threads() -> Finding:
 
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
-    value = f"{_gib(memory.total)}, {_gib(memory.available)} available"
+    value = f"{size_text(memory.total)}, {size_text(memory.available)} available"
     limit = memory_limit()
     if limit is not None and limit < memory.total:
-        value += f", {_gib(limit)} allowed to this container"
+        value += f", {size_text(limit)} allowed to this container"
     return Finding("memory", value)
 
 
@@ -118,8 +119,4 @@ def _cuda() -> Finding:
 def _cache() -> Finding:
     folder = Path(huggingface_hub.constants.HF_HUB_CACHE)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return Finding("model cache", f"{folder} ({_gib(shutil.disk_usage(there).free)} free; HF_HOME moves it)")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    return Finding("model cache", f"{folder} ({size_text(shutil.disk_usage(there).free)} free; HF_HOME moves it)")

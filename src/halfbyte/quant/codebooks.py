@@ -104,8 +104,6 @@ CODEBOOKS: dict[str, Callable[[], Tensor]] = {
     "dynamic_unsigned": lambda: dynamic_map(signed=False),
 }
 
-FOUR_BIT = ("nf4", "fp4", "e2m1", "e3m0", "int4")
-
 
 @functools.cache
 def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:

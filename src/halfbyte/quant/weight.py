@@ -15,20 +15,29 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
 from halfbyte import kernels
+from halfbyte.choices import (
+    BLOCKSIZE,
+    BLOCKSIZES,
+    DOUBLE_QUANT,
+    FLOAT_TYPES,
+    QUANT_TYPE,
+    QUANT_TYPES,
+    FloatType,
+    QuantType,
+)
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import Nested, Statistics
-from halfbyte.quant.codebooks import FOUR_BIT, codebook
+from halfbyte.quant.codebooks import codebook
 from halfbyte.quant.double_quant import quantize_statistics
 
-BLOCKSIZES = range(32, 4097)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FLOAT_TYPES}
 STATE = "quant_state.bitsandbytes__"
 
 
@@ -177,9 +186,9 @@ class _About(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    quant_type: Literal[FOUR_BIT]  # type: ignore[valid-type]
+    quant_type: QuantType
     blocksize: int = Field(ge=BLOCKSIZES[0], le=BLOCKSIZES[-1])
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: FloatType
     shape: list[PositiveInt]
     nested_blocksize: PositiveInt | None = None
     nested_offset: FiniteFloat = 0.0
@@ -206,16 +215,17 @@ def check_format(quant_type: str, blocksize: int) -> None:
     Raises:
         InputError: an unknown ``quant_type`` or an unsupported ``blocksize``.
     """
-    if quant_type not in FOUR_BIT:
+    if quant_type not in QUANT_TYPES:
         raise InputError(
-            f"quant_type is {quant_type!r}{nearest(quant_type, FOUR_BIT)}; it must be one of {', '.join(FOUR_BIT)}."
+            f"quant_type is {quant_type!r}{nearest(quant_type, QUANT_TYPES)}; it must be one of "
+            f"{', '.join(QUANT_TYPES)}."
         )
     if blocksize not in BLOCKSIZES:
         raise InputError(f"blocksize is {blocksize}; it must be {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}.")
 
 
 def quantize_4bit(
-    tensor: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+    tensor: Tensor, quant_type: str = QUANT_TYPE, blocksize: int = BLOCKSIZE, double_quant: bool = DOUBLE_QUANT
 ) -> QuantizedWeight:
     """Quantize ``tensor`` (any shape; fp32, bf16 or fp16) to 4 bits, as bitsandbytes does to the last bit.
 

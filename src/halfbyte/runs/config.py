@@ -10,13 +10,26 @@ Command-line flags and documentation are made from the fields below. Importing t
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from halfbyte.choices import (
+    BLOCKSIZE,
+    BLOCKSIZES,
+    COMPUTE_DTYPE,
+    DOUBLE_QUANT,
+    QUANT_TYPE,
+    FloatType,
+    Method,
+    Optimizer,
+    Preset,
+    QuantType,
+    Schedule,
+)
 from halfbyte.errors import InputError, nearest
-from halfbyte.files import write_text
+from halfbyte.files import absolute, model_path, write_text
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -32,9 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-RUN_OPTIONS = ("resume", "overwrite")
-# What may change when a run goes on: the result does not depend on it.
-CHANGEABLE = ("save_steps", "memory", "gradient_checkpointing")
+# Marks of fields: what may change when a run goes on, since its result does not depend on it; and what says how to
+# begin, not what to do, and is not written down.
+CHANGEABLE: Any = {"on_resume": "may change"}
+OF_THE_CALL: Any = {"on_resume": "of the call"}
 
 
 class TrainConfig(BaseModel):
@@ -45,17 +59,18 @@ class TrainConfig(BaseModel):
     model: str = Field(description="Folder or hub id of the base model, in 16 or in 4 bits.")
     data: str = Field(description="Training data: a .jsonl, .json or .csv file.")
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
-    preset: Literal["paper", "quick"] = Field(
+    method: Method = Field(default="sft", description="What is learned: sft, from answers.")
+    preset: Preset = Field(
         default="paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
     )
 
-    quant_type: Literal["nf4", "fp4", "e2m1", "e3m0", "int4"] = Field(
-        default="nf4", description="4-bit number format of the base weights."
+    quant_type: QuantType = Field(default=QUANT_TYPE, description="4-bit number format of the base weights.")
+    blocksize: int = Field(
+        default=BLOCKSIZE, ge=BLOCKSIZES[0], le=BLOCKSIZES[-1], description="Weights that share one absmax."
     )
-    blocksize: int = Field(default=64, ge=32, le=4096, description="Weights that share one absmax.")
-    double_quant: bool = Field(default=True, description="Quantize the absmax values too.")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="Type of activations and of weights while they are multiplied."
+    double_quant: bool = Field(default=DOUBLE_QUANT, description="Quantize the absmax values too.")
+    compute_dtype: FloatType = Field(
+        default=COMPUTE_DTYPE, description="Type of activations and of weights while they are multiplied."
     )
 
     rank: int = Field(default=64, ge=1, description="Rank of the LoRA matrices.")
@@ -73,18 +88,21 @@ class TrainConfig(BaseModel):
     group_by_length: bool = Field(default=True, description="Put sequences of similar length into one batch.")
     memory: ByteSize | None = Field(
         default=None,
+        json_schema_extra=CHANGEABLE,
         description="Memory for the process, such as 8GiB; activations that do not fit are recomputed in the backward "
         "pass. Without it: what is free.",
     )
     gradient_checkpointing: bool | None = Field(
-        default=None, description="Recompute all activations, or none, whatever the memory; without it memory decides."
+        default=None,
+        json_schema_extra=CHANGEABLE,
+        description="Recompute all activations, or none, whatever the memory; without it memory decides.",
     )
 
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = Field(
+    optimizer: Optimizer = Field(
         default="paged_adamw_8bit", description="AdamW by the bits of its state and whether that can be paged to disk."
     )
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+    lr_scheduler_type: Schedule = Field(
         default="constant", description="Course of the learning rate after the warm-up; linear and cosine fall to zero."
     )
     warmup_ratio: float = Field(
@@ -100,10 +118,16 @@ class TrainConfig(BaseModel):
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the adapter's first values, data order and dropout."
     )
-    save_steps: int = Field(default=50, ge=1, description="Optimizer steps between checkpoints.")
+    save_steps: int = Field(
+        default=50, ge=1, json_schema_extra=CHANGEABLE, description="Optimizer steps between checkpoints."
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
-    resume: bool = Field(default=False, description="Go on from the last checkpoint in the run folder.")
-    overwrite: bool = Field(default=False, description="Replace the run that the run folder holds.")
+    resume: bool = Field(
+        default=False, json_schema_extra=OF_THE_CALL, description="Go on from the last checkpoint in the run folder."
+    )
+    overwrite: bool = Field(
+        default=False, json_schema_extra=OF_THE_CALL, description="Replace the run that the run folder holds."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +135,21 @@ class TrainConfig(BaseModel):
         if isinstance(values, Mapping) and isinstance(values.get("preset"), str):
             return PRESETS.get(values["preset"], {}) | dict(values)
         return values
+
+    @field_validator("data", mode="after")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        return str(absolute(path))
+
+    @field_validator("output", mode="after")
+    @classmethod
+    def _absolute_folder(cls, path: Path) -> Path:
+        return absolute(path)
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _absolute_model(cls, name: str) -> str:
+        return model_path(name)
 
     @model_validator(mode="after")
     def _resume_or_overwrite(self) -> Self:
@@ -136,10 +175,19 @@ class TrainConfig(BaseModel):
         except ValidationError as error:
             raise InputError(_sentence(error, place)) from None
 
+    @classmethod
+    def fixed_options(cls) -> list[str]:
+        """Return the options that have to stay as they were when a run goes on."""
+        return [name for name in cls.model_fields if name not in _marked(OF_THE_CALL) | _marked(CHANGEABLE)]
+
     def save(self, path: Path) -> None:
         """Write every option but ``resume`` and ``overwrite`` to ``path``, as :meth:`from_yaml` reads it."""
-        values = self.model_dump(mode="json", exclude=set(RUN_OPTIONS))
+        values = self.model_dump(mode="json", exclude=_marked(OF_THE_CALL))
         write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _marked(mark: Any) -> set[str]:
+    return {name for name, field in TrainConfig.model_fields.items() if field.json_schema_extra == mark}
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

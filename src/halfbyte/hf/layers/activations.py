@@ -30,7 +30,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, size_text
 from halfbyte.optim import paged
 
 SEAM = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -70,7 +70,7 @@ class Policy:
 
     def __str__(self) -> str:
         layers = self.offloaded + self.recomputed + self.kept
-        share = f"{_gib(self.bytes)} of the {_gib(self.free)} that may be used"
+        share = f"{size_text(self.bytes)} of the {size_text(self.free)} that may be used"
         if not layers or self.kept == layers:
             return f"Activations are kept, {share}"
         again = self.offloaded + self.recomputed
@@ -100,8 +100,8 @@ def choose(layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1) 
     fitting = (free - fixed) * batch_size // (needed - fixed) if needed > fixed else 0
     remedy = f"lower batch_size from {batch_size} to {fitting}" if fitting > 0 else "lower max_length"
     raise InputError(
-        f"A step needs {_gib(needed)} of memory even with every activation recomputed or on the disk, but {_gib(free)} "
-        f"may be used: {remedy}, or raise memory by {_gib(needed - free)}."
+        f"A step needs {size_text(needed)} of memory even with every activation recomputed or on the disk, but "
+        f"{size_text(free)} may be used: {remedy}, or raise memory by {size_text(needed - free)}."
     )
 
 
@@ -212,7 +212,3 @@ def _offload(folder: Path, forward: Callable[..., Any], hidden: Tensor, *args: A
     (place,) = paged.zeros([(hidden.dtype, hidden.shape)], folder)
     source[0] = place.copy_(hidden.detach()).requires_grad_(hidden.requires_grad)
     return output
-
-
-def _gib(size: int) -> str:
-    return f"{max(size, 0) / 2**30:.1f} GiB"

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 
+from halfbyte.choices import IGNORED
 from halfbyte.nn import Linear4bit, Scores, linear_cross_entropy
 from halfbyte.quant import QuantizedWeight
 
-IGNORED = -100
 PROBED_LOGIT = 20.0
 """The largest logit of the trial: a soft cap of 30 shows in it."""
 

@@ -6,11 +6,11 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from halfbyte.choices import BLOCKSIZE, COMPUTE_DTYPE, DOUBLE_QUANT, QUANT_TYPE
 from halfbyte.errors import InputError, nearest
-from halfbyte.quant.weight import check_format
+from halfbyte.quant.weight import DTYPES, check_format
 
 QUANT_METHOD = "halfbyte"
-SAVEABLE = ("nf4", "fp4")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -32,9 +32,9 @@ class HalfbyteConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        quant_type: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
+        quant_type: str = QUANT_TYPE,
+        blocksize: int = BLOCKSIZE,
+        double_quant: bool = DOUBLE_QUANT,
         compute_dtype: torch.dtype | str | None = None,
         skip_modules: list[str] | None = None,
         quant_method: str = QUANT_METHOD,
@@ -44,7 +44,7 @@ class HalfbyteConfig(QuantizationConfigMixin):
         self.quant_type = quant_type
         self.blocksize = blocksize
         self.double_quant = double_quant
-        self.compute_dtype = as_dtype(compute_dtype or torch.bfloat16)
+        self.compute_dtype = as_dtype(compute_dtype or COMPUTE_DTYPE)
         self.skip_modules = skip_modules
 
     @classmethod
@@ -95,8 +95,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     Raises:
         InputError: another dtype.
     """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise InputError(f"compute_dtype is {name!r}{nearest(name, known)}; it must be one of {', '.join(known)}.")
-    return known[name]
+    if name not in DTYPES:
+        raise InputError(f"compute_dtype is {name!r}{nearest(name, DTYPES)}; it must be one of {', '.join(DTYPES)}.")
+    return DTYPES[name]

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
-from halfbyte.hf.models.config import SAVEABLE, HalfbyteConfig
+from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.loader import model_class, read_config
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype
 from halfbyte.nn import Linear4bit
@@ -57,9 +58,10 @@ def quantize_checkpoint(
     """
     config = config or HalfbyteConfig()
     output = Path(output)
-    if config.quant_type not in SAVEABLE:
+    if config.quant_type not in SAVEABLE_TYPES:
         raise InputError(
-            f"A {config.quant_type} model cannot be saved: bitsandbytes' format has {' and '.join(SAVEABLE)} only."
+            f"A {config.quant_type} model cannot be saved: bitsandbytes' format has {' and '.join(SAVEABLE_TYPES)} "
+            "only."
         )
     if output.exists() and not overwrite:
         raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")

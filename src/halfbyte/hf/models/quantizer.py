@@ -19,9 +19,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.generic import is_flash_attention_requested
 
+from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import attention
-from halfbyte.hf.models.config import QUANT_METHOD, SAVEABLE, HalfbyteConfig
+from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
@@ -52,7 +53,7 @@ class HalfbyteQuantizer(HfQuantizer):
             "weight.nested_quant_map",
             "weight.quant_map",
             "weight.absmax",
-            *(f"weight.quant_state.bitsandbytes__{name}" for name in SAVEABLE),
+            *(f"weight.quant_state.bitsandbytes__{name}" for name in SAVEABLE_TYPES),
         ]
     }
 
@@ -69,7 +70,7 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """Whether bitsandbytes' format has a name for the codebook."""
-        return self.quantization_config.quant_type in SAVEABLE
+        return self.quantization_config.quant_type in SAVEABLE_TYPES
 
     @property
     def is_trainable(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import trl
 
-from halfbyte.hf.layers.head import IGNORED
+from halfbyte.choices import IGNORED
 from halfbyte.hf.trainers.base import BaseTrainer
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def state_folder(run: Path, step: int) -> Path:
+def state_folder(run: str | Path, step: int) -> Path:
     """Return the folder of the state after ``step`` optimizer steps of the run in ``run``."""
-    return run / "checkpoints" / f"step-{step:06d}"
+    return Path(run) / "checkpoints" / f"step-{step:06d}"
 
 
 def saved_states(run: Path) -> list[Path]:

@@ -1,0 +1,46 @@
+"""Options that several commands take, and flags made from the fields of a configuration."""
+
+import inspect
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ByteSize
+
+Model = Annotated[str, typer.Argument(help="Run folder, adapter folder, model folder or hub id.")]
+System = Annotated[str | None, typer.Option(help="System prompt, put before the conversation.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Greatest length of an answer in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; more varies the answers.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this probability.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed, to draw the same answers again.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each side.  [default: torch's]")]
+Results = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="Folder for the results.  [default: benchmarks/results/<date>-<commit>-<tier>]"),
+]
+
+
+def flags_of(model: type[BaseModel]) -> inspect.Signature:
+    """Return the parameters of a command: a configuration file, and a flag for each field, absent unless given."""
+    config = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the options below.")]
+    annotations: dict[str, Any] = {"config": config}
+    for name, field in model.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
+        option = typer.Option(help=f"{field.description}{default}")
+        annotations[name] = Annotated[_flag_type(field.annotation) | None, option]
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in annotations.items()
+        ]
+    )
+
+
+def _flag_type(annotation: Any) -> Any:
+    """Return what a flag for a field of this type takes: the first member of a union; a size is text to pydantic."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return _flag_type(typing.get_args(annotation)[0])
+    return str if annotation is ByteSize else annotation

@@ -1,0 +1,44 @@
+"""``train``, with a flag for each field of :class:`halfbyte.runs.config.TrainConfig`, made from it."""
+
+import sys
+from typing import Any
+
+import typer
+
+from halfbyte.cli.console import INTERRUPTED, TerminalDisplay, command, notes, shown
+from halfbyte.cli.options import flags_of
+from halfbyte.errors import size_text
+from halfbyte.quiet import quiet
+from halfbyte.runs.config import TrainConfig
+
+
+def train(**options: Any) -> None:
+    """Fine-tune a model with QLoRA.
+
+    Options come from flags, from a YAML file, or from both (flags win). Interrupted with Ctrl-C or SIGTERM, it saves a
+    checkpoint first; --resume goes on from there.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    config = TrainConfig.from_yaml(given.pop("config", None), given)
+    with quiet():
+        from halfbyte.train import fine_tune
+    try:
+        summary = fine_tune(config, TerminalDisplay(notes)).summary
+    except KeyboardInterrupt as interrupt:
+        typer.echo(str(interrupt) or "Interrupted.", err=True)
+        if any(config.output.glob("checkpoints/step-*")):
+            resume = command("train", "--config", str(config.output / "config.yaml"), "--resume")
+            typer.echo(f"Go on with:\n  {resume}", err=True)
+        sys.exit(INTERRUPTED)
+    folder = shown(config.output)
+    typer.echo(
+        f"Trained {summary.steps} steps in {summary.seconds:.0f} s: loss {summary.loss:.3f}, "
+        f"{summary.trained_tokens_per_second:,.0f} trained tokens/s, "
+        f"{size_text(summary.peak_memory_bytes)} peak memory."
+    )
+    typer.echo(f"The adapter is in {folder}. Next:")
+    typer.echo(f"  {command('chat', folder)}")
+    typer.echo(f"  {command('generate', folder, '--prompt', 'your question')}")
+
+
+train.__signature__ = flags_of(TrainConfig)  # type: ignore[attr-defined]

@@ -1,0 +1,137 @@
+"""What a run's bits depend on beside its options: versions, kernels, threads, processor, processes, base model."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from halfbyte import __version__
+from halfbyte.kernels import native, provider_for, providers
+
+LIBRARIES = ("torch", "transformers", "peft", "trl")
+SAMPLED = 2**16
+"""Bytes that are read at the beginning, the middle and the end of a weight file for its fingerprint."""
+
+
+class Circumstances(BaseModel):
+    """Where and with what a run goes.
+
+    Attributes:
+        versions: of halfbyte, Python and the libraries that compute.
+        kernels: the provider on a CPU, with its instruction-set tier.
+        threads: of torch, in each process.
+        processes: that train together.
+        machine: the processor's name.
+        cores: of the machine.
+        memory_bytes: of the machine.
+        base_model: a fingerprint of the base model's files.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    versions: dict[str, str]
+    kernels: str
+    threads: int
+    processes: int
+    machine: str
+    cores: int
+    memory_bytes: int
+    base_model: str
+
+    @classmethod
+    def here(cls, model: str, processes: int = 1) -> "Circumstances":
+        """Return those of this process, for a run over ``model`` (a folder or hub id)."""
+        return cls(
+            versions={"halfbyte": __version__, "python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            kernels=kernels_in_force(),
+            threads=torch.get_num_threads(),
+            processes=processes,
+            machine=processor(),
+            cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+            memory_bytes=psutil.virtual_memory().total,
+            base_model=fingerprint(model),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What is other than when the run began, as texts such as ``threads were 2 and are 1``.
+
+    Attributes:
+        noted: may change bits of the result; the run goes on and says so.
+        refused: makes it another run.
+    """
+
+    noted: list[str]
+    refused: list[str]
+
+
+def changes(before: Circumstances, now: Circumstances) -> Changes:
+    """Compare the circumstances of a run that goes on with those in which it began; memory and cores do not matter."""
+    noted = [
+        f"{name} was {before.versions.get(name, 'not there')} and is {version}"
+        for name, version in now.versions.items()
+        if before.versions.get(name) != version
+    ]
+    for name, verb in (("kernels", "were"), ("threads", "were"), ("machine", "was")):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            noted.append(f"{name} {verb} {old} and {'are' if verb == 'were' else 'is'} {new}")
+    refused = []
+    if before.processes != now.processes:
+        refused.append(f"it was trained by {before.processes} processes and now there are {now.processes}")
+    if before.base_model != now.base_model:
+        refused.append("the base model's files are others")
+    return Changes(noted, refused)
+
+
+def kernels_in_force() -> str:
+    """Return the provider of operations on a CPU, and the native one's instruction-set tier, as ``native (avx512)``."""
+    chosen = provider_for(torch.device("cpu"))
+    name = next(name for name, provider in providers().items() if provider is chosen)
+    return f"{name} ({native.tier()})" if name == "native" else name
+
+
+def processor() -> str:
+    """Return the processor's name with family and model, by which the makers tell apart what they name alike."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    return f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
+
+
+def fingerprint(model: str) -> str:
+    """Return a digest of the base model's configuration and of its weight files' names, sizes and samples.
+
+    It tells another model, or another revision, from the same one in milliseconds; it is no checksum of all bytes.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(_folder(model).glob("*")):
+        if file.name == "config.json":
+            digest.update(file.read_bytes())
+        elif file.suffix in (".safetensors", ".bin") and file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for place in (0, size // 2, max(size - SAMPLED, 0)):
+                    stream.seek(place)
+                    digest.update(stream.read(SAMPLED))
+    return digest.hexdigest()[:16]
+
+
+def _folder(model: str) -> Path:
+    """Return the folder of a model; of a hub id the snapshot that was downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    cached: Any = huggingface_hub.try_to_load_from_cache(model, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else Path(model)

@@ -1,0 +1,159 @@
+"""What a run tells while it goes: typed records, and their one form as a line of JSON.
+
+The run tells events to whoever listens; a listener is a function of one event. The terminal, ``metrics.jsonl``, the
+benchmark, a report and a page in another process all read these records and nothing else. ``metrics.jsonl`` begins with
+a :class:`Header`; a reader leaves out kinds and fields that it does not know, and says when a file is of a newer
+version.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+VERSION = 1
+"""Of the file form; counted up when a reader of the old form would misread the new one."""
+
+
+class Event(BaseModel):
+    """One thing that happened."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    kept: ClassVar[bool] = True
+    """Whether it belongs into ``metrics.jsonl``."""
+
+
+class Header(Event):
+    """The first line of a file: the version of its form, and who wrote it."""
+
+    kind: Literal["header"] = "header"
+    version: int = VERSION
+    halfbyte: str = ""
+
+
+class Stage(Event):
+    """A part of the run begins: reading data, loading the model, planning its memory."""
+
+    kept: ClassVar[bool] = False
+    kind: Literal["stage"] = "stage"
+    name: Literal["data", "model", "plan"]
+    text: str
+
+
+class Progress(Event):
+    """How far the stage under way has come."""
+
+    kept: ClassVar[bool] = False
+    kind: Literal["progress"] = "progress"
+    done: int
+    total: int
+    unit: str = ""
+
+
+class Note(Event):
+    """A fact for whoever watches, as a sentence."""
+
+    kind: Literal["note"] = "note"
+    text: str
+
+
+class Begin(Event):
+    """Training starts after ``step`` steps (0, or those of the checkpoint) of ``total_steps``."""
+
+    kind: Literal["begin"] = "begin"
+    step: int
+    total_steps: int
+
+
+class StepMetrics(Event):
+    """One optimizer step.
+
+    Attributes:
+        step: number of the step, from 1.
+        epoch: passes over the data so far.
+        loss: mean negative log-likelihood of the step's trained tokens, in nats.
+        learning_rate: the one the step was made with.
+        grad_norm: L2 norm of the gradient before clipping.
+        trained_tokens: tokens with a label, since the start of the run.
+        tokens_per_second: trained tokens of this step over its seconds.
+        elapsed: seconds of training since the start of the run, the time between an interruption and resuming apart.
+    """
+
+    kind: Literal["step"] = "step"
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    trained_tokens: int
+    tokens_per_second: float
+    elapsed: float
+
+
+class Evaluation(Event):
+    """What was measured on held-out rows after ``step`` steps; figures by their names, such as ``loss``."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    step: int
+    figures: dict[str, float]
+
+
+class Sample(Event):
+    """How the model answered ``prompt`` after ``step`` steps."""
+
+    kind: Literal["sample"] = "sample"
+    step: int
+    prompt: str
+    answer: str
+
+
+class Checkpoint(Event):
+    """The state after ``step`` steps is on the disk, in ``folder`` of the run."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    folder: str
+
+
+class End(Event):
+    """Training is over, for whatever reason, after ``step`` steps."""
+
+    kind: Literal["end"] = "end"
+    step: int
+    reason: Literal["finished", "interrupted", "failed"]
+
+
+AnyEvent = Annotated[
+    Header | Stage | Progress | Note | Begin | StepMetrics | Evaluation | Sample | Checkpoint | End,
+    Field(discriminator="kind"),
+]
+Listener = Callable[[Event], None]
+
+_events: TypeAdapter[Event] = TypeAdapter(AnyEvent)
+
+
+def to_line(event: Event) -> str:
+    """Return ``event`` as one line of JSON, without its end of line."""
+    return event.model_dump_json()
+
+
+def from_lines(lines: Iterable[str], name: str = "This file") -> Iterator[Event]:
+    """Yield the events of ``lines``, without the header; kinds and fields that are not known are left out.
+
+    Of a file of a newer version that is said first, by a :class:`Note` that names the file as ``name``.
+    """
+    for line in lines:
+        try:
+            values = json.loads(line)
+            event = _events.validate_python(values)
+        except (ValueError, ValidationError):
+            continue
+        if not isinstance(event, Header):
+            yield event
+        elif event.version > VERSION:
+            yield Note(
+                text=f"{name} was written by a newer halfbyte ({event.halfbyte or 'version unknown'}): what this one "
+                "does not know is left out."
+            )

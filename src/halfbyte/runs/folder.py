@@ -1,0 +1,190 @@
+"""The folder of a run: its layout, who may write to it, and what it takes to go on in it.
+
+    config.yaml                   every option; written first
+    run.json                      the version of this layout, and the circumstances in which the run began
+    metrics.jsonl                 one line per event (``runs/events.py``), written as it happens
+    checkpoints/step-000123/      while training; what ``resume`` goes on from (``hf/trainers/state.py``)
+    adapter_model.safetensors     the result, a plain PEFT folder, with adapter_config.json and the tokenizer
+    loss.png
+    summary.json                  what the run came to; written last, so a folder that has it holds a finished run
+
+Whoever wants to see, continue, stop or compare a run does it through this class, also from another process.
+"""
+
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from halfbyte import files
+from halfbyte.errors import InputError
+from halfbyte.runs.config import TrainConfig
+
+if TYPE_CHECKING:
+    from halfbyte.runs.circumstances import Circumstances
+
+VERSION = 1
+"""Of the layout; counted up when an older halfbyte could not go on in a newer one's folder."""
+
+
+class RunFolder:
+    """The folder of a run at ``path``, which need not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.about = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter_model.safetensors"
+        self.adapter_config = path / "adapter_config.json"
+        self.curve = path / "loss.png"
+        self.summary = path / "summary.json"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything of a run in it."""
+        return any(file.exists() for file in self._own_files)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it holds the results of a run."""
+        return self.summary.exists()
+
+    @property
+    def _own_files(self) -> list[Path]:
+        return [self.config, self.about, self.metrics, self.adapter, self.adapter_config, self.summary]
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the latest checkpoint, if there is one."""
+        return max(self.checkpoints.glob("step-*"), key=step_of, default=None)
+
+    def check(self, config: TrainConfig) -> Path | None:
+        """Look whether a run with ``config`` may write here, and return the checkpoint that it goes on from, if any.
+
+        Raises:
+            InputError: it may not, and why.
+        """
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; name a folder for the run.")
+        if (path / "config.json").exists():
+            raise InputError(f"{path} holds a model; name another folder for the run.")
+        self._check_writable()
+        if config.overwrite or not self.begun:
+            return None
+        if not config.resume:
+            raise InputError(f"{path} already holds a run; set resume or overwrite, or name another folder.")
+        if self.finished:
+            raise InputError(f"{path} holds a finished run; set overwrite, or name another folder.")
+        self._read_about()
+        before = TrainConfig.from_yaml(self.config, {"output": path})
+        for name in TrainConfig.fixed_options():
+            old, new = getattr(before, name), getattr(config, name)
+            if old != new:
+                raise InputError(
+                    f"{path} was begun with {name} {old!r} and cannot go on with {new!r}; "
+                    f"use its own config.yaml, or name another folder."
+                )
+        return self.last_checkpoint()
+
+    def compare(self, now: "Circumstances") -> list[str]:
+        """Return what is other than when the run began and may change bits of its result.
+
+        Raises:
+            InputError: something is other that makes it another run.
+        """
+        from halfbyte.runs.circumstances import Circumstances, changes
+
+        try:
+            before = Circumstances.model_validate(self._read_about()["circumstances"])
+        except (KeyError, ValidationError) as error:
+            raise InputError(
+                f"{self.about} does not say how the run began: it is damaged; begin another run."
+            ) from error
+        found = changes(before, now)
+        if found.refused:
+            raise InputError(
+                f"{self.path} cannot be resumed as the same run: {' and '.join(found.refused)}. Put that back, or "
+                "begin another run."
+            )
+        return found.noted
+
+    def begin(self, config: TrainConfig, circumstances: "Circumstances") -> None:
+        """Remove what an earlier run left and begin this one; a model that the folder does not belong to stays."""
+        for file in self._own_files:
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        about = {"version": VERSION, "circumstances": circumstances.model_dump()}
+        files.write_text(self.about, json.dumps(about, indent=2) + "\n")
+        config.save(self.config)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process alone; made if it is not there, and removed again if nothing comes into it.
+
+        Raises:
+            InputError: another process that is alive holds it.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with files.lock(self.path / ".lock"):
+                yield
+        except files.Locked as error:
+            raise InputError(
+                f"Another run (process {error.pid or 'unknown'}) writes to {self.path}; wait for it, stop it, or "
+                "name another folder."
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):  # as soon as one is not empty
+                for folder in made:
+                    folder.rmdir()
+
+    def _read_about(self) -> dict[str, Any]:
+        try:
+            about: dict[str, Any] = json.loads(self.about.read_text(encoding="utf-8"))
+            version = int(about["version"])
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.path} holds a run of halfbyte 0.1.0, from before run folders had versions, which cannot be "
+                "resumed; set overwrite, or name another folder."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.about} cannot be read ({error}); set overwrite, or name another folder."
+            ) from error
+        if version > VERSION:
+            raise InputError(f"{self.path} holds a run of a newer halfbyte (layout {version}); go on with that one.")
+        return about
+
+    def _check_writable(self) -> None:
+        folder = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        if not folder.is_dir():
+            raise InputError(f"{folder} is a file, so there can be no folder {self.path}; name another one.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            about = folder.stat()
+            raise InputError(
+                f"The run folder {self.path} cannot be written: {folder} belongs to {_user(about.st_uid)} with "
+                f"permissions {stat.filemode(about.st_mode)}, or its disk is read-only. Name another folder, or change "
+                "that."
+            )
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the steps that were done when ``checkpoint`` was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"

@@ -1,0 +1,55 @@
+"""``metrics.jsonl``: every event of a run that is worth keeping, in the order in which it happened."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from halfbyte import __version__
+from halfbyte.files import append, read_lines, write_text
+from halfbyte.runs.events import Event, Header, StepMetrics, from_lines, to_line
+
+
+class MetricsFile:
+    """A listener that writes the file; events that come before :meth:`open` are written then.
+
+    Each line is on the disk before the call returns, so that no checkpoint is ahead of it.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._waiting: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        """Keep ``event``."""
+        if not event.kept:
+            return
+        if self._path is None:
+            self._waiting.append(event)
+        else:
+            append(self._path, to_line(event))
+
+    def open(self, path: Path, step: int = 0) -> list[StepMetrics]:
+        """Begin the file at ``path``, or with ``step`` go on with the one that is there.
+
+        Returns:
+            The steps up to ``step``; what is told of later ones is taken out of the file.
+        """
+        before = until(read_events(path), step) if step else []
+        events = [Header(halfbyte=__version__), *before, *self._waiting]
+        write_text(path, "".join(to_line(event) + "\n" for event in events))
+        self._path, self._waiting = path, []
+        return [event for event in before if isinstance(event, StepMetrics)]
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return the events in the file at ``path``, as :func:`halfbyte.runs.events.from_lines` reads them."""
+    return list(from_lines(read_lines(path), str(path)))
+
+
+def until(events: Iterable[Event], step: int) -> list[Event]:
+    """Return the events that were told before step ``step + 1`` was made."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, StepMetrics) and event.step > step:
+            break
+        kept.append(event)
+    return kept

@@ -1,0 +1,110 @@
+"""From the options of a run to its model, its optimizer and its trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from halfbyte import data, hf, optim
+from halfbyte.errors import InputError
+from halfbyte.hf.layers import activations
+from halfbyte.plan.machine import anonymous_memory, free_memory
+from halfbyte.runs.config import TrainConfig
+from halfbyte.train.methods import Method
+
+FREE_SHARE = 0.9
+"""Of the memory that is free, what a run takes where no budget was given."""
+
+
+def build_model(config: TrainConfig) -> Any:
+    """Load the base model in 4 bits and put a new adapter on it, ready to train.
+
+    Raises:
+        InputError: it cannot be loaded, is no causal language model, or has no layers by that name.
+    """
+    quantization = hf.HalfbyteConfig(
+        quant_type=config.quant_type,
+        blocksize=config.blocksize,
+        double_quant=config.double_quant,
+        compute_dtype=config.compute_dtype,
+    )
+    model = hf.load(config.model, quantization_config=quantization, trust_remote_code=config.trust_remote_code)
+    if hasattr(model, "peft_config"):
+        raise InputError(f"{config.model} is an adapter; train on its base model, or merge it first.")
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise InputError(f"{config.model} ({type(model).__name__}) is not a causal language model.")
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    set_seed(config.seed)
+    try:
+        model = get_peft_model(model, lora)
+    except ValueError as error:
+        raise InputError(f"target_modules {config.target_modules!r}: {error}") from error
+    return hf.prepare_for_training(model)
+
+
+def plan_activations(config: TrainConfig, model: Any, longest: int) -> activations.Policy:
+    """Choose which layers' activations are kept, as the memory allows, for rows of at most ``longest`` tokens.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    free = int(FREE_SHARE * free_memory()) if config.memory is None else config.memory - anonymous_memory()
+    recompute = config.gradient_checkpointing
+    return activations.plan(model, length=longest, batch_size=config.batch_size, free=free, recompute=recompute)
+
+
+def build_trainer(
+    config: TrainConfig, method: Method, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Any
+) -> Any:
+    """Return the method's trainer over ``rows`` (a dataset), which writes its checkpoints to ``config.output``."""
+    warm_constant = config.lr_scheduler_type == "constant" and config.warmup_ratio > 0
+    common = {
+        "output_dir": str(config.output),
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if warm_constant else config.lr_scheduler_type,
+        "warmup_steps": config.warmup_ratio,
+        "max_grad_norm": config.max_grad_norm,
+        "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
+        "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
+        "seed": config.seed,
+        "save_steps": config.save_steps,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    return method.trainer(
+        model=model,
+        args=method.arguments(config, common),
+        train_dataset=rows,
+        data_collator=data.Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        optimizers=(build_optimizer(config, model, config.output), None),
+    )
+
+
+def build_optimizer(config: TrainConfig, model: Any, page_dir: Path) -> optim.AdamW:
+    """Return the optimizer over the trained parameters; paged state lies in ``page_dir``."""
+    return optim.create(
+        config.optimizer,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        page_dir=page_dir,
+    )

@@ -1,0 +1,80 @@
+"""What a run came to: its summary and the picture of its loss."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from halfbyte.runs.events import StepMetrics
+
+LOSS_STEPS = 10
+"""The loss of a run is the mean over its last so many steps."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to; the content of ``summary.json``.
+
+    Attributes:
+        steps: optimizer steps.
+        examples: rows of the data file.
+        truncated: those of them that were cut to ``max_length``.
+        trained_parameters: numbers in the adapter.
+        trained_tokens: tokens with a label, each counted as often as it was trained on.
+        loss: mean negative log-likelihood per trained token over the last ten steps, in nats.
+        seconds: of training, loading apart.
+        trained_tokens_per_second: over those seconds.
+        peak_memory_bytes: the largest resident set of this process so far, mapped files included.
+    """
+
+    steps: int
+    examples: int
+    truncated: int
+    trained_parameters: int
+    trained_tokens: int
+    loss: float
+    seconds: float
+    trained_tokens_per_second: float
+    peak_memory_bytes: int
+
+
+def summarize(steps: Sequence[StepMetrics], *, examples: int, truncated: int, trained_parameters: int) -> Summary:
+    """Return the summary of a run that made ``steps``, one or more."""
+    last, ending = steps[-1], steps[-LOSS_STEPS:]
+    return Summary(
+        steps=last.step,
+        examples=examples,
+        truncated=truncated,
+        trained_parameters=trained_parameters,
+        trained_tokens=last.trained_tokens,
+        loss=sum(step.loss for step in ending) / len(ending),
+        seconds=last.elapsed,
+        trained_tokens_per_second=last.trained_tokens / last.elapsed,
+        peak_memory_bytes=_peak_memory(),
+    )
+
+
+def plot_loss(steps: Sequence[StepMetrics], path: Path) -> None:
+    """Draw the loss of each step, and its running mean over a twentieth of them, as a PNG."""
+    window = max(1, len(steps) // 20)
+    losses = torch.tensor([step.loss for step in steps], dtype=torch.float64)
+    means = losses.unfold(0, window, 1).mean(1)
+    numbers = [step.step for step in steps]
+    middles = numbers[(window - 1) // 2 :][: len(means)]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(numbers, losses, color="tab:blue", alpha=0.3, marker=".", label="step")
+    axes.plot(middles, means, color="tab:blue", label=f"mean of {window} steps")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _peak_memory() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,72 @@
+"""What transformers' trainer calls back, told as events, and the stop that was asked for, handed to it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from halfbyte.hf.trainers.state import state_folder
+from halfbyte.runs.events import Begin, Checkpoint, Evaluation, Event, StepMetrics
+from halfbyte.train.stop import Stop
+
+
+class Steps(TrainerCallback):  # type: ignore[misc]
+    """Tells each step, evaluation and checkpoint, and stops the run when it was asked to.
+
+    Args:
+        trainer: whose ``trained_tokens`` count.
+        before: the steps that were made before the run was resumed.
+        stop: is looked at after each step.
+        tell: hears of everything.
+
+    Attributes:
+        made: all steps of the run so far.
+    """
+
+    def __init__(self, trainer: Any, before: list[StepMetrics], stop: Stop, tell: Callable[[Event], None]) -> None:
+        self.trainer = trainer
+        self.made = before
+        self.stop = stop
+        self.tell = tell
+        self.tokens_before = before[-1].trained_tokens if before else 0
+        self.seconds_before = before[-1].elapsed if before else 0.0
+        self.begun = self.step_begun = 0.0  # time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tell(Begin(step=state.global_step, total_steps=state.max_steps))
+        self.begun = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_begun = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return  # the closing summary
+        now = time.monotonic()
+        tokens = self.tokens_before + self.trainer.trained_tokens
+        new_tokens = tokens - (self.made[-1].trained_tokens if self.made else 0)
+        step = StepMetrics(
+            step=state.global_step,
+            epoch=logs["epoch"],
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            trained_tokens=tokens,
+            tokens_per_second=new_tokens / (now - self.step_begun),
+            elapsed=self.seconds_before + now - self.begun,
+        )
+        self.made.append(step)
+        self.tell(step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stop.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = state_folder(self.trainer.args.output_dir, state.global_step)
+        self.tell(Checkpoint(step=state.global_step, folder=f"{folder.parent.name}/{folder.name}"))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
+        figures = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
+        self.tell(Evaluation(step=state.global_step, figures=figures))

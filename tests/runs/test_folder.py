@@ -1,0 +1,165 @@
+"""The run folder: who may write to it, from what it goes on, and what is said when something is other than it was."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.errors import InputError
+from halfbyte.runs.circumstances import Circumstances, changes, fingerprint
+from halfbyte.runs.config import TrainConfig
+from halfbyte.runs.folder import VERSION, RunFolder
+
+
+def config(folder: Path, **options: Any) -> TrainConfig:
+    return TrainConfig(model="m", data="d.jsonl", output=folder, **options)
+
+
+CIRCUMSTANCES = Circumstances(
+    versions={"halfbyte": "0.1.0", "torch": "2.13.0"},
+    kernels="native (avx512)",
+    threads=2,
+    processes=1,
+    machine="a chip",
+    cores=2,
+    memory_bytes=2**34,
+    base_model="abcd",
+)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        folder.begin(config(folder.path), CIRCUMSTANCES)
+        for step in (9, 10, 100):
+            (folder.checkpoints / f"step-{step:06d}").mkdir(parents=True)
+    return folder
+
+
+def test_it_goes_on_from_the_last_checkpoint_with_options_that_may_change(begun: RunFolder) -> None:
+    resumed = config(begun.path, resume=True, save_steps=7, memory="3GiB", gradient_checkpointing=True)
+    assert begun.check(resumed) == begun.checkpoints / "step-000100"
+
+
+@pytest.mark.parametrize("name", TrainConfig.fixed_options())
+def test_every_other_option_has_to_stay(name: str, begun: RunFolder) -> None:
+    now = config(begun.path, resume=True)
+    other = now.model_copy(update={name: "something else"})
+    if name == "output":  # a folder may be moved
+        assert begun.check(config(begun.path, resume=True))
+        return
+    with pytest.raises(InputError, match=rf"was begun with {name} .* cannot go on with 'something else'"):
+        begun.check(other)
+
+
+def test_a_moved_folder_goes_on(begun: RunFolder, tmp_path: Path) -> None:
+    moved = RunFolder(begun.path.rename(tmp_path / "elsewhere"))
+    assert moved.check(config(moved.path, resume=True)) == moved.checkpoints / "step-000100"
+
+
+def test_a_folder_of_the_old_layout_and_of_a_newer_one_are_told(begun: RunFolder) -> None:
+    about = json.loads(begun.about.read_text())
+    assert about["version"] == VERSION
+    begun.about.write_text(json.dumps(about | {"version": VERSION + 1}))
+    with pytest.raises(InputError, match=rf"newer halfbyte \(layout {VERSION + 1}\)"):
+        begun.check(config(begun.path, resume=True))
+    begun.about.unlink()
+    with pytest.raises(InputError, match=r"run of halfbyte 0\.1\.0.*cannot be resumed; set overwrite"):
+        begun.check(config(begun.path, resume=True))
+    assert begun.check(config(begun.path, overwrite=True)) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": "one"}'])
+def test_a_damaged_description_is_told(content: str, begun: RunFolder) -> None:
+    begun.about.write_text(content)
+    with pytest.raises(InputError, match=r"run\.json cannot be read"):
+        begun.check(config(begun.path, resume=True))
+
+
+def test_what_may_change_bits_is_noted_and_what_makes_another_run_refused(begun: RunFolder) -> None:
+    assert begun.compare(CIRCUMSTANCES) == []
+    assert begun.compare(CIRCUMSTANCES.model_copy(update={"cores": 8, "memory_bytes": 1})) == []
+    versions = {"halfbyte": "0.1.0", "torch": "2.14.1"}
+    other = {"versions": versions, "threads": 1, "kernels": "native (avx2)", "machine": "another"}
+    assert begun.compare(CIRCUMSTANCES.model_copy(update=other)) == [
+        "torch was 2.13.0 and is 2.14.1",
+        "kernels were native (avx512) and are native (avx2)",
+        "threads were 2 and are 1",
+        "machine was a chip and is another",
+    ]
+    with pytest.raises(InputError, match="trained by 1 processes and now there are 2 and the base model's files are"):
+        begun.compare(CIRCUMSTANCES.model_copy(update={"processes": 2, "base_model": "other"}))
+
+
+def test_every_circumstance_is_compared_or_left_out_on_purpose() -> None:
+    for name in Circumstances.model_fields:
+        other = CIRCUMSTANCES.model_copy(update={name: {"torch": "1"} if name == "versions" else 99})
+        found = changes(CIRCUMSTANCES, other)
+        assert bool(found.noted or found.refused) == (name not in ("cores", "memory_bytes")), name
+
+
+def test_the_fingerprint_tells_other_weights_and_not_another_place(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for name in ("copy", "changed", "longer"):
+        (tmp_path / name).mkdir()
+        for file in tiny_model_folder.iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    weights = bytearray((tiny_model_folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "changed/model.safetensors").write_bytes(weights)
+    (tmp_path / "longer/model.safetensors").write_bytes(weights + b"\0")
+    ours = fingerprint(str(tiny_model_folder))
+    assert fingerprint(str(tmp_path / "copy")) == ours
+    assert len({ours, *(fingerprint(str(tmp_path / name)) for name in ("changed", "longer"))}) == 3
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    """Let another process hold the folder ``path`` until it is ended."""
+    script = (
+        "import sys, time; from pathlib import Path; from halfbyte.runs.folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with hold(folder.path) as process:
+        expected = rf"Another run \(process {process.pid}\) writes to .*run; wait for it"
+        with pytest.raises(InputError, match=expected), folder.locked():
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with folder.locked():
+            pass
+    assert list(folder.path.iterdir()) == []
+
+
+def test_folders_are_made_and_removed_again_if_nothing_comes_into_them(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a/b/run")
+    with pytest.raises(KeyError), folder.locked():
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with folder.locked():
+        folder.config.write_text("")
+    assert [file.name for file in folder.path.iterdir()] == ["config.yaml"]
+
+
+def test_owner_and_permission_are_told_of_the_folder_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    mode = stat.filemode(tmp_path.stat().st_mode)
+    with pytest.raises(InputError, match=rf"{tmp_path} belongs to \w+ with permissions {mode}"):
+        RunFolder(tmp_path / "a/run").check(config(tmp_path / "a/run"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file is a file, so there can be no folder"):
+        RunFolder(tmp_path / "file/run").check(config(tmp_path / "file/run"))

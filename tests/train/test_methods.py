@@ -1,0 +1,39 @@
+"""The table of methods: what belongs to one of them is refused by the others."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from halfbyte import data
+from halfbyte.errors import InputError
+from halfbyte.runs.config import TrainConfig
+from halfbyte.train.methods import METHODS, method_of
+
+
+@pytest.fixture
+def _another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second method, which learns from texts alone and has an option of its own."""
+    other = dataclasses.replace(METHODS["sft"], examples=(data.Text,), options=frozenset({"group_by_length"}))
+    monkeypatch.setitem(METHODS, "texts", other)
+
+
+def config(**options: object) -> TrainConfig:
+    return TrainConfig(model="m", data="d", output=Path("o"), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("_another")
+def test_an_option_of_another_method_is_refused_where_it_was_given() -> None:
+    assert method_of(config()) is METHODS["sft"]
+    with pytest.raises(InputError, match="option 'group_by_length' belongs to method texts, but the method is sft"):
+        method_of(config(group_by_length=False))
+    chosen = config(group_by_length=False).model_copy(update={"method": "texts"})
+    assert method_of(chosen) is METHODS["texts"]
+
+
+@pytest.mark.usefixtures("_another")
+def test_rows_of_a_shape_that_a_method_does_not_learn_from_are_refused() -> None:
+    examples = [data.Text("row 1", "a"), data.Completion("row 2", "a", "b")]
+    assert list(METHODS["sft"].check_examples("sft", examples)) == examples
+    with pytest.raises(InputError, match="row 2 is a Completion, but method texts learns from Text rows"):
+        list(METHODS["texts"].check_examples("texts", examples))
