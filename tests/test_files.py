@@ -250,6 +250,22 @@ def test_when_nothing_works_any_more_the_next_start_repairs(case: Case, tmp_path
 
 
 @each_case
+def test_a_repair_in_the_middle_of_a_living_writer_does_it_no_harm(case: Case, tmp_path: Path) -> None:
+    names = calls_of(case, tmp_path / "all")
+    for n in range(len(names)):
+        with case.prepared(tmp_path / str(n)) as target:
+
+            def interfere(call: int, name: str, when: str, n: int = n, target: Path = target) -> None:
+                if (call, when) == (n, "after"):
+                    repair(target)
+
+            with watched(interfere):
+                case.write(target, b"new")
+            assert case.found(target) == case.new, (n, names[n])
+            assert leftovers(target) == [], (n, names[n])
+
+
+@each_case
 def test_after_a_kill_at_any_call_the_next_start_finds_the_old_or_the_new_content(case: Case, tmp_path: Path) -> None:
     [name] = [name for name, other in CASES.items() if other is case]
     result = subprocess.run([sys.executable, __file__, name, str(tmp_path)], capture_output=True, text=True)
@@ -607,6 +623,20 @@ def test_a_writer_in_another_process_is_left_alone_until_it_is_dead(tmp_path: Pa
         process.kill()
         process.wait()
         repair(target)
+    assert tree(tmp_path) == ["name"]
+
+
+def test_writers_and_repairs_of_one_file_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
+    script = (
+        "os.fsync = lambda handle: None\n"
+        "first = all(os.fork() for _ in range(2))\n"
+        "for n in range(150):\n"
+        "    write_text(Path(sys.argv[1]), str(os.getpid()) * 9)\n"
+        "    repair_within(Path(sys.argv[1]).parent)\n"
+        "if first: print([os.wait()[1] for _ in range(2)])"
+    )
+    with running(script, tmp_path / "name") as (_, codes):
+        assert codes == "[0, 0]"
     assert tree(tmp_path) == ["name"]
 
 
