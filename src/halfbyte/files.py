@@ -1,64 +1,240 @@
-"""Files and folders that appear whole or not at all: write beside the target, sync, rename. And the full disk."""
+"""Files and folders that appear whole or not at all, lines that are appended whole, locks. And the full disk.
+
+A writer works in a hidden folder beside its target:
+
+    .NAME.<32 hex digits>.part/
+        NAME.lock    locked by the writer as long as it lives
+        NAME         what is written; synced, then renamed to the target
+        NAME.old     what the target was, while two renames swap folders; without it the swap is one step
+
+The system takes a lock back when its process ends, however it ends. So a lock that can be had says that the writer is
+dead, where a process id could be another process's by now, or one of another container. The lock has a file of its
+own, since a writer may put another file in the place of the one it was given, and since locks on folders do not
+reach other machines that share a disk.
+"""
 
 import contextlib
+import ctypes
 import errno
+import fcntl
+import functools
 import os
+import re
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What ``flock`` says on a file system without locks."""
+NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""What ``renameat2`` says where the kernel, a sandbox or the file system cannot exchange two names."""
+NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
+"""What opening or syncing a folder says where only files can be synced."""
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file's path beside ``path``; on success it is synced and renamed to ``path``.
+    """Yield a path of the same name to write to; at the end that file is synced and renamed to ``path``.
 
-    On any error, an interrupt included, the temporary file is removed and ``path`` is as it was.
+    On any error, an interrupt included, ``path`` is as it was and what was written is removed. One error can come
+    later: if the folder cannot be synced, ``path`` is the new file, which a power failure may still undo. A link
+    stays a link; the file that it points to is replaced. Begins with :func:`repair`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(path, "part")
-    try:
-        yield part
-        _sync(part)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+    with _writing(path) as part:
+        yield part.new
+        _sync(part.new)
+        os.replace(part.new, part.target)
+        _sync(part.target.parent)
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success its files are synced and it becomes ``path``.
+    """Yield an empty folder of the same name to fill; at the end all in it is synced and it becomes ``path``.
 
-    An existing ``path`` is replaced. On any error the temporary folder is removed and ``path`` is as
-    it was.
+    An existing folder is replaced: in one step on Linux, else by two renames, between which there is none. All else is
+    as for :func:`whole_file`. If the old folder cannot be removed, the next :func:`repair` tries again; the new one is
+    in its place, so that is no error.
+
+    Raises:
+        NotADirectoryError: ``path`` is a file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(path, "part")
-    part.mkdir()
-    try:
-        yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.exists():
-            old = _beside(path, "old")
-            os.replace(path, old)
-            os.replace(part, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(part, path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    _sync(path.parent)
+    with _writing(path) as part:
+        if _is_there(part.target) and not part.target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        os.mkdir(part.new)
+        yield part.new
+        _sync_all(part.new)
+        if not _is_there(part.target):
+            os.rename(part.new, part.target)
+        elif not _exchange(part.new, part.target):
+            os.rename(part.target, part.old)
+            os.rename(part.new, part.target)
+        _sync(part.target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, line: str) -> None:
+    """Append ``line`` and a newline to a file, whole and on the disk, or leave the file's lines as they were.
+
+    The file is made if there is none. A torn last line (:func:`read_lines`) is removed first. For one process at a
+    time.
+
+    Raises:
+        ValueError: ``line`` has a newline itself.
+    """
+    if "\n" in line:
+        raise ValueError(f"more than one line: {line!r}")
+    data = f"{line}\n".encode()
+    made = not path.exists()
+    if made:
+        _make_folder(path.parent)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    end = None
+    try:
+        end = size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            end = os.pread(handle, size, 0).rfind(b"\n") + 1
+            os.ftruncate(handle, end)
+        written = 0
+        while written < len(data):
+            written += os.pwrite(handle, data[written:], end + written)
+        os.fsync(handle)
+        if made:
+            _sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if made:
+                os.unlink(path)
+            elif end is not None:
+                os.ftruncate(handle, end)
+        raise
+    finally:
+        os.close(handle)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return a file's lines without their newlines.
+
+    A last line that has no newline was torn when its writer was killed, and is left out.
+    """
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]
+
+
+def repair(path: Path) -> None:
+    """Put right what killed writers of ``path`` left, and touch nothing else.
+
+    If they were killed between the two renames of a swap, the old folder gets its name back. What they had not
+    finished, or not removed yet, is removed. Living writers' files stay, and so does all that cannot be put right now.
+    Without locks nobody can tell who lives: then nothing is removed.
+    """
+    target = Path(os.path.realpath(path))
+    _repair(target.parent, re.escape(target.name))
+
+
+def repair_within(folder: Path) -> None:
+    """Do what :func:`repair` does for every file and folder directly in ``folder``, which need not exist."""
+    _repair(Path(os.path.realpath(folder)), ".+")
+
+
+class Locked(Exception):
+    """A lock is held by another process, or elsewhere in this one.
+
+    Attributes:
+        path: the lock's file.
+        pid: the process that holds it, as it counts itself; None if it could not write that down.
+    """
+
+    def __init__(self, path: Path, pid: int | None) -> None:
+        super().__init__(f"{path} is locked by {f'process {pid}' if pid else 'another process'}")
+        self.path = path
+        self.pid = pid
+
+
+class Lock:
+    """A lock on a file, held until :meth:`release` or the end of the process, however it ends. A context manager too.
+
+    It is ``flock``'s. A POSIX record lock is lost as soon as anything in the process closes the file, after copying
+    the folder for example, and does not keep the same process out. ``flock`` goes to forked children as well, so these
+    close it right after the fork; programs that are started do not get it.
+
+    Attributes:
+        path: the lock's file.
+        certain: whether the file system has locks. If not, everybody gets one.
+    """
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self.path = path
+        self.certain = True
+        self._handle = handle  # -1 once closed
+        _held.add(self)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds it: false after release and in forked children."""
+        return self._handle != -1
+
+    def release(self) -> None:
+        """Remove the file and let others have the lock. The second time, and in forked children, nothing happens."""
+        try:
+            with contextlib.suppress(OSError):
+                if self.held and self._is_named():
+                    os.unlink(self.path)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        with _forks:
+            handle, self._handle = self._handle, -1
+            _held.discard(self)
+            if handle != -1:
+                with contextlib.suppress(OSError):
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_UN)  # a program just being started may have it for a moment
+                    finally:
+                        os.close(handle)
+
+    def _is_named(self) -> bool:
+        """Return whether ``path`` still leads to this file: who held the lock before may have removed it."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._handle))
+        except FileNotFoundError:
+            return False
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def lock(path: Path) -> Lock:
+    """Take the lock on the file ``path``, which is made for it and removed on release.
+
+    A file that a dead process left is no obstacle. On a file system without locks everybody gets the lock.
+
+    Raises:
+        Locked: somebody holds it.
+    """
+    path = Path(os.path.realpath(path))
+    _make_folder(path.parent)
+    held = _take(path)
+    if held is None:
+        pid = None
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text())
+        raise Locked(path, pid)
+    with contextlib.suppress(OSError):
+        os.ftruncate(held._handle, 0)
+        os.pwrite(held._handle, f"{os.getpid()}\n".encode(), 0)
+    return held
 
 
 def disk_full(error: BaseException) -> bool:
@@ -70,16 +246,191 @@ def disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{ending}")
+_held: set[Lock] = set()
+_forks = threading.RLock()
+"""Held while a lock is taken or closed, so that a fork finds each open one in ``_held``."""
+
+
+@functools.cache
+def _watch_forks() -> None:
+    def forget() -> None:
+        for held in _held.copy():
+            handle, held._handle = held._handle, -1
+            os.close(handle)  # without LOCK_UN, which would be the parent's too
+        _held.clear()
+        _forks.release()
+
+    os.register_at_fork(before=_forks.acquire, after_in_parent=_forks.release, after_in_child=forget)
+
+
+def _take(path: Path) -> Lock | None:
+    """Return the lock on ``path``, or None if somebody holds it."""
+    _watch_forks()
+    with _forks:
+        while True:
+            taken = Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            try:
+                try:
+                    fcntl.flock(taken._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    taken._close()
+                    return None
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    taken.certain = False
+                if taken._is_named():
+                    return taken
+                taken._close()
+            except BaseException:
+                taken._close()
+                raise
+
+
+class _Part:
+    """A writer's hidden folder, as the head of this file draws it; by whatever end, it comes to :meth:`settle`."""
+
+    def __init__(self, target: Path, folder: Path) -> None:
+        self.target = target
+        self.folder = folder
+        self.new = folder / target.name
+        self.old = folder / f"{target.name}.old"
+        self.lock_file = folder / f"{target.name}.lock"
+        self.lock: Lock | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a writer made it: the lock comes first and goes last, and there is nothing that no writer makes."""
+        if self.folder.is_symlink():
+            return False
+        names = set(os.listdir(self.folder))
+        return names <= {self.new.name, self.old.name, self.lock_file.name} and (
+            not names or self.lock_file.name in names
+        )
+
+    def settle(self, *, own: bool) -> None:
+        """Undo a swap that stopped halfway and remove all that is not the target. What fails is left for a repair."""
+        if self.lock is None:
+            with contextlib.suppress(OSError):  # stopped before it was locked, so there is nothing in it
+                self.lock_file.unlink(missing_ok=True)
+                os.rmdir(self.folder)
+            return
+        if not self.lock.held:
+            return  # a forked child leaves the block
+        try:
+            with contextlib.suppress(OSError):
+                names = os.listdir(self.folder)
+                if self.old.name in names and (self.new.name in names or not _is_there(self.target)):
+                    os.rename(self.old, self.target)
+                    with contextlib.suppress(OSError):
+                        _sync(self.target.parent)
+                if own or self.lock.certain:
+                    _remove(self.new)
+                    _remove(self.old)
+                    self.lock.release()
+                    os.rmdir(self.folder)
+        finally:
+            self.lock._close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[_Part]:
+    """Yield the locked part of a new writer of ``path``; settle it at the end."""
+    target = Path(os.path.realpath(path))
+    _make_folder(target.parent)
+    repair(target)
+    while True:
+        part = _Part(target, target.with_name(f".{target.name}.{uuid.uuid4().hex}.part"))
+        try:
+            os.mkdir(part.folder)
+            try:
+                part.lock = _take(part.lock_file)
+            except FileNotFoundError:
+                continue  # a repair found the folder before it was locked, and removed it
+            if part.lock is None:
+                continue  # ... and is about to
+            yield part
+            return
+        finally:
+            part.settle(own=True)
+
+
+def _repair(folder: Path, names: str) -> None:
+    """Settle the parts of dead writers in ``folder`` whose targets' names match the pattern ``names``."""
+    pattern = re.compile(rf"\.({names})\.[0-9a-f]{{32}}\.part", re.DOTALL)
+    try:
+        found = [match for name in os.listdir(folder) if (match := pattern.fullmatch(name))]
+    except OSError:
+        return
+    for match in found:
+        part = _Part(folder / match[1], folder / match[0])
+        with contextlib.suppress(OSError):
+            if part.is_ours:
+                part.lock = _take(part.lock_file)
+                if part.lock is not None:
+                    part.settle(own=False)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap what two names stand for, in one step; return whether that can be done here."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make ``folder`` and its parents where they are missing, on the disk."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    """Put all that is in ``folder``, at any depth, on the disk."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _sync_all(Path(entry.path))
+            elif entry.is_file(follow_symlinks=False):
+                _sync(Path(entry.path))
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Put a file's bytes, or the names in a folder, on the disk."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise
 
 
 def absolute(path: str | Path) -> Path:
