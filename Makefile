@@ -35,6 +35,7 @@ test-slow: setup
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/*.cpp tests/native/*.h
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/update_help.py --check

@@ -59,16 +59,17 @@ void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Argum
 
 void quantize_4bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code,
                    Address packed, Address absmax) {
-    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize,
-                                 search4(pointer<const void>(code)), pointer<uint8_t>(packed), pointer<float>(absmax)};
+    const Quantize4bit arguments{
+        pointer<const void>(x),   static_cast<Type>(type), n, blocksize, search4(pointer<const void>(code)),
+        pointer<uint8_t>(packed), pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_4bit, arguments, threads);
 }
 
 void quantize_8bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code, int size,
                    Address codes, Address absmax) {
-    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize,
-                                 search8(pointer<const void>(code), size), pointer<uint8_t>(codes),
-                                 pointer<float>(absmax)};
+    const Quantize8bit arguments{
+        pointer<const void>(x),  static_cast<Type>(type), n, blocksize, search8(pointer<const void>(code), size),
+        pointer<uint8_t>(codes), pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_8bit, arguments, threads);
 }
 
@@ -143,14 +144,16 @@ void step_32bit(int isa, int threads, const Constants& constants, const std::vec
 
 void step_8bit(int isa, int threads, const Constants& constants, const std::vector<int>& types,
                const std::vector<int64_t>& sizes, const Addresses& params, const Addresses& grads,
-               const Addresses& m_codes, const Addresses& m_absmax, const Addresses& v_codes,
-               const Addresses& v_absmax, Address code, Address code_unsigned, int64_t blocksize) {
+               const Addresses& m_codes, const Addresses& m_absmax, const Addresses& v_codes, const Addresses& v_absmax,
+               Address code, Address code_unsigned, int64_t blocksize) {
     std::vector<Stepped8bit> tensors;
     for (size_t i = 0; i < sizes.size(); ++i) {
-        tensors.push_back({pointer<void>(params[i]), pointer<const void>(grads[i]),
+        tensors.push_back({pointer<void>(params[i]),
+                           pointer<const void>(grads[i]),
                            {pointer<uint8_t>(m_codes[i]), pointer<float>(m_absmax[i])},
                            {pointer<uint8_t>(v_codes[i]), pointer<float>(v_absmax[i])},
-                           sizes[i], static_cast<Type>(types[i])});
+                           sizes[i],
+                           static_cast<Type>(types[i])});
     }
     static thread_local std::optional<Table8bit> m_table, v_table;
     update(m_table, code);
@@ -185,7 +188,7 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     Term term{pointer<const void>(x), depth, 1, gradient, &weight, nullptr, {}};
     const Type storage = static_cast<Type>(type);
     const MatmulKernels* const kernels = tier(isa).matmul(storage);
-    Matmul product{kernels, kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
+    Matmul product{kernels,          kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
                    pointer<void>(y), width};
     matmul(&product, 1, threads);
 }
@@ -276,16 +279,15 @@ Attention attention(const std::array<int64_t, 6>& sizes, int type, Address range
 bool attends(int isa) { return tier(isa).matmul && tier(isa).attention; }
 
 void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
-                          float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
-                          const Lying& out, Address lse) {
+                          float scale, float cap, const Lying& q, const Lying& k, const Lying& v, const Lying& out,
+                          Address lse) {
     const Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
     attention_forward(tier(isa), arguments, threads);
 }
 
 void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
-                           float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
-                           const Lying& out, Address lse, const Lying& dout, const Lying& dq, const Lying& dk,
-                           const Lying& dv) {
+                           float scale, float cap, const Lying& q, const Lying& k, const Lying& v, const Lying& out,
+                           Address lse, const Lying& dout, const Lying& dq, const Lying& dk, const Lying& dv) {
     Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
     arguments.dout = heads(dout);
     arguments.dq = heads(dq);
@@ -315,17 +317,19 @@ using Strided = std::tuple<Address, int64_t>;
 
 Rows rows(const Strided& strided) { return {pointer<const void>(std::get<0>(strided)), std::get<1>(strided)}; }
 
-void rms_norm(int isa, int threads, int type, int64_t count, int64_t width, Strided x, Strided residual,
-              Address weight, float eps, float offset, bool rounded, Address h, Address y, Address scale) {
-    const RmsNorm arguments{rows(x), rows(residual), pointer<const void>(weight), width, eps, offset, rounded,
-                            pointer<void>(h), pointer<void>(y), pointer<float>(scale)};
+void rms_norm(int isa, int threads, int type, int64_t count, int64_t width, Strided x, Strided residual, Address weight,
+              float eps, float offset, bool rounded, Address h, Address y, Address scale) {
+    const RmsNorm arguments{
+        rows(x),          rows(residual),   pointer<const void>(weight), width, eps, offset, rounded,
+        pointer<void>(h), pointer<void>(y), pointer<float>(scale)};
     over_rows(tier(isa).rows->rms_norm, type, arguments, count, width, threads);
 }
 
 void rms_norm_gradient(int isa, int threads, int type, int64_t count, int64_t width, Strided dy, Strided h, Strided dh,
                        Address weight, Address scale, float offset, Address dx) {
-    const RmsNormGradient arguments{rows(dy), rows(h), rows(dh), pointer<const void>(weight),
-                                    pointer<const float>(scale), width, offset, pointer<void>(dx)};
+    const RmsNormGradient arguments{
+        rows(dy), rows(h), rows(dh),         pointer<const void>(weight), pointer<const float>(scale),
+        width,    offset,  pointer<void>(dx)};
     over_rows(tier(isa).rows->rms_norm_gradient, type, arguments, count, width, threads);
 }
 
@@ -347,8 +351,8 @@ void gated(int isa, int threads, int type, int64_t count, int64_t width, int act
 
 void gated_gradient(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided dy,
                     Strided gate, Strided up, Address dgate, Address dup, int64_t stride) {
-    const GatedGradient arguments{rows(dy), rows(gate), rows(up), width, pointer<void>(dgate), pointer<void>(dup),
-                                  stride};
+    const GatedGradient arguments{rows(dy),           rows(gate), rows(up), width, pointer<void>(dgate),
+                                  pointer<void>(dup), stride};
     over_rows(tier(isa).rows->gated_gradient[activation], type, arguments, count, width, threads);
 }
 
@@ -357,9 +361,20 @@ void rotary(int isa, int threads, int type, bool fp32_angles, bool inverse, std:
             std::array<int64_t, 4> strides, Address x, Address cos, Address sin, int64_t turned,
             std::array<int64_t, 2> angle_strides, Address y) {
     const auto [samples, length, heads, size] = shape;
-    const Rotary arguments{pointer<const void>(x), strides[0], strides[1], strides[2], pointer<const void>(cos),
-                           pointer<const void>(sin), angle_strides[0], angle_strides[1], length, heads, size,
-                           turned / 2, inverse, pointer<void>(y)};
+    const Rotary arguments{pointer<const void>(x),
+                           strides[0],
+                           strides[1],
+                           strides[2],
+                           pointer<const void>(cos),
+                           pointer<const void>(sin),
+                           angle_strides[0],
+                           angle_strides[1],
+                           length,
+                           heads,
+                           size,
+                           turned / 2,
+                           inverse,
+                           pointer<void>(y)};
     over_rows(tier(isa).rows->rotary[fp32_angles], type, arguments, samples * length, heads * size, threads);
 }
 
