@@ -18,9 +18,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.3"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
+		--group dev --editable .
 	touch $@
 
 quickstart: setup
@@ -39,6 +40,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/update_help.py --check
+	$(BIN)/python docs/update_stub.py --check
 
 # Without Python: see tests/native/check.cpp. About 30 seconds a tier.
 sanitize:
@@ -63,6 +65,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python docs/update_help.py
+	$(BIN)/python docs/update_stub.py
 
 clean:
 	rm -rf $(VENV) build
