@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from halfbyte.errors import InputError
 from halfbyte.generate.conversation import encode, stop_tokens
+from halfbyte.hf.models.limits import check_tokens, most_positions
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -48,12 +49,14 @@ def stream_reply(
         top_p: tokens are drawn from the likeliest ones that together have this probability.
 
     Raises:
-        InputError: the model does not generate text, or the prompt is longer than it can attend to.
+        InputError: the model does not generate text, or the prompt is empty, no text, longer than the model can attend
+            to, or holds a token that the model has no embedding for.
     """
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} does not generate text; give a causal language model.")
     ids = encode(prompt, tokenizer)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_tokens(model, tokenizer, max(ids), "The prompt")
+    limit = most_positions(model)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"The prompt is {len(ids)} tokens long, but the model attends to {limit}: shorten it.")
     listener = _Listener()

@@ -23,6 +23,7 @@ from halfbyte import data, hf
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
+from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
 from halfbyte.kernels import memory
 from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
@@ -81,12 +82,15 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
 
         tell(Stage(name="model", text=f"Loading {config.model}"))
         model = build_model(config)
+        check_tokens(model, tokenizer, max(max(row["input_ids"]) for row in rows.rows), config.data)
+        longest = max(len(row["input_ids"]) for row in rows.rows)
+        check_length(model, longest, f"The longest row of {config.data}", f"set max_length to {most_positions(model)}")
         trained, parameters = model.get_nb_trainable_parameters()
         note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
         note(f"Decoder layers {hf.describe_layers(model)}")
 
         tell(Stage(name="plan", text="Planning the memory of a step"))
-        policy = plan_activations(config, model, max(len(row["input_ids"]) for row in rows.rows))
+        policy = plan_activations(config, model, longest)
         note(str(policy))
 
         circumstances = Circumstances.here(config.model)
