@@ -4,7 +4,7 @@
 ``provider`` chooses. What everybody else calls is in a file for each family of operations, which checks the arguments
 and hands them on: ``quantize``, ``matmul``, ``attention``, ``norm``, ``gated``, ``rotary``, ``fold_softmax``,
 ``adamw``; the files of ``native`` have the same names. ``statistics``, ``terms`` and ``softmax`` are what operations
-take; ``memory`` is where large results lie. Codebooks come in as arguments; this package knows none.
+take; ``pool`` is where large results lie. Codebooks come in as arguments; this package knows none.
 """
 
 from halfbyte.kernels.adamw import Adamw8bit, Adamw32bit, adamw_8bit, adamw_32bit

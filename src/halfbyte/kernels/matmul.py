@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import memory
+from halfbyte.kernels import pool
 from halfbyte.kernels.checks import FLOATING, check_floating, check_int8, check_weight
 from halfbyte.kernels.provider import provider_for
 from halfbyte.kernels.statistics import Statistics
@@ -125,7 +125,7 @@ class _MatmulInt8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Weight8bit) -> Tensor:
         ctx.weight = weight
-        y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
+        y = pool.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
         matmul_sums([Sum([Term(x, weight)], y, None if bias is None else bias.contiguous())])
         return y
 
@@ -133,7 +133,7 @@ class _MatmulInt8(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = memory.empty((dy.shape[0], ctx.weight.shape[1]), dy.dtype, dy.device)
+            dx = pool.empty((dy.shape[0], ctx.weight.shape[1]), dy.dtype, dy.device)
             matmul_sums([Sum([Term(dy, ctx.weight, gradient=True)], dx)])
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte import kernels
-from halfbyte.kernels import Sum, Term, Weight4bit, Weight8bit, memory
+from halfbyte.kernels import Sum, Term, Weight4bit, Weight8bit, pool
 from halfbyte.nn.recomputed import Source, source_of
 
 
@@ -147,7 +147,7 @@ class _LoraLinear(torch.autograd.Function):
         sums = []
         for weight, bias, columns in zip(plan.weights, biases, plan.columns, strict=True):
             terms = [Term(x, weight), *(Term(u[:, c], next(bs)) for c in columns)]
-            sums.append(Sum(terms, memory.empty((len(x), weight.shape[0]), x.dtype, x.device), bias))
+            sums.append(Sum(terms, pool.empty((len(x), weight.shape[0]), x.dtype, x.device), bias))
         kernels.matmul_sums(sums)
         _, need_a, _ = plan.split(ctx.needs_input_grad[3:])
         kept = () if not any(need_a) else (x,) if source is None else source.tensors
@@ -183,7 +183,7 @@ class _LoraLinear(torch.autograd.Function):
         noise = plan.noise(u) if need_x or any(need_a) else None
         dx = through_adapters = da = None
         if need_x:
-            dx = memory.empty((rows, width), u.dtype, u.device)
+            dx = pool.empty((rows, width), u.dtype, u.device)
             terms = [Term(dy, w, gradient=True) for dy, w in zip(dys, plan.weights, strict=True) if dy is not None]
             if plan.rank:
                 of_adapters = Term(g, plan.stacked(factors_a), gradient=True)

@@ -43,7 +43,7 @@ from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf import activations
 from halfbyte.hf.trainer import SFTConfig, SFTTrainer, checkpoints
-from halfbyte.kernels import memory
+from halfbyte.kernels import pool
 from halfbyte.plan.memory import anonymous_memory, free_memory
 from halfbyte.train.config import CHANGEABLE, RUN_OPTIONS, TrainConfig
 from halfbyte.train.display import Display, StepMetrics
@@ -138,7 +138,7 @@ def fine_tune(config: TrainConfig, display: Display | None = None) -> RunResult:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             display.end()
-            memory.release()
+            pool.release()
         if trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(trainer.state.global_step, config.output)
         summary = Summary(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import memory, reference
+from halfbyte.kernels import pool, reference
 from halfbyte.kernels.native.quantize import code_tables, dequantize_4bit, scale_arguments
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
 from halfbyte.kernels.statistics import Statistics
@@ -74,7 +74,7 @@ def _matmul(
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     code, nested_code = code_tables(statistics)
-    y = memory.empty((*x.shape[:-1], shape[1] if gradient else shape[0]), x.dtype)
+    y = pool.empty((*x.shape[:-1], shape[1] if gradient else shape[0]), x.dtype)
     extension.matmul_4bit(
         isa,
         threads(),
