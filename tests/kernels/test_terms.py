@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import kernels
-from halfbyte.kernels import Nested, Statistics, Sum, Term, Weight4bit, Weight8bit, native, reference
+from halfbyte.kernels import Nested, Statistics, Sum, Term, Weight4bit, WeightInt8, native, reference
 from halfbyte.quant import codebook
 
 # As in test_matmul.py: one rounding of the result, and the errors of fp32 sums.
@@ -55,17 +55,17 @@ class Random:
         nested = Nested(second, codebook("dynamic"), 256, offset)
         return Weight4bit(packed, Statistics(codes, codebook("nf4"), blocksize, nested), (rows, columns))
 
-    def bytes(self, rows: int, columns: int, blocksize: int) -> Weight8bit:
+    def bytes(self, rows: int, columns: int, blocksize: int) -> WeightInt8:
         """Return a weight whose codes begin at an odd address."""
         codes = torch.randint(-128, 128, (rows * columns + 1,), dtype=torch.int8, generator=self.generator)[1:]
         absmax = torch.rand(-(-rows * columns // blocksize), generator=self.generator) + 0.1
-        return Weight8bit(codes.view(rows, columns), absmax, blocksize)
+        return WeightInt8(codes.view(rows, columns), absmax, blocksize)
 
 
 def right_factor(term: Term) -> Tensor:
     """Return R of a term, rounded to the dtype of its x, in fp64."""
     x, factor, gradient = term
-    if isinstance(factor, Weight8bit):
+    if isinstance(factor, WeightInt8):
         steps = (factor.absmax / 127).repeat_interleave(factor.blocksize)[: factor.codes.numel()]
         factor = factor.codes * steps.view(factor.shape)
     elif isinstance(factor, Weight4bit):

@@ -3,7 +3,7 @@
 ``reference`` states each formula once, ``native`` carries them out in C++, ``bitsandbytes`` by that library's kernels,
 ``provider`` chooses. What everybody else calls is in a file for each family of operations, which checks the arguments
 and hands them on: ``quantize``, ``matmul``, ``attention``, ``norm``, ``gated``, ``rotary``, ``fold_softmax``,
-``adamw``; the files of ``native`` have the same names. ``statistics``, ``terms`` and ``softmax`` are what operations
+``adamw``; the files of ``native`` have the same names. ``weights``, ``terms`` and ``softmax`` are what operations
 take; ``pool`` is where large results lie. Codebooks come in as arguments; this package knows none.
 """
 
@@ -24,8 +24,8 @@ from halfbyte.kernels.quantize import (
 )
 from halfbyte.kernels.rotary import rotary
 from halfbyte.kernels.softmax import RunningSoftmax
-from halfbyte.kernels.statistics import Nested, Statistics
-from halfbyte.kernels.terms import Sum, Term, Weight4bit, Weight8bit
+from halfbyte.kernels.terms import Sum, Term
+from halfbyte.kernels.weights import Nested, Statistics, Weight4bit, WeightInt8
 
 __all__ = [
     "Adamw8bit",
@@ -36,7 +36,7 @@ __all__ = [
     "Sum",
     "Term",
     "Weight4bit",
-    "Weight8bit",
+    "WeightInt8",
     "adamw_8bit",
     "adamw_32bit",
     "attention",

@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from halfbyte.kernels import reference
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKSIZES_8BIT = BLOCKSIZES_4BIT[1:]
@@ -127,7 +127,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     for terms, out, bias in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
         for x, factor, gradient in terms:
-            if isinstance(factor, Weight8bit):
+            if isinstance(factor, WeightInt8):
                 factor = reference.dequantize_int8(factor, x.dtype)
             if not isinstance(factor, Weight4bit):
                 y = y + x @ (factor.to(x.dtype) if gradient else factor.to(x.dtype).T)

@@ -7,8 +7,7 @@ needed.
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Weight8bit
+from halfbyte.kernels.weights import Statistics, WeightInt8
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,7 +66,7 @@ def check_weight(packed: Tensor, statistics: Statistics, n: int) -> None:
         check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, packed.device)
 
 
-def check_int8(weight: Weight8bit) -> None:
+def check_int8(weight: WeightInt8) -> None:
     """Check an 8-bit weight, all on one device."""
     codes = weight.codes
     if codes.dtype != torch.int8 or not codes.is_contiguous():

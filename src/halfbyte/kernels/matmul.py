@@ -13,8 +13,8 @@ from torch import Tensor
 from halfbyte.kernels import pool
 from halfbyte.kernels.checks import FLOATING, check_floating, check_int8, check_weight
 from halfbyte.kernels.provider import provider_for
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Term, Weight8bit
+from halfbyte.kernels.terms import Sum, Term
+from halfbyte.kernels.weights import Statistics, WeightInt8
 
 
 def matmul_4bit(
@@ -53,7 +53,7 @@ def matmul_4bit(
         return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
 
 
-def matmul_int8(x: Tensor, weight: Weight8bit, bias: Tensor | None = None) -> Tensor:
+def matmul_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None = None) -> Tensor:
     """The 8-bit linear product ``y = x Wᵀ + bias``, differentiable in ``x`` and ``bias``; ``W`` is never whole.
 
     Args:
@@ -123,7 +123,7 @@ class _Matmul4bit(torch.autograd.Function):
 
 class _MatmulInt8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Weight8bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: WeightInt8) -> Tensor:
         ctx.weight = weight
         y = pool.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
         matmul_sums([Sum([Term(x, weight)], y, None if bias is None else bias.contiguous())])
@@ -157,7 +157,7 @@ def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: 
         if isinstance(factor, Tensor):
             check_floating(f"the factor of term {i}", factor.dtype)
             _check_matrix(f"the factor of term {i}", factor, device)
-        elif isinstance(factor, Weight8bit):
+        elif isinstance(factor, WeightInt8):
             check_int8(factor)
             _check_device(f"the weight of term {i}", factor.codes, device)
         else:

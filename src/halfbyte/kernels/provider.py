@@ -15,8 +15,8 @@ from torch import Tensor
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import bitsandbytes, native, reference
 from halfbyte.kernels.softmax import RunningSoftmax
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight8bit
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Statistics, WeightInt8
 
 
 class Provider(Protocol):
@@ -38,9 +38,9 @@ class Provider(Protocol):
 
     def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
 
-    def quantize_int8(self, x: Tensor, blocksize: int) -> Weight8bit: ...
+    def quantize_int8(self, x: Tensor, blocksize: int) -> WeightInt8: ...
 
-    def dequantize_int8(self, weight: Weight8bit, dtype: torch.dtype) -> Tensor: ...
+    def dequantize_int8(self, weight: WeightInt8, dtype: torch.dtype) -> Tensor: ...
 
     def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
 

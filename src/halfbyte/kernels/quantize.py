@@ -16,8 +16,7 @@ from halfbyte.kernels.checks import (
     check_weight,
 )
 from halfbyte.kernels.provider import provider_for
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Weight8bit
+from halfbyte.kernels.weights import Statistics, WeightInt8
 
 
 def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +57,7 @@ def dequantize_4bit(packed: Tensor, statistics: Statistics, shape: tuple[int, ..
     return provider_for(packed.device).dequantize_4bit(packed, statistics, n, dtype).view(shape)
 
 
-def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
     """Quantize a matrix block-wise to int8; see :func:`halfbyte.kernels.reference.quantize_int8`."""
     check_floating("x", x.dtype)
     check_blocksize(blocksize)
@@ -67,7 +66,7 @@ def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
     return provider_for(x.device).quantize_int8(x, blocksize)
 
 
-def dequantize_int8(weight: Weight8bit, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_int8(weight: WeightInt8, dtype: torch.dtype = torch.float32) -> Tensor:
     """Inverse of :func:`quantize_int8`, as ``dtype`` ``[N, K]``."""
     check_int8(weight)
     check_floating("dtype", dtype)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.softmax import RunningSoftmax
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 SMALLEST_ABSMAX = 1e-38
 
@@ -110,7 +110,7 @@ def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch
     return unscale_blocks(statistics.code[q.long()], expand_absmax(statistics), statistics.blocksize).to(dtype)
 
 
-def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
     """Block-wise quantization to evenly spaced integers: ``codes = round(x * (127 / absmax))``, halves to even.
 
     Where a block is a row, the codes are those of ``LLM.int8()`` (arXiv 2208.07339) as bitsandbytes' torch backend
@@ -126,10 +126,10 @@ def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
     absmax = blocks.abs().amax(dim=1) if len(blocks) else flat.new_empty(0)
     factor = torch.where(absmax > 0, 127.0 / absmax, 0.0)
     codes = (blocks * factor.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
-    return Weight8bit(codes.view(-1)[: flat.numel()].view(x.shape), absmax, blocksize)
+    return WeightInt8(codes.view(-1)[: flat.numel()].view(x.shape), absmax, blocksize)
 
 
-def dequantize_int8(weight: Weight8bit, dtype: torch.dtype) -> Tensor:
+def dequantize_int8(weight: WeightInt8, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_int8`: ``codes * (absmax / 127)`` as ``dtype`` ``[N, K]``."""
     values = unscale_blocks(weight.codes.reshape(-1).float(), weight.absmax / 127.0, weight.blocksize)
     return values.to(dtype).view(weight.shape)
@@ -169,7 +169,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     for terms, out, bias in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
         for x, factor, gradient in terms:
-            if isinstance(factor, Weight8bit):
+            if isinstance(factor, WeightInt8):
                 factor = dequantize_int8(factor, x.dtype)
             elif isinstance(factor, Weight4bit):
                 rows, columns = factor.shape

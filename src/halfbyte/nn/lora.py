@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte import kernels
-from halfbyte.kernels import Sum, Term, Weight4bit, Weight8bit, pool
+from halfbyte.kernels import Sum, Term, Weight4bit, WeightInt8, pool
 from halfbyte.nn.recomputed import Source, source_of
 
 
@@ -53,7 +53,7 @@ class Projection(NamedTuple):
         adapters: any number, which add up.
     """
 
-    weight: Weight4bit | Weight8bit
+    weight: Weight4bit | WeightInt8
     bias: Tensor | None
     adapters: Sequence[LowRank]
 

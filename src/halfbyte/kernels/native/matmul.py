@@ -8,8 +8,8 @@ from torch import Tensor
 from halfbyte.kernels import pool, reference
 from halfbyte.kernels.native.quantize import code_tables, dequantize_4bit, scale_arguments
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 
 def matmul_4bit(
@@ -55,7 +55,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
                 gathered[-1].add_weight(
                     address, stride, step, gradient, packed, table, *scales, blocksize, rows, columns
                 )
-            elif isinstance(factor, Weight8bit):
+            elif isinstance(factor, WeightInt8):
                 codes, absmax, blocksize = factor.codes.data_ptr(), factor.absmax.data_ptr(), factor.blocksize
                 gathered[-1].add_bytes(address, stride, step, gradient, codes, absmax, blocksize, rows, columns)
             else:

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Weight8bit
+from halfbyte.kernels.weights import Statistics, WeightInt8
 
 
 def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -87,12 +86,12 @@ def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch
     return out
 
 
-def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
     """Block-wise quantization to int8, by torch: it is done once."""
     return reference.quantize_int8(x, blocksize)
 
 
-def dequantize_int8(weight: Weight8bit, dtype: torch.dtype) -> Tensor:
+def dequantize_int8(weight: WeightInt8, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_int8`, by torch: products read the codes themselves."""
     return reference.dequantize_int8(weight, dtype)
 

@@ -1,6 +1,7 @@
-"""What a kernel needs beside the packed codes to know the values of a 4-bit weight."""
+"""What a 4-bit and an 8-bit weight are to the kernels."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Nested:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """The quantization statistics of a 4-bit weight.
+    """What is needed beside the packed codes to know the values of a 4-bit weight.
 
     Attributes:
         absmax: fp32 ``[blocks]``; with double quantization uint8 ``[blocks]``, codes of ``nested``.
@@ -45,3 +46,44 @@ class Statistics:
             self.nested, absmax=self.nested.absmax.to(device), code=self.nested.code.to(device)
         )
         return dataclasses.replace(self, absmax=self.absmax.to(device), code=self.code.to(device), nested=nested)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight4bit:
+    """A weight in 4 bits: each value is ``code[q] * absmax``, ``q`` being its code and ``absmax`` its block's.
+
+    Attributes:
+        packed: uint8, ``ceil(n / 2)`` bytes at any address, the codes of the flattened weight, the first of two in the
+            high half.
+        statistics: block constants and table.
+        shape: of the ``n`` values; ``(N, K)`` in a product.
+    """
+
+    packed: Tensor
+    statistics: Statistics
+    shape: tuple[int, int]
+
+    def numel(self) -> int:
+        """Return how many values there are."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightInt8:
+    """A weight in evenly spaced 8-bit integers: each value is ``code * (absmax / 127)``.
+
+    Attributes:
+        codes: int8 ``[N, K]``, any address.
+        absmax: fp32, one per block of the flattened weight.
+        blocksize: values per block. With K it is bitsandbytes' row-wise LLM.int8 weight.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    blocksize: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``."""
+        rows, columns = self.codes.shape
+        return rows, columns
