@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.kernels import Nested, Statistics, native, reference
+from halfbyte.kernels import Nested, Statistics, Weight4bit, native, reference
 from halfbyte.quant import codebook
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -146,8 +146,8 @@ def test_4bit_values_are_the_reference_s(tier: str, out: torch.dtype, nested_blo
             groups = scales(-(-blocks // nested_blocksize), generator)
             nested = Nested(groups, CODES_8BIT["dynamic"], nested_blocksize, offset=0.1)
             statistics = Statistics(absmax, CODES_4BIT["fp4"], blocksize, nested)
-        got = native.dequantize_4bit(packed, statistics, n, out)
-        assert same(got, reference.dequantize_4bit(packed, statistics, n, out)), (blocksize, n)
+        weight = Weight4bit(packed, statistics, (n,))
+        assert same(native.dequantize_4bit(weight, out), reference.dequantize_4bit(weight, out)), (blocksize, n)
 
 
 @pytest.mark.parametrize("out", DTYPES)
@@ -184,9 +184,8 @@ def test_values_are_rounded_to_16_bits_as_torch_rounds_them(tier: str, out: torc
     middles = (values[:-1].double() + values[1:].double()).div(2).float()
     absmax = torch.cat([values, middles, torch.nextafter(middles, middles - 1), torch.nextafter(middles, middles + 1)])
     codes = torch.zeros(32 * len(absmax), dtype=torch.uint8)
-    from_4bit = native.dequantize_4bit(
-        codes[: len(codes) // 2], Statistics(absmax, torch.ones(16), 32), len(codes), out
-    )
+    weight = Weight4bit(codes[: len(codes) // 2], Statistics(absmax, torch.ones(16), 32), (len(codes),))
+    from_4bit = native.dequantize_4bit(weight, out)
     from_8bit = native.dequantize_8bit(codes, absmax, torch.ones(256), 32, out)
     for got in (from_4bit, from_8bit):
         assert same(got.view(-1, 32)[:, 5], absmax.to(out))
@@ -211,12 +210,12 @@ def test_bytes_may_lie_at_any_address(tier: str, shift: int) -> None:
     assert same(packed, expected_packed) and same(absmax, expected_absmax)
 
     absmax_codes, nested_absmax = reference.quantize_8bit(absmax, code_8bit, 256)
-    plain = Statistics(absmax_codes, code, 64, Nested(nested_absmax, code_8bit, 256, 0.5))
-    elsewhere = Statistics(
-        moved(absmax_codes), moved(code), 64, Nested(moved(nested_absmax), moved(code_8bit), 256, 0.5)
-    )
-    got = native.dequantize_4bit(moved(packed), elsewhere, n, torch.bfloat16)
-    assert same(got, reference.dequantize_4bit(packed, plain, n, torch.bfloat16))
+    nested = Nested(nested_absmax, code_8bit, 256, 0.5)
+    plain = Weight4bit(packed, Statistics(absmax_codes, code, 64, nested), (n,))
+    nested = Nested(moved(nested_absmax), moved(code_8bit), 256, 0.5)
+    elsewhere = Weight4bit(moved(packed), Statistics(moved(absmax_codes), moved(code), 64, nested), (n,))
+    got = native.dequantize_4bit(elsewhere, torch.bfloat16)
+    assert same(got, reference.dequantize_4bit(plain, torch.bfloat16))
 
 
 @pytest.mark.parametrize("blocksize", [64, 5, 200_000])
@@ -228,7 +227,8 @@ def test_the_number_of_threads_changes_no_byte(tier: str, blocksize: int, thread
     def everything() -> list[Tensor]:
         packed, absmax = native.quantize_4bit(x, code, blocksize)
         codes, absmax_8bit = native.quantize_8bit(x, code_8bit, blocksize)
-        values = native.dequantize_4bit(packed, Statistics(absmax, code, blocksize), n, torch.bfloat16)
+        weight = Weight4bit(packed, Statistics(absmax, code, blocksize), (n,))
+        values = native.dequantize_4bit(weight, torch.bfloat16)
         values_8bit = native.dequantize_8bit(codes, absmax_8bit, code_8bit, blocksize, torch.float32)
         return [packed, absmax, codes, absmax_8bit, values, values_8bit]
 

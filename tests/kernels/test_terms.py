@@ -69,9 +69,7 @@ def right_factor(term: Term) -> Tensor:
         steps = (factor.absmax / 127).repeat_interleave(factor.blocksize)[: factor.codes.numel()]
         factor = factor.codes * steps.view(factor.shape)
     elif isinstance(factor, Weight4bit):
-        rows, columns = factor.shape
-        factor = reference.dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype)
-        factor = factor.view(rows, columns)
+        factor = reference.dequantize_4bit(factor, x.dtype)
     factor = factor.to(x.dtype).double()
     return factor if gradient else factor.T
 

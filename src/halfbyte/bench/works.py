@@ -190,7 +190,7 @@ def _products(
         return ring_size(bytes_) if rows <= STREAMED_ROWS else 1
 
     def ours(weight: QuantizedWeight) -> Call:
-        return as_call(lambda x: kernels.matmul_4bit(x, weight.packed, weight.statistics, shape), x)
+        return as_call(lambda x: kernels.matmul_4bit(x, weight), x)
 
     def torchs(weight: Tensor) -> Call:
         return as_call(lambda x: F.linear(x, weight), x.to(weight.dtype))

@@ -82,44 +82,42 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return packed.view(-1), absmax
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_4bit`."""
+    statistics, n = weight.statistics, weight.numel()
     blocksize = statistics.blocksize
     name = _table(n, statistics.code, blocksize)
     if name is None:
-        return reference.dequantize_4bit(packed, statistics, n, dtype)
-    absmax, blocks, packed = _expand_absmax(statistics), len(statistics.absmax), packed.view(-1)
+        return reference.dequantize_4bit(weight, dtype)
+    absmax, blocks, packed = _expand_absmax(statistics), len(statistics.absmax), weight.packed.view(-1)
     if n % blocksize:
         packed = torch.nn.functional.pad(packed, (0, blocks * blocksize // 2 - len(packed)))
     out: Tensor = _operations().dequantize_4bit.default(packed, absmax, blocksize, name, (blocks, blocksize), dtype)
-    return out.view(-1)[:n]
+    return out.view(-1)[:n].view(weight.shape)
 
 
-def matmul_4bit(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
-) -> Tensor:
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias``."""
-    rows, columns = shape
-    nested, name = statistics.nested, _table(rows * columns, statistics.code, statistics.blocksize)
-    fused = name is not None and x.numel() > 0 and columns % statistics.blocksize == 0
+    statistics, shape = weight.statistics, weight.shape
+    nested, name = statistics.nested, _table(weight.numel(), statistics.code, statistics.blocksize)
+    fused = name is not None and x.numel() > 0 and shape[1] % statistics.blocksize == 0
     if not fused or (nested is not None and nested.blocksize != BLOCKSIZE_NESTED):
-        weight = dequantize_4bit(packed, statistics, rows * columns, x.dtype).view(shape)
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, dequantize_4bit(weight, x.dtype), bias)
     multiply = _operations().gemm_4bit.default
-    weight = packed.view(-1, 1)
+    packed = weight.packed.view(-1, 1)
     if nested is None:
-        y: Tensor = multiply(x, weight, shape, statistics.absmax, statistics.blocksize, name, bias)
+        y: Tensor = multiply(x, packed, shape, statistics.absmax, statistics.blocksize, name, bias)
         return y
     offset = torch.full((), nested.offset, dtype=torch.float32, device=x.device)
     y = multiply(
-        x, weight, shape, nested.absmax, statistics.blocksize, name, bias, statistics.absmax, nested.code, offset
+        x, packed, shape, nested.absmax, statistics.blocksize, name, bias, statistics.absmax, nested.code, offset
     )
     return y
 
 
-def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``."""
-    return dy @ dequantize_4bit(packed, statistics, shape[0] * shape[1], dy.dtype).view(shape)
+    return dy @ dequantize_4bit(weight, dy.dtype)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
@@ -132,9 +130,9 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
             if not isinstance(factor, Weight4bit):
                 y = y + x @ (factor.to(x.dtype) if gradient else factor.to(x.dtype).T)
             elif gradient:
-                y = y + matmul_4bit_dx(x, factor.packed, factor.statistics, factor.shape)
+                y = y + matmul_4bit_dx(x, factor)
             else:
-                y = y + matmul_4bit(x.contiguous(), factor.packed, factor.statistics, factor.shape, None)
+                y = y + matmul_4bit(x.contiguous(), factor, None)
         out.copy_(y)
 
 

@@ -7,7 +7,7 @@ needed.
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.weights import Statistics, WeightInt8
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,8 +51,9 @@ def check_absmax(absmax: Tensor, dtype: torch.dtype, n: int, blocksize: int, dev
         )
 
 
-def check_weight(packed: Tensor, statistics: Statistics, n: int) -> None:
-    """Check a 4-bit weight of ``n`` values, all on one device."""
+def check_4bit(weight: Weight4bit) -> None:
+    """Check a 4-bit weight, all on one device."""
+    packed, statistics, n = weight.packed, weight.statistics, weight.numel()
     check_bytes("packed", packed, -(-n // 2))
     check_blocksize(statistics.blocksize)
     check_code(statistics.code, range(16, 17), packed.device)

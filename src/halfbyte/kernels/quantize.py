@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.checks import (
+    check_4bit,
     check_absmax,
     check_blocksize,
     check_bytes,
     check_code,
     check_floating,
     check_int8,
-    check_weight,
 )
 from halfbyte.kernels.provider import provider_for
-from halfbyte.kernels.weights import Statistics, WeightInt8
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
 def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -49,12 +49,11 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return provider_for(x.device).quantize_4bit(x.contiguous(), code, blocksize)
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_4bit`, as ``dtype`` in ``shape``."""
-    n = torch.Size(shape).numel()
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_4bit`, as ``dtype`` in the shape of ``weight``."""
     check_floating("dtype", dtype)
-    check_weight(packed, statistics, n)
-    return provider_for(packed.device).dequantize_4bit(packed, statistics, n, dtype).view(shape)
+    check_4bit(weight)
+    return provider_for(weight.packed.device).dequantize_4bit(weight, dtype)
 
 
 def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:

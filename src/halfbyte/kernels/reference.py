@@ -103,11 +103,12 @@ def expand_absmax(statistics: Statistics) -> Tensor:
     )
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_4bit`: the ``n`` values ``code[q] * absmax`` as ``dtype`` ``[n]``."""
-    packed = packed.reshape(-1)
-    q = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
-    return unscale_blocks(statistics.code[q.long()], expand_absmax(statistics), statistics.blocksize).to(dtype)
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_4bit`: the values ``code[q] * absmax`` as ``dtype`` in the shape of the weight."""
+    packed, statistics = weight.packed.reshape(-1), weight.statistics
+    q = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: weight.numel()]
+    values = unscale_blocks(statistics.code[q.long()], expand_absmax(statistics), statistics.blocksize)
+    return values.to(dtype).view(weight.shape)
 
 
 def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
@@ -135,30 +136,23 @@ def dequantize_int8(weight: WeightInt8, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).view(weight.shape)
 
 
-def matmul_4bit(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
-) -> Tensor:
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias`` with ``W`` dequantized to the dtype of ``x``.
 
     Args:
         x: ``[..., K]``, floating.
-        packed: uint8, ``ceil(N K / 2)`` bytes.
-        statistics: those of ``W``.
-        shape: ``(N, K)``, that of ``W``.
+        weight: ``W``, ``[N, K]``.
         bias: ``[N]`` in the dtype of ``x``, or None.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
-    rows, columns = shape
-    weight = dequantize_4bit(packed, statistics, rows * columns, x.dtype).view(shape)
-    return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(x, dequantize_4bit(weight, x.dtype), bias)
 
 
-def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``: ``dx = dy W``, ``[..., N]`` to ``[..., K]``."""
-    rows, columns = shape
-    return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
+    return dy @ dequantize_4bit(weight, dy.dtype)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
@@ -172,8 +166,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
             if isinstance(factor, WeightInt8):
                 factor = dequantize_int8(factor, x.dtype)
             elif isinstance(factor, Weight4bit):
-                rows, columns = factor.shape
-                factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
+                factor = dequantize_4bit(factor, x.dtype)
             rounded = factor.to(x.dtype).float()
             y = y + x.float() @ (rounded if gradient else rounded.T)
         out.copy_(y)

@@ -61,7 +61,7 @@ class Weight4bit:
 
     packed: Tensor
     statistics: Statistics
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def numel(self) -> int:
         """Return how many values there are."""

@@ -9,24 +9,22 @@ from halfbyte.kernels import pool, reference
 from halfbyte.kernels.native.quantize import code_tables, dequantize_4bit, scale_arguments
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
 from halfbyte.kernels.terms import Sum
-from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
-def matmul_4bit(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
-) -> Tensor:
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias``.
 
     Sums are fp32 and rounded once, with the bias. On a vector tier each row of the result is bitwise the same for any
     number of threads and whatever the other rows are, except that few rows (up to 16; on Arm 8) are summed in another
     order than more (csrc/matmul.h), where block size and depth are multiples of 64.
     """
-    return _matmul(x, packed, statistics, shape, bias, gradient=False)
+    return _matmul(x, weight, bias, gradient=False)
 
 
-def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``; of any number of rows in one order."""
-    return _matmul(dy, packed, statistics, shape, None, gradient=True)
+    return _matmul(dy, weight, None, gradient=True)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
@@ -64,17 +62,17 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     extension.matmul_sums(threads(), gathered)
 
 
-def _matmul(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
-) -> Tensor:
+def _matmul(x: Tensor, weight: Weight4bit, bias: Tensor | None, *, gradient: bool) -> Tensor:
     isa = tier_index()
-    if 0 in shape or not extension.multiplies(isa):
-        weight = dequantize_4bit(packed, statistics, shape[0] * shape[1], x.dtype).view(shape)
-        return x @ weight if gradient else torch.nn.functional.linear(x, weight, bias)
+    rows, columns = weight.shape
+    if not (rows and columns and extension.multiplies(isa)):
+        dense = dequantize_4bit(weight, x.dtype)
+        return x @ dense if gradient else torch.nn.functional.linear(x, dense, bias)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
+    statistics = weight.statistics
     code, nested_code = code_tables(statistics)
-    y = pool.empty((*x.shape[:-1], shape[1] if gradient else shape[0]), x.dtype)
+    y = pool.empty((*x.shape[:-1], columns if gradient else rows), x.dtype)
     extension.matmul_4bit(
         isa,
         threads(),
@@ -82,11 +80,12 @@ def _matmul(
         x.data_ptr(),
         x.shape[:-1].numel(),
         TYPES[x.dtype],
-        packed.data_ptr(),
+        weight.packed.data_ptr(),
         code.data_ptr(),
         *scale_arguments(statistics, nested_code),
         statistics.blocksize,
-        *shape,
+        rows,
+        columns,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
     )

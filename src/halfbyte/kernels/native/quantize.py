@@ -5,7 +5,7 @@ from torch import Tensor
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
-from halfbyte.kernels.weights import Statistics, WeightInt8
+from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 
 def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -68,17 +68,18 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return packed, absmax
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_4bit`."""
+    statistics = weight.statistics
     code, nested_code = code_tables(statistics)
-    out = torch.empty(n, dtype=dtype, device="cpu")
+    out = torch.empty(weight.shape, dtype=dtype, device="cpu")
     extension.dequantize_4bit(
         tier_index(),
         threads(),
-        packed.data_ptr(),
+        weight.packed.data_ptr(),
         code.data_ptr(),
         *scale_arguments(statistics, nested_code),
-        n,
+        out.numel(),
         statistics.blocksize,
         out.data_ptr(),
         TYPES[dtype],
