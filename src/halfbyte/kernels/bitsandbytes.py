@@ -124,15 +124,15 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     """Sums of products, each rounded to the dtype of ``x`` and added up in fp32."""
     for terms, out, bias in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
-        for x, factor, gradient in terms:
+        for x, factor, transposed in terms:
             if isinstance(factor, WeightInt8):
                 factor = reference.dequantize_int8(factor, x.dtype)
             if not isinstance(factor, Weight4bit):
-                y = y + x @ (factor.to(x.dtype) if gradient else factor.to(x.dtype).T)
-            elif gradient:
-                y = y + matmul_4bit_dx(x, factor)
-            else:
+                y = y + x @ (factor.to(x.dtype).T if transposed else factor.to(x.dtype))
+            elif transposed:
                 y = y + matmul_4bit(x.contiguous(), factor, None)
+            else:
+                y = y + matmul_4bit_dx(x, factor)
         out.copy_(y)
 
 

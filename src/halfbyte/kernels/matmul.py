@@ -74,7 +74,7 @@ def matmul_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None = None) -> Te
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
-    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is not ``transposed``), each into its ``out``.
 
     The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once. The sums must not depend on
     each other. Not differentiable: gradients are such sums themselves (:mod:`halfbyte.nn.lora`).
@@ -126,7 +126,7 @@ class _MatmulInt8(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             dx = pool.empty((dy.shape[0], ctx.weight.shape[1]), dy.dtype, dy.device)
-            matmul_sums([Sum([Term(dy, ctx.weight, gradient=True)], dx)])
+            matmul_sums([Sum([Term(dy, ctx.weight, transposed=False)], dx)])
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0)
         return dx, dbias, None
@@ -144,7 +144,7 @@ def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: 
     check_floating("out", out.dtype)
     _check_matrix("out", out, device)
     rows, width = out.shape
-    for i, (x, factor, gradient) in enumerate(terms):
+    for i, (x, factor, transposed) in enumerate(terms):
         _check_matrix(f"x of term {i}", x, device, any_strides=True)
         if isinstance(factor, Tensor):
             check_floating(f"the factor of term {i}", factor.dtype)
@@ -160,10 +160,10 @@ def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: 
                 f"x of term {i} is {x.dtype} and that of term 0 {terms[0].x.dtype}; all must be one of float32, "
                 "bfloat16 and float16"
             )
-        needed = (x.shape[1], width) if gradient else (width, x.shape[1])
+        needed = (width, x.shape[1]) if transposed else (x.shape[1], width)
         if len(x) != rows or tuple(factor.shape) != needed:
             raise ValueError(
-                f"term {i} multiplies {tuple(x.shape)} by {'' if gradient else 'the transpose of '}"
+                f"term {i} multiplies {tuple(x.shape)} by {'the transpose of ' if transposed else ''}"
                 f"{tuple(factor.shape)}, but out is {tuple(out.shape)}"
             )
     if bias is not None and (bias.shape != (width,) or bias.dtype != out.dtype or bias.device != device):

@@ -156,19 +156,19 @@ def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
-    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is not ``transposed``), each into its ``out``.
 
     The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once.
     """
     for terms, out, bias in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
-        for x, factor, gradient in terms:
+        for x, factor, transposed in terms:
             if isinstance(factor, WeightInt8):
                 factor = dequantize_int8(factor, x.dtype)
             elif isinstance(factor, Weight4bit):
                 factor = dequantize_4bit(factor, x.dtype)
             rounded = factor.to(x.dtype).float()
-            y = y + x.float() @ (rounded if gradient else rounded.T)
+            y = y + x.float() @ (rounded.T if transposed else rounded)
         out.copy_(y)
 
 

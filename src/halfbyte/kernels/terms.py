@@ -9,22 +9,22 @@ from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
 class Term(NamedTuple):
-    """One product: ``x factorᵀ``, or ``x factor`` where it is a ``gradient`` (``dx = dy W``).
+    """One product: ``x factorᵀ`` (``y = x Wᵀ``), or ``x factor`` where that is not ``transposed`` (``dx = dy W``).
 
     Attributes:
         x: ``[rows, depth]``, of any strides.
         factor: a 4-bit or 8-bit weight, or a dense matrix of any floating dtype with contiguous rows:
-            ``[width, depth]``, or ``[depth, width]`` of a ``gradient``.
-        gradient: which of the two.
+            ``[width, depth]``, or ``[depth, width]`` where it is not ``transposed``.
+        transposed: which of the two.
     """
 
     x: Tensor
     factor: Weight4bit | WeightInt8 | Tensor
-    gradient: bool = False
+    transposed: bool = True
 
 
 class Sum(NamedTuple):
-    """A sum of products ``y = Σ x Rᵀ + bias``.
+    """A sum of products ``y = Σ x factorᵀ + bias``.
 
     Attributes:
         terms: one or more, whose ``x`` have one dtype.

@@ -176,7 +176,7 @@ class _LoraLinear(torch.autograd.Function):
         if need_x or any(need_a):
             for (dy, c), b in zip(adapters, factors_b, strict=True):
                 if dy is not None:
-                    sums.append(Sum([Term(dy, b, gradient=True)], g[:, c]))
+                    sums.append(Sum([Term(dy, b, transposed=False)], g[:, c]))
             kernels.matmul_sums(sums)
 
         sums = []
@@ -184,9 +184,9 @@ class _LoraLinear(torch.autograd.Function):
         dx = through_adapters = da = None
         if need_x:
             dx = pool.empty((rows, width), u.dtype, u.device)
-            terms = [Term(dy, w, gradient=True) for dy, w in zip(dys, plan.weights, strict=True) if dy is not None]
+            terms = [Term(dy, w, transposed=False) for dy, w in zip(dys, plan.weights, strict=True) if dy is not None]
             if plan.rank:
-                of_adapters = Term(g, plan.stacked(factors_a), gradient=True)
+                of_adapters = Term(g, plan.stacked(factors_a), transposed=False)
                 if plan.dropout:
                     through_adapters = torch.empty_like(dx)
                     sums.append(Sum([of_adapters], through_adapters))
@@ -196,12 +196,12 @@ class _LoraLinear(torch.autograd.Function):
         if any(need_a):
             x = kept[0] if ctx.compute is None else ctx.compute(*kept).reshape(rows, width)
             da = u.new_empty(plan.rank, width, dtype=torch.float32)
-            sums.append(Sum([Term(g.T, _times(x, noise), gradient=True)], da))
+            sums.append(Sum([Term(g.T, _times(x, noise), transposed=False)], da))
         dbs: list[Tensor | None] = [None] * len(adapters)
         for i, (dy, c) in enumerate(adapters):
             if dy is not None and need_b[i]:
                 dbt = u.new_empty(c.stop - c.start, dy.shape[1], dtype=torch.float32)
-                sums.append(Sum([Term(u[:, c].T, dy, gradient=True)], dbt))
+                sums.append(Sum([Term(u[:, c].T, dy, transposed=False)], dbt))
                 dbs[i] = dbt.T
         kernels.matmul_sums(sums)
 

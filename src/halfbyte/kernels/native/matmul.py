@@ -19,19 +19,19 @@ def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     number of threads and whatever the other rows are, except that few rows (up to 16; on Arm 8) are summed in another
     order than more (csrc/matmul.h), where block size and depth are multiples of 64.
     """
-    return _matmul(x, weight, bias, gradient=False)
+    return _matmul(x, weight, bias, transposed=True)
 
 
 def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``; of any number of rows in one order."""
-    return _matmul(dy, weight, None, gradient=True)
+    return _matmul(dy, weight, None, transposed=False)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
     """Sums of products, each value rounded once, all in one parallel region.
 
     As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; few rows are
-    summed in another order than more where the first term is a 4-bit weight, no gradient.
+    summed in another order than more where the first term is a 4-bit weight, transposed.
     """
     isa = tier_index()
     if not extension.multiplies(isa):
@@ -42,7 +42,8 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
         types = TYPES[terms[0].x.dtype], TYPES[out.dtype]
         addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
         gathered.append(extension.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
-        for x, factor, gradient in terms:
+        for x, factor, transposed in terms:
+            gradient = not transposed
             address, stride, step = x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 1
             rows, columns = factor.shape
             if isinstance(factor, Weight4bit):
@@ -62,21 +63,21 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     extension.matmul_sums(threads(), gathered)
 
 
-def _matmul(x: Tensor, weight: Weight4bit, bias: Tensor | None, *, gradient: bool) -> Tensor:
+def _matmul(x: Tensor, weight: Weight4bit, bias: Tensor | None, *, transposed: bool) -> Tensor:
     isa = tier_index()
     rows, columns = weight.shape
     if not (rows and columns and extension.multiplies(isa)):
         dense = dequantize_4bit(weight, x.dtype)
-        return x @ dense if gradient else torch.nn.functional.linear(x, dense, bias)
+        return torch.nn.functional.linear(x, dense, bias) if transposed else x @ dense
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     statistics = weight.statistics
     code, nested_code = code_tables(statistics)
-    y = pool.empty((*x.shape[:-1], columns if gradient else rows), x.dtype)
+    y = pool.empty((*x.shape[:-1], rows if transposed else columns), x.dtype)
     extension.matmul_4bit(
         isa,
         threads(),
-        gradient,
+        not transposed,
         x.data_ptr(),
         x.shape[:-1].numel(),
         TYPES[x.dtype],
