@@ -15,7 +15,7 @@ from bitsandbytes.optim import AdamW8bit
 from torch import Tensor
 
 from halfbyte import kernels, optim
-from halfbyte.kernels import Nested, Statistics, Weight4bit, bitsandbytes, reference
+from halfbyte.kernels import AdamwStep, Nested, Statistics, Weight4bit, bitsandbytes, reference
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, codebook, quantize_4bit
 
@@ -187,7 +187,7 @@ def test_32_bit_steps_are_torchs_to_a_few_roundings(dtype: torch.dtype) -> None:
     oracle = torch.optim.AdamW(wanted, **STEP)
     for step in range(1, 6):
         grads = [random(*shape, dtype=dtype, seed=step) for shape in shapes]
-        kernels.adamw_32bit(params, grads, *moments, step=step, **STEP)
+        kernels.adamw_32bit(params, grads, *moments, AdamwStep(step, **STEP))
         for p, g in zip(wanted, grads, strict=True):
             p.grad = g.float()
         oracle.step()
@@ -213,8 +213,8 @@ def test_an_8_bit_step_is_the_references_but_for_neighbouring_codes(shape: tuple
     q = p.clone()
     ours, theirs = state(p), state(q)
     version = p._version
-    kernels.adamw_8bit([p], [grad], [ours[0]], [ours[1]], *tables, 256, step=3, **STEP)
-    reference.adamw_8bit([q], [grad], [theirs[0]], [theirs[1]], *tables, 256, step=3, **STEP)
+    kernels.adamw_8bit([p], [grad], [ours[0]], [ours[1]], *tables, 256, AdamwStep(3, **STEP))
+    reference.adamw_8bit([q], [grad], [theirs[0]], [theirs[1]], *tables, 256, AdamwStep(3, **STEP))
     assert p._version > version
     # The update comes before the moments are rounded to codes again, so it agrees to rounding.
     torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -230,7 +230,7 @@ def test_8_bit_state_in_other_blocks_goes_to_the_reference(operations: list[str]
     for step in (kernels.adamw_8bit, reference.adamw_8bit):
         p = random(500)
         state = [(torch.full((500,), fill, dtype=torch.uint8), torch.zeros(5)) for fill in (127, 0)]
-        step([p], [random(500, seed=1)], [state[0]], [state[1]], *tables, 100, step=1, **STEP)
+        step([p], [random(500, seed=1)], [state[0]], [state[1]], *tables, 100, AdamwStep(1, **STEP))
         results.append(p)
     assert torch.equal(*results) and operations == []
 

@@ -3,11 +3,12 @@
 ``reference`` states each formula once, ``native`` carries them out in C++, ``bitsandbytes`` by that library's kernels,
 ``provider`` chooses. What everybody else calls is in a file for each family of operations, which checks the arguments
 and hands them on: ``quantize``, ``matmul``, ``attention``, ``norm``, ``gated``, ``rotary``, ``fold_softmax``,
-``adamw``; the files of ``native`` have the same names. ``weights``, ``terms`` and ``softmax`` are what operations
-take; ``pool`` is where large results lie. Codebooks come in as arguments; this package knows none.
+``adamw``; the files of ``native`` have the same names. ``weights``, ``terms``, ``softmax`` and ``adamw_step`` are what
+operations take; ``pool`` is where large results lie. Codebooks come in as arguments; this package knows none.
 """
 
 from halfbyte.kernels.adamw import Adamw8bit, Adamw32bit, adamw_8bit, adamw_32bit
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.attention import attention, attention_backward
 from halfbyte.kernels.fold_softmax import fold_softmax
 from halfbyte.kernels.gated import gated, gated_gradient, gated_halves_gradient
@@ -30,6 +31,7 @@ from halfbyte.kernels.weights import Nested, Statistics, Weight4bit, WeightInt8
 __all__ = [
     "Adamw8bit",
     "Adamw32bit",
+    "AdamwStep",
     "Nested",
     "RunningSoftmax",
     "Statistics",

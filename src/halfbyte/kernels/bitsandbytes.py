@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from halfbyte.kernels import reference
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.terms import Sum
 from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
@@ -141,18 +142,14 @@ def adamw_32bit(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors with fp32 moments."""
     update = _operations().optimizer_update_32bit.default
+    number, lr, betas, eps, weight_decay = step
     for param, grad, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         # Without its bounds on an update's norm, and without AdEMAMix's beta3 and alpha.
-        update("adam", grad, param, m, v, None, 0.0, 0.0, *betas, 0.0, 0.0, eps, weight_decay, step, lr, 1.0)
+        update("adam", grad, param, m, v, None, 0.0, 0.0, *betas, 0.0, 0.0, eps, weight_decay, number, lr, 1.0)
     torch.autograd.graph.increment_version(params)
 
 
@@ -164,25 +161,17 @@ def adamw_8bit(
     code: Tensor,
     code_unsigned: Tensor,
     blocksize: int,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors with block-wise 8-bit moments; both tables must be ascending."""
     if blocksize != BLOCKSIZE_STATE:
-        reference.adamw_8bit(
-            params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize,
-            step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-        )  # fmt: skip
-        return
+        return reference.adamw_8bit(params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize, step)
     update = _operations().optimizer_update_8bit_blockwise.default
+    number, lr, betas, eps, weight_decay = step
     code, code_unsigned = code.contiguous(), code_unsigned.contiguous()
     for param, grad, (m, m_absmax), (v, v_absmax) in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         update(
-            "adam", grad, param, m, v, *betas, 0.0, 0.0, eps, step, lr,
+            "adam", grad, param, m, v, *betas, 0.0, 0.0, eps, number, lr,
             code, code_unsigned, m_absmax, v_absmax, weight_decay, 1.0,
         )  # fmt: skip
     torch.autograd.graph.increment_version(params)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import bitsandbytes, native, reference
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.terms import Sum
 from halfbyte.kernels.weights import Weight4bit, WeightInt8
@@ -65,12 +66,7 @@ class Provider(Protocol):
         grads: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        step: AdamwStep,
     ) -> None: ...
 
     def adamw_8bit(
@@ -82,12 +78,7 @@ class Provider(Protocol):
         code: Tensor,
         code_unsigned: Tensor,
         blocksize: int,
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        step: AdamwStep,
     ) -> None: ...
 
     def rms_norm(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.softmax import RunningSoftmax
 from halfbyte.kernels.terms import Sum
 from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
@@ -248,17 +249,12 @@ def adamw_32bit(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, algorithm 2) over many tensors in place, with fp32 moments.
 
         m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
-        p = (1 - lr weight_decay) p - lr / (1 - beta1^step)  m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+        p = (1 - lr weight_decay) p - lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     These are torch 2.13's own operations in the order of its ``_multi_tensor_adam``: fp32 parameters and moments are
     bitwise those of ``torch.optim.AdamW``. Others are computed in fp32 and rounded once into the parameter.
@@ -268,9 +264,9 @@ def adamw_32bit(
         grads: of the same shapes.
         exp_avgs: ``m``, fp32 of the same shapes.
         exp_avg_sqs: ``v``, fp32 of the same shapes.
-        step: 1 for the first step of these tensors.
+        step: t, lr, betas, eps and weight_decay.
     """
-    beta1, beta2 = betas
+    t, lr, (beta1, beta2), eps, weight_decay = step
     p, g = [x.float() for x in params], [x.float() for x in grads]
     if weight_decay != 0:
         torch._foreach_mul_(p, 1 - lr * weight_decay)
@@ -278,9 +274,9 @@ def adamw_32bit(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, g, g, 1 - beta2)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_div_(denominators, (1 - beta2**t) ** 0.5)
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(p, exp_avgs, denominators, -(lr / (1 - beta1**step)))
+    torch._foreach_addcdiv_(p, exp_avgs, denominators, -(lr / (1 - beta1**t)))
     torch._foreach_copy_(params, p)
 
 
@@ -292,12 +288,7 @@ def adamw_8bit(
     code: Tensor,
     code_unsigned: Tensor,
     blocksize: int,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """The step of :func:`adamw_32bit` with block-wise 8-bit moments (arXiv 2110.02861), in place.
 
@@ -313,9 +304,9 @@ def adamw_8bit(
         exp_avg_sqs: ``v`` in the same form.
         code: the table of ``m``, fp32 ``[256]``.
         code_unsigned: the table of ``v``, fp32 ``[256]``.
-        step: 1 for the first step of these tensors.
+        step: t, lr, betas, eps and weight_decay.
     """
-    beta1, beta2 = betas
+    t, lr, (beta1, beta2), eps, weight_decay = step
     for param, grad, first, second in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         p, g = param.reshape(-1).float(), grad.reshape(-1).float()
         square = g * g
@@ -324,8 +315,8 @@ def adamw_8bit(
         v = beta2 * dequantize_8bit(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
         m, v = m.where(finite, 0.0), v.where(finite, 0.0)
         root = v.double().sqrt().float()  # rounded once, which torch's fp32 square root is not (MKL, a fifth of cases)
-        denominator = root / (1 - beta2**step) ** 0.5 + eps
-        updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**step)) * m / denominator
+        denominator = root / (1 - beta2**t) ** 0.5 + eps
+        updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**t)) * m / denominator
         param.copy_(updated.where(finite, p).view_as(param))
         for moment, (codes, absmax), table in ((m, first, code), (v, second, code_unsigned)):
             new_codes, new_absmax = quantize_8bit(moment, table, blocksize)
