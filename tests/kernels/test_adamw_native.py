@@ -136,7 +136,7 @@ def test_moments_take_the_nearest_code_of_any_table(tier: str, name: str) -> Non
     )  # fmt: skip
     # Without memory the moments are the gradient and its square.
     for (codes, absmax), moment in zip(state, (grad, grad * grad), strict=True):
-        expected = reference.quantize_8bit(moment, code, 256)
+        expected = reference.quantize_coded(moment, code, 256)
         assert same(codes, expected[0]) and same(absmax, expected[1])
 
 

@@ -91,8 +91,8 @@ def test_double_quantized_statistics_are_read_as_the_reference_reads_them(shape:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_8_bit_codes_are_the_nearest_or_their_neighbours(count: int, blocksize: int, dtype: torch.dtype) -> None:
     x, code = random(count, dtype=dtype), codebook("dynamic")
-    codes, absmax = kernels.quantize_8bit(x, code, blocksize)
-    expected, expected_absmax = reference.quantize_8bit(x, code, blocksize)
+    codes, absmax = kernels.quantize_coded(x, code, blocksize)
+    expected, expected_absmax = reference.quantize_coded(x, code, blocksize)
     assert torch.equal(absmax, expected_absmax)
     # Its CPU library looks codes up among 65,536 even steps of [-1, 1]: beside a midpoint it may take the other side,
     # and near zero, where codes lie closer than steps, one of several. On 2 in 1000 normal values; 1 % leaves room.
@@ -100,8 +100,8 @@ def test_8_bit_codes_are_the_nearest_or_their_neighbours(count: int, blocksize: 
     assert (away > 0).sum() <= max(1, 0.01 * count)
     far = (code[codes.long()] - code[expected.long()])[away > 1]
     assert (far.abs() < 2 / 65_536).all()
-    got = kernels.dequantize_8bit(codes, absmax, code, blocksize, dtype)
-    assert torch.equal(got, reference.dequantize_8bit(codes, absmax, code, blocksize, dtype))
+    got = kernels.dequantize_coded(codes, absmax, code, blocksize, dtype)
+    assert torch.equal(got, reference.dequantize_coded(codes, absmax, code, blocksize, dtype))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -144,11 +144,11 @@ def test_what_bitsandbytes_has_no_kernel_for_goes_to_the_reference(operations: l
         y = kernels.matmul_4bit(random(2, 100), weight)
         assert distance(y, random(2, 100) @ dense.T) < 1e-6
     for code, blocksize in [(codebook("dynamic"), 32), (codebook("dynamic")[::2], 64), (codebook("dynamic"), 100)]:
-        codes, absmax = kernels.quantize_8bit(x, code, blocksize)
-        assert torch.equal(codes.view(-1), reference.quantize_8bit(x, code.contiguous(), blocksize)[0])
+        codes, absmax = kernels.quantize_coded(x, code, blocksize)
+        assert torch.equal(codes.view(-1), reference.quantize_coded(x, code.contiguous(), blocksize)[0])
         assert torch.equal(
-            kernels.dequantize_8bit(codes, absmax, code, blocksize).view(-1),
-            reference.dequantize_8bit(codes, absmax, code, blocksize, torch.float32),
+            kernels.dequantize_coded(codes, absmax, code, blocksize).view(-1),
+            reference.dequantize_coded(codes, absmax, code, blocksize, torch.float32),
         )
     assert operations == []
 
@@ -157,7 +157,7 @@ def test_double_quantization_in_other_blocks_is_not_given_to_the_fused_product(o
     weight = make_weight((64, 128), "nf4", True)
     plain = reference.expand_absmax(weight.statistics)
     offset = plain.mean().item()
-    codes, second = reference.quantize_8bit(plain - offset, codebook("dynamic"), 64)
+    codes, second = reference.quantize_coded(plain - offset, codebook("dynamic"), 64)
     nested = Nested(second, codebook("dynamic"), 64, offset)
     statistics = dataclasses.replace(weight.statistics, absmax=codes, nested=nested)
     other = dataclasses.replace(weight, statistics=statistics)
@@ -206,7 +206,7 @@ def test_an_8_bit_step_is_the_references_but_for_neighbouring_codes(shape: tuple
     def state(p: Tensor) -> list[tuple[Tensor, Tensor]]:
         # As after a step: what moments of this size are stored as.
         moments = random(*shape, seed=8) * 1e-2, random(*shape, seed=9).square() * 1e-4
-        pairs = [reference.quantize_8bit(m, table, 256) for m, table in zip(moments, tables, strict=True)]
+        pairs = [reference.quantize_coded(m, table, 256) for m, table in zip(moments, tables, strict=True)]
         return [(codes.view(shape), absmax) for codes, absmax in pairs]
 
     p, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1) * 1e-2
@@ -220,7 +220,7 @@ def test_an_8_bit_step_is_the_references_but_for_neighbouring_codes(shape: tuple
     torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     for (codes, absmax), (expected, expected_absmax), share in zip(ours, theirs, (0.01, 0.02), strict=True):
         torch.testing.assert_close(absmax, expected_absmax, rtol=1e-6, atol=0)
-        # Beside a midpoint it may take the other side, as in quantize_8bit above; the unsigned map's codes lie closer.
+        # Beside a midpoint it may take the other side, as in quantize_coded above; the unsigned map's codes lie closer.
         assert (codes != expected).float().mean() < share
 
 

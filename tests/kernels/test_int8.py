@@ -1,4 +1,4 @@
-"""8-bit weights against bitsandbytes' LLM.int8 codes, and their products against the dequantized weight in fp64."""
+"""int8 weights against bitsandbytes' LLM.int8 codes, and their products against the dequantized weight in fp64."""
 
 import bitsandbytes.functional as bnb
 import pytest

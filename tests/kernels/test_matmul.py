@@ -62,7 +62,7 @@ def make_weight(
     if nested_blocksize is None:
         return Weight4bit(packed, Statistics(absmax, codebook(name), blocksize), shape)
     offset = absmax.mean().item()
-    codes, second = reference.quantize_8bit(absmax - offset, codebook("dynamic"), nested_blocksize)
+    codes, second = reference.quantize_coded(absmax - offset, codebook("dynamic"), nested_blocksize)
     nested = Nested(second, codebook("dynamic"), nested_blocksize, offset)
     return Weight4bit(packed, Statistics(codes, codebook(name), blocksize, nested), shape)
 

@@ -114,12 +114,12 @@ def test_4bit_codes_and_statistics_are_the_reference_s(tier: str, name: str, kin
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", CODES_8BIT)
-def test_8bit_codes_and_statistics_are_the_reference_s(tier: str, name: str, kind: str) -> None:
+def test_coded_bytes_and_statistics_are_the_reference_s(tier: str, name: str, kind: str) -> None:
     code = CODES_8BIT[name]
     for seed, (dtype, blocksize, n) in enumerate(itertools.product(DTYPES, BLOCKSIZES, COUNTS)):
         x = INPUTS[kind](code, n, seeded(seed)).to(dtype)
-        codes, absmax = native.quantize_8bit(x, code, blocksize)
-        expected_codes, expected_absmax = reference.quantize_8bit(x, code, blocksize)
+        codes, absmax = native.quantize_coded(x, code, blocksize)
+        expected_codes, expected_absmax = reference.quantize_coded(x, code, blocksize)
         assert same(codes, expected_codes) and same(absmax, expected_absmax), (dtype, blocksize, n)
 
 
@@ -152,14 +152,14 @@ def test_4bit_values_are_the_reference_s(tier: str, out: torch.dtype, nested_blo
 
 @pytest.mark.parametrize("out", DTYPES)
 @pytest.mark.parametrize("name", CODES_8BIT)
-def test_8bit_values_are_the_reference_s(tier: str, name: str, out: torch.dtype) -> None:
+def test_coded_values_are_the_reference_s(tier: str, name: str, out: torch.dtype) -> None:
     code = CODES_8BIT[name]
     for seed, (blocksize, n) in enumerate(itertools.product(BLOCKSIZES, COUNTS)):
         generator = seeded(seed)
         codes = torch.randint(len(code), (n,), dtype=torch.uint8, generator=generator)
         absmax = scales(-(-n // blocksize), generator)
-        got = native.dequantize_8bit(codes, absmax, code, blocksize, out)
-        assert same(got, reference.dequantize_8bit(codes, absmax, code, blocksize, out)), (blocksize, n)
+        got = native.dequantize_coded(codes, absmax, code, blocksize, out)
+        assert same(got, reference.dequantize_coded(codes, absmax, code, blocksize, out)), (blocksize, n)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -186,7 +186,7 @@ def test_values_are_rounded_to_16_bits_as_torch_rounds_them(tier: str, out: torc
     codes = torch.zeros(32 * len(absmax), dtype=torch.uint8)
     weight = Weight4bit(codes[: len(codes) // 2], Statistics(absmax, torch.ones(16), 32), (len(codes),))
     from_4bit = native.dequantize_4bit(weight, out)
-    from_8bit = native.dequantize_8bit(codes, absmax, torch.ones(256), 32, out)
+    from_8bit = native.dequantize_coded(codes, absmax, torch.ones(256), 32, out)
     for got in (from_4bit, from_8bit):
         assert same(got.view(-1, 32)[:, 5], absmax.to(out))
 
@@ -209,7 +209,7 @@ def test_bytes_may_lie_at_any_address(tier: str, shift: int) -> None:
     expected_packed, expected_absmax = reference.quantize_4bit(x, code, 64)
     assert same(packed, expected_packed) and same(absmax, expected_absmax)
 
-    absmax_codes, nested_absmax = reference.quantize_8bit(absmax, code_8bit, 256)
+    absmax_codes, nested_absmax = reference.quantize_coded(absmax, code_8bit, 256)
     nested = Nested(nested_absmax, code_8bit, 256, 0.5)
     plain = Weight4bit(packed, Statistics(absmax_codes, code, 64, nested), (n,))
     nested = Nested(moved(nested_absmax), moved(code_8bit), 256, 0.5)
@@ -226,10 +226,10 @@ def test_the_number_of_threads_changes_no_byte(tier: str, blocksize: int, thread
 
     def everything() -> list[Tensor]:
         packed, absmax = native.quantize_4bit(x, code, blocksize)
-        codes, absmax_8bit = native.quantize_8bit(x, code_8bit, blocksize)
+        codes, absmax_8bit = native.quantize_coded(x, code_8bit, blocksize)
         weight = Weight4bit(packed, Statistics(absmax, code, blocksize), (n,))
         values = native.dequantize_4bit(weight, torch.bfloat16)
-        values_8bit = native.dequantize_8bit(codes, absmax_8bit, code_8bit, blocksize, torch.float32)
+        values_8bit = native.dequantize_coded(codes, absmax_8bit, code_8bit, blocksize, torch.float32)
         return [packed, absmax, codes, absmax_8bit, values, values_8bit]
 
     threads(1)

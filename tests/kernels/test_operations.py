@@ -34,7 +34,7 @@ def make_weight(shape: tuple[int, int], double_quant: bool) -> tuple[Weight4bit,
     statistics = Statistics(absmax, codebook("nf4"), 64)
     if double_quant:
         offset = absmax.mean().item()
-        codes, second = kernels.quantize_8bit(absmax - offset, codebook("dynamic"), 256)
+        codes, second = kernels.quantize_coded(absmax - offset, codebook("dynamic"), 256)
         statistics = Statistics(codes, codebook("nf4"), 64, Nested(second, codebook("dynamic"), 256, offset))
     weight = Weight4bit(packed, statistics, shape)
     return weight, kernels.dequantize_4bit(weight, torch.float32)
@@ -124,7 +124,11 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         "x is torch.int32.*float32",
         lambda: kernels.quantize_4bit(HALF.int(), NF4, 64),
     ),
-    "doubles to quantize": (TypeError, "x is torch.float64", lambda: kernels.quantize_8bit(HALF.double(), DYNAMIC, 64)),
+    "doubles to quantize": (
+        TypeError,
+        "x is torch.float64",
+        lambda: kernels.quantize_coded(HALF.double(), DYNAMIC, 64),
+    ),
     "no block": (ValueError, "blocksize is 0.*1 or more", lambda: kernels.quantize_4bit(HALF, NF4, 0)),
     "a long code": (
         ValueError,
@@ -132,27 +136,27 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         lambda: kernels.quantize_4bit(HALF, DYNAMIC, 64),
     ),
     "a half code": (ValueError, "code is torch.bfloat16", lambda: kernels.quantize_4bit(HALF, NF4.bfloat16(), 64)),
-    "a code of one": (ValueError, r"\(1,\).*2 to 256", lambda: kernels.quantize_8bit(HALF, DYNAMIC[:1], 64)),
-    "a 2-D code": (ValueError, r"\(16, 16\)", lambda: kernels.quantize_8bit(HALF, DYNAMIC.view(16, 16), 64)),
+    "a code of one": (ValueError, r"\(1,\).*2 to 256", lambda: kernels.quantize_coded(HALF, DYNAMIC[:1], 64)),
+    "a 2-D code": (ValueError, r"\(16, 16\)", lambda: kernels.quantize_coded(HALF, DYNAMIC.view(16, 16), 64)),
     "signed codes": (
         TypeError,
         "codes is torch.int8.*uint8",
-        lambda: kernels.dequantize_8bit(torch.zeros(8, dtype=torch.int8), torch.ones(1), DYNAMIC, 64),
+        lambda: kernels.dequantize_coded(torch.zeros(8, dtype=torch.int8), torch.ones(1), DYNAMIC, 64),
     ),
     "strided codes": (
         TypeError,
         r"strides \(2,\).*contiguous",
-        lambda: kernels.dequantize_8bit(PACKED[::2], torch.ones(2), DYNAMIC, 64),
+        lambda: kernels.dequantize_coded(PACKED[::2], torch.ones(2), DYNAMIC, 64),
     ),
     "too few scales": (
         ValueError,
         r"absmax is torch.float32 \(3,\).*256 values in blocks of 64 need torch.float32 \(4,\)",
-        lambda: kernels.dequantize_8bit(PACKED, torch.ones(3), DYNAMIC, 64),
+        lambda: kernels.dequantize_coded(PACKED, torch.ones(3), DYNAMIC, 64),
     ),
     "half scales": (
         ValueError,
         "absmax is torch.float16.*need torch.float32",
-        lambda: kernels.dequantize_8bit(PACKED, torch.ones(4).half(), DYNAMIC, 64),
+        lambda: kernels.dequantize_coded(PACKED, torch.ones(4).half(), DYNAMIC, 64),
     ),
     "too few bytes": (
         ValueError,
@@ -290,5 +294,5 @@ def test_a_strided_input_is_quantized_as_its_contiguous_copy() -> None:
     packed, absmax = kernels.quantize_4bit(x, NF4, 64)
     expected_packed, expected_absmax = kernels.quantize_4bit(x.contiguous(), NF4, 64)
     assert torch.equal(packed, expected_packed) and torch.equal(absmax, expected_absmax)
-    codes, _ = kernels.quantize_8bit(x, DYNAMIC, 64)
+    codes, _ = kernels.quantize_coded(x, DYNAMIC, 64)
     assert codes.shape == x.shape

@@ -51,7 +51,7 @@ class Random:
         packed = torch.randint(256, (-(-n // 2),), dtype=torch.uint8, generator=self.generator)
         absmax = torch.rand(-(-n // blocksize), generator=self.generator) + 0.1
         offset = absmax.mean().item()
-        codes, second = reference.quantize_8bit(absmax - offset, codebook("dynamic"), 256)
+        codes, second = reference.quantize_coded(absmax - offset, codebook("dynamic"), 256)
         nested = Nested(second, codebook("dynamic"), 256, offset)
         return Weight4bit(packed, Statistics(codes, codebook("nf4"), blocksize, nested), (rows, columns))
 
@@ -119,7 +119,7 @@ def test_terms_of_every_kind_add_up(tier: None, dtype: torch.dtype, out: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", [64, 32, 4096, 48, 7])
-def test_8_bit_weights_are_those_of_their_codes(tier: None, dtype: torch.dtype, blocksize: int) -> None:
+def test_int8_weights_are_those_of_their_codes(tier: None, dtype: torch.dtype, blocksize: int) -> None:
     for rows, depth, width in [(1, 1, 1), (3, 64, 96), (9, 33, 65), (13, 160, 70), (20, 1088, 17), (7, 65, 1057)]:
         random = Random(rows)
         weight, across = random.bytes(width, depth, blocksize), random.bytes(depth, width, blocksize)

@@ -1,4 +1,4 @@
-"""The kernels: 4-bit and 8-bit operations as torch functions with gradients.
+"""The kernels: operations on 4-bit and 8-bit numbers as torch functions with gradients.
 
 ``reference`` states each formula once, ``native`` carries them out in C++, ``bitsandbytes`` by that library's kernels,
 ``provider`` chooses. What everybody else calls is in a file for each family of operations, which checks the arguments
@@ -17,10 +17,10 @@ from halfbyte.kernels.norm import rms_norm, rms_norm_gradient, rms_norm_weight_g
 from halfbyte.kernels.provider import provider_for, providers, use_provider
 from halfbyte.kernels.quantize import (
     dequantize_4bit,
-    dequantize_8bit,
+    dequantize_coded,
     dequantize_int8,
     quantize_4bit,
-    quantize_8bit,
+    quantize_coded,
     quantize_int8,
 )
 from halfbyte.kernels.rotary import rotary
@@ -44,7 +44,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "dequantize_4bit",
-    "dequantize_8bit",
+    "dequantize_coded",
     "dequantize_int8",
     "fold_softmax",
     "gated",
@@ -56,7 +56,7 @@ __all__ = [
     "provider_for",
     "providers",
     "quantize_4bit",
-    "quantize_8bit",
+    "quantize_coded",
     "quantize_int8",
     "rms_norm",
     "rms_norm_gradient",

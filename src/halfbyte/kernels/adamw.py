@@ -19,7 +19,8 @@ from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.checks import FLOATING, check_absmax, check_blocksize, check_code
 from halfbyte.kernels.provider import provider_for
 
-Moment8bit = tuple[Tensor, Tensor]
+CodedMoment = tuple[Tensor, Tensor]
+"""Codes and ``absmax`` of a moment, as :func:`halfbyte.kernels.quantize_coded` makes them."""
 
 
 def adamw_32bit(
@@ -43,8 +44,8 @@ def adamw_32bit(
 def adamw_8bit(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Moment8bit],
-    exp_avg_sqs: list[Moment8bit],
+    exp_avgs: list[CodedMoment],
+    exp_avg_sqs: list[CodedMoment],
     code: Tensor,
     code_unsigned: Tensor,
     blocksize: int,
@@ -128,8 +129,8 @@ class Adamw8bit:
     def __init__(
         self,
         params: list[Tensor],
-        exp_avgs: list[Moment8bit],
-        exp_avg_sqs: list[Moment8bit],
+        exp_avgs: list[CodedMoment],
+        exp_avg_sqs: list[CodedMoment],
         code: Tensor,
         code_unsigned: Tensor,
         blocksize: int,
@@ -169,8 +170,8 @@ def _check_32bit(
 def _check_8bit(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Moment8bit],
-    exp_avg_sqs: list[Moment8bit],
+    exp_avgs: list[CodedMoment],
+    exp_avg_sqs: list[CodedMoment],
     tables: tuple[Tensor, Tensor],
     blocksize: int,
     device: torch.device,

@@ -7,7 +7,7 @@ What bitsandbytes cannot do the reference does:
 
 - 4 bits: tables other than nf4 and fp4; blocks of other sizes than the powers of two from 32 to 4096 (to 1024 on a
   CPU, where it hands larger ones to ``torch.compile``).
-- 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
+- Coded 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
 - 8-bit optimizer state: blocks of other sizes than 256.
 - Tensors of 2³¹ elements and more, which its kernels count in 32 bits, and empty ones.
 - Block-wise int8 weights, and the other pieces of a training step: attention, norms, gating, rotary embedding, the
@@ -58,18 +58,18 @@ def available() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Block-wise 8-bit quantization; ``code`` must be ascending."""
-    if not _takes_8bit(x.numel(), code, blocksize):
-        return reference.quantize_8bit(x, code, blocksize)
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise quantization to a table; ``code`` must be ascending."""
+    if not _takes_coded(x.numel(), code, blocksize):
+        return reference.quantize_coded(x, code, blocksize)
     codes, absmax = _operations().quantize_blockwise.default(x, code.contiguous(), blocksize)
     return codes.view(-1), absmax
 
 
-def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_8bit`."""
-    if not _takes_8bit(codes.numel(), code, blocksize):
-        return reference.dequantize_8bit(codes, absmax, code, blocksize, dtype)
+def dequantize_coded(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_coded`."""
+    if not _takes_coded(codes.numel(), code, blocksize):
+        return reference.dequantize_coded(codes, absmax, code, blocksize, dtype)
     out: Tensor = _operations().dequantize_blockwise.default(codes, absmax, code.contiguous(), blocksize, dtype)
     return out.view(-1)
 
@@ -200,7 +200,7 @@ def _operations() -> Any:
     return torch.ops.bitsandbytes
 
 
-def _takes_8bit(n: int, code: Tensor, blocksize: int) -> bool:
+def _takes_coded(n: int, code: Tensor, blocksize: int) -> bool:
     return 0 < n <= LARGEST_COUNT and len(code) == 256 and blocksize in BLOCKSIZES_8BIT
 
 
@@ -224,5 +224,5 @@ def _expand_absmax(statistics: Statistics) -> Tensor:
     nested = statistics.nested
     if nested is None:
         return statistics.absmax
-    absmax = dequantize_8bit(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32)
+    absmax = dequantize_coded(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32)
     return absmax + nested.offset

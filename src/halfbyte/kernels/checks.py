@@ -68,7 +68,7 @@ def check_4bit(weight: Weight4bit) -> None:
 
 
 def check_int8(weight: WeightInt8) -> None:
-    """Check an 8-bit weight, all on one device."""
+    """Check an int8 weight, all on one device."""
     codes = weight.codes
     if codes.dtype != torch.int8 or not codes.is_contiguous():
         raise TypeError(f"codes are {codes.dtype} with strides {codes.stride()}; they must be int8 and contiguous")

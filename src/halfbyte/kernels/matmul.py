@@ -53,7 +53,7 @@ def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Te
 
 
 def matmul_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None = None) -> Tensor:
-    """The 8-bit linear product ``y = x Wᵀ + bias``, differentiable in ``x`` and ``bias``; ``W`` is never whole.
+    """The int8 linear product ``y = x Wᵀ + bias``, differentiable in ``x`` and ``bias``; ``W`` is never whole.
 
     Args:
         x: ``[..., K]``, fp32, bf16 or fp16.

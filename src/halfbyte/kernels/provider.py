@@ -23,9 +23,9 @@ from halfbyte.kernels.weights import Weight4bit, WeightInt8
 class Provider(Protocol):
     """The operations; formulas, shapes and dtypes are in :mod:`halfbyte.kernels.reference`."""
 
-    def quantize_8bit(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
+    def quantize_coded(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
 
-    def dequantize_8bit(
+    def dequantize_coded(
         self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""Block-wise quantization to 4 and 8 bits and back: arguments checked, then handed to a provider.
+"""Block-wise quantization to 4 bits, coded bytes and int8, and back: arguments checked, then handed to a provider.
 
 Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`; errors as in :mod:`halfbyte.kernels.checks`.
 """
@@ -19,25 +19,25 @@ from halfbyte.kernels.provider import provider_for
 from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Quantize block-wise to 8 bits: codes uint8 in the shape of ``x``, and ``absmax`` fp32 ``[blocks]``."""
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Quantize block-wise to indices of ``code``, uint8 in the shape of ``x``, and ``absmax``, fp32 ``[blocks]``."""
     check_floating("x", x.dtype)
     check_code(code, range(2, 257), x.device)
     check_blocksize(blocksize)
-    codes, absmax = provider_for(x.device).quantize_8bit(x.contiguous(), code, blocksize)
+    codes, absmax = provider_for(x.device).quantize_coded(x.contiguous(), code, blocksize)
     return codes.view(x.shape), absmax
 
 
-def dequantize_8bit(
+def dequantize_coded(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Inverse of :func:`quantize_8bit`, as ``dtype`` in the shape of ``codes``."""
+    """Inverse of :func:`quantize_coded`, as ``dtype`` in the shape of ``codes``."""
     check_bytes("codes", codes, codes.numel())
     check_blocksize(blocksize)
     check_floating("dtype", dtype)
     check_code(code, range(2, 257), codes.device)
     check_absmax(absmax, torch.float32, codes.numel(), blocksize, codes.device)
-    flat = provider_for(codes.device).dequantize_8bit(codes, absmax, code, blocksize, dtype)
+    flat = provider_for(codes.device).dequantize_coded(codes, absmax, code, blocksize, dtype)
     return flat.view(codes.shape)
 
 

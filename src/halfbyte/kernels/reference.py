@@ -68,14 +68,14 @@ def unscale_blocks(values: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
     return values * absmax.repeat_interleave(blocksize)[: values.numel()]
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Block-wise 8-bit quantization: codes uint8 ``[n]`` and ``absmax`` fp32 (see the module's notation)."""
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise quantization to a table of up to 256 values: codes uint8 ``[n]`` and ``absmax`` fp32."""
     scaled, absmax = scale_blocks(x, blocksize)
     return nearest_code(scaled, code).to(torch.uint8), absmax
 
 
-def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_8bit`: ``code[codes] * absmax`` as ``dtype`` ``[n]``."""
+def dequantize_coded(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_coded`: ``code[codes] * absmax`` as ``dtype`` ``[n]``."""
     return unscale_blocks(code[codes.reshape(-1).long()], absmax, blocksize).to(dtype)
 
 
@@ -100,7 +100,7 @@ def expand_absmax(statistics: Statistics) -> Tensor:
         return statistics.absmax
     nested = statistics.nested
     return (
-        dequantize_8bit(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32) + nested.offset
+        dequantize_coded(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32) + nested.offset
     )
 
 
@@ -299,7 +299,7 @@ def adamw_8bit(
     Args:
         params: fp32, bf16 or fp16, any shapes, contiguous.
         grads: of the same shapes.
-        exp_avgs: ``m`` as :func:`quantize_8bit` returns it, ``(codes, absmax)``: uint8 in the shape of the parameter
+        exp_avgs: ``m`` as :func:`quantize_coded` returns it, ``(codes, absmax)``: uint8 in the shape of the parameter
             and fp32 ``[ceil(n / blocksize)]``.
         exp_avg_sqs: ``v`` in the same form.
         code: the table of ``m``, fp32 ``[256]``.
@@ -311,15 +311,15 @@ def adamw_8bit(
         p, g = param.reshape(-1).float(), grad.reshape(-1).float()
         square = g * g
         finite = square.isfinite()
-        m = beta1 * dequantize_8bit(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
-        v = beta2 * dequantize_8bit(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
+        m = beta1 * dequantize_coded(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
+        v = beta2 * dequantize_coded(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
         m, v = m.where(finite, 0.0), v.where(finite, 0.0)
         root = v.double().sqrt().float()  # rounded once, which torch's fp32 square root is not (MKL, a fifth of cases)
         denominator = root / (1 - beta2**t) ** 0.5 + eps
         updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**t)) * m / denominator
         param.copy_(updated.where(finite, p).view_as(param))
         for moment, (codes, absmax), table in ((m, first, code), (v, second, code_unsigned)):
-            new_codes, new_absmax = quantize_8bit(moment, table, blocksize)
+            new_codes, new_absmax = quantize_coded(moment, table, blocksize)
             codes.copy_(new_codes.view_as(codes))
             absmax.copy_(new_absmax)
 

@@ -13,7 +13,7 @@ class Term(NamedTuple):
 
     Attributes:
         x: ``[rows, depth]``, of any strides.
-        factor: a 4-bit or 8-bit weight, or a dense matrix of any floating dtype with contiguous rows:
+        factor: a 4-bit or int8 weight, or a dense matrix of any floating dtype with contiguous rows:
             ``[width, depth]``, or ``[depth, width]`` where it is not ``transposed``.
         transposed: which of the two.
     """

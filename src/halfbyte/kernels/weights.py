@@ -1,4 +1,4 @@
-"""What a 4-bit and an 8-bit weight are to the kernels."""
+"""What a 4-bit and an int8 weight are to the kernels."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Nested:
-    """Second-level statistics: how the 8-bit codes of ``Statistics.absmax`` become fp32 again.
+    """Second-level statistics: how the coded 8 bits of ``Statistics.absmax`` become fp32 again.
 
     Attributes:
         absmax: fp32 ``[ceil(blocks / blocksize)]``.
@@ -70,7 +70,7 @@ class Weight4bit:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WeightInt8:
-    """A weight in evenly spaced 8-bit integers: each value is ``code * (absmax / 127)``.
+    """A weight in int8, evenly spaced: each value is ``code * (absmax / 127)``.
 
     Attributes:
         codes: int8 ``[N, K]``, any address.

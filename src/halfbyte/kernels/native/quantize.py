@@ -1,4 +1,7 @@
-"""Block-wise quantization to 4 and 8 bits and back, and how the extension takes the statistics of a 4-bit weight."""
+"""Block-wise quantization to 4 bits, coded bytes and int8, and back.
+
+Also how the extension takes the statistics of a 4-bit weight.
+"""
 
 import torch
 from torch import Tensor
@@ -8,8 +11,8 @@ from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_inde
 from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Block-wise 8-bit quantization; ``code`` must be ascending."""
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise quantization to a table; ``code`` must be ascending."""
     n = x.numel()
     code = code.contiguous()
     codes = torch.empty(n, dtype=torch.uint8, device="cpu")
@@ -29,8 +32,8 @@ def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return codes, absmax
 
 
-def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_8bit`."""
+def dequantize_coded(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_coded`."""
     code = code.contiguous()
     out = torch.empty(codes.numel(), dtype=dtype, device="cpu")
     extension.dequantize_8bit(
