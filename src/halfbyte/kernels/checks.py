@@ -54,17 +54,17 @@ def check_absmax(absmax: Tensor, dtype: torch.dtype, n: int, blocksize: int, dev
 def check_4bit(weight: Weight4bit) -> None:
     """Check a 4-bit weight, all on one device."""
     packed, statistics, n = weight.packed, weight.statistics, weight.numel()
+    nested, device = statistics.nested, packed.device
     check_bytes("packed", packed, -(-n // 2))
     check_blocksize(statistics.blocksize)
-    check_code(statistics.code, range(16, 17), packed.device)
-    nested = statistics.nested
+    check_code(statistics.code, range(16, 17), device)
     if nested is None:
-        check_absmax(statistics.absmax, torch.float32, n, statistics.blocksize, packed.device)
+        check_absmax(statistics.absmax, torch.float32, n, statistics.blocksize, device)
     else:
-        check_absmax(statistics.absmax, torch.uint8, n, statistics.blocksize, packed.device)
+        check_absmax(statistics.absmax, torch.uint8, n, statistics.blocksize, device)
         check_blocksize(nested.blocksize)
-        check_code(nested.code, range(256, 257), packed.device)
-        check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, packed.device)
+        check_code(nested.code, range(256, 257), device)
+        check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, device)
 
 
 def check_int8(weight: WeightInt8) -> None:

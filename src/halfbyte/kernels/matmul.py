@@ -132,10 +132,13 @@ class _MatmulInt8(torch.autograd.Function):
         return dx, dbias, None
 
 
+_UNCHANGED = contextlib.nullcontext()
+
+
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
 
 
 def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: torch.device) -> None:
