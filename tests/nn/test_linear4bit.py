@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -161,6 +162,16 @@ def test_the_weight_is_made_once_and_anew_when_the_layer_has_another() -> None:
     assert twin.quantized_weight.packed is twin.weight and twin.quantized_weight.statistics is twin.statistics
     before = layer.quantized_weight.statistics
     assert layer.to("meta").quantized_weight.statistics is layer.statistics is not before
+
+
+def test_a_weight_that_the_layer_has_no_more_is_let_go() -> None:
+    _, layer = make(64, 96)
+    old = weakref.ref(layer.quantized_weight)
+    layer.set_quantized_weight(quantize_4bit(torch.ones(96, 64)))
+    assert old() is None
+    old = weakref.ref(layer.quantized_weight)
+    layer.to("meta")
+    assert old() is None
 
 
 def test_a_deep_copy_is_independent_and_equal() -> None:
