@@ -202,13 +202,13 @@ class AdamW(torch.optim.Optimizer):
         if division is None or not division.holds(params, found, steps):
             division = self._divisions[index] = _Division(params, found, steps, self._batches(params, states))
         division.steps = [step + 1 for step in steps]
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        options = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
         for indices, batch in division.batches:
             own = [grads[i] for i in indices]
             # The native 32-bit step rounds the square root otherwise than torch, whose bits are promised here.
             exact = isinstance(batch, kernels.Adamw32bit)
             with kernels.use_provider("reference") if exact else contextlib.nullcontext():
-                batch.step(own, step=steps[indices[0]], **options)
+                batch.step(own, kernels.AdamwStep(steps[indices[0]], *options))
 
     def _batches(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> list[tuple[list[int], Batch]]:
         """Divide ``params`` into those that go together: of one device, step count and kind of state, small or not.

@@ -24,7 +24,7 @@ from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
-from halfbyte.kernels import memory
+from halfbyte.kernels import pool
 from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
@@ -149,7 +149,7 @@ def _end_told(trainer: Any, tell: Listener) -> Iterator[None]:
     else:
         end("finished")
     finally:
-        memory.release()
+        pool.release()
 
 
 @contextlib.contextmanager
