@@ -1,9 +1,9 @@
 """The state of a run between two steps, on disk: what resuming needs to give the same bits, without pickle.
 
 checkpoints/step-000123/adapter_model.safetensors, adapter_config.json, the tokenizer
-                        state.safetensors     the optimizer's tensors, torch's random state
-                        state.json            its numbers, the schedule, Python's and NumPy's random state, a
-                                              digest of the data
+                        state.safetensors     the optimizer's tensors, torch's random state of each process
+                        state.json            its numbers, the schedule, Python's and NumPy's random state of each
+                                              process, a digest of the data
                         trainer_state.json    transformers' own
 """
 
@@ -52,8 +52,9 @@ def read_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"random.cpu": torch.get_rng_state()}
-    tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    """Return the random states of this process: torch's by the device, Python's and NumPy's as numbers."""
+    tensors = {"cpu": torch.get_rng_state()}
+    tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     numpy = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return tensors, {"python": random.getstate(), "numpy": numpy}
@@ -63,6 +64,6 @@ def set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Non
     version, internal, gauss = numbers["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(numbers["numpy"])
-    torch.set_rng_state(tensors["random.cpu"])
+    torch.set_rng_state(tensors["cpu"])
     for i in range(torch.cuda.device_count()):
-        torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
+        torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
