@@ -195,3 +195,53 @@ def test_transformers_table_is_not_logged_beside_our_sentence(
     finally:
         logger.propagate = before
     assert "LOAD REPORT" not in caplog.text
+
+
+def test_a_4_bit_weight_that_is_not_whole_is_told_by_its_name(tiny_model_folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(tiny_model_folder, tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    whole = load_file(file)
+    for part, message in [
+        (".absmax", rf"^{DOWN}\.absmax is missing"),
+        (".nested_quant_map", rf"^{DOWN}\.nested_quant_map is missing"),
+        ("", rf"^{DOWN} is missing"),
+        (".quant_state.bitsandbytes__nf4", rf"{DOWN}\.nested_absmax.*{DOWN} is \[1280, 1\], in the model \[32, 80\]"),
+    ]:
+        save_file({k: v for k, v in whole.items() if k != f"{DOWN}{part}"}, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=message):
+            halfbyte.load(tmp_path / "q")
+
+
+def test_whether_weights_are_in_4_bits_is_not_left_to_the_configuration(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    quantize_checkpoint(tiny_model_folder, tmp_path / "q")
+    shutil.copytree(tiny_model_folder, tmp_path / "m")
+    shutil.copy(tmp_path / "q" / "config.json", tmp_path / "m")
+    shutil.copy(tiny_model_folder / "config.json", tmp_path / "q")
+    for attempt in (halfbyte.load, lambda path: quantize_checkpoint(path, tmp_path / "r")):
+        with pytest.raises(InputError, match=r"are in 4 bits, but config\.json has no quantization_config"):
+            attempt(tmp_path / "q")
+    with pytest.raises(InputError, match=r"are dense, but config\.json has a quantization_config"):
+        halfbyte.load(tmp_path / "m")
+
+
+def test_a_pooler_that_a_checkpoint_lacks_is_new_dense_and_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = t.BertConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96, vocab_size=64
+    )
+    t.BertForMaskedLM(config).save_pretrained(tmp_path / "m")
+    quantize_checkpoint(tmp_path / "m", tmp_path / "q")
+    for folder in ("m", "q"):
+        caplog.clear()
+        model = halfbyte.load(tmp_path / folder, auto_class=t.AutoModelForSequenceClassification)
+        assert "(bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight)" in caplog.text
+        assert "has no use for part of the checkpoint (cls.predictions.bias, " in caplog.text
+        pooler = model.bert.pooler.dense
+        assert type(pooler) is torch.nn.Linear and pooler.weight.isfinite().all()
+        model.save_pretrained(tmp_path / f"{folder} saved")
+        again = halfbyte.load(tmp_path / f"{folder} saved")
+        ids = torch.arange(6)[None]
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

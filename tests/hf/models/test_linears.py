@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -88,15 +89,22 @@ def test_falcon_is_held_in_4_bits(tmp_path: Path, new: bool, caplog: pytest.LogC
     assert ((got - wanted).norm() / wanted.norm()).item() < 0.05  # bf16's roundings
 
 
-def test_a_falcon_that_bitsandbytes_left_dense_stays_so(tmp_path: Path) -> None:
-    """bitsandbytes' folder names what it skipped, but not what it did not see."""
-    t.FalconForCausalLM(FALCON).to(torch.bfloat16).save_pretrained(tmp_path)
-    dense = t.FalconForCausalLM.from_pretrained(tmp_path)
-    held = halfbyte.HalfbyteConfig(skip_modules=["lm_head"]).to_dict()
-    dense.config.quantization_config = held
-    dense.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="FalconForCausalLM has no linear layer that could be held in 4 bits"):
-        halfbyte.load(tmp_path)
+def test_a_layer_that_bitsandbytes_left_dense_without_naming_it_stays_so(tmp_path: Path) -> None:
+    config = t.FalconConfig(**FALCON.to_dict() | {"num_hidden_layers": 1})
+    torch.manual_seed(0)
+    t.FalconForCausalLM(config).save_pretrained(tmp_path / "m")
+    quantize_checkpoint(tmp_path / "m", tmp_path / "q")
+    whole = halfbyte.load(tmp_path / "q")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    layer = "transformer.h.0.mlp.dense_4h_to_h"
+    for name in [name for name in tensors if name.startswith(layer)]:
+        del tensors[name]
+    tensors[f"{layer}.weight"] = whole.get_submodule(layer).dequantize()
+    save_file(tensors, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
+    model, ids = halfbyte.load(tmp_path / "q"), torch.arange(9)[None]
+    assert type(model.get_submodule(layer)).__name__ == "FalconLinear"
+    wanted = whole(input_ids=ids).logits.detach()
+    assert torch.allclose(model(input_ids=ids).logits, wanted, atol=0.02 * float(wanted.abs().max()))
 
 
 def test_nothing_in_4_bits_is_an_error(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,21 +66,39 @@ class Names:
         return renamed
 
 
-def check_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+@dataclass(frozen=True)
+class Fit:
+    """What of a model is not in its checkpoint, though the two fit.
+
+    Attributes:
+        new: tensors that the checkpoint lacks, to be trained.
+        resized: tensors of another shape outside the base model, with both shapes: a head for other classes, which
+            transformers makes anew where ``ignore_mismatched_sizes`` asks for it, and refuses else.
+    """
+
+    new: list[str]
+    resized: list[str]
+
+
+def check_weights(model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized: bool) -> Fit:
     """Check that ``checkpoint`` holds the weights of ``model``.
 
     Args:
         model: on the meta device, as its class makes it, all layers dense.
-        checkpoint: in 4 bits or not.
-
-    Returns:
-        The names of tensors of another shape outside the base model: a task's head for other classes, which
-        transformers makes anew where ``ignore_mismatched_sizes`` asks for it, and refuses else.
+        checkpoint: its.
+        pre_quantized: whether the configuration says that the checkpoint is in 4 bits.
 
     Raises:
-        InputError: tensors are missing, have no place, or have another shape; it names them.
+        InputError: tensors are missing, have no place, or have another shape, and it names them; or the checkpoint is
+            in 4 bits where it should not be, or the other way round.
     """
     packed = checkpoint.in_4_bits
+    if bool(packed) != pre_quantized:
+        held, said = ("in 4 bits", "no") if packed else ("dense", "a")
+        raise InputError(
+            f"The weights in {checkpoint.where} are {held}, but config.json has {said} quantization_config: copy both "
+            "from the model's source again."
+        )
     forms = {name: form for name, form in checkpoint.forms.items() if not _is_part(name, packed)}
     forms |= {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in packed.items()}
     found = _tried(model, forms)
@@ -126,7 +144,7 @@ def check_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
         )  # fmt: skip
     if unused:
         logger.warning("%s has no use for part of the checkpoint (%s).", type(model).__name__, _listed(unused))
-    return resized
+    return Fit(new, resized)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -224,11 +242,9 @@ def _refuse(checkpoint: Checkpoint, model: str, kinds: list[tuple[str, list[str]
     ]
     if not told:
         return
-    file = checkpoint.files[0]
-    where: Path = file if len(checkpoint.files) == 1 else file.parent
     raise InputError(
-        f"{where} and config.json do not fit each other ({model}): {'; '.join(told)}. Copy both from the model's "
-        "source again."
+        f"{checkpoint.where} and config.json do not fit each other ({model}): {'; '.join(told)}. Copy both from the "
+        "model's source again."
     )
 
 

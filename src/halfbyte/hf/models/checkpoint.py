@@ -57,6 +57,11 @@ class Checkpoint:
                 self._home[name] = holder
                 self.forms[name] = _form(holder, name)
 
+    @property
+    def where(self) -> Path:
+        """The file, or the folder of several."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``; one of a ``.bin`` file stays mapped."""
         holder = self._home[name]

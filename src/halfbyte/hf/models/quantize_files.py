@@ -110,7 +110,7 @@ def quantize_checkpoint(
         raise InputError(f"The output folder {output} is the model's own; choose another.")
     checkpoint = Checkpoint(weight_files(source, getattr(model_config, "transformers_weights", None)))
     skeleton = _skeleton(model_config, config.compute_dtype, trust_remote_code)
-    check_weights(skeleton, checkpoint)
+    check_weights(skeleton, checkpoint, pre_quantized=False)
     quantizer = HalfbyteQuantizer(config, pre_quantized=False)
     own = {type(module).__name__ for module in skeleton.modules() if is_subclass(module) and is_linear(module)}
     quantizer.preprocess_model(skeleton)

@@ -34,7 +34,7 @@ from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
 READ_AT_ONCE = 1 << 20
-"""Bytes up to which a dense tensor of a 4-bit folder is read, to look at its values, when the folder is opened."""
+"""Bytes up to which a tensor of a 4-bit folder is read, to look at its values, when the folder is opened."""
 
 
 @dataclass
@@ -156,43 +156,28 @@ class HalfbyteQuantizer(HfQuantizer):
     ) -> None:
         if self.choose_attention:
             choose_attention(model)
-        packed = set()
+        config, new, packed = self.quantization_config, set(), None
         if checkpoint_files:
             checkpoint = Checkpoint(checkpoint_files)
-            resized = check_weights(model, checkpoint)
-            if resized and (failures := _failures.get()):
-                failures.resized = resized
-            names = Names(model)
-            packed = {names.of(name)[0] for name in checkpoint.in_4_bits}
-        self.replace_linears(model, packed)
-
-    def replace_linears(self, model: PreTrainedModel, packed: set[str]) -> list[str]:
-        """Put empty 4-bit layers into ``model``.
-
-        Args:
-            model: on the meta device; in place.
-            packed: the weights, by their names in the model, that its checkpoint holds in 4 bits.
-
-        Returns:
-            The names of the layers.
-
-        Raises:
-            InputError: there is no layer for it.
-        """
-        config = self.quantization_config
+            fit = check_weights(model, checkpoint, self.pre_quantized)
+            new = {name.rpartition(".")[0] for name in fit.new}  # to be trained
+            if failures := _failures.get():
+                failures.resized = fit.resized
+            if self.pre_quantized:
+                names = Names(model)
+                packed = {names.of(name)[0] for name in checkpoint.in_4_bits}
         skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         if not self.pre_quantized and config.skip_modules is None:
-            skip = sorted({*skip, *left_dense(model)})
             # Recorded, so that whoever opens the saved model makes the same choice.
-            config.skip_modules = skip
-        replaced = replace_linears(model, skip, config.compute_dtype, packed if self.pre_quantized else None)
-        if not replaced:
+            config.skip_modules = sorted({*skip, *left_dense(model), *new})
+        elif new:
+            config.skip_modules = sorted({*(config.skip_modules or []), *new})
+        if not replace_linears(model, sorted({*skip, *(config.skip_modules or [])}), config.compute_dtype, packed):
             raise InputError(
                 f"{type(model).__name__} has no linear layer that could be held in 4 bits"
                 f"{' beside those to be skipped' if config.skip_modules else ''}: there is nothing to gain here, so "
                 "open it with transformers."
             )
-        return replaced
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers would try to reverse our reading of 4-bit weights when it saves; the layers themselves know how.
@@ -203,7 +188,7 @@ class HalfbyteQuantizer(HfQuantizer):
         ]
         for name, parameter in model.named_parameters():
             # What is large in a 4-bit folder stays mapped and unread; it was looked at when the folder was made.
-            if not self.pre_quantized or parameter.nbytes < READ_AT_ONCE:
+            if not self.pre_quantized or parameter.nbytes <= READ_AT_ONCE:
                 check_finite(name, parameter.detach())
         return model
 
@@ -262,13 +247,17 @@ class Deserialize(ConversionOps):
                     "llm_int8_skip_modules in config.json does not fit the weights."
                 )
             state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-            if len(state) == 1:
+            if not isinstance(layer, Linear4bit):
                 dtype = dense_dtype(model, full_layer_name, self.hf_quantizer.quantization_config.compute_dtype)
                 return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-            weight = QuantizedWeight.from_state_dict(state, "weight")
+            own = {f"{full_layer_name}{key.removeprefix('weight')}": value for key, value in state.items()}
+            weight = QuantizedWeight.from_state_dict(own, full_layer_name)
             nested = weight.statistics.nested
-            if nested is not None:
-                check_finite(f"{full_layer_name}.nested_absmax", nested.absmax)
+            kind, constants = (
+                ("absmax", weight.statistics.absmax) if nested is None else ("nested_absmax", nested.absmax)
+            )
+            if constants.nbytes <= READ_AT_ONCE:
+                check_finite(f"{full_layer_name}.{kind}", constants)
             layer.set_quantized_weight(weight)
             return {"weight": layer.weight}
 
