@@ -14,8 +14,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte.nn import Linear4bit
 
-# Linear layers whose weight the model multiplies by hand (Mamba), so that it has to stay dense.
+# Linear layers whose weight the model (of transformers 5.23) multiplies by hand, or rewrites in evaluation (RWKV), so
+# that it has to stay dense: by the ends of their names, and the model's type where the name says too little.
 READ_DIRECTLY = ("dt_proj",)
+REWRITTEN = {"rwkv": ("attention.output", "feed_forward.value")}
 
 
 def replace_linears(
@@ -58,10 +60,11 @@ def left_dense(model: PreTrainedModel) -> list[str]:
     Task heads (all that is outside the base model) are often new and to be trained; some weights are read directly.
     """
     inside = {id(module) for module in model.base_model.modules()}
+    by_hand = READ_DIRECTLY + REWRITTEN.get(model.config.model_type, ())
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and (id(module) not in inside or name.endswith(READ_DIRECTLY))
+        if isinstance(module, nn.Linear | Conv1D) and (id(module) not in inside or name.endswith(by_hand))
     ]
 
 
@@ -103,6 +106,18 @@ def _acts_as_linear(module: nn.Linear | Conv1D, training: bool) -> bool:
     except Exception:  # foreign code over other sizes: whatever it raises, it is not a linear layer
         return False
     return isinstance(y, torch.Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted, atol=1e-5)
+
+
+def not_linear(model: nn.Module) -> list[str]:
+    """Return the names of layers that PEFT (0.21) takes for linear ones by their class, though they act otherwise.
+
+    They are routers that return indices too (Llama 4, Phi-3.5-MoE): not to be adapted (``exclude_modules``).
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_subclass(module) and not isinstance(module, Linear4bit) and not is_linear(module)
+    ]
 
 
 def share_in_4bit(model: nn.Module) -> float:
