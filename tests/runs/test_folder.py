@@ -143,6 +143,23 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path
     assert list(folder.path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_half_written_is_removed(begun: RunFolder) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from halfbyte.files import whole_file, whole_folder\n"
+        "with whole_folder(Path(sys.argv[1])) as part, whole_file(Path(sys.argv[2])):\n"
+        "    (part / 'state.json').write_text('{'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", script, begun.checkpoints / "step-000101", begun.summary]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    (begun.path / ".mine").write_text("not a run's")
+    before = {path.name for folder in (begun.path, begun.checkpoints) for path in folder.iterdir()}
+    with begun.locked():
+        pass
+    after = {path.name for folder in (begun.path, begun.checkpoints) for path in folder.iterdir()}
+    assert {name.split(".")[1] for name in before - after} == {"step-000101", "summary"}
+    assert ".mine" in after and not [name for name in after if name.endswith(".part")]
+
+
 def test_folders_are_made_and_removed_again_if_nothing_comes_into_them(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a/b/run")
     with pytest.raises(KeyError), folder.locked():

@@ -130,6 +130,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process alone; made if it is not there, and removed again if nothing comes into it.
 
+        What killed runs left half-written in it is removed.
+
         Raises:
             InputError: another process that is alive holds it.
         """
@@ -137,6 +139,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with files.lock(self.path / ".lock"):
+                files.repair_within(self.path)
+                files.repair_within(self.checkpoints)
                 yield
         except files.Locked as error:
             raise InputError(
