@@ -26,11 +26,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 """What ``flock`` says on a file system without locks."""
-NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+NO_EXCHANGE = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM))
 """What ``renameat2`` says where the kernel, a sandbox or the file system cannot exchange two names."""
-NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
+NO_SYNC = frozenset((errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP))
 """What opening or syncing a folder says where only files can be synced."""
 
 
@@ -38,9 +38,10 @@ NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path of the same name to write to; at the end that file is synced and renamed to ``path``.
 
-    On any error, an interrupt included, ``path`` is as it was and what was written is removed. One error can come
-    later: if the folder cannot be synced, ``path`` is the new file, which a power failure may still undo. A link
-    stays a link; the file that it points to is replaced. Begins with :func:`repair`.
+    On any error, an interrupt included, ``path`` is as it was and what was written is removed. What comes after the
+    renaming finds ``path`` new and leaves it so: a late interrupt, or a folder that cannot be synced, which is an
+    error since a power failure may still undo the renaming. A link stays a link; the file that it points to is
+    replaced. Begins with :func:`repair`.
     """
     with _writing(path) as part:
         yield part.new
@@ -61,12 +62,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         NotADirectoryError: ``path`` is a file.
     """
     with _writing(path) as part:
-        if _is_there(part.target) and not part.target.is_dir():
+        if os.path.lexists(part.target) and not part.target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         os.mkdir(part.new)
         yield part.new
         _sync_all(part.new)
-        if not _is_there(part.target):
+        if not os.path.lexists(part.target):
             os.rename(part.new, part.target)
         elif not _exchange(part.new, part.target):
             os.rename(part.target, part.old)
@@ -92,6 +93,7 @@ def append(path: Path, line: str) -> None:
     if "\n" in line:
         raise ValueError(f"more than one line: {line!r}")
     data = f"{line}\n".encode()
+    path = Path(os.path.realpath(path))
     made = not path.exists()
     if made:
         _make_folder(path.parent)
@@ -196,10 +198,7 @@ class Lock:
             _held.discard(self)
             if handle != -1:
                 with contextlib.suppress(OSError):
-                    try:
-                        fcntl.flock(handle, fcntl.LOCK_UN)  # a program just being started may have it for a moment
-                    finally:
-                        os.close(handle)
+                    os.close(handle)
 
     def _is_named(self) -> bool:
         """Return whether ``path`` still leads to this file: who held the lock before may have removed it."""
@@ -256,7 +255,7 @@ def _watch_forks() -> None:
     def forget() -> None:
         for held in _held.copy():
             handle, held._handle = held._handle, -1
-            os.close(handle)  # without LOCK_UN, which would be the parent's too
+            os.close(handle)
         _held.clear()
         _forks.release()
 
@@ -320,7 +319,7 @@ class _Part:
         try:
             with contextlib.suppress(OSError):
                 names = os.listdir(self.folder)
-                if self.old.name in names and (self.new.name in names or not _is_there(self.target)):
+                if self.old.name in names and (self.new.name in names or not os.path.lexists(self.target)):
                     os.rename(self.old, self.target)
                     with contextlib.suppress(OSError):
                         _sync(self.target.parent)
@@ -384,14 +383,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if number in NO_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _remove(path: Path) -> None:
