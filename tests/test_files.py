@@ -20,13 +20,10 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from halfbyte import files
+from halfbyte import files, locks
 from halfbyte.files import (
-    Lock,
-    Locked,
     append,
     disk_full,
-    lock,
     read_lines,
     repair,
     repair_within,
@@ -34,6 +31,7 @@ from halfbyte.files import (
     whole_folder,
     write_text,
 )
+from halfbyte.locks import Lock, Locked, lock
 
 READS = ("open", "close", "read", "pread", "stat", "lstat", "fstat", "listdir", "scandir")
 WRITES = ("write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "rename", "replace", "unlink")
@@ -530,7 +528,9 @@ def test_a_line_that_is_written_in_pieces_is_whole_or_not_there(
 @contextlib.contextmanager
 def running(script: str, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run Python code in another process; yield the process and the first line that it prints; kill it at the end."""
-    imports = "import os, sys, time\nfrom pathlib import Path\nfrom halfbyte.files import *\n"
+    imports = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom halfbyte.files import *\nfrom halfbyte.locks import *\n"
+    )
     command = [sys.executable, "-c", imports + script]
     with subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -641,7 +641,7 @@ def test_a_writer_whose_folder_a_repair_is_about_to_remove_takes_another(
     def mkdir(path: Path, mode: int = 0o777) -> None:
         real(path, mode)
         if not taken:
-            other = files._take(Path(path) / "name.lock")
+            other = locks.take(Path(path) / "name.lock")
             assert other
             taken.append(other)
 
@@ -677,7 +677,7 @@ def test_releasing_leaves_a_file_that_is_another_lock(tmp_path: Path) -> None:
             lock(file)
 
 
-@pytest.mark.parametrize("number", sorted(files.NO_LOCKS))
+@pytest.mark.parametrize("number", sorted(locks.NO_LOCKS))
 def test_without_locks_all_works_but_nothing_is_removed(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

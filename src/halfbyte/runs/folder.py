@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from halfbyte import files
+from halfbyte import files, locks
 from halfbyte.errors import InputError
 from halfbyte.runs.config import TrainConfig
 
@@ -138,11 +138,11 @@ class RunFolder:
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with files.lock(self.path / ".lock"):
+            with locks.lock(self.path / ".lock"):
                 files.repair_within(self.path)
                 files.repair_within(self.checkpoints)
                 yield
-        except files.Locked as error:
+        except locks.Locked as error:
             raise InputError(
                 f"Another run (process {error.pid or 'unknown'}) writes to {self.path}; wait for it, stop it, or "
                 "name another folder."

@@ -56,7 +56,7 @@ def test_as_few_layers_as_possible_are_recomputed_and_then_as_few_offloaded(
 @pytest.mark.parametrize(("free", "remedy"), [(5 * 2**30, "lower batch_size from 4 to 2"), (2**31, "lower max_length")])
 def test_a_budget_that_nothing_fits_in_is_refused_with_what_would(free: int, remedy: str) -> None:
     layers = 4 * [Costs(kept=4 * 2**30, input=2**20)]  # of four sequences: 2 GiB each while one layer is at work
-    with pytest.raises(InputError, match=rf"needs 9\.0 GiB .*: {remedy}, or raise memory by [47]\.0 GiB\."):
+    with pytest.raises(InputError, match=rf"needs 9\.00 GiB .*: {remedy}, or raise memory by [47]\.00 GiB\."):
         activations.choose(layers, 2**30, free, batch_size=4)
 
 
