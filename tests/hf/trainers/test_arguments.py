@@ -327,6 +327,10 @@ def weights(trainer: Any) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def weights_of(trainer: Any) -> list[Tensor]:
+    return [p for p in trainer.model.parameters() if p.requires_grad]
+
+
 def measured(prediction: Any, compute_result: bool = True) -> dict[str, float]:
     """What an evaluation is given, as numbers."""
 
@@ -605,6 +609,21 @@ def test_the_state_of_any_optimizer_is_resumed_bit_for_bit(name: str, tiny_model
     build("sft", tiny_model_folder, tmp_path, **SAVING | {"max_steps": 2}, **more).train()
     resumed = build("sft", tiny_model_folder, tmp_path, max_steps=4, **more)
     resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(weights(resumed)[key], tensor) for key, tensor in weights(whole).items())
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trl_s_own_trainer_saves_and_resumes_our_optimizer(bits: int, tiny_model_folder: Path, tmp_path: Path) -> None:
+    def run(name: str, steps: int, **more: Any) -> Any:
+        trainer = build("sft", tiny_model_folder, tmp_path / name, THEIRS, max_steps=steps, **constant)
+        trainer.optimizer = AdamW(weights_of(trainer), lr=1e-2, state_bits=bits, paged=True)
+        trainer.train(**more)
+        return trainer
+
+    constant = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    run("one", 2)
+    resumed, whole = run("one", 4, resume_from_checkpoint=str(tmp_path / "one/checkpoint-2")), run("whole", 4)
     assert all(torch.equal(weights(resumed)[key], tensor) for key, tensor in weights(whole).items())
 
 
