@@ -93,6 +93,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             trained, parameters = model.get_nb_trainable_parameters()
             note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
             note(f"Decoder layers {hf.describe_layers(model)}")
+            note(f"Attention {hf.describe_attention(model)}")
 
             tell(Stage(name="plan", text="Planning the memory of a step"))
             policy = plan_activations(config, model, longest)
