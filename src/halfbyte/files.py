@@ -291,8 +291,8 @@ def _sync(path: Path) -> None:
 
 
 def absolute(path: str | Path) -> Path:
-    """Return ``path`` as it is meant wherever it is read: ``~`` expanded, absolute, without ``..``."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    """Return ``path`` as it is meant wherever it is read: ``~`` expanded, absolute."""
+    return Path(os.path.expanduser(path)).absolute()  # `..` stays: behind a link it leads elsewhere
 
 
 def model_path(name: str) -> str:
