@@ -21,7 +21,6 @@ Left out: evaluation within the loop, and checkpoints of more than one process.
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import json
 import shutil
@@ -40,6 +39,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from halfbyte import tables
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
 from halfbyte.hf.layers.head import base_of, bind_head
@@ -145,19 +145,13 @@ class BaseTrainer(_Theirs):
 
     @functools.cached_property
     def _data_digest(self) -> str:
-        digest = hashlib.sha256()
-        for row in self.train_dataset:
-            for name, value in sorted(row.items()):
-                values = np.asarray(value)
-                digest.update(f"{name} {values.shape}".encode())
-                digest.update(repr(value).encode() if values.dtype == object else values.tobytes())
-        return digest.hexdigest()
+        return tables.digest(self.train_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = train_dataset or self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
-            return EpochSampler([1] * len(rows), None, self.args.seed)
-        lengths = [len(ids) for ids in rows["input_ids"]]
+            return EpochSampler(np.ones(len(rows), np.int8), None, self.args.seed)
+        lengths = tables.lengths(rows)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochSampler(lengths, batch, self.args.seed)
 
