@@ -23,7 +23,6 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 
 import contextlib
 import functools
-import hashlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import has_length
 
+from halfbyte import tables
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.head import base_of, bind_head
 from halfbyte.hf.layers.prepare import prepare_for_training
@@ -207,13 +207,7 @@ class BaseTrainer(Checkpoints):
 
     @functools.cached_property
     def _data_digest(self) -> str:
-        digest = hashlib.sha256()
-        for row in self.train_dataset:
-            for name, value in sorted(row.items()):
-                values = np.asarray(value)
-                digest.update(f"{name} {values.shape}".encode())
-                digest.update(repr(value).encode() if values.dtype == object else values.tobytes())
-        return digest.hexdigest()
+        return tables.digest(self.train_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -223,10 +217,9 @@ class BaseTrainer(Checkpoints):
         if self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(rows)
         if self.args.train_sampling_strategy != "group_by_length":
-            return EpochSampler([1] * len(rows), None, seed)
-        lengths = [len(ids) for ids in rows["input_ids"]]
+            return EpochSampler(np.ones(len(rows), np.int8), None, seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
-        return EpochSampler(lengths, batch, seed)
+        return EpochSampler(tables.lengths(rows), batch, seed)
 
 
 @contextlib.contextmanager
