@@ -23,8 +23,9 @@ def train(**options: Any) -> None:
     with quiet():
         from halfbyte.hf.trainers.distributed import ElsewhereError, is_first
         from halfbyte.train import fine_tune
+    display = TerminalDisplay(notes)
     try:
-        summary = fine_tune(config, TerminalDisplay(notes)).summary
+        summary = fine_tune(config, display).summary
     except ElsewhereError:
         sys.exit(2)  # the process where it happened tells it
     except KeyboardInterrupt as interrupt:
@@ -35,6 +36,8 @@ def train(**options: Any) -> None:
             resume = command("train", "--config", str(config.output / "config.yaml"), "--resume")
             typer.echo(f"Go on with:\n  {resume}", err=True)
         sys.exit(INTERRUPTED)
+    finally:
+        display.close()
     if not is_first():
         return
     folder = shown(config.output)
