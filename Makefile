@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# As in cli.py: torch's threads share the cores with whatever else runs.
+# As in cli/__init__.py: torch's threads share the cores with whatever else runs.
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: setup quickstart test test-slow check sanitize fuzz test-neon bench docs clean
@@ -18,9 +18,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.3"
+	$(BIN)/python tools/install_torch.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
+		--group dev --editable .
 	touch $@
 
 quickstart: setup
@@ -35,9 +36,11 @@ test-slow: setup
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/*.cpp tests/native/*.h
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/update_help.py --check
+	$(BIN)/python docs/update_stub.py --check
 
 # Without Python: see tests/native/check.cpp. About 30 seconds a tier.
 sanitize:
@@ -62,6 +65,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python docs/update_help.py
+	$(BIN)/python docs/update_stub.py
 
 clean:
 	rm -rf $(VENV) build

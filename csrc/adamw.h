@@ -20,9 +20,9 @@ struct Adamw {
     float decay;         // 1 - lr weight_decay
     float beta1, rest1;  // rest: 1 - beta
     float beta2, rest2;
-    float correction;    // sqrt(1 - beta2^step)
+    float correction;  // sqrt(1 - beta2^step)
     float eps;
-    float rate;          // -lr / (1 - beta1^step)
+    float rate;  // -lr / (1 - beta1^step)
 };
 
 struct Moment8bit {

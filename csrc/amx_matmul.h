@@ -6,8 +6,8 @@
 //
 // Rows of x that are a power of two apart drive each other out of the first cache, so x is copied into tiles, each of
 // 1024 consecutive bytes: once for all columns of a product (`pack`), or, where rows are multiplied as they lie, within
-// `multiply`. x and the panels are padded with zeros to whole tiles of the depth; where there are no whole tiles of rows,
-// sums are kept in a buffer.
+// `multiply`. x and the panels are padded with zeros to whole tiles of the depth; where there are no whole tiles of
+// rows, sums are kept in a buffer.
 //
 // A unit `T` has static functions, with tiles named by their numbers from 0 to 7: configure() makes all of them full,
 // load<tile>(address, stride) and store<tile>(address, stride) take `stride` bytes from row to row, zero<tile>(),

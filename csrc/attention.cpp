@@ -219,8 +219,7 @@ class Forward : Pass {
                     }
                 }
                 finish(at_row, rows * kStrip, at(a_.out, batch, head, first + row));
-                a_.lse[(batch * a_.heads + head) * a_.queries + first + row] =
-                    maximum[h * rows + row] + std::log(sum);
+                a_.lse[(batch * a_.heads + head) * a_.queries + first + row] = maximum[h * rows + row] + std::log(sum);
             }
         }
     }
@@ -241,8 +240,7 @@ class Forward : Pass {
                 std::memset(p, 0, static_cast<size_t>(weight_bytes));
                 continue;
             }
-            const float factor =
-                k_.weigh(logits + r * kStrip, from, to, a_.scale, a_.cap, maximum + r, total + r, p);
+            const float factor = k_.weigh(logits + r * kStrip, from, to, a_.scale, a_.cap, maximum + r, total + r, p);
             if (factor == 1) continue;
             for (int64_t strip = 0; strip < strips_; ++strip) k_.shrink(out + (strip * out_rows + r) * kStrip, factor);
         }

@@ -30,14 +30,15 @@ struct Heads {
 };
 
 struct Attention {
-    int64_t batches, heads, kv_heads, queries, keys;  // heads: a multiple of kv_heads, from 1 on; fewer than 2^24 keys
-    int64_t size;           // of a head, up to kLanes
-    Type type;              // of all but lse
-    const int32_t* ranges;  // [batches, queries, 2]: begin and end
-    float scale, cap;       // cap 0: none
-    Heads q, k, v, out;     // out: written by the forward
-    float* lse;             // [batches, heads, queries]: written by the forward; -inf without keys
-    Heads dout, dq, dk, dv; // backward: dq, dk and dv are written
+    // heads: a multiple of kv_heads, from 1 on; fewer than 2^24 keys
+    int64_t batches, heads, kv_heads, queries, keys;
+    int64_t size;            // of a head, up to kLanes
+    Type type;               // of all but lse
+    const int32_t* ranges;   // [batches, queries, 2]: begin and end
+    float scale, cap;        // cap 0: none
+    Heads q, k, v, out;      // out: written by the forward
+    float* lse;              // [batches, heads, queries]: written by the forward; -inf without keys
+    Heads dout, dq, dk, dv;  // backward: dq, dk and dv are written
 };
 
 constexpr int64_t kKeyTile = 96;  // keys that a tile of the backward has at most

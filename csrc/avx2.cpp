@@ -205,15 +205,15 @@ namespace {
 bool supported() {
     constexpr unsigned f16c = 1u << 29;  // which clang's built-in does not know
     unsigned eax, ebx, ecx, edx;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & f16c);
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+           (ecx & f16c);
 }
 
 }  // namespace
 
 const Tier avx2 = {
-    "avx2", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx2_matmul, &avx2_adamw,
-    &avx2_rows, avx2_attention,
+    "avx2",          supported,   quantize_4bit, quantize_8bit, dequantize_4bit,
+    dequantize_8bit, avx2_matmul, &avx2_adamw,   &avx2_rows,    avx2_attention,
 };
 
 }  // namespace halfbyte

@@ -61,9 +61,7 @@ struct Bf16 {
         const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
         return _mm256_blendv_ps(rounded, nan, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     }
-    static __m128i round(__m256 value) {
-        return low_words(_mm256_srli_epi32(_mm256_castps_si256(nearest(value)), 16));
-    }
+    static __m128i round(__m256 value) { return low_words(_mm256_srli_epi32(_mm256_castps_si256(nearest(value)), 16)); }
     static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
 };
 

@@ -52,8 +52,8 @@ struct Shuffled {
         const __m256 first = _mm256_loadu_ps(code), second = _mm256_loadu_ps(code + 8);
         const __m256i words = _mm256_packus_epi32(bits(_mm256_permute2f128_ps(first, second, 0x20), scale),
                                                   bits(_mm256_permute2f128_ps(first, second, 0x31), scale));
-        const __m256i apart = _mm256_set_epi64x(0x0f0d0b0907050301, 0x0e0c0a0806040200, 0x0f0d0b0907050301,
-                                                0x0e0c0a0806040200);
+        const __m256i apart =
+            _mm256_set_epi64x(0x0f0d0b0907050301, 0x0e0c0a0806040200, 0x0f0d0b0907050301, 0x0e0c0a0806040200);
         const __m256i bytes = _mm256_shuffle_epi8(words, apart);
         low = _mm256_permute4x64_epi64(bytes, 0x88);
         high = _mm256_permute4x64_epi64(bytes, 0xdd);
@@ -152,8 +152,10 @@ void look_up_row(const Weight4bit& w, int64_t column, int64_t count, const float
             sum[c] = _mm256_setzero_ps();
         }
         for (int64_t j = 0; j < values; j += kGroup) {
-            const L tables[kLookedUp] = {{w.code, scales[0][j / kGroup]}, {w.code, scales[1][j / kGroup]},
-                                         {w.code, scales[2][j / kGroup]}, {w.code, scales[3][j / kGroup]}};
+            const L tables[kLookedUp] = {{w.code, scales[0][j / kGroup]},
+                                         {w.code, scales[1][j / kGroup]},
+                                         {w.code, scales[2][j / kGroup]},
+                                         {w.code, scales[3][j / kGroup]}};
             const auto multiply_add = [&](int c) {
                 return [&sum = sum[c], x, j](int i, __m256 looked_up) {
                     sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + j + i), looked_up, sum);

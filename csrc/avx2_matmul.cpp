@@ -151,7 +151,8 @@ void pack_gradient(const Rows& rows, int64_t column, int64_t first, int64_t last
     const int64_t columns = least(kStrip, rows.m.columns - column);
     for (int64_t n = first; n < last; ++n, panel += kPart) {
         for (int64_t c = 0; c < columns; c += 8) {
-            _mm256_store_ps(panel + c / kPart * part_size(last - first) + c % kPart, rows.read(n, column + c, columns - c));
+            _mm256_store_ps(panel + c / kPart * part_size(last - first) + c % kPart,
+                            rows.read(n, column + c, columns - c));
         }
     }
 }
@@ -207,7 +208,9 @@ void widen(const void* x, int64_t n, float* out) {
 template <class T>
 void finish(const float* sums, const float* bias, int64_t n, void* y) {
     const int64_t whole = n / 8 * 8;
-    for (int64_t i = 0; i < whole; i += 8) T::store(y, i, _mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(bias + i)));
+    for (int64_t i = 0; i < whole; i += 8) {
+        T::store(y, i, _mm256_add_ps(_mm256_load_ps(sums + i), _mm256_load_ps(bias + i)));
+    }
     if (whole < n) {
         float rest[8];
         T::store(rest, 0, _mm256_add_ps(_mm256_load_ps(sums + whole), _mm256_load_ps(bias + whole)));
@@ -217,8 +220,18 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 
 template <class T, const FewKernels& few>
 const MatmulKernels kernels = {
-    false, 6, &few, expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
-    bytes_forward<T>, bytes_gradient<T>, multiply, widen<T>, finish<T>,
+    false,
+    6,
+    &few,
+    expand_forward<T>,
+    expand_gradient<T>,
+    dense_forward<T>,
+    dense_gradient<T>,
+    bytes_forward<T>,
+    bytes_gradient<T>,
+    multiply,
+    widen<T>,
+    finish<T>,
 };
 
 }  // namespace

@@ -94,8 +94,7 @@ template <class T>
 struct Lookup4 {
     __m512i table;  // the sixteen values, twice
 
-    explicit Lookup4(__m512 values)
-        : table(_mm512_broadcast_i64x4(T::round(values))) {}
+    explicit Lookup4(__m512 values) : table(_mm512_broadcast_i64x4(T::round(values))) {}
 
     void store(const Dequantize4bit& a, int64_t i) const {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.codes + i / 2));
@@ -141,8 +140,7 @@ void dequantize(const Dequantize8bit& a, int64_t first, int64_t last) {
         const __m512 scale = _mm512_set1_ps(scales.next());
         const int64_t begin = block * a.blocksize;
         for (int64_t i = begin; i < begin + a.blocksize; i += 16) {
-            const __m512i index =
-                _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a.codes + i)));
+            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a.codes + i)));
             T::store(a.out, i, _mm512_mul_ps(pick256(index, table), scale));
         }
     }
@@ -170,8 +168,8 @@ bool supported() {
 }  // namespace
 
 const Tier avx512 = {
-    "avx512", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, avx512_matmul, &avx512_adamw,
-    &avx512_rows, avx512_attention,
+    "avx512",        supported,     quantize_4bit, quantize_8bit, dequantize_4bit,
+    dequantize_8bit, avx512_matmul, &avx512_adamw, &avx512_rows,  avx512_attention,
 };
 
 }  // namespace halfbyte

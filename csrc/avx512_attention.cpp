@@ -40,8 +40,7 @@ namespace halfbyte {
 const AttentionKernels* avx512_attention(Type type, bool pairs) {
     switch (type) {
         case Type::fp16: return &attention_kernels<Fp32, Fp16>;
-        case Type::bf16:
-            return pairs ? &attention_kernels<Bf16OfUnit, Bf16> : &attention_kernels<Fp32, Bf16>;
+        case Type::bf16: return pairs ? &attention_kernels<Bf16OfUnit, Bf16> : &attention_kernels<Fp32, Bf16>;
         default: return &attention_kernels<Fp32, Fp32>;
     }
 }

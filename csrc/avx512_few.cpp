@@ -1,7 +1,7 @@
 // The AVX-512 tier's products of few rows.
 //
-// A group is 128 values of a row of W: 64 bytes of codes, looked up as they lie. Nibble k of every 16-bit word (pairs of
-// bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it takes; the order
+// A group is 128 values of a row of W: 64 bytes of codes, looked up as they lie. Nibble k of every 16-bit word (pairs
+// of bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it takes; the order
 // that results, `arrange` gives to x. The two blocks of a group are the halves of a register: a lookup reads one bit
 // more than a code has, and that bit tells them apart.
 //
@@ -27,9 +27,9 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t kGroup = 128;
-constexpr int64_t kFused = 4;  // rows of x that are multiplied at once with values in registers
-constexpr int kColumns = 4;    // rows of W that are multiplied at once
-constexpr int kExpanded = 8;   // rows of W that are expanded at once
+constexpr int64_t kFused = 4;     // rows of x that are multiplied at once with values in registers
+constexpr int kColumns = 4;       // rows of W that are multiplied at once
+constexpr int kExpanded = 8;      // rows of W that are expanded at once
 constexpr int64_t kTileRows = 6;  // rows of x that are multiplied with them at once
 
 // The indices of nibble k.
@@ -54,9 +54,11 @@ struct Pairs {
 
     // A group: value 4 j + (k ^ 1) to element j of vector k.
     static void arrange(const uint16_t* x, uint16_t* out) {
+        // clang-format off
         const __m512i step = _mm512_set_epi16(  // every fourth of 64 values, twice
             60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0,
             60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
+        // clang-format on
         const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(x + 32);
         const __m512i c = _mm512_loadu_si512(x + 64), d = _mm512_loadu_si512(x + 96);
         for (int k = 0; k < kVectors; ++k) {
@@ -200,8 +202,8 @@ void look_up_tile(const Reader<L>& reader, const Stretch* w, const typename L::E
         for (int c = 0; c < kColumns; ++c) sum[r][c] = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < reader.count; i += kGroup) {
-        const typename L::Table table[kColumns] = {reader.table(w[0], i), reader.table(w[1], i),
-                                                   reader.table(w[2], i), reader.table(w[3], i)};
+        const typename L::Table table[kColumns] = {reader.table(w[0], i), reader.table(w[1], i), reader.table(w[2], i),
+                                                   reader.table(w[3], i)};
         const __m512i codes[kColumns] = {reader.codes(w[0], i), reader.codes(w[1], i), reader.codes(w[2], i),
                                          reader.codes(w[3], i)};
 #pragma GCC unroll 8

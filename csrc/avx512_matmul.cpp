@@ -34,9 +34,11 @@ struct Pairs {
     // 32 values from sixteen bytes.
     static __m512i look_up(__m512i table, const uint8_t* codes) {
         const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+        // clang-format off
         const __m512i spread = _mm512_set_epi64(  // a byte to each word, twice
             0x800f800f800e800e, 0x800d800d800c800c, 0x800b800b800a800a, 0x8009800980088008,
             0x8007800780068006, 0x8005800580048004, 0x8003800380028002, 0x8001800180008000);
+        // clang-format on
         const __m512i words = _mm512_shuffle_epi8(bytes, spread);
         return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_set1_epi32(4)), table);
     }
@@ -56,9 +58,11 @@ struct Pairs {
 
     // Two rows of 32 values, as pairs.
     static void store(float* panel, __m512i even, __m512i odd) {
+        // clang-format off
         const __m512i low = _mm512_set_epi32(
             0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,
             0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+        // clang-format on
         const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
         _mm512_store_si512(panel, _mm512_permutex2var_epi16(even, low, odd));
         _mm512_store_si512(panel + 16, _mm512_permutex2var_epi16(even, high, odd));
@@ -390,7 +394,9 @@ void widen(const void* x, int64_t n, float* out) {
 template <class T>
 void finish(const float* sums, const float* bias, int64_t n, void* y) {
     const int64_t whole = n / 16 * 16;
-    for (int64_t i = 0; i < whole; i += 16) T::store(y, i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(bias + i)));
+    for (int64_t i = 0; i < whole; i += 16) {
+        T::store(y, i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(bias + i)));
+    }
     if (whole < n) {
         float rest[16];
         T::store(rest, 0, _mm512_add_ps(_mm512_load_ps(sums + whole), _mm512_load_ps(bias + whole)));
@@ -400,8 +406,18 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 
 template <class L, class T, const FewKernels& few>
 const MatmulKernels kernels = {
-    L::kPerLane == 2, 6, &few, expand_forward<L>, expand_gradient<L>, dense_forward<L>, dense_gradient<L>,
-    bytes_forward<L>, bytes_gradient<L>, multiply<L>, widen<T>, finish<T>,
+    L::kPerLane == 2,
+    6,
+    &few,
+    expand_forward<L>,
+    expand_gradient<L>,
+    dense_forward<L>,
+    dense_gradient<L>,
+    bytes_forward<L>,
+    bytes_gradient<L>,
+    multiply<L>,
+    widen<T>,
+    finish<T>,
 };
 
 }  // namespace

@@ -1,6 +1,8 @@
 // The Python module halfbyte._native: takes addresses, sizes and the thread count, and runs a tier's functions over a
 // tensor's blocks. Arguments were checked in Python; the interpreter's lock is free meanwhile. Codebooks are copied,
 // and turned into search trees, on the way in.
+//
+// src/halfbyte/_native.pyi is made from the names, types and docstrings given here (docs/update_stub.py).
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -8,7 +10,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <deque>
@@ -59,16 +60,17 @@ void over_blocks(void (*kernel)(const Arguments&, int64_t, int64_t), const Argum
 
 void quantize_4bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code,
                    Address packed, Address absmax) {
-    const Quantize4bit arguments{pointer<const void>(x),  static_cast<Type>(type), n, blocksize,
-                                 search4(pointer<const void>(code)), pointer<uint8_t>(packed), pointer<float>(absmax)};
+    const Quantize4bit arguments{
+        pointer<const void>(x),   static_cast<Type>(type), n, blocksize, search4(pointer<const void>(code)),
+        pointer<uint8_t>(packed), pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_4bit, arguments, threads);
 }
 
 void quantize_8bit(int isa, int threads, Address x, int type, int64_t n, int64_t blocksize, Address code, int size,
                    Address codes, Address absmax) {
-    const Quantize8bit arguments{pointer<const void>(x), static_cast<Type>(type), n, blocksize,
-                                 search8(pointer<const void>(code), size), pointer<uint8_t>(codes),
-                                 pointer<float>(absmax)};
+    const Quantize8bit arguments{
+        pointer<const void>(x),  static_cast<Type>(type), n, blocksize, search8(pointer<const void>(code), size),
+        pointer<uint8_t>(codes), pointer<float>(absmax)};
     over_blocks(tier(isa).quantize_8bit, arguments, threads);
 }
 
@@ -119,13 +121,10 @@ void update(std::optional<Table8bit>& table, Address code) {
 }
 
 // The constants of a step, in the order of Adamw's members.
-using Constants = std::array<double, 8>;
+using Constants = std::tuple<double, double, double, double, double, double, double, double>;
 
 Adamw adamw(const Constants& constants) {
-    std::array<float, 8> rounded;
-    std::transform(constants.begin(), constants.end(), rounded.begin(), [](double x) { return static_cast<float>(x); });
-    const auto [decay, beta1, rest1, beta2, rest2, correction, eps, rate] = rounded;
-    return {decay, beta1, rest1, beta2, rest2, correction, eps, rate};
+    return std::apply([](auto... x) { return Adamw{static_cast<float>(x)...}; }, constants);
 }
 
 using Addresses = std::vector<Address>;
@@ -143,14 +142,16 @@ void step_32bit(int isa, int threads, const Constants& constants, const std::vec
 
 void step_8bit(int isa, int threads, const Constants& constants, const std::vector<int>& types,
                const std::vector<int64_t>& sizes, const Addresses& params, const Addresses& grads,
-               const Addresses& m_codes, const Addresses& m_absmax, const Addresses& v_codes,
-               const Addresses& v_absmax, Address code, Address code_unsigned, int64_t blocksize) {
+               const Addresses& m_codes, const Addresses& m_absmax, const Addresses& v_codes, const Addresses& v_absmax,
+               Address code, Address code_unsigned, int64_t blocksize) {
     std::vector<Stepped8bit> tensors;
     for (size_t i = 0; i < sizes.size(); ++i) {
-        tensors.push_back({pointer<void>(params[i]), pointer<const void>(grads[i]),
+        tensors.push_back({pointer<void>(params[i]),
+                           pointer<const void>(grads[i]),
                            {pointer<uint8_t>(m_codes[i]), pointer<float>(m_absmax[i])},
                            {pointer<uint8_t>(v_codes[i]), pointer<float>(v_absmax[i])},
-                           sizes[i], static_cast<Type>(types[i])});
+                           sizes[i],
+                           static_cast<Type>(types[i])});
     }
     static thread_local std::optional<Table8bit> m_table, v_table;
     update(m_table, code);
@@ -185,7 +186,7 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
     Term term{pointer<const void>(x), depth, 1, gradient, &weight, nullptr, {}};
     const Type storage = static_cast<Type>(type);
     const MatmulKernels* const kernels = tier(isa).matmul(storage);
-    Matmul product{kernels, kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
+    Matmul product{kernels,          kernels, storage, storage, rows, width, &term, 1, pointer<const void>(bias),
                    pointer<void>(y), width};
     matmul(&product, 1, threads);
 }
@@ -247,45 +248,43 @@ void matmul_sums(int threads, const std::vector<Sum*>& sums) {
 }
 
 // An address, and the strides of batch, head and row in values.
-using Lying = std::array<int64_t, 4>;
+using Lying = std::tuple<Address, int64_t, int64_t, int64_t>;
 
-Heads heads(const Lying& x) { return {pointer<void>(static_cast<Address>(x[0])), x[1], x[2], x[3]}; }
+Heads heads(const Lying& x) {
+    const auto [address, batch, head, row] = x;
+    return {pointer<void>(address), batch, head, row};
+}
 
-// `sizes`: batches, heads, key/value heads, queries, keys, values of a head.
-Attention attention(const std::array<int64_t, 6>& sizes, int type, Address ranges, float scale, float cap,
-                    const Lying& q, const Lying& k, const Lying& v, const Lying& out, Address lse) {
-    Attention arguments{};
-    arguments.batches = sizes[0];
-    arguments.heads = sizes[1];
-    arguments.kv_heads = sizes[2];
-    arguments.queries = sizes[3];
-    arguments.keys = sizes[4];
-    arguments.size = sizes[5];
-    arguments.type = static_cast<Type>(type);
-    arguments.ranges = pointer<const int32_t>(ranges);
-    arguments.scale = scale;
-    arguments.cap = cap;
-    arguments.q = heads(q);
-    arguments.k = heads(k);
-    arguments.v = heads(v);
-    arguments.out = heads(out);
-    arguments.lse = pointer<float>(lse);
-    return arguments;
+// Batches, heads, key/value heads, queries, keys, values of a head.
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Attention attention(const Sizes& sizes, int type, Address ranges, float scale, float cap, const Lying& q,
+                    const Lying& k, const Lying& v, const Lying& out, Address lse) {
+    Attention a{};
+    std::tie(a.batches, a.heads, a.kv_heads, a.queries, a.keys, a.size) = sizes;
+    a.type = static_cast<Type>(type);
+    a.ranges = pointer<const int32_t>(ranges);
+    a.scale = scale;
+    a.cap = cap;
+    a.q = heads(q);
+    a.k = heads(k);
+    a.v = heads(v);
+    a.out = heads(out);
+    a.lse = pointer<float>(lse);
+    return a;
 }
 
 bool attends(int isa) { return tier(isa).matmul && tier(isa).attention; }
 
-void attention_forward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
-                          float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
-                          const Lying& out, Address lse) {
+void attention_forward_of(int isa, int threads, const Sizes& sizes, int type, Address ranges, float scale, float cap,
+                          const Lying& q, const Lying& k, const Lying& v, const Lying& out, Address lse) {
     const Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
     attention_forward(tier(isa), arguments, threads);
 }
 
-void attention_backward_of(int isa, int threads, const std::array<int64_t, 6>& sizes, int type, Address ranges,
-                           float scale, float cap, const Lying& q, const Lying& k, const Lying& v,
-                           const Lying& out, Address lse, const Lying& dout, const Lying& dq, const Lying& dk,
-                           const Lying& dv) {
+void attention_backward_of(int isa, int threads, const Sizes& sizes, int type, Address ranges, float scale, float cap,
+                           const Lying& q, const Lying& k, const Lying& v, const Lying& out, Address lse,
+                           const Lying& dout, const Lying& dq, const Lying& dk, const Lying& dv) {
     Attention arguments = attention(sizes, type, ranges, scale, cap, q, k, v, out, lse);
     arguments.dout = heads(dout);
     arguments.dq = heads(dq);
@@ -315,17 +314,19 @@ using Strided = std::tuple<Address, int64_t>;
 
 Rows rows(const Strided& strided) { return {pointer<const void>(std::get<0>(strided)), std::get<1>(strided)}; }
 
-void rms_norm(int isa, int threads, int type, int64_t count, int64_t width, Strided x, Strided residual,
-              Address weight, float eps, float offset, bool rounded, Address h, Address y, Address scale) {
-    const RmsNorm arguments{rows(x), rows(residual), pointer<const void>(weight), width, eps, offset, rounded,
-                            pointer<void>(h), pointer<void>(y), pointer<float>(scale)};
+void rms_norm(int isa, int threads, int type, int64_t count, int64_t width, Strided x, Strided residual, Address weight,
+              float eps, float offset, bool rounded, Address h, Address y, Address scale) {
+    const RmsNorm arguments{
+        rows(x),          rows(residual),   pointer<const void>(weight), width, eps, offset, rounded,
+        pointer<void>(h), pointer<void>(y), pointer<float>(scale)};
     over_rows(tier(isa).rows->rms_norm, type, arguments, count, width, threads);
 }
 
 void rms_norm_gradient(int isa, int threads, int type, int64_t count, int64_t width, Strided dy, Strided h, Strided dh,
                        Address weight, Address scale, float offset, Address dx) {
-    const RmsNormGradient arguments{rows(dy), rows(h), rows(dh), pointer<const void>(weight),
-                                    pointer<const float>(scale), width, offset, pointer<void>(dx)};
+    const RmsNormGradient arguments{
+        rows(dy), rows(h), rows(dh),         pointer<const void>(weight), pointer<const float>(scale),
+        width,    offset,  pointer<void>(dx)};
     over_rows(tier(isa).rows->rms_norm_gradient, type, arguments, count, width, threads);
 }
 
@@ -347,8 +348,8 @@ void gated(int isa, int threads, int type, int64_t count, int64_t width, int act
 
 void gated_gradient(int isa, int threads, int type, int64_t count, int64_t width, int activation, Strided dy,
                     Strided gate, Strided up, Address dgate, Address dup, int64_t stride) {
-    const GatedGradient arguments{rows(dy), rows(gate), rows(up), width, pointer<void>(dgate), pointer<void>(dup),
-                                  stride};
+    const GatedGradient arguments{rows(dy),           rows(gate), rows(up), width, pointer<void>(dgate),
+                                  pointer<void>(dup), stride};
     over_rows(tier(isa).rows->gated_gradient[activation], type, arguments, count, width, threads);
 }
 
@@ -357,9 +358,20 @@ void rotary(int isa, int threads, int type, bool fp32_angles, bool inverse, std:
             std::array<int64_t, 4> strides, Address x, Address cos, Address sin, int64_t turned,
             std::array<int64_t, 2> angle_strides, Address y) {
     const auto [samples, length, heads, size] = shape;
-    const Rotary arguments{pointer<const void>(x), strides[0], strides[1], strides[2], pointer<const void>(cos),
-                           pointer<const void>(sin), angle_strides[0], angle_strides[1], length, heads, size,
-                           turned / 2, inverse, pointer<void>(y)};
+    const Rotary arguments{pointer<const void>(x),
+                           strides[0],
+                           strides[1],
+                           strides[2],
+                           pointer<const void>(cos),
+                           pointer<const void>(sin),
+                           angle_strides[0],
+                           angle_strides[1],
+                           length,
+                           heads,
+                           size,
+                           turned / 2,
+                           inverse,
+                           pointer<void>(y)};
     over_rows(tier(isa).rows->rotary[fp32_angles], type, arguments, samples * length, heads * size, threads);
 }
 
@@ -412,37 +424,119 @@ int64_t probe_lookups(int isa, int threads, int64_t rounds) {
 
 NB_MODULE(_native, module) {
     using namespace halfbyte;
+    using namespace nb::literals;
     using unlocked = nb::call_guard<nb::gil_scoped_release>;
-    module.def("tiers", tier_names);
-    module.def("use_openmp", [](Address parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); });
-    module.def("probe", probe, unlocked());
-    module.def("probe_lookups", probe_lookups, unlocked());
-    module.def("probed_arithmetic", [](int isa) { return std::string(probe_of(tier(isa)).arithmetic); });
-    module.def("quantize_4bit", quantize_4bit, unlocked());
-    module.def("quantize_8bit", quantize_8bit, unlocked());
-    module.def("dequantize_4bit", dequantize_4bit, unlocked());
-    module.def("dequantize_8bit", dequantize_8bit, unlocked());
-    module.def("adamw_32bit", step_32bit, unlocked());
-    module.def("adamw_8bit", step_8bit, unlocked());
-    module.def("multiplies", multiplies);
-    module.def("matmul_4bit", matmul_4bit, unlocked());
-    module.def("rms_norm", rms_norm, unlocked());
-    module.def("rms_norm_gradient", rms_norm_gradient, unlocked());
-    module.def("rms_norm_weight_gradient", rms_norm_weight_gradient, unlocked());
-    module.def("gated", gated, unlocked());
-    module.def("gated_gradient", gated_gradient, unlocked());
-    module.def("rotary", rotary, unlocked());
-    module.def("fold_softmax", fold_softmax, unlocked());
-    module.def("exp", elementary<&RowKernels::exp>, unlocked());
-    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked());
-    module.def("tanh", elementary<&RowKernels::tanh>, unlocked());
-    nb::class_<Sum>(module, "Sum")
-        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>())
-        .def("add_weight", &Sum::add_weight)
-        .def("add_bytes", &Sum::add_bytes)
-        .def("add_dense", &Sum::add_dense);
-    module.def("matmul_sums", matmul_sums, unlocked());
-    module.def("attends", attends);
-    module.def("attention", attention_forward_of, unlocked());
-    module.def("attention_backward", attention_backward_of, unlocked());
+
+    module.doc() =
+        "The native kernels, built from csrc/. Nothing is checked here: halfbyte.kernels does that.\n\n"
+        "`isa` counts in tiers(). Tensors are addresses; 0 is none, where there may be none. A `type` is that\n"
+        "of values: 0 fp32, 1 bf16, 2 fp16. `absmax` is fp32, one per block. Sizes, strides and steps are in values.";
+
+    module.def("tiers", tier_names, "Return the instruction-set tiers that this build and this chip have, best first.");
+    module.def(
+        "use_openmp", [](Address parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }, "parallel"_a,
+        "Share work out by the GOMP_parallel at this address from now on; 0: over threads of the extension's own.");
+
+    module.def("probe", probe, unlocked(), "isa"_a, "threads"_a, "rounds"_a,
+               "Run the tier's fastest arithmetic in registers; return the additions and multiplications done.");
+    module.def("probe_lookups", probe_lookups, unlocked(), "isa"_a, "threads"_a, "rounds"_a,
+               "Run the tier's lookups of 4-bit values in registers; return the values found.\n\n"
+               "0 where the tier has no such loop.");
+    module.def(
+        "probed_arithmetic", [](int isa) { return std::string(probe_of(tier(isa)).arithmetic); }, "isa"_a,
+        "Return what probe() runs, in words.");
+
+    module.def("quantize_4bit", quantize_4bit, unlocked(), "isa"_a, "threads"_a, "x"_a, "type"_a, "n"_a, "blocksize"_a,
+               "code"_a, "packed"_a, "absmax"_a,
+               "Quantize n values to the nearest of the sixteen in `code`, two to a byte, the first in the high half.");
+    module.def("quantize_8bit", quantize_8bit, unlocked(), "isa"_a, "threads"_a, "x"_a, "type"_a, "n"_a, "blocksize"_a,
+               "code"_a, "size"_a, "codes"_a, "absmax"_a,
+               "Quantize n values to the nearest of the `size` in `code`, which ascend.");
+    module.def("dequantize_4bit", dequantize_4bit, unlocked(), "isa"_a, "threads"_a, "packed"_a, "code"_a, "absmax"_a,
+               "nested_absmax"_a, "nested_code"_a, "nested_blocksize"_a, "offset"_a, "n"_a, "blocksize"_a, "out"_a,
+               "type"_a,
+               "Undo quantize_4bit.\n\n"
+               "With `nested_absmax` the scale of a block is nested_code[absmax] nested_absmax + offset, `absmax` "
+               "being bytes.");
+    module.def("dequantize_8bit", dequantize_8bit, unlocked(), "isa"_a, "threads"_a, "codes"_a, "code"_a, "size"_a,
+               "absmax"_a, "n"_a, "blocksize"_a, "out"_a, "type"_a, "Undo quantize_8bit.");
+
+    module.def("multiplies", multiplies, "isa"_a, "Return whether the tier has products.");
+    module.def("matmul_4bit", matmul_4bit, unlocked(), "isa"_a, "threads"_a, "gradient"_a, "x"_a, "rows"_a, "type"_a,
+               "packed"_a, "code"_a, "absmax"_a, "nested_absmax"_a, "nested_code"_a, "nested_blocksize"_a, "offset"_a,
+               "blocksize"_a, "out_features"_a, "in_features"_a, "bias"_a, "y"_a,
+               "y[rows, out] = x Wᵀ + bias, or with `gradient` y[rows, in] = x W, for a 4-bit W[out, in].");
+    nb::class_<Sum>(module, "Sum",
+                    "y[rows, width] = bias + a sum of products, rounded once.\n\n"
+                    "A term is x Wᵀ, or with `gradient` x W, for a W[rows, columns]; `stride` and `step` lead to x's "
+                    "next row and value.")
+        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>(), "isa"_a, "rows"_a, "width"_a,
+             "type"_a, "y_type"_a, "bias"_a, "y"_a, "y_stride"_a, "A sum without terms; `type` is that of every x.")
+        .def("add_weight", &Sum::add_weight, "x"_a, "stride"_a, "step"_a, "gradient"_a, "packed"_a, "code"_a,
+             "absmax"_a, "nested_absmax"_a, "nested_code"_a, "nested_blocksize"_a, "offset"_a, "blocksize"_a, "rows"_a,
+             "columns"_a, "Add a term with a 4-bit weight, given as to dequantize_4bit.")
+        .def("add_bytes", &Sum::add_bytes, "x"_a, "stride"_a, "step"_a, "gradient"_a, "codes"_a, "absmax"_a,
+             "blocksize"_a, "rows"_a, "columns"_a,
+             "Add a term with a weight in signed bytes: codes times absmax / 127 of their block.")
+        .def("add_dense", &Sum::add_dense, "x"_a, "stride"_a, "step"_a, "gradient"_a, "values"_a, "type"_a, "rows"_a,
+             "columns"_a, "values_stride"_a, "Add a term with a dense matrix.");
+    module.def("matmul_sums", matmul_sums, unlocked(), "threads"_a, "sums"_a,
+               "Compute all these sums in one parallel region.");
+
+    module.def("attends", attends, "isa"_a, "Return whether the tier has attention.");
+    module.def("attention", attention_forward_of, unlocked(), "isa"_a, "threads"_a, "sizes"_a, "type"_a, "ranges"_a,
+               "scale"_a, "cap"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
+               "Softmax attention over the keys [begin, end) of each query: int32 `ranges` [batches, queries, 2].\n\n"
+               "`sizes`: batches, heads, key/value heads, queries, keys, values of a head. q, k, v, out: address,\n"
+               "and strides of batch, head and row. `cap` 0: none. `lse`: fp32 [batches, heads, queries].");
+    module.def("attention_backward", attention_backward_of, unlocked(), "isa"_a, "threads"_a, "sizes"_a, "type"_a,
+               "ranges"_a, "scale"_a, "cap"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dq"_a, "dk"_a, "dv"_a,
+               "The gradients of attention, written to dq, dk and dv; all else as there.");
+
+    module.def("adamw_32bit", step_32bit, unlocked(), "isa"_a, "threads"_a, "constants"_a, "types"_a, "sizes"_a,
+               "params"_a, "grads"_a, "ms"_a, "vs"_a,
+               "An AdamW step over many tensors with fp32 moments.\n\n"
+               "`constants`: 1 - lr decay, beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, -lr / (1 - "
+               "beta1^step).");
+    module.def("adamw_8bit", step_8bit, unlocked(), "isa"_a, "threads"_a, "constants"_a, "types"_a, "sizes"_a,
+               "params"_a, "grads"_a, "m_codes"_a, "m_absmax"_a, "v_codes"_a, "v_absmax"_a, "code"_a, "code_unsigned"_a,
+               "blocksize"_a,
+               "The same with moments in 8 bits: m in the 256 values of `code`, v in those of `code_unsigned`.\n\n"
+               "Both ascend.");
+
+    module.def(
+        "rms_norm", rms_norm, unlocked(), "isa"_a, "threads"_a, "type"_a, "count"_a, "width"_a, "x"_a, "residual"_a,
+        "weight"_a, "eps"_a, "offset"_a, "rounded"_a, "h"_a, "y"_a, "scale"_a,
+        "y = (offset + weight) h scale, h = x + residual, scale = 1 / sqrt(mean(h²) + eps) of each row, fp32.\n\n"
+        "x and residual: address and stride; without a residual h is not written. `rounded`: h scale is\n"
+        "rounded to the type before the weight multiplies it.");
+    module.def("rms_norm_gradient", rms_norm_gradient, unlocked(), "isa"_a, "threads"_a, "type"_a, "count"_a, "width"_a,
+               "dy"_a, "h"_a, "dh"_a, "weight"_a, "scale"_a, "offset"_a, "dx"_a,
+               "The gradient of rms_norm by x, plus `dh`, if there is one, which comes down to h from elsewhere.");
+    module.def("rms_norm_weight_gradient", rms_norm_weight_gradient, unlocked(), "isa"_a, "threads"_a, "type"_a,
+               "count"_a, "width"_a, "dy"_a, "h"_a, "scale"_a, "dweight"_a,
+               "The gradient of rms_norm by the weight, fp32.");
+    module.def("gated", gated, unlocked(), "isa"_a, "threads"_a, "type"_a, "count"_a, "width"_a, "activation"_a,
+               "gate"_a, "up"_a, "y"_a,
+               "y = activation(gate) up, activation 0 SiLU, 1 GELU by tanh. gate and up: address and stride.");
+    module.def("gated_gradient", gated_gradient, unlocked(), "isa"_a, "threads"_a, "type"_a, "count"_a, "width"_a,
+               "activation"_a, "dy"_a, "gate"_a, "up"_a, "dgate"_a, "dup"_a, "stride"_a,
+               "The gradients of gated; `stride` is that of both.");
+    module.def(
+        "rotary", rotary, unlocked(), "isa"_a, "threads"_a, "type"_a, "fp32_angles"_a, "inverse"_a, "shape"_a,
+        "strides"_a, "x"_a, "cos"_a, "sin"_a, "turned"_a, "angle_strides"_a, "y"_a,
+        "Turn the first `turned` values of each head of x, [samples, length, heads, size], and copy the rest.\n\n"
+        "cos and sin: [samples, length, turned], of the same strides, fp32 or as x. `inverse`: turn back.");
+    module.def(
+        "fold_softmax", fold_softmax, unlocked(), "isa"_a, "threads"_a, "logits"_a, "type"_a, "rows"_a, "width"_a,
+        "labels"_a, "first"_a, "scale"_a, "cap"_a, "gradient"_a, "state"_a,
+        "Take the columns [first, first + width) of the logits into the softmax of each row.\n\n"
+        "`state`: the members of RunningSoftmax, in order. `labels`: int64, of the whole vocabulary. `cap` 0: none.\n"
+        "`gradient`: the logits become exp(z - m) z', as in kernels/reference.py.");
+    module.def("exp", elementary<&RowKernels::exp>, unlocked(), "isa"_a, "x"_a, "n"_a, "y"_a,
+               "y = exp(x) for n fp32 values.");
+    module.def("sigmoid", elementary<&RowKernels::sigmoid>, unlocked(), "isa"_a, "x"_a, "n"_a, "y"_a,
+               "y = sigmoid(x) for n fp32 values.");
+    module.def("tanh", elementary<&RowKernels::tanh>, unlocked(), "isa"_a, "x"_a, "n"_a, "y"_a,
+               "y = tanh(x) for n fp32 values.");
 }

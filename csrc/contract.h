@@ -42,20 +42,20 @@ struct Search8 {
 
 template <class Search>
 struct Quantize {
-    const void* x;      // n values of `type`
+    const void* x;  // n values of `type`
     Type type;
     int64_t n;
     int64_t blocksize;
     Search search;
-    uint8_t* codes;     // out: n bytes, or ceil(n / 2) for 4 bits
-    float* absmax;      // out: one per block
+    uint8_t* codes;  // out: n bytes, or ceil(n / 2) for 4 bits
+    float* absmax;   // out: one per block
 };
 using Quantize4bit = Quantize<Search4>;
 using Quantize8bit = Quantize<Search8>;
 
 // The scale of each block: fp32, or, doubly quantized, code[q] * nested absmax + offset for the 8-bit code q.
 struct Scales {
-    const void* absmax;         // fp32, or with `nested` uint8: one per block
+    const void* absmax;  // fp32, or with `nested` uint8: one per block
     bool nested;
     const void* nested_absmax;  // fp32: one per nested_blocksize blocks
     int64_t nested_blocksize;
@@ -70,7 +70,7 @@ struct Dequantize {
     Scales scales;
     int64_t n;
     int64_t blocksize;
-    void* out;              // out: n values of `type`
+    void* out;  // out: n values of `type`
     Type type;
 };
 using Dequantize4bit = Dequantize<4>;

@@ -12,15 +12,15 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kSmallChunk = 48;      // rows that share a panel, at least, while threads have too little to do
-constexpr int64_t kFewStrip = 16;        // columns at a time where there are few rows and no panel
-constexpr int64_t kGrain = 1 << 16;      // values of the right factors for one thread at a time, at least
-constexpr int64_t kPanels = 4;           // terms whose panels are in cache together, at most
-constexpr int64_t kExtraLanes = 64;      // that further terms may add to a full panel
+constexpr int64_t kSmallChunk = 48;  // rows that share a panel, at least, while threads have too little to do
+constexpr int64_t kFewStrip = 16;    // columns at a time where there are few rows and no panel
+constexpr int64_t kGrain = 1 << 16;  // values of the right factors for one thread at a time, at least
+constexpr int64_t kPanels = 4;       // terms whose panels are in cache together, at most
+constexpr int64_t kExtraLanes = 64;  // that further terms may add to a full panel
 constexpr int64_t kMostTileRows = 32;
-constexpr int64_t kTiledRows = 256;      // of packed x, that are multiplied with several panels in turn
-constexpr int64_t kStretch = 256;        // of the depth, that several panels are filled with in turn
-constexpr int64_t kCached = 1 << 20;     // bytes of packed x that stay in cache while strips are done one by one
+constexpr int64_t kTiledRows = 256;   // of packed x, that are multiplied with several panels in turn
+constexpr int64_t kStretch = 256;     // of the depth, that several panels are filled with in turn
+constexpr int64_t kCached = 1 << 20;  // bytes of packed x that stay in cache while strips are done one by one
 
 // What a thread works in, kept for its next call.
 struct Scratch {
@@ -58,7 +58,9 @@ class Product {
           y_size_(size_of(a_.y_type)),
           few_(a_.rows <= k_.few->rows && dots(*a_.terms)),
           tiled_(k_.pack && !few_ && a_.width > kStrip && depth() > 0),
-          strip_(few_ && a_.count == 1 ? kFewStrip : tiled_ ? kStrip * panels_at_once() : kStrip),
+          strip_(few_ && a_.count == 1 ? kFewStrip
+                 : tiled_              ? kStrip * panels_at_once()
+                                       : kStrip),
           strips_(parts(a_.width, strip_)) {
         const int64_t wanted = std::min(parts(a_.rows, kSmallChunk), parts(4 * threads, strips_));
         const int64_t chunks = std::max(parts(a_.rows, kChunk), few_ ? 1 : wanted);
@@ -395,7 +397,8 @@ void matmul(Matmul* products, int count, int threads) {
             work.pack_to(tiles);
             tiles += work.packed_bytes();
         }
-        share_out(works, &Product::packings, &Product::pack, 2 * kGrain * packings / std::max(bytes, int64_t{1}), threads);
+        share_out(works, &Product::packings, &Product::pack, 2 * kGrain * packings / std::max(bytes, int64_t{1}),
+                  threads);
     }
     int64_t grain = kGrain * tasks / std::max(values, int64_t{1});
     // Few rows: ranges as long as leave each thread some are read from memory in fewer pieces.

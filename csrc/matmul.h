@@ -1,5 +1,6 @@
 // Products with a 4-bit weight W[N, K]: y[M, N] = x[M, K] Wᵀ + bias, and the gradient dx[M, K] = dy[M, N] W; with 8-bit
-// weights and dense matrices; and sums of several such products (LoRA's terms, the layers that read one x) that are rounded once.
+// weights and dense matrices; and sums of several such products (LoRA's terms, the layers that read one x) that are
+// rounded once.
 //
 // Each is a product of `rows` x `depth` times `depth` x `width`. W is never whole in memory: a strip of columns and
 // a block of the depth at a time is expanded into a panel that stays in cache, in the layout that the inner product
@@ -124,9 +125,9 @@ struct MatmulKernels {
     // y[0 .. n) = sums + bias, n <= kStrip.
     void (*finish)(const float* sums, const float* bias, int64_t n, void* y);
 
-    // For a tier that multiplies in tiles of x, and whose panels are kStrip floats for each lane; otherwise null. Copy up
-    // to kTile rows of x, `stride` bytes apart, into ceil(depth / 2 kTile) tiles that follow each other along the depth,
-    // padded with zeros.
+    // For a tier that multiplies in tiles of x, and whose panels are kStrip floats for each lane; otherwise null. Copy
+    // up to kTile rows of x, `stride` bytes apart, into ceil(depth / 2 kTile) tiles that follow each other along the
+    // depth, padded with zeros.
     void (*pack)(const void* x, int64_t stride, int64_t rows, int64_t depth, void* tiles) = nullptr;
 
     // As `multiply`, for any number of such rows, each kTile of them `stride` bytes after those before.

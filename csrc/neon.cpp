@@ -2,8 +2,8 @@
 //
 // A rank is the number of midpoints below a value, which for a table of sixteen is counted one by one; in an 8-bit tree
 // so many lead down the first four levels, and the others are walked value by value, there being no gathers.
-// Dequantizing 4 bits: the sixteen values of a block are looked up byte by byte and stored interleaved. Block sizes that
-// are not a multiple of 32, and a short last block, go to `scalar`.
+// Dequantizing 4 bits: the sixteen values of a block are looked up byte by byte and stored interleaved. Block sizes
+// that are not a multiple of 32, and a short last block, go to `scalar`.
 
 #if defined(__aarch64__)
 
@@ -19,7 +19,8 @@ namespace {
 // The number of the fifteen midpoints of a tree's first four levels that are not at least `value`: fifteen for NaN.
 uint32x4_t count_below(const float* midpoint, float32x4_t value) {
     uint32x4_t count = vdupq_n_u32(15);
-    for (int i = 1; i < 16; ++i) count = vaddq_u32(count, vcgeq_f32(vdupq_n_f32(midpoint[i]), value));  // -1 where it is
+    // -1 where it is
+    for (int i = 1; i < 16; ++i) count = vaddq_u32(count, vcgeq_f32(vdupq_n_f32(midpoint[i]), value));
     return count;
 }
 
@@ -121,8 +122,8 @@ bool supported() { return true; }
 }  // namespace
 
 const Tier neon = {
-    "neon", supported, quantize_4bit, quantize_8bit, dequantize_4bit, dequantize_8bit, neon_matmul, &neon_adamw,
-    &neon_rows, neon_attention,
+    "neon",          supported,   quantize_4bit, quantize_8bit, dequantize_4bit,
+    dequantize_8bit, neon_matmul, &neon_adamw,   &neon_rows,    neon_attention,
 };
 
 }  // namespace halfbyte

@@ -23,7 +23,9 @@ struct Fp32 {
     static constexpr int kSize = 4;
     static float32x4_t load(const void* x, int64_t i) { return vreinterpretq_f32_u8(vld1q_u8(at(x, 4 * i))); }
     static float32x4_t nearest(float32x4_t value) { return value; }
-    static void store(void* out, int64_t i, float32x4_t value) { vst1q_u8(at(out, 4 * i), vreinterpretq_u8_f32(value)); }
+    static void store(void* out, int64_t i, float32x4_t value) {
+        vst1q_u8(at(out, 4 * i), vreinterpretq_u8_f32(value));
+    }
 };
 
 struct Bf16 {

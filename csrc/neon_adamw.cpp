@@ -38,7 +38,8 @@ void quantize(const Table8bit& table, float* x, int64_t n, uint32x4_t most, uint
     const float reciprocal = 1.0f / (absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax);
 
     const Lines& lines = table.lines;
-    const uint32x4_t sign = vdupq_n_u32(lines.zero ? 0x80000000 : 0);  // below zero a one-sided table has nothing to tell
+    // below zero a one-sided table has nothing to tell
+    const uint32x4_t sign = vdupq_n_u32(lines.zero ? 0x80000000 : 0);
     const float32x4_t round = vdupq_n_f32(kRound), rank_of_zero = vdupq_n_f32(kRound + lines.zero);
     const uint32x4_t lane_bits = {1, 2, 4, 8};
     for (int64_t i = 0; i < n; i += 16) {

@@ -258,8 +258,18 @@ const FewKernels few = {8, T::kSize, arrange<T>, dot<T>};
 
 template <class T>
 const MatmulKernels kernels = {
-    false, 6, &few<T>, expand_forward<T>, expand_gradient<T>, dense_forward<T>, dense_gradient<T>,
-    bytes_forward<T>, bytes_gradient<T>, multiply, widen<T>, finish<T>,
+    false,
+    6,
+    &few<T>,
+    expand_forward<T>,
+    expand_gradient<T>,
+    dense_forward<T>,
+    dense_gradient<T>,
+    bytes_forward<T>,
+    bytes_gradient<T>,
+    multiply,
+    widen<T>,
+    finish<T>,
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The ceilings of a tier, in registers alone: the fastest arithmetic that it has for a product of bf16 matrices, and the
-// lookups of 4-bit values that a product of few rows takes.
+// The ceilings of a tier, in registers alone: the fastest arithmetic that it has for a product of bf16 matrices, and
+// the lookups of 4-bit values that a product of few rows takes.
 
 #pragma once
 
@@ -13,8 +13,8 @@ struct Probe {
     const Tier* tier;
     const char* arithmetic;
     bool (*supported)();
-    int64_t operations;           // additions and multiplications in one round
-    float (*run)(int64_t rounds); // a value that depends on all of them
+    int64_t operations;            // additions and multiplications in one round
+    float (*run)(int64_t rounds);  // a value that depends on all of them
 };
 
 // The best probe of this tier that the chip has.

@@ -81,8 +81,8 @@ bool supported() { return true; }
 }  // namespace
 
 const Tier scalar = {
-    "scalar", supported, quantize_any, quantize_any, dequantize_any, dequantize_any, nullptr, &scalar_adamw,
-    &scalar_rows, nullptr,
+    "scalar",       supported, quantize_any,  quantize_any, dequantize_any,
+    dequantize_any, nullptr,   &scalar_adamw, &scalar_rows, nullptr,
 };
 
 }  // namespace halfbyte

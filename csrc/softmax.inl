@@ -72,7 +72,8 @@ void fold_row(const FoldSoftmax& a, int64_t row) {
     }
 
     const float old = a.maximum[row], largest = largest_of<T>(logits, a.width, transform.scale);
-    const float capped_largest = capped ? first_lane(transform.cap * tanh(Lanes(largest) * transform.reciprocal)) : largest;
+    const float capped_largest =
+        capped ? first_lane(transform.cap * tanh(Lanes(largest) * transform.reciprocal)) : largest;
     float maximum = old;
     if (capped_largest > old) {
         maximum = capped_largest;

@@ -18,7 +18,7 @@ void plant(const std::vector<float>& values, int depth, float* tree) {
         for (int i = 0; i < 1 << level; ++i) {
             const size_t rank = static_cast<size_t>(((2 * i + 1) << (depth - level - 1)) - 1);
             tree[(1 << level) + i] = rank + 1 < values.size() ? (values[rank] + values[rank + 1]) / 2
-                                                               : std::numeric_limits<float>::infinity();
+                                                              : std::numeric_limits<float>::infinity();
         }
     }
 }

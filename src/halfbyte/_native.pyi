@@ -1,35 +1,51 @@
-"""The extension built from csrc/bindings.cpp: `isa` counts in tiers(), tensors are addresses, types of contract.h."""
+"""
+The native kernels, built from csrc/. Nothing is checked here: halfbyte.kernels does that.
 
-def tiers() -> list[str]: ...
-def use_openmp(parallel: int) -> None: ...
-def probe(isa: int, threads: int, rounds: int, /) -> int: ...
-def probe_lookups(isa: int, threads: int, rounds: int, /) -> int: ...
-def probed_arithmetic(isa: int, /) -> str: ...
+`isa` counts in tiers(). Tensors are addresses; 0 is none, where there may be none. A `type` is that
+of values: 0 fp32, 1 bf16, 2 fp16. `absmax` is fp32, one per block. Sizes, strides and steps are in values.
+"""
+
+from collections.abc import Sequence
+
+def tiers() -> list[str]:
+    """
+    Return the instruction-set tiers that this build and this chip have, best first.
+    """
+
+def use_openmp(parallel: int) -> None:
+    """
+    Share work out by the GOMP_parallel at this address from now on; 0: over threads of the extension's own.
+    """
+
+def probe(isa: int, threads: int, rounds: int) -> int:
+    """
+    Run the tier's fastest arithmetic in registers; return the additions and multiplications done.
+    """
+
+def probe_lookups(isa: int, threads: int, rounds: int) -> int:
+    """
+    Run the tier's lookups of 4-bit values in registers; return the values found.
+
+    0 where the tier has no such loop.
+    """
+
+def probed_arithmetic(isa: int) -> str:
+    """Return what probe() runs, in words."""
+
 def quantize_4bit(
-    isa: int,
-    threads: int,
-    x: int,
-    type: int,
-    n: int,
-    blocksize: int,
-    code: int,
-    packed: int,
-    absmax: int,
-    /,
-) -> None: ...
+    isa: int, threads: int, x: int, type: int, n: int, blocksize: int, code: int, packed: int, absmax: int
+) -> None:
+    """
+    Quantize n values to the nearest of the sixteen in `code`, two to a byte, the first in the high half.
+    """
+
 def quantize_8bit(
-    isa: int,
-    threads: int,
-    x: int,
-    type: int,
-    n: int,
-    blocksize: int,
-    code: int,
-    size: int,
-    codes: int,
-    absmax: int,
-    /,
-) -> None: ...
+    isa: int, threads: int, x: int, type: int, n: int, blocksize: int, code: int, size: int, codes: int, absmax: int
+) -> None:
+    """
+    Quantize n values to the nearest of the `size` in `code`, which ascend.
+    """
+
 def dequantize_4bit(
     isa: int,
     threads: int,
@@ -44,22 +60,21 @@ def dequantize_4bit(
     blocksize: int,
     out: int,
     type: int,
-    /,
-) -> None: ...
+) -> None:
+    """
+    Undo quantize_4bit.
+
+    With `nested_absmax` the scale of a block is nested_code[absmax] nested_absmax + offset, `absmax` being bytes.
+    """
+
 def dequantize_8bit(
-    isa: int,
-    threads: int,
-    codes: int,
-    code: int,
-    size: int,
-    absmax: int,
-    n: int,
-    blocksize: int,
-    out: int,
-    type: int,
-    /,
-) -> None: ...
-def multiplies(isa: int, /) -> bool: ...
+    isa: int, threads: int, codes: int, code: int, size: int, absmax: int, n: int, blocksize: int, out: int, type: int
+) -> None:
+    """Undo quantize_8bit."""
+
+def multiplies(isa: int) -> bool:
+    """Return whether the tier has products."""
+
 def matmul_4bit(
     isa: int,
     threads: int,
@@ -79,13 +94,23 @@ def matmul_4bit(
     in_features: int,
     bias: int,
     y: int,
-    /,
-) -> None: ...
+) -> None:
+    """
+    y[rows, out] = x Wᵀ + bias, or with `gradient` y[rows, in] = x W, for a 4-bit W[out, in].
+    """
 
 class Sum:
+    """
+    y[rows, width] = bias + a sum of products, rounded once.
+
+    A term is x Wᵀ, or with `gradient` x W, for a W[rows, columns]; `stride` and `step` lead to x's next row and value.
+    """
+
     def __init__(
-        self, isa: int, rows: int, width: int, type: int, y_type: int, bias: int, y: int, y_stride: int, /
-    ) -> None: ...
+        self, isa: int, rows: int, width: int, type: int, y_type: int, bias: int, y: int, y_stride: int
+    ) -> None:
+        """A sum without terms; `type` is that of every x."""
+
     def add_weight(
         self,
         x: int,
@@ -102,8 +127,9 @@ class Sum:
         blocksize: int,
         rows: int,
         columns: int,
-        /,
-    ) -> None: ...
+    ) -> None:
+        """Add a term with a 4-bit weight, given as to dequantize_4bit."""
+
     def add_bytes(
         self,
         x: int,
@@ -115,8 +141,11 @@ class Sum:
         blocksize: int,
         rows: int,
         columns: int,
-        /,
-    ) -> None: ...
+    ) -> None:
+        """
+        Add a term with a weight in signed bytes: codes times absmax / 127 of their block.
+        """
+
     def add_dense(
         self,
         x: int,
@@ -128,11 +157,15 @@ class Sum:
         rows: int,
         columns: int,
         values_stride: int,
-        /,
-    ) -> None: ...
+    ) -> None:
+        """Add a term with a dense matrix."""
 
-def matmul_sums(threads: int, sums: list[Sum], /) -> None: ...
-def attends(isa: int, /) -> bool: ...
+def matmul_sums(threads: int, sums: Sequence[Sum]) -> None:
+    """Compute all these sums in one parallel region."""
+
+def attends(isa: int) -> bool:
+    """Return whether the tier has attention."""
+
 def attention(
     isa: int,
     threads: int,
@@ -146,8 +179,14 @@ def attention(
     v: tuple[int, int, int, int],
     out: tuple[int, int, int, int],
     lse: int,
-    /,
-) -> None: ...
+) -> None:
+    """
+    Softmax attention over the keys [begin, end) of each query: int32 `ranges` [batches, queries, 2].
+
+    `sizes`: batches, heads, key/value heads, queries, keys, values of a head. q, k, v, out: address,
+    and strides of batch, head and row. `cap` 0: none. `lse`: fp32 [batches, heads, queries].
+    """
+
 def attention_backward(
     isa: int,
     threads: int,
@@ -165,37 +204,50 @@ def attention_backward(
     dq: tuple[int, int, int, int],
     dk: tuple[int, int, int, int],
     dv: tuple[int, int, int, int],
-    /,
-) -> None: ...
+) -> None:
+    """
+    The gradients of attention, written to dq, dk and dv; all else as there.
+    """
+
 def adamw_32bit(
     isa: int,
     threads: int,
     constants: tuple[float, float, float, float, float, float, float, float],
-    types: list[int],
-    sizes: list[int],
-    params: list[int],
-    grads: list[int],
-    ms: list[int],
-    vs: list[int],
-    /,
-) -> None: ...
+    types: Sequence[int],
+    sizes: Sequence[int],
+    params: Sequence[int],
+    grads: Sequence[int],
+    ms: Sequence[int],
+    vs: Sequence[int],
+) -> None:
+    """
+    An AdamW step over many tensors with fp32 moments.
+
+    `constants`: 1 - lr decay, beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, -lr / (1 - beta1^step).
+    """
+
 def adamw_8bit(
     isa: int,
     threads: int,
     constants: tuple[float, float, float, float, float, float, float, float],
-    types: list[int],
-    sizes: list[int],
-    params: list[int],
-    grads: list[int],
-    m_codes: list[int],
-    m_absmax: list[int],
-    v_codes: list[int],
-    v_absmax: list[int],
+    types: Sequence[int],
+    sizes: Sequence[int],
+    params: Sequence[int],
+    grads: Sequence[int],
+    m_codes: Sequence[int],
+    m_absmax: Sequence[int],
+    v_codes: Sequence[int],
+    v_absmax: Sequence[int],
     code: int,
     code_unsigned: int,
     blocksize: int,
-    /,
-) -> None: ...
+) -> None:
+    """
+    The same with moments in 8 bits: m in the 256 values of `code`, v in those of `code_unsigned`.
+
+    Both ascend.
+    """
+
 def rms_norm(
     isa: int,
     threads: int,
@@ -211,8 +263,14 @@ def rms_norm(
     h: int,
     y: int,
     scale: int,
-    /,
-) -> None: ...
+) -> None:
+    """
+    y = (offset + weight) h scale, h = x + residual, scale = 1 / sqrt(mean(h²) + eps) of each row, fp32.
+
+    x and residual: address and stride; without a residual h is not written. `rounded`: h scale is
+    rounded to the type before the weight multiplies it.
+    """
+
 def rms_norm_gradient(
     isa: int,
     threads: int,
@@ -226,8 +284,11 @@ def rms_norm_gradient(
     scale: int,
     offset: float,
     dx: int,
-    /,
-) -> None: ...
+) -> None:
+    """
+    The gradient of rms_norm by x, plus `dh`, if there is one, which comes down to h from elsewhere.
+    """
+
 def rms_norm_weight_gradient(
     isa: int,
     threads: int,
@@ -238,8 +299,9 @@ def rms_norm_weight_gradient(
     h: tuple[int, int],
     scale: int,
     dweight: int,
-    /,
-) -> None: ...
+) -> None:
+    """The gradient of rms_norm by the weight, fp32."""
+
 def gated(
     isa: int,
     threads: int,
@@ -250,8 +312,11 @@ def gated(
     gate: tuple[int, int],
     up: tuple[int, int],
     y: int,
-    /,
-) -> None: ...
+) -> None:
+    """
+    y = activation(gate) up, activation 0 SiLU, 1 GELU by tanh. gate and up: address and stride.
+    """
+
 def gated_gradient(
     isa: int,
     threads: int,
@@ -265,27 +330,30 @@ def gated_gradient(
     dgate: int,
     dup: int,
     stride: int,
-    /,
-) -> None: ...
+) -> None:
+    """The gradients of gated; `stride` is that of both."""
+
 def rotary(
     isa: int,
     threads: int,
     type: int,
     fp32_angles: bool,
     inverse: bool,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
+    shape: Sequence[int],
+    strides: Sequence[int],
     x: int,
     cos: int,
     sin: int,
     turned: int,
-    angle_strides: tuple[int, ...],
+    angle_strides: Sequence[int],
     y: int,
-    /,
-) -> None: ...
-def exp(isa: int, x: int, n: int, y: int, /) -> None: ...
-def sigmoid(isa: int, x: int, n: int, y: int, /) -> None: ...
-def tanh(isa: int, x: int, n: int, y: int, /) -> None: ...
+) -> None:
+    """
+    Turn the first `turned` values of each head of x, [samples, length, heads, size], and copy the rest.
+
+    cos and sin: [samples, length, turned], of the same strides, fp32 or as x. `inverse`: turn back.
+    """
+
 def fold_softmax(
     isa: int,
     threads: int,
@@ -298,6 +366,20 @@ def fold_softmax(
     scale: float,
     cap: float,
     gradient: bool,
-    state: list[int],
-    /,
-) -> None: ...
+    state: Sequence[int],
+) -> None:
+    """
+    Take the columns [first, first + width) of the logits into the softmax of each row.
+
+    `state`: the members of RunningSoftmax, in order. `labels`: int64, of the whole vocabulary. `cap` 0: none.
+    `gradient`: the logits become exp(z - m) z', as in kernels/reference.py.
+    """
+
+def exp(isa: int, x: int, n: int, y: int) -> None:
+    """y = exp(x) for n fp32 values."""
+
+def sigmoid(isa: int, x: int, n: int, y: int) -> None:
+    """y = sigmoid(x) for n fp32 values."""
+
+def tanh(isa: int, x: int, n: int, y: int) -> None:
+    """y = tanh(x) for n fp32 values."""

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from halfbyte import bench, cli, optim
 from halfbyte.bench import measure, roofline
-from halfbyte.bench.measure import Side
+from halfbyte.bench.measure import Ring
 from halfbyte.bench.report import Circumstances, Report, Row
 from halfbyte.bench.works import adamw, dequantize, forward, gradient, quantize
 from halfbyte.errors import InputError
@@ -85,7 +85,7 @@ def test_every_work_is_measured_on_every_side_in_every_round(report):
 
 @pytest.mark.parametrize("work", WORKS[:2], ids=lambda work: work.name)
 def test_the_sides_of_a_product_compute_the_same(work):
-    results = {name: [call() for call in side.ring] for name, side in work.sides().items()}
+    results = {name: [call() for call in side.calls] for name, side in work.sides().items()}
     for name, bound in (("bitsandbytes", 1e-2), ("bf16", 0.15), ("fp32", 0.15)):  # dense: less what 4 bits cost
         for ours, theirs in zip(results["halfbyte"], itertools.cycle(results[name])):
             assert torch.linalg.norm(theirs.float() - ours.float()) < bound * torch.linalg.norm(ours.float())
@@ -95,7 +95,7 @@ def test_the_sides_of_a_product_compute_the_same(work):
 def test_the_sides_of_a_gradient_and_of_both_conversions_compute_the_same():
     torch.manual_seed(1)
     for work in (gradient(33, 96, 128), dequantize(96, 128)):
-        results = {name: side.ring[0]() for name, side in work.sides().items()}
+        results = {name: side.calls[0]() for name, side in work.sides().items()}
         ours, theirs = (results[name] for name in ("halfbyte", "bitsandbytes"))
         assert len(results) == len(SIDES[work.operation])
         if work.operation == "dequantize":
@@ -103,7 +103,7 @@ def test_the_sides_of_a_gradient_and_of_both_conversions_compute_the_same():
             assert torch.linalg.norm(results["bf16"] - ours) < 0.15 * torch.linalg.norm(ours)
         else:
             assert ours[0].shape == theirs[0].shape == (33, 128)
-    ours, (theirs, _) = (side.ring[0]() for side in quantize(64, 128).sides().values())
+    ours, (theirs, _) = (side.calls[0]() for side in quantize(64, 128).sides().values())
     assert torch.equal(ours.packed, theirs)
 
 
@@ -130,7 +130,7 @@ def test_counts_of_an_optimizer_step_are_those_of_its_state():
 
 def test_sides_take_turns_and_each_walks_round_its_ring():
     calls = []
-    sides = {name: Side([lambda name=name, i=i: calls.append((name, i)) for i in range(3)]) for name in "abc"}
+    sides = {name: Ring([lambda name=name, i=i: calls.append((name, i)) for i in range(3)]) for name in "abc"}
     seconds = measure.interleaved(sides, rounds=4)
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 4)
     assert calls[:9] == [(name, i) for name in "abc" for i in range(3)]  # all memory is touched first
@@ -142,7 +142,7 @@ def test_sides_take_turns_and_each_walks_round_its_ring():
 
 
 def test_the_fastest_way_is_taken():
-    slow, fast = Side([lambda: sum(range(100_000))], "slow"), Side([lambda: None], "fast")
+    slow, fast = Ring([lambda: sum(range(100_000))], "slow"), Ring([lambda: None], "fast")
     assert measure.fastest(slow, fast).setting == "fast"
     assert measure.fastest(fast, slow).setting == "fast"
 

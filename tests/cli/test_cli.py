@@ -110,6 +110,8 @@ BAD = {
     "output that is there": (["quantize", "{tiny}", "{tmp}"], r"{tmp} .*--overwrite"),
     "output that is no model": (["quantize", "{tiny}", "{tmp}", "--overwrite"], r"{tmp} holds no model"),
     "raw with a system prompt": (["generate", "{tiny}", "--prompt", "x", "--raw", "--system", "s"], r"--raw.*--system"),
+    "empty raw prompt": (["generate", "{tiny}", "--prompt", "", "--raw"], r"prompt is empty"),
+    "seed out of bounds": (["generate", "{tiny}", "--prompt", "x", "--seed", str(2**32)], r"'--seed'.*4294967295"),
     "prompt beyond the context": (["generate", "{tiny}", "--prompt", "x" * 300], r"attends to 256"),
 }
 
@@ -164,6 +166,54 @@ def test_any_other_error_keeps_its_traceback(monkeypatch, error):
 def test_an_interrupt_elsewhere_is_told_with_exit_code_130(run, monkeypatch):
     monkeypatch.setattr(doctor, "line", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run("doctor", "--line") == (130, "", "Interrupted.\n")
+
+
+def started(*arguments, **options):
+    """Run the command line as a program of its own; returns exit code, standard output and standard error."""
+    command = [sys.executable, "-c", "from halfbyte.cli import main; main()", *arguments]
+    done = subprocess.run(command, capture_output=True, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_arguments_that_are_no_text_are_told():
+    code, out, err = started("generate", "m", "--prompt", b"caf\xe9")
+    assert (code, out) == (2, b"")
+    assert re.fullmatch(rb"Error: The argument 'caf\\udce9' is not UTF-8 text; .*\n", err)
+
+
+def test_a_working_directory_that_is_gone_is_told(tmp_path):
+    script = f"cd {tmp_path}/a && rmdir ../a && {sys.executable} -c 'from halfbyte.cli import main; main()' doctor"
+    (tmp_path / "a").mkdir()
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: The working directory is gone; change to one that is there.\n"
+
+
+def test_a_reader_that_has_gone_is_quiet_with_the_shells_exit_code():
+    script = f"{sys.executable} -c 'from halfbyte.cli import main; main()' train --help; echo $? >&2"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+        reader.stdout.close()
+        assert reader.stderr.read() == "141\n"
+
+
+def test_answers_that_the_terminal_cannot_hold_are_printed_with_question_marks(run, monkeypatch, tmp_path):
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", latin)
+    monkeypatch.setattr(doctor, "line", lambda: "für 漢")
+    run("doctor", "--line")
+    latin.flush()
+    assert latin.buffer.getvalue() == b"f\xfcr ?\n"
+
+
+def test_standard_input_may_be_closed_or_hold_what_is_no_text(tiny_model_folder):
+    program = [sys.executable, "-c", "from halfbyte.cli import main; main()"]
+    generate = shlex.join([*program, "generate", str(tiny_model_folder), "--prompt", "-", "--max-new-tokens", "2"])
+    told = subprocess.run(["sh", "-c", f"{generate} <&-"], capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert "standard input, but that is closed" in told.stderr
+    told = subprocess.run(["sh", "-c", generate], input=b"caf\xe9", capture_output=True)
+    assert (told.returncode, told.stdout) == (2, b"")
+    assert b"Error: The prompt is not UTF-8 text: '\\udce9' at character 3" in told.stderr
 
 
 def test_doctor_prints_each_finding(run):
@@ -315,6 +365,24 @@ def test_an_interrupt_in_training_says_how_to_go_on(run, tiny_model_folder, tmp_
     assert run(*resume)[0] == 0
     told = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [event["step"] for event in told if event["kind"] == "step"] == list(range(1, 21))
+
+
+def test_paths_with_a_tilde_are_the_users(run, monkeypatch, tiny_model_folder, tmp_path, data):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "m").symlink_to(tiny_model_folder)
+    flags = ["--rank", 2, "--max-steps", 1, "--batch-size", 1, "--gradient-accumulation-steps", 1]
+    assert run("train", "--model", "~/m", "--data", "~/data.jsonl", "--output", "~/run", *flags)[0] == 0
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert [written[name] for name in ("model", "data", "output")] == [
+        str(tmp_path / name) for name in ("m", "data.jsonl", "run")
+    ]
+    assert run("generate", "~/run", "--prompt", "x", "--max-new-tokens", 1)[0] == 0
+    assert run("quantize", "~/m", "~/q")[0] == 0
+    assert run("chat", "~/q")[0] == 0
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_the_program_is_named_as_it_was_started(run, monkeypatch, tiny_model_folder, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import kernels
-from halfbyte.kernels import native, reference
+from halfbyte.kernels import AdamwStep, native, reference
 from halfbyte.quant import codebook
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -107,7 +107,7 @@ def test_8_bit_steps_are_the_reference_s(tier: str, blocksize: int) -> None:
         for module, run in ((native, ours), (reference, theirs)):
             module.adamw_8bit(
                 run.params, grads, *run.state, TABLES["dynamic"], TABLES["dynamic_unsigned"], blocksize,
-                step=step, **OPTIONS,
+                AdamwStep(step, **OPTIONS),
             )  # fmt: skip
         assert ours.is_like(theirs)
 
@@ -132,11 +132,11 @@ def test_moments_take_the_nearest_code_of_any_table(tier: str, name: str) -> Non
     state = [(torch.zeros(n, dtype=torch.uint8), torch.zeros(n // 256)) for _ in range(2)]
     native.adamw_8bit(
         [torch.zeros(n)], [grad], state[:1], state[1:], code, code, 256,
-        step=1, lr=0.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0,
+        AdamwStep(1, lr=0.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0),
     )  # fmt: skip
     # Without memory the moments are the gradient and its square.
     for (codes, absmax), moment in zip(state, (grad, grad * grad), strict=True):
-        expected = reference.quantize_8bit(moment, code, 256)
+        expected = reference.quantize_coded(moment, code, 256)
         assert same(codes, expected[0]) and same(absmax, expected[1])
 
 
@@ -174,7 +174,7 @@ def test_32_bit_steps_are_the_formula_s(tier: str, betas: tuple[float, float]) -
     options = OPTIONS | {"betas": betas}
     for step in range(1, 5):
         grads = gradients(ours.params, step)
-        native.adamw_32bit(ours.params, grads, *ours.state, step=step, **options)
+        native.adamw_32bit(ours.params, grads, *ours.state, AdamwStep(step, **options))
         for tensors in zip(theirs.params, grads, *theirs.state, strict=True):
             formula_32bit(*tensors, step, **options)
         assert ours.is_like(theirs)
@@ -199,7 +199,7 @@ def test_32_bit_steps_are_those_of_torch_s_fused_optimizer(tier: str, weight_dec
         for p, grad in zip(theirs, grads, strict=True):
             p.grad = grad.clone()
         optimizer.step()
-        native.adamw_32bit(params, grads, *state, step=step, **options)
+        native.adamw_32bit(params, grads, *state, AdamwStep(step, **options))
     for i, p in enumerate(theirs):
         its = optimizer.state[p]
         assert same(params[i], p.detach())
@@ -215,7 +215,7 @@ def test_32_bit_moments_are_the_reference_s_and_parameters_within_the_bound(tier
         before = ours[0].float().clone()
         (grad,) = gradients([p], 1)
         for module, (param, m, v) in ((native, ours), (reference, theirs)):
-            module.adamw_32bit([param], [grad], [m], [v], step=step, **OPTIONS)
+            module.adamw_32bit([param], [grad], [m], [v], AdamwStep(step, **OPTIONS))
         assert same(ours[1], theirs[1]) and same(ours[2], theirs[2])
         got, expected = ours[0].float(), theirs[0].float()
         update = (expected - before).abs() + OPTIONS["lr"] * OPTIONS["weight_decay"] * before.abs()
@@ -232,16 +232,16 @@ def test_the_number_of_threads_and_the_company_change_nothing(tier: str, threads
         both = Run(sizes, 8), Run(sizes, 32)
         native.adamw_8bit(
             both[0].params, grads, *both[0].state, TABLES["dynamic"], TABLES["dynamic_unsigned"], 256,
-            step=1, **OPTIONS,
+            AdamwStep(1, **OPTIONS),
         )  # fmt: skip
-        native.adamw_32bit(both[1].params, grads, *both[1].state, step=1, **OPTIONS)
+        native.adamw_32bit(both[1].params, grads, *both[1].state, AdamwStep(1, **OPTIONS))
         runs.append(both)
     assert all(a.is_like(b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
     alone = Run(sizes, 8)
     for i, grad in enumerate(grads):
         native.adamw_8bit(
             alone.params[i : i + 1], [grad], *(s[i : i + 1] for s in alone.state),
-            TABLES["dynamic"], TABLES["dynamic_unsigned"], 256, step=1, **OPTIONS,
+            TABLES["dynamic"], TABLES["dynamic_unsigned"], 256, AdamwStep(1, **OPTIONS),
         )  # fmt: skip
     assert alone.is_like(runs[0][0])
 
@@ -262,10 +262,10 @@ def test_parameters_and_gradients_may_lie_at_any_address(tier: str, shift: int) 
         for place in (torch.clone, moved):
             param, m, v = place(p), torch.zeros(1003), torch.zeros(1003)
             eight = [(place(torch.zeros(1003, dtype=torch.uint8)), torch.zeros(4)) for _ in range(2)]
-            native.adamw_32bit([param], [place(grad)], [m], [v], step=1, **OPTIONS)
+            native.adamw_32bit([param], [place(grad)], [m], [v], AdamwStep(1, **OPTIONS))
             native.adamw_8bit(
                 [param], [place(grad)], eight[:1], eight[1:], TABLES["dynamic"], TABLES["dynamic_unsigned"], 256,
-                step=1, **OPTIONS,
+                AdamwStep(1, **OPTIONS),
             )  # fmt: skip
             results.append([param, m, v, *eight[0], *eight[1]])
         assert all(same(a.clone(), b) for a, b in zip(results[1], results[0], strict=True))
@@ -277,11 +277,11 @@ def test_autograd_notices_that_a_parameter_was_stepped(state_bits: int) -> None:
     p = torch.ones(300, requires_grad=True)
     loss = (p * p).sum()  # keeps p for the backward
     if state_bits == 32:
-        kernels.adamw_32bit([p], [torch.ones(300)], [torch.zeros(300)], [torch.zeros(300)], step=1, **OPTIONS)
+        kernels.adamw_32bit([p], [torch.ones(300)], [torch.zeros(300)], [torch.zeros(300)], AdamwStep(1, **OPTIONS))
     else:
         state = [[(torch.zeros(300, dtype=torch.uint8), torch.zeros(2))] for _ in range(2)]
         tables = TABLES["dynamic"], TABLES["dynamic_unsigned"]
-        kernels.adamw_8bit([p], [torch.ones(300)], *state, *tables, 256, step=1, **OPTIONS)
+        kernels.adamw_8bit([p], [torch.ones(300)], *state, *tables, 256, AdamwStep(1, **OPTIONS))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -304,4 +304,4 @@ def test_no_address_is_taken_of_a_tensor_that_does_not_fit(param: Tensor, grad: 
     good = torch.zeros(3)
     state = [torch.zeros_like(good), torch.zeros(3, device=param.device)]
     with pytest.raises((TypeError, ValueError), match=message):
-        kernels.adamw_32bit([good, param], [good, grad], state, state, step=1, **OPTIONS)
+        kernels.adamw_32bit([good, param], [good, grad], state, state, AdamwStep(1, **OPTIONS))

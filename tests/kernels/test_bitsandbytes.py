@@ -15,9 +15,9 @@ from bitsandbytes.optim import AdamW8bit
 from torch import Tensor
 
 from halfbyte import kernels, optim
-from halfbyte.kernels import Nested, Statistics, bitsandbytes, reference
+from halfbyte.kernels import AdamwStep, Nested, Statistics, Weight4bit, bitsandbytes, reference
 from halfbyte.nn import Linear4bit
-from halfbyte.quant import codebook, quantize_4bit
+from halfbyte.quant import QuantizedWeight, codebook, quantize_4bit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Whole blocks; rows that are not multiples of a block; an odd count with a short last block; less than a block; one.
@@ -58,12 +58,9 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 
 @functools.cache
-def weight(
-    shape: tuple[int, int], quant_type: str, double_quant: bool, blocksize: int = 64
-) -> tuple[Tensor, Statistics]:
+def make_weight(shape: tuple[int, int], quant_type: str, double_quant: bool, blocksize: int = 64) -> QuantizedWeight:
     with kernels.use_provider("reference"):
-        made = quantize_4bit(random(*shape), quant_type, blocksize, double_quant)
-    return made.packed, made.statistics
+        return quantize_4bit(random(*shape), quant_type, blocksize, double_quant)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -77,17 +74,16 @@ def test_4_bit_codes_and_values_are_bitwise_the_references(
         packed, absmax = kernels.quantize_4bit(x, code, blocksize)
         expected_packed, expected_absmax = reference.quantize_4bit(x, code, blocksize)
         assert torch.equal(packed, expected_packed) and torch.equal(absmax, expected_absmax)
-        statistics = Statistics(absmax, code, blocksize)
-        got = kernels.dequantize_4bit(packed, statistics, shape, dtype)
-        assert torch.equal(got.view(-1), reference.dequantize_4bit(packed, statistics, x.numel(), dtype))
+        weight = Weight4bit(packed, Statistics(absmax, code, blocksize), shape)
+        assert torch.equal(kernels.dequantize_4bit(weight, dtype), reference.dequantize_4bit(weight, dtype))
     assert operations == ["quantize_4bit", "dequantize_4bit"] * 4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_double_quantized_statistics_are_read_as_the_reference_reads_them(shape: tuple[int, int]) -> None:
-    packed, statistics = weight(shape, "nf4", True)
-    got = kernels.dequantize_4bit(packed, statistics, shape, torch.float32)
-    assert torch.equal(got.view(-1), reference.dequantize_4bit(packed, statistics, got.numel(), torch.float32))
+    weight = make_weight(shape, "nf4", True)
+    got = kernels.dequantize_4bit(weight, torch.float32)
+    assert torch.equal(got, reference.dequantize_4bit(weight, torch.float32))
 
 
 @pytest.mark.parametrize("count", [1, 100, 256, 4097, 50_000])
@@ -95,8 +91,8 @@ def test_double_quantized_statistics_are_read_as_the_reference_reads_them(shape:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_8_bit_codes_are_the_nearest_or_their_neighbours(count: int, blocksize: int, dtype: torch.dtype) -> None:
     x, code = random(count, dtype=dtype), codebook("dynamic")
-    codes, absmax = kernels.quantize_8bit(x, code, blocksize)
-    expected, expected_absmax = reference.quantize_8bit(x, code, blocksize)
+    codes, absmax = kernels.quantize_coded(x, code, blocksize)
+    expected, expected_absmax = reference.quantize_coded(x, code, blocksize)
     assert torch.equal(absmax, expected_absmax)
     # Its CPU library looks codes up among 65,536 even steps of [-1, 1]: beside a midpoint it may take the other side,
     # and near zero, where codes lie closer than steps, one of several. On 2 in 1000 normal values; 1 % leaves room.
@@ -104,8 +100,8 @@ def test_8_bit_codes_are_the_nearest_or_their_neighbours(count: int, blocksize: 
     assert (away > 0).sum() <= max(1, 0.01 * count)
     far = (code[codes.long()] - code[expected.long()])[away > 1]
     assert (far.abs() < 2 / 65_536).all()
-    got = kernels.dequantize_8bit(codes, absmax, code, blocksize, dtype)
-    assert torch.equal(got, reference.dequantize_8bit(codes, absmax, code, blocksize, dtype))
+    got = kernels.dequantize_coded(codes, absmax, code, blocksize, dtype)
+    assert torch.equal(got, reference.dequantize_coded(codes, absmax, code, blocksize, dtype))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -116,11 +112,11 @@ def test_8_bit_codes_are_the_nearest_or_their_neighbours(count: int, blocksize: 
 def test_products_and_gradients_are_those_of_the_dense_weight(
     shape: tuple[int, int], dtype: torch.dtype, double_quant: bool, quant_type: str, rows: int, operations: list[str]
 ) -> None:
-    packed, statistics = weight(shape, quant_type, double_quant)
-    dense = reference.dequantize_4bit(packed, statistics, shape[0] * shape[1], torch.float32).view(shape)
+    weight = make_weight(shape, quant_type, double_quant)
+    dense = reference.dequantize_4bit(weight, torch.float32)
     x = random(rows, shape[1], dtype=dtype, seed=1).requires_grad_()
     bias, dy = random(shape[0], dtype=dtype, seed=2), random(rows, shape[0], dtype=dtype, seed=3)
-    y = kernels.matmul_4bit(x, packed, statistics, shape, bias)
+    y = kernels.matmul_4bit(x, weight, bias)
     y.backward(dy)
     assert y.dtype == dtype and x.grad is not None
     assert distance(y, torch.nn.functional.linear(x.float(), dense, bias.float())) < BOUNDS[dtype]
@@ -129,8 +125,8 @@ def test_products_and_gradients_are_those_of_the_dense_weight(
 
 
 def test_an_empty_batch_has_an_empty_product() -> None:
-    packed, statistics = weight((64, 128), "nf4", True)
-    assert kernels.matmul_4bit(torch.zeros(0, 128), packed, statistics, (64, 128)).shape == (0, 64)
+    weight = make_weight((64, 128), "nf4", True)
+    assert kernels.matmul_4bit(torch.zeros(0, 128), weight).shape == (0, 64)
 
 
 def test_what_bitsandbytes_has_no_kernel_for_goes_to_the_reference(operations: list[str]) -> None:
@@ -140,30 +136,34 @@ def test_what_bitsandbytes_has_no_kernel_for_goes_to_the_reference(operations: l
         packed, absmax = kernels.quantize_4bit(x, code, blocksize)
         expected_packed, expected_absmax = reference.quantize_4bit(x, code, blocksize)
         assert torch.equal(packed, expected_packed) and torch.equal(absmax, expected_absmax)
-        statistics = Statistics(absmax, code, blocksize)
-        dense = reference.dequantize_4bit(packed, statistics, x.numel(), torch.float32)
-        assert torch.equal(kernels.dequantize_4bit(packed, statistics, (4000,), torch.float32), dense)
-        y = kernels.matmul_4bit(random(2, 100), packed, statistics, (40, 100))
-        assert distance(y, random(2, 100) @ dense.view(40, 100).T) < 1e-6
+        weight = Weight4bit(packed, Statistics(absmax, code, blocksize), (40, 100))
+        dense = reference.dequantize_4bit(weight, torch.float32)
+        assert torch.equal(kernels.dequantize_4bit(weight, torch.float32), dense)
+        flat = dataclasses.replace(weight, shape=(4000,))
+        assert torch.equal(kernels.dequantize_4bit(flat, torch.float32), dense.view(4000))
+        y = kernels.matmul_4bit(random(2, 100), weight)
+        assert distance(y, random(2, 100) @ dense.T) < 1e-6
     for code, blocksize in [(codebook("dynamic"), 32), (codebook("dynamic")[::2], 64), (codebook("dynamic"), 100)]:
-        codes, absmax = kernels.quantize_8bit(x, code, blocksize)
-        assert torch.equal(codes.view(-1), reference.quantize_8bit(x, code.contiguous(), blocksize)[0])
+        codes, absmax = kernels.quantize_coded(x, code, blocksize)
+        assert torch.equal(codes.view(-1), reference.quantize_coded(x, code.contiguous(), blocksize)[0])
         assert torch.equal(
-            kernels.dequantize_8bit(codes, absmax, code, blocksize).view(-1),
-            reference.dequantize_8bit(codes, absmax, code, blocksize, torch.float32),
+            kernels.dequantize_coded(codes, absmax, code, blocksize).view(-1),
+            reference.dequantize_coded(codes, absmax, code, blocksize, torch.float32),
         )
     assert operations == []
 
 
 def test_double_quantization_in_other_blocks_is_not_given_to_the_fused_product(operations: list[str]) -> None:
-    packed, statistics = weight((64, 128), "nf4", True)
-    plain = reference.expand_absmax(statistics)
+    weight = make_weight((64, 128), "nf4", True)
+    plain = reference.expand_absmax(weight.statistics)
     offset = plain.mean().item()
-    codes, second = reference.quantize_8bit(plain - offset, codebook("dynamic"), 64)
-    other = dataclasses.replace(statistics, absmax=codes, nested=Nested(second, codebook("dynamic"), 64, offset))
-    dense = reference.dequantize_4bit(packed, other, 64 * 128, torch.float32).view(64, 128)
+    codes, second = reference.quantize_coded(plain - offset, codebook("dynamic"), 64)
+    nested = Nested(second, codebook("dynamic"), 64, offset)
+    statistics = dataclasses.replace(weight.statistics, absmax=codes, nested=nested)
+    other = dataclasses.replace(weight, statistics=statistics)
+    dense = reference.dequantize_4bit(other, torch.float32)
     x = random(3, 128)
-    assert distance(kernels.matmul_4bit(x, packed, other, (64, 128)), x @ dense.T) < 1e-6
+    assert distance(kernels.matmul_4bit(x, other), x @ dense.T) < 1e-6
     assert "gemm_4bit" not in operations
 
 
@@ -187,7 +187,7 @@ def test_32_bit_steps_are_torchs_to_a_few_roundings(dtype: torch.dtype) -> None:
     oracle = torch.optim.AdamW(wanted, **STEP)
     for step in range(1, 6):
         grads = [random(*shape, dtype=dtype, seed=step) for shape in shapes]
-        kernels.adamw_32bit(params, grads, *moments, step=step, **STEP)
+        kernels.adamw_32bit(params, grads, *moments, AdamwStep(step, **STEP))
         for p, g in zip(wanted, grads, strict=True):
             p.grad = g.float()
         oracle.step()
@@ -206,21 +206,21 @@ def test_an_8_bit_step_is_the_references_but_for_neighbouring_codes(shape: tuple
     def state(p: Tensor) -> list[tuple[Tensor, Tensor]]:
         # As after a step: what moments of this size are stored as.
         moments = random(*shape, seed=8) * 1e-2, random(*shape, seed=9).square() * 1e-4
-        pairs = [reference.quantize_8bit(m, table, 256) for m, table in zip(moments, tables, strict=True)]
+        pairs = [reference.quantize_coded(m, table, 256) for m, table in zip(moments, tables, strict=True)]
         return [(codes.view(shape), absmax) for codes, absmax in pairs]
 
     p, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1) * 1e-2
     q = p.clone()
     ours, theirs = state(p), state(q)
     version = p._version
-    kernels.adamw_8bit([p], [grad], [ours[0]], [ours[1]], *tables, 256, step=3, **STEP)
-    reference.adamw_8bit([q], [grad], [theirs[0]], [theirs[1]], *tables, 256, step=3, **STEP)
+    kernels.adamw_8bit([p], [grad], [ours[0]], [ours[1]], *tables, 256, AdamwStep(3, **STEP))
+    reference.adamw_8bit([q], [grad], [theirs[0]], [theirs[1]], *tables, 256, AdamwStep(3, **STEP))
     assert p._version > version
     # The update comes before the moments are rounded to codes again, so it agrees to rounding.
     torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     for (codes, absmax), (expected, expected_absmax), share in zip(ours, theirs, (0.01, 0.02), strict=True):
         torch.testing.assert_close(absmax, expected_absmax, rtol=1e-6, atol=0)
-        # Beside a midpoint it may take the other side, as in quantize_8bit above; the unsigned map's codes lie closer.
+        # Beside a midpoint it may take the other side, as in quantize_coded above; the unsigned map's codes lie closer.
         assert (codes != expected).float().mean() < share
 
 
@@ -230,7 +230,7 @@ def test_8_bit_state_in_other_blocks_goes_to_the_reference(operations: list[str]
     for step in (kernels.adamw_8bit, reference.adamw_8bit):
         p = random(500)
         state = [(torch.full((500,), fill, dtype=torch.uint8), torch.zeros(5)) for fill in (127, 0)]
-        step([p], [random(500, seed=1)], [state[0]], [state[1]], *tables, 100, step=1, **STEP)
+        step([p], [random(500, seed=1)], [state[0]], [state[1]], *tables, 100, AdamwStep(1, **STEP))
         results.append(p)
     assert torch.equal(*results) and operations == []
 

@@ -1,11 +1,11 @@
-"""8-bit weights against bitsandbytes' LLM.int8 codes, and their products against the dequantized weight in fp64."""
+"""int8 weights against bitsandbytes' LLM.int8 codes, and their products against the dequantized weight in fp64."""
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from halfbyte import kernels
-from halfbyte.kernels import Weight8bit, providers
+from halfbyte.kernels import WeightInt8, providers
 
 
 @pytest.fixture(params=list(providers()))
@@ -68,12 +68,12 @@ def test_wrong_arguments_are_named() -> None:
     good = kernels.quantize_int8(torch.randn(4, 6), 6)
     x = torch.randn(2, 6)
     for weight, error, message in [
-        (Weight8bit(good.codes.short(), good.absmax, 6), TypeError, "codes are torch.int16"),
-        (Weight8bit(good.codes.T, good.absmax, 6), TypeError, r"with strides \(1, 6\)"),
-        (Weight8bit(good.codes.view(-1), good.absmax, 6), ValueError, r"codes have shape \(24,\)"),
-        (Weight8bit(good.codes, good.absmax, 0), ValueError, "blocksize is 0"),
+        (WeightInt8(good.codes.short(), good.absmax, 6), TypeError, "codes are torch.int16"),
+        (WeightInt8(good.codes.T, good.absmax, 6), TypeError, r"with strides \(1, 6\)"),
+        (WeightInt8(good.codes.view(-1), good.absmax, 6), ValueError, r"codes have shape \(24,\)"),
+        (WeightInt8(good.codes, good.absmax, 0), ValueError, "blocksize is 0"),
         (
-            Weight8bit(good.codes, good.absmax, 5),
+            WeightInt8(good.codes, good.absmax, 5),
             ValueError,
             r"absmax is torch.float32 \(4,\).*need .* \(5,\)",
         ),

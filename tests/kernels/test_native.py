@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError
-from halfbyte.kernels import Nested, Statistics, native, reference
+from halfbyte.kernels import Nested, Statistics, Weight4bit, native, reference
 from halfbyte.quant import codebook
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,12 +114,12 @@ def test_4bit_codes_and_statistics_are_the_reference_s(tier: str, name: str, kin
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", CODES_8BIT)
-def test_8bit_codes_and_statistics_are_the_reference_s(tier: str, name: str, kind: str) -> None:
+def test_coded_bytes_and_statistics_are_the_reference_s(tier: str, name: str, kind: str) -> None:
     code = CODES_8BIT[name]
     for seed, (dtype, blocksize, n) in enumerate(itertools.product(DTYPES, BLOCKSIZES, COUNTS)):
         x = INPUTS[kind](code, n, seeded(seed)).to(dtype)
-        codes, absmax = native.quantize_8bit(x, code, blocksize)
-        expected_codes, expected_absmax = reference.quantize_8bit(x, code, blocksize)
+        codes, absmax = native.quantize_coded(x, code, blocksize)
+        expected_codes, expected_absmax = reference.quantize_coded(x, code, blocksize)
         assert same(codes, expected_codes) and same(absmax, expected_absmax), (dtype, blocksize, n)
 
 
@@ -146,20 +146,20 @@ def test_4bit_values_are_the_reference_s(tier: str, out: torch.dtype, nested_blo
             groups = scales(-(-blocks // nested_blocksize), generator)
             nested = Nested(groups, CODES_8BIT["dynamic"], nested_blocksize, offset=0.1)
             statistics = Statistics(absmax, CODES_4BIT["fp4"], blocksize, nested)
-        got = native.dequantize_4bit(packed, statistics, n, out)
-        assert same(got, reference.dequantize_4bit(packed, statistics, n, out)), (blocksize, n)
+        weight = Weight4bit(packed, statistics, (n,))
+        assert same(native.dequantize_4bit(weight, out), reference.dequantize_4bit(weight, out)), (blocksize, n)
 
 
 @pytest.mark.parametrize("out", DTYPES)
 @pytest.mark.parametrize("name", CODES_8BIT)
-def test_8bit_values_are_the_reference_s(tier: str, name: str, out: torch.dtype) -> None:
+def test_coded_values_are_the_reference_s(tier: str, name: str, out: torch.dtype) -> None:
     code = CODES_8BIT[name]
     for seed, (blocksize, n) in enumerate(itertools.product(BLOCKSIZES, COUNTS)):
         generator = seeded(seed)
         codes = torch.randint(len(code), (n,), dtype=torch.uint8, generator=generator)
         absmax = scales(-(-n // blocksize), generator)
-        got = native.dequantize_8bit(codes, absmax, code, blocksize, out)
-        assert same(got, reference.dequantize_8bit(codes, absmax, code, blocksize, out)), (blocksize, n)
+        got = native.dequantize_coded(codes, absmax, code, blocksize, out)
+        assert same(got, reference.dequantize_coded(codes, absmax, code, blocksize, out)), (blocksize, n)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,10 +184,9 @@ def test_values_are_rounded_to_16_bits_as_torch_rounds_them(tier: str, out: torc
     middles = (values[:-1].double() + values[1:].double()).div(2).float()
     absmax = torch.cat([values, middles, torch.nextafter(middles, middles - 1), torch.nextafter(middles, middles + 1)])
     codes = torch.zeros(32 * len(absmax), dtype=torch.uint8)
-    from_4bit = native.dequantize_4bit(
-        codes[: len(codes) // 2], Statistics(absmax, torch.ones(16), 32), len(codes), out
-    )
-    from_8bit = native.dequantize_8bit(codes, absmax, torch.ones(256), 32, out)
+    weight = Weight4bit(codes[: len(codes) // 2], Statistics(absmax, torch.ones(16), 32), (len(codes),))
+    from_4bit = native.dequantize_4bit(weight, out)
+    from_8bit = native.dequantize_coded(codes, absmax, torch.ones(256), 32, out)
     for got in (from_4bit, from_8bit):
         assert same(got.view(-1, 32)[:, 5], absmax.to(out))
 
@@ -210,13 +209,13 @@ def test_bytes_may_lie_at_any_address(tier: str, shift: int) -> None:
     expected_packed, expected_absmax = reference.quantize_4bit(x, code, 64)
     assert same(packed, expected_packed) and same(absmax, expected_absmax)
 
-    absmax_codes, nested_absmax = reference.quantize_8bit(absmax, code_8bit, 256)
-    plain = Statistics(absmax_codes, code, 64, Nested(nested_absmax, code_8bit, 256, 0.5))
-    elsewhere = Statistics(
-        moved(absmax_codes), moved(code), 64, Nested(moved(nested_absmax), moved(code_8bit), 256, 0.5)
-    )
-    got = native.dequantize_4bit(moved(packed), elsewhere, n, torch.bfloat16)
-    assert same(got, reference.dequantize_4bit(packed, plain, n, torch.bfloat16))
+    absmax_codes, nested_absmax = reference.quantize_coded(absmax, code_8bit, 256)
+    nested = Nested(nested_absmax, code_8bit, 256, 0.5)
+    plain = Weight4bit(packed, Statistics(absmax_codes, code, 64, nested), (n,))
+    nested = Nested(moved(nested_absmax), moved(code_8bit), 256, 0.5)
+    elsewhere = Weight4bit(moved(packed), Statistics(moved(absmax_codes), moved(code), 64, nested), (n,))
+    got = native.dequantize_4bit(elsewhere, torch.bfloat16)
+    assert same(got, reference.dequantize_4bit(plain, torch.bfloat16))
 
 
 @pytest.mark.parametrize("blocksize", [64, 5, 200_000])
@@ -227,9 +226,10 @@ def test_the_number_of_threads_changes_no_byte(tier: str, blocksize: int, thread
 
     def everything() -> list[Tensor]:
         packed, absmax = native.quantize_4bit(x, code, blocksize)
-        codes, absmax_8bit = native.quantize_8bit(x, code_8bit, blocksize)
-        values = native.dequantize_4bit(packed, Statistics(absmax, code, blocksize), n, torch.bfloat16)
-        values_8bit = native.dequantize_8bit(codes, absmax_8bit, code_8bit, blocksize, torch.float32)
+        codes, absmax_8bit = native.quantize_coded(x, code_8bit, blocksize)
+        weight = Weight4bit(packed, Statistics(absmax, code, blocksize), (n,))
+        values = native.dequantize_4bit(weight, torch.bfloat16)
+        values_8bit = native.dequantize_coded(codes, absmax_8bit, code_8bit, blocksize, torch.float32)
         return [packed, absmax, codes, absmax_8bit, values, values_8bit]
 
     threads(1)

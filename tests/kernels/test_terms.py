@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import kernels
-from halfbyte.kernels import Nested, Statistics, Sum, Term, Weight4bit, Weight8bit, native, reference
+from halfbyte.kernels import Nested, Statistics, Sum, Term, Weight4bit, WeightInt8, native, reference
 from halfbyte.quant import codebook
 
 # As in test_matmul.py: one rounding of the result, and the errors of fp32 sums.
@@ -51,29 +51,27 @@ class Random:
         packed = torch.randint(256, (-(-n // 2),), dtype=torch.uint8, generator=self.generator)
         absmax = torch.rand(-(-n // blocksize), generator=self.generator) + 0.1
         offset = absmax.mean().item()
-        codes, second = reference.quantize_8bit(absmax - offset, codebook("dynamic"), 256)
+        codes, second = reference.quantize_coded(absmax - offset, codebook("dynamic"), 256)
         nested = Nested(second, codebook("dynamic"), 256, offset)
         return Weight4bit(packed, Statistics(codes, codebook("nf4"), blocksize, nested), (rows, columns))
 
-    def bytes(self, rows: int, columns: int, blocksize: int) -> Weight8bit:
+    def bytes(self, rows: int, columns: int, blocksize: int) -> WeightInt8:
         """Return a weight whose codes begin at an odd address."""
         codes = torch.randint(-128, 128, (rows * columns + 1,), dtype=torch.int8, generator=self.generator)[1:]
         absmax = torch.rand(-(-rows * columns // blocksize), generator=self.generator) + 0.1
-        return Weight8bit(codes.view(rows, columns), absmax, blocksize)
+        return WeightInt8(codes.view(rows, columns), absmax, blocksize)
 
 
 def right_factor(term: Term) -> Tensor:
     """Return R of a term, rounded to the dtype of its x, in fp64."""
-    x, factor, gradient = term
-    if isinstance(factor, Weight8bit):
+    x, factor, transposed = term
+    if isinstance(factor, WeightInt8):
         steps = (factor.absmax / 127).repeat_interleave(factor.blocksize)[: factor.codes.numel()]
         factor = factor.codes * steps.view(factor.shape)
     elif isinstance(factor, Weight4bit):
-        rows, columns = factor.shape
-        factor = reference.dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype)
-        factor = factor.view(rows, columns)
+        factor = reference.dequantize_4bit(factor, x.dtype)
     factor = factor.to(x.dtype).double()
-    return factor if gradient else factor.T
+    return factor.T if transposed else factor
 
 
 def check(terms: list[Term], dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -100,7 +98,7 @@ def test_dense_factors_of_any_type_and_stride_do(tier: None, dtype: torch.dtype,
         random = Random(rows)
         x = random.dense(rows, depth, dtype, depth + 3)
         check([Term(x, random.dense(width, depth, stored, depth + 5))], dtype)
-        check([Term(x, random.dense(depth, width, stored, width + 5), gradient=True)], dtype)
+        check([Term(x, random.dense(depth, width, stored, width + 5), transposed=False)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,25 +107,25 @@ def test_terms_of_every_kind_add_up(tier: None, dtype: torch.dtype, out: torch.d
     for rows, depths, width in [(1, (64, 3, 5, 16), 33), (4, (96, 1), 70), (9, (65, 16), 17), (30, (1090, 8, 64), 64)]:
         random = Random(rows)
         bias = random.dense(1, width, out)[0]
-        for gradient in (False, True):
+        for transposed in (True, False):
             terms = []
             for i, depth in enumerate(depths):
-                shape = (depth, width) if gradient else (width, depth)
+                shape = (width, depth) if transposed else (depth, width)
                 factor = random.weight(*shape) if i % 2 == 0 else random.dense(*shape, torch.float32)
-                terms.append(Term(random.dense(rows, depth, dtype, depth + i), factor, gradient))
+                terms.append(Term(random.dense(rows, depth, dtype, depth + i), factor, transposed))
             check(terms, out, bias)
             check(terms[::-1], out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", [64, 32, 4096, 48, 7])
-def test_8_bit_weights_are_those_of_their_codes(tier: None, dtype: torch.dtype, blocksize: int) -> None:
+def test_int8_weights_are_those_of_their_codes(tier: None, dtype: torch.dtype, blocksize: int) -> None:
     for rows, depth, width in [(1, 1, 1), (3, 64, 96), (9, 33, 65), (13, 160, 70), (20, 1088, 17), (7, 65, 1057)]:
         random = Random(rows)
-        weight, transposed = random.bytes(width, depth, blocksize), random.bytes(depth, width, blocksize)
+        weight, across = random.bytes(width, depth, blocksize), random.bytes(depth, width, blocksize)
         x, u = random.dense(rows, depth, dtype), random.dense(rows, 5, dtype)
         check([Term(x, weight)], dtype, random.dense(1, width, dtype)[0])
-        check([Term(u, random.dense(width, 5, dtype)), Term(x, transposed, gradient=True)], dtype)
+        check([Term(u, random.dense(width, 5, dtype)), Term(x, across, transposed=False)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +135,7 @@ def test_left_factors_may_have_any_strides(tier: None, dtype: torch.dtype) -> No
         x = random.dense(depth, rows, dtype, rows + 3).T
         once = random.dense(1, depth, dtype).expand(rows, depth)
         weight = random.weight(width, depth)
-        check([Term(x, random.dense(depth, width, dtype), True), Term(once, weight)], torch.float32)
+        check([Term(x, random.dense(depth, width, dtype), False), Term(once, weight)], torch.float32)
         check([Term(random.dense(rows, 2 * depth, dtype)[:, ::2], weight), Term(x, weight)], dtype)
 
 
@@ -171,13 +169,13 @@ def test_neither_threads_nor_other_rows_change_a_bit(
     vector_tier: None, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     random = Random(0)
-    weight, low, transposed = random.weight(200, 1088), random.dense(200, 16, torch.float32), random.weight(64, 200)
+    weight, low, across = random.weight(200, 1088), random.dense(200, 16, torch.float32), random.weight(64, 200)
     x, u, dy = (random.dense(300, depth, dtype) for depth in (1088, 16, 64))
 
     def products(rows: int) -> list[Tensor]:
         ys = [torch.empty(rows, 200, dtype=dtype) for _ in range(2)]
         first = Sum([Term(x[:rows], weight), Term(u[:rows], low)], ys[0])
-        native.matmul_sums([first, Sum([Term(dy[:rows], transposed, True), Term(u[:rows], low)], ys[1])])
+        native.matmul_sums([first, Sum([Term(dy[:rows], across, False), Term(u[:rows], low)], ys[1])])
         return ys
 
     expected = products(300)
@@ -213,7 +211,7 @@ def test_wrong_terms_are_named() -> None:
         ([Term(x, factor)], torch.empty(3), None, ValueError, r"out has shape \(3,\)"),
         ([Term(x, factor)], torch.empty(5, 3).T, None, ValueError, r"out has shape \(3, 5\) and strides \(1, 3\)"),
         ([Term(x, factor)], torch.empty(3, 4), None, ValueError, r"transpose of \(5, 8\), but out is \(3, 4\)"),
-        ([Term(x, weight, gradient=True)], out, None, ValueError, r"\(3, 8\) by \(5, 8\), but out is \(3, 5\)"),
+        ([Term(x, weight, transposed=False)], out, None, ValueError, r"\(3, 8\) by \(5, 8\), but out is \(3, 5\)"),
         ([Term(x, factor), Term(x[:2], factor)], out, None, ValueError, r"term 1 multiplies \(2, 8\)"),
         ([Term(x[0], factor)], out, None, ValueError, r"x of term 0 has shape \(8,\)"),
         ([Term(x, factor.T.contiguous().T)], out, None, ValueError, "the factor of term 0 has shape"),

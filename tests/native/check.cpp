@@ -64,14 +64,22 @@ struct Group {
 };
 
 const Group groups[] = {
-    {"quantize_4bit", quantize_4bit, every},     {"quantize_8bit", quantize_8bit, every},
-    {"dequantize_4bit", dequantize_4bit, every}, {"dequantize_8bit", dequantize_8bit, every},
-    {"matmul", matmul, multiplies},              {"few", few, multiplies},
-    {"multiply", multiply, multiplies},          {"attention", attention, attends},
-    {"elementary", elementary, every},           {"rms_norm", rms_norm, every},
-    {"gated", gated, every},                     {"rotary", rotary, every},
-    {"fold_softmax", fold_softmax, every},       {"adamw_32bit", adamw_32bit, every},
-    {"adamw_8bit", adamw_8bit, every},           {"parallel", parallel, baseline},
+    {"quantize_4bit", quantize_4bit, every},
+    {"quantize_8bit", quantize_8bit, every},
+    {"dequantize_4bit", dequantize_4bit, every},
+    {"dequantize_8bit", dequantize_8bit, every},
+    {"matmul", matmul, multiplies},
+    {"few", few, multiplies},
+    {"multiply", multiply, multiplies},
+    {"attention", attention, attends},
+    {"elementary", elementary, every},
+    {"rms_norm", rms_norm, every},
+    {"gated", gated, every},
+    {"rotary", rotary, every},
+    {"fold_softmax", fold_softmax, every},
+    {"adamw_32bit", adamw_32bit, every},
+    {"adamw_8bit", adamw_8bit, every},
+    {"parallel", parallel, baseline},
 };
 
 struct Options {

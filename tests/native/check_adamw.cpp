@@ -10,8 +10,10 @@ namespace {
 Adamw constants(Case& c) {
     const double beta1 = c.note("beta1", c.random.of({0.9, 0.5, 0.2, 0.0})), beta2 = c.random.of({0.999, 0.95, 0.0});
     const int step = static_cast<int>(c.note("step", c.random.of({1, 2, 1000})));
-    const double values[] = {1 - 1e-2 * 0.1, beta1, 1 - beta1, beta2, 1 - beta2, std::sqrt(1 - std::pow(beta2, step)),
-                             1e-8, -1e-2 / (1 - std::pow(beta1, step))};
+    const double values[] = {1 - 1e-2 * 0.1, beta1,
+                             1 - beta1,      beta2,
+                             1 - beta2,      std::sqrt(1 - std::pow(beta2, step)),
+                             1e-8,           -1e-2 / (1 - std::pow(beta1, step))};
     float rounded[8];
     for (int i = 0; i < 8; ++i) rounded[i] = static_cast<float>(values[i]);
     return {rounded[0], rounded[1], rounded[2], rounded[3], rounded[4], rounded[5], rounded[6], rounded[7]};
@@ -100,9 +102,8 @@ void adamw_32bit(Case& c) {
     };
     step(*c.tier.adamw, ours, c.note("threads", 1 + static_cast<int>(c.random.below(3))));
     step(scalar_adamw, theirs, 1);
-    stepped(c, a, before, ours, theirs, true, [](const Tensor& t, int64_t i) {
-        return std::pair<double, double>(t.m.floats()[i], t.v.floats()[i]);
-    });
+    stepped(c, a, before, ours, theirs, true,
+            [](const Tensor& t, int64_t i) { return std::pair<double, double>(t.m.floats()[i], t.v.floats()[i]); });
 }
 
 void adamw_8bit(Case& c) {

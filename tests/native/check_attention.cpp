@@ -122,11 +122,13 @@ void attention(Case& c) {
     };
     std::vector<Result> results;
     for (const int threads : {1, 2, 3}) {
-        Result& r = results.emplace_back(Result{out.buffer, Buffer(4 * batches * heads * queries, 0, kOurs), dq.buffer,
-                                                dk.buffer, dv.buffer});
-        const Attention a{batches, heads, kv_heads, queries, keys, size, type, ranges.data(), scale, cap,
-                          q.in_place(), k.in_place(), v.in_place(), out.in(r.out), r.lse.floats(),
-                          dout.in_place(), dq.in(r.dq), dk.in(r.dk), dv.in(r.dv)};
+        Result& r = results.emplace_back(
+            Result{out.buffer, Buffer(4 * batches * heads * queries, 0, kOurs), dq.buffer, dk.buffer, dv.buffer});
+        const Attention a{batches,      heads,         kv_heads,       queries,
+                          keys,         size,          type,           ranges.data(),
+                          scale,        cap,           q.in_place(),   k.in_place(),
+                          v.in_place(), out.in(r.out), r.lse.floats(), dout.in_place(),
+                          dq.in(r.dq),  dk.in(r.dk),   dv.in(r.dv)};
         attention_forward(c.tier, a, threads);
         attention_backward(c.tier, a, threads);
         c.same(r.out, results[0].out, "bytes of out on more threads");

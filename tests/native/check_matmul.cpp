@@ -30,7 +30,7 @@ struct Factors {
     std::vector<double> factor;
 
     Factors(Case& c, Type type, int64_t x_rows, int64_t width, int64_t most, bool few)
-        : depth(c.note("depth", c.random.once_in(30)              ? 0
+        : depth(c.note("depth", c.random.once_in(30)          ? 0
                                 : !few && c.random.once_in(2) ? 1 + c.random.below(most)
                                                               : 32 * (1 + c.random.below(most) / 32))),
           transposed(c.note("transposed", !few && c.random.once_in(5))),
@@ -84,7 +84,12 @@ struct Factors {
     }
 
     Term term() const {
-        return {x.data, stride, step, gradient, bits == 4 ? &weight : nullptr, bits == 8 ? &weight8 : nullptr,
+        return {x.data,
+                stride,
+                step,
+                gradient,
+                bits == 4 ? &weight : nullptr,
+                bits == 8 ? &weight8 : nullptr,
                 {values.data, dense_type, rows, columns, dense_stride}};
     }
 };
@@ -117,9 +122,7 @@ struct Sum {
         for (int64_t i = 0; i < width; ++i) put(bias.data, i, y_type, c.random.normal());
     }
 
-    Buffer poisoned() const {
-        return {rows ? ((rows - 1) * y_stride + width) * size_of(y_type) : 0, shift, kOurs};
-    }
+    Buffer poisoned() const { return {rows ? ((rows - 1) * y_stride + width) * size_of(y_type) : 0, shift, kOurs}; }
 
     // Each element within the rounding to its type, and 2e-6 of the sum of magnitudes for the sums in fp32, of the
     // sum of products in double. Where that is NaN or infinite so must be y.
@@ -265,7 +268,8 @@ void multiply(Case& c) {
     if (add) std::memcpy(packed.data, before.data, packed.size);
     k.multiply_packed(tiles.data, row_bytes, rows, panel.data, lanes, columns, packed.data, add);
     for (int64_t r = 0; r < rows; ++r) {
-        const bool same = !std::memcmp(packed.data + r * kStrip, sums.data + r * kStrip, static_cast<size_t>(columns) * 4);
+        const bool same =
+            !std::memcmp(packed.data + r * kStrip, sums.data + r * kStrip, static_cast<size_t>(columns) * 4);
         c.require(same, "packed rows give other sums");
     }
 }

@@ -43,7 +43,9 @@ void quantize(Case& c, void (*const kernel)(const Quantize<Search>&, int64_t, in
         const double value = double{get(x.data, i, type)} / statistic;
         const double distance = std::abs(code[static_cast<size_t>(code_of(bits, codes.data, i))] - value);
         for (const float other : code) {
-            if (std::abs(other - value) < distance - 3e-7) c.require(false, c.differ("code nearest to x", i, value, other));
+            if (std::abs(other - value) < distance - 3e-7) {
+                c.require(false, c.differ("code nearest to x", i, value, other));
+            }
         }
     }
 }

@@ -69,7 +69,7 @@ void elementary(Case& c) {
             const double got = y.floats()[i], expected = f(x.floats()[i]);
             const bool large = std::abs(expected) > 3.402823e38;
             const bool right = expected != expected ? got != got
-                               : large              ? got > 3.4e38
+                               : large ? got > 3.4e38
                                        : std::abs(got - expected) <= 2 * units * kUnit * std::abs(expected) + smallest;
             if (!right) c.require(false, c.differ(name, i, got, expected));
         }
@@ -89,8 +89,17 @@ void rms_norm(Case& c) {
     const Buffer h = poisoned(c, rows * width, type), y = poisoned(c, rows * width, type);
     const Buffer scale = poisoned_floats(rows);
     in_ranges<RmsNorm>(c, c.tier.rows->rms_norm[index_of(type)],
-                       {x.rows(), {adds ? residual.values.data : nullptr, residual.stride}, weight.values.data, width,
-                        eps, offset, rounded, adds ? h.data : nullptr, y.data, scale.floats()}, rows);
+                       {x.rows(),
+                        {adds ? residual.values.data : nullptr, residual.stride},
+                        weight.values.data,
+                        width,
+                        eps,
+                        offset,
+                        rounded,
+                        adds ? h.data : nullptr,
+                        y.data,
+                        scale.floats()},
+                       rows);
     for (int64_t row = 0; row < rows; ++row) {
         double squares = 0;
         for (int64_t i = 0; i < width; ++i) {
@@ -113,8 +122,15 @@ void rms_norm(Case& c) {
     const Matrix dy(c, rows, width, type), dh(c, rows, width, type);
     const Buffer scales = c.floats(rows, 0, 0.1f, 2.0f), dx = poisoned(c, rows * width, type);
     in_ranges<RmsNormGradient>(c, c.tier.rows->rms_norm_gradient[index_of(type)],
-                               {dy.rows(), x.rows(), {joins ? dh.values.data : nullptr, dh.stride}, weight.values.data,
-                                scales.floats(), width, offset, dx.data}, rows);
+                               {dy.rows(),
+                                x.rows(),
+                                {joins ? dh.values.data : nullptr, dh.stride},
+                                weight.values.data,
+                                scales.floats(),
+                                width,
+                                offset,
+                                dx.data},
+                               rows);
     for (int64_t row = 0; row < rows; ++row) {
         const double s = scales.floats()[row];
         double mean = 0, size = 0;
@@ -202,7 +218,8 @@ void rotary(Case& c) {
     const Buffer y = poisoned(c, tokens * heads * size, type);
     in_ranges<Rotary>(c, c.tier.rows->rotary[wide][index_of(type)],
                       {x.data, sample_stride, token_stride, head_stride, cos.data, sin.data, angles, row, length, heads,
-                       size, half, inverse, y.data}, tokens);
+                       size, half, inverse, y.data},
+                      tokens);
     for (int64_t i = 0; i < tokens * heads * size; ++i) {
         const int64_t value = i % size, head = i / size % heads, place = i / size / heads % length;
         const int64_t sample = i / size / heads / length;
@@ -257,7 +274,8 @@ void fold_softmax(Case& c) {
                                {logits.data, type, width, reinterpret_cast<int64_t*>(labels.data), first, scale, cap,
                                 gradient, part, part + rows, part + 2 * rows, part + 3 * rows, part + 4 * rows,
                                 part + 5 * rows, part + 6 * rows, part + 7 * rows,
-                                reinterpret_cast<int64_t*>(tops.data)}, rows);
+                                reinterpret_cast<int64_t*>(tops.data)},
+                               rows);
         if (!gradient) c.same(logits, given, "bytes of logits");
         for (int64_t row = 0; row < rows; ++row) {
             const std::vector<float>& all = seen[static_cast<size_t>(row)];

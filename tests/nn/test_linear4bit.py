@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -143,6 +144,34 @@ def test_statistics_follow_the_weight_to_a_device() -> None:
     assert weight.statistics.nested is not None
     tensors = [weight.packed, weight.statistics.absmax, weight.statistics.code, weight.statistics.nested.absmax]
     assert {t.device.type for t in tensors} == {"meta"}
+
+
+def test_the_weight_is_made_once_and_anew_when_the_layer_has_another() -> None:
+    _, layer = make(64, 96)
+    weight = layer.quantized_weight
+    assert layer.quantized_weight is weight
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
+    assert layer.quantized_weight.packed is layer.weight
+    layer.set_quantized_weight(quantize_4bit(torch.ones(96, 64), "fp4"))
+    assert layer.quantized_weight.quant_type == "fp4" and layer.dequantize().unique().tolist() == [1.0]
+    layer.set_quantized_weight(weight)
+    assert torch.equal(layer.dequantize(), weight.dequantize())
+    layer.weight.data = torch.zeros_like(layer.weight)
+    assert torch.equal(layer.quantized_weight.packed, layer.weight)
+    twin = copy.deepcopy(layer)
+    assert twin.quantized_weight.packed is twin.weight and twin.quantized_weight.statistics is twin.statistics
+    before = layer.quantized_weight.statistics
+    assert layer.to("meta").quantized_weight.statistics is layer.statistics is not before
+
+
+def test_a_weight_that_the_layer_has_no_more_is_let_go() -> None:
+    _, layer = make(64, 96)
+    old = weakref.ref(layer.quantized_weight)
+    layer.set_quantized_weight(quantize_4bit(torch.ones(96, 64)))
+    assert old() is None
+    old = weakref.ref(layer.quantized_weight)
+    layer.to("meta")
+    assert old() is None
 
 
 def test_a_deep_copy_is_independent_and_equal() -> None:

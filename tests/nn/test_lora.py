@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import kernels
-from halfbyte.kernels import Weight4bit, providers
+from halfbyte.kernels import providers
 from halfbyte.nn import LowRank, Projection, lora_linear
 from halfbyte.quant import quantize_4bit
 
@@ -27,7 +27,7 @@ class Case:
         self.dtype = dtype
         self.projections = []
         for n, of_each in zip(outputs, ranks, strict=True):
-            w = quantize_4bit(torch.randn(n, inputs) * 0.05, "nf4" if n % 2 else "fp4")
+            weight = quantize_4bit(torch.randn(n, inputs) * 0.05, "nf4" if n % 2 else "fp4")
             bias = torch.randn(n).requires_grad_() if n % 3 else None
             adapters = [
                 LowRank(
@@ -37,7 +37,6 @@ class Case:
                 )
                 for i, r in enumerate(of_each)
             ]
-            weight = Weight4bit(w.packed, w.statistics, (n, inputs))
             self.projections.append(Projection(weight, bias, adapters))
 
     @property
@@ -53,7 +52,7 @@ class Case:
         dropped = x if noise is None else x * noise.double()
         ys = []
         for weight, bias, adapters in self.projections:
-            dense = kernels.dequantize_4bit(weight.packed, weight.statistics, weight.shape, torch.float32)
+            dense = weight.dequantize()
             y = x @ dense.double().T
             if bias is not None:
                 y = y + bias.double()
@@ -106,7 +105,7 @@ def test_dropout_takes_the_same_values_away_forward_and_backward(provider: str, 
     case = Case(64, [40, 33], [[4], [6]], dtype)
     # An adapter that shows the mask: rank and width of the input, A and B the identity.
     eye = torch.eye(64)
-    show = Projection(Weight4bit(*_zeros(64), (64, 64)), None, [LowRank(eye, eye, 1.0)])
+    show = Projection(quantize_4bit(torch.zeros(64, 64)), None, [LowRank(eye, eye, 1.0)])
     x = (torch.rand(500, 64) + 0.5).to(dtype).requires_grad_()
     torch.manual_seed(5)
     *ys, shown = lora_linear(x, [*case.projections, show], dropout=0.25)
@@ -120,11 +119,6 @@ def test_dropout_takes_the_same_values_away_forward_and_backward(provider: str, 
     exact = torch.where(kept, torch.tensor(1 / 0.75, dtype=dtype), 0)
     case.compare(ys, case.formula(x, exact), x)
     assert not torch.equal(lora_linear(x, case.projections, dropout=0.25)[0], ys[0])
-
-
-def _zeros(n: int) -> tuple[Tensor, kernels.Statistics]:
-    w = quantize_4bit(torch.zeros(n, n))
-    return w.packed, w.statistics
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:

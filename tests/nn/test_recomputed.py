@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte.kernels import Weight4bit
 from halfbyte.nn import LowRank, Projection, gated, gated_halves, lora_linear, rms_norm
 from halfbyte.nn.recomputed import source_of
 from halfbyte.quant import quantize_4bit
@@ -43,7 +42,7 @@ def projections(trained_a: bool = True) -> list[Projection]:
         weight = quantize_4bit(torch.randn(outputs, WIDTH))
         a, b = torch.randn(4, WIDTH), torch.randn(outputs, 4)
         low_rank = LowRank(a.requires_grad_(trained_a), b.requires_grad_(), 2.0)
-        found.append(Projection(Weight4bit(weight.packed, weight.statistics, weight.shape), None, [low_rank]))
+        found.append(Projection(weight, None, [low_rank]))
     return found
 
 

@@ -427,9 +427,8 @@ def test_the_kernels_say_which_argument_of_an_8_bit_step_is_wrong(wrong: str) ->
     }[wrong]
     tables = (code[:16], code) if wrong == "code" else (code, code)
     with pytest.raises((TypeError, ValueError), match=expected):
-        kernels.adamw_8bit(
-            [p], [p], [first], [good], *tables, 256, step=1, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0
-        )
+        step = kernels.AdamwStep(1, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+        kernels.adamw_8bit([p], [p], [first], [good], *tables, 256, step)
 
 
 def lora(count: int = 9) -> list[Parameter]:

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from halfbyte.quant import codebook, dequantize_affine, dequantize_blockwise, quantize_affine, quantize_blockwise
+from halfbyte.quant import codebook, dequantize_affine, dequantize_coded, quantize_affine, quantize_coded
 
 NAMES = ["nf4", "fp4", "e2m1", "e3m0", "int4", "int8", "dynamic", "dynamic_unsigned"]
 
@@ -14,8 +14,8 @@ NAMES = ["nf4", "fp4", "e2m1", "e3m0", "int4", "int8", "dynamic", "dynamic_unsig
 @pytest.mark.parametrize(("shape", "blocksize"), [((7, 33), 32), ((5,), 64), ((3, 4, 50), 100), ((2, 4096), 4096)])
 def test_every_value_gets_the_nearest_code_of_its_block(name: str, shape: tuple[int, ...], blocksize: int) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    quantized = quantize_blockwise(x, name, blocksize)
-    values = dequantize_blockwise(quantized, name, blocksize)
+    quantized = quantize_coded(x, name, blocksize)
+    values = dequantize_coded(quantized, name, blocksize)
     assert quantized.codes.shape == x.shape and values.shape == x.shape
     table = codebook(name).double()
     for block, absmax, got in zip(
@@ -29,7 +29,7 @@ def test_every_value_gets_the_nearest_code_of_its_block(name: str, shape: tuple[
 
 def test_the_worked_example_of_symmetric_8_bit() -> None:
     x = torch.tensor([1.5, -3, 2, 4.5, -2.5, 1, 3.5, -4])
-    quantized = quantize_blockwise(x, "int8", blocksize=4)
+    quantized = quantize_coded(x, "int8", blocksize=4)
     assert (quantized.codes.int() - 128).tolist() == [42, -85, 56, 127, -79, 32, 111, -127]
     assert quantized.absmax.tolist() == [4.5, 4.0]
 

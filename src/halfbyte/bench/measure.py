@@ -32,15 +32,15 @@ RING_CALLS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """One implementation of a work.
+class Ring:
+    """The calls of one side, which are made one after the other, over and over.
 
     Attributes:
-        ring: calls that do the same over different data.
+        calls: they do the same over different data.
         setting: which of an implementation's ways this is, if it has several.
     """
 
-    ring: Sequence[Call]
+    calls: Sequence[Call]
     setting: str = ""
 
 
@@ -49,37 +49,37 @@ def ring_size(size: int) -> int:
     return min(RING_CALLS, math.ceil(RING_BYTES / size))
 
 
-def fastest(*sides: Side) -> Side:
-    """Return the side whose calls take the least time."""
-    if len(sides) == 1:
-        return sides[0]
-    seconds = interleaved({str(i): side for i, side in enumerate(sides)}, rounds=2)
-    return sides[min(range(len(sides)), key=lambda i: min(seconds[str(i)]))]
+def fastest(*rings: Ring) -> Ring:
+    """Return the ring whose calls take the least time."""
+    if len(rings) == 1:
+        return rings[0]
+    seconds = interleaved({str(i): ring for i, ring in enumerate(rings)}, rounds=2)
+    return rings[min(range(len(rings)), key=lambda i: min(seconds[str(i)]))]
 
 
 @torch.no_grad()
-def interleaved(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
+def interleaved(sides: Mapping[str, Ring], rounds: int) -> dict[str, list[float]]:
     """Return the seconds that one call of each side takes, in each of ``rounds`` rounds."""
     for side in sides.values():
-        for call in side.ring:
+        for call in side.calls:
             call()
-    rings = {name: itertools.cycle(side.ring) for name, side in sides.items()}
-    calls = {name: math.ceil(SAMPLE / _sample(ring, 1)) for name, ring in rings.items()}
+    endless = {name: itertools.cycle(side.calls) for name, side in sides.items()}
+    counts = {name: math.ceil(SAMPLE / _sample(calls, 1)) for name, calls in endless.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
-        for name, ring in rings.items():
-            seconds[name].append(_sample(ring, calls[name]))
+        for name, calls in endless.items():
+            seconds[name].append(_sample(calls, counts[name]))
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def _sample(ring: Iterator[Call], calls: int) -> float:
+def _sample(calls: Iterator[Call], count: int) -> float:
     time.sleep(PAUSE)
-    if calls > 1:
-        next(ring)()
+    if count > 1:
+        next(calls)()
     start = time.perf_counter()
-    for call in itertools.islice(ring, calls):
+    for call in itertools.islice(calls, count):
         call()
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / count
 
 
 @contextlib.contextmanager

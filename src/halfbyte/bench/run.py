@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from halfbyte.bench import measure
-from halfbyte.bench.measure import Side, fastest, interleaved, memory_kept
+from halfbyte.bench.measure import Ring, fastest, interleaved, memory_kept
 from halfbyte.bench.report import Circumstances, Report, Row
 from halfbyte.bench.works import Work
 from halfbyte.errors import InputError, nearest
@@ -65,7 +65,7 @@ def bench_kernels(
             ceilings = {"arithmetic": ceiling, "copy": copy}
             values = _lookups(work)
             if values:
-                ceilings["lookups"] = Side([functools.partial(native.probe_lookups, LOOKUP_ROUNDS)])
+                ceilings["lookups"] = Ring([functools.partial(native.probe_lookups, LOOKUP_ROUNDS)])
             seconds = interleaved(sides | ceilings, rounds)
             rows.append(
                 Row(
@@ -117,21 +117,21 @@ def forced(isa: str | None, threads: int | None) -> Iterator[None]:
         torch.set_num_threads(torch_threads)
 
 
-def peak() -> tuple[str, int, Side]:
+def peak() -> tuple[str, int, Ring]:
     """Return what measures the ceiling of arithmetic: its name, the flop of a call, the calls."""
     if _native():
         flop = native.probe(PROBE_ROUNDS)
-        return native.probed_arithmetic(), flop, Side([functools.partial(native.probe, PROBE_ROUNDS)])
+        return native.probed_arithmetic(), flop, Ring([functools.partial(native.probe, PROBE_ROUNDS)])
     matrices = [torch.randn(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    side = fastest(*(Side([functools.partial(torch.mm, a, a)], f"dense {a.dtype} product of torch") for a in matrices))
+    side = fastest(*(Ring([functools.partial(torch.mm, a, a)], f"dense {a.dtype} product of torch") for a in matrices))
     return side.setting, 2 * 1024**3, side
 
 
-def _copy() -> tuple[int, Side]:
+def _copy() -> tuple[int, Ring]:
     """Return what measures the bandwidth of memory: the bytes that a call reads and writes, the calls."""
     source = torch.ones(measure.RING_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * source.nbytes, Side([functools.partial(target.copy_, source)])
+    return 2 * source.nbytes, Ring([functools.partial(target.copy_, source)])
 
 
 def _lookups(work: Work) -> int:

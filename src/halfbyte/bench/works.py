@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfbyte import kernels, optim
-from halfbyte.bench.measure import Call, Side, fastest, ring_size
+from halfbyte.bench.measure import Call, Ring, fastest, ring_size
 from halfbyte.optim.adamw import BLOCKSIZE, SMALLEST_8BIT
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
@@ -59,7 +59,7 @@ class Work:
     size: str
     flop: int
     bytes: int
-    sides: Callable[[], dict[str, Side]]
+    sides: Callable[[], dict[str, Ring]]
     lookups: int = 0
 
     @property
@@ -120,14 +120,14 @@ def quantize(out_features: int, in_features: int) -> Work:
     shape = (out_features, in_features)
     size = 2 * math.prod(shape)
 
-    def sides() -> dict[str, Side]:
+    def sides() -> dict[str, Ring]:
         weights = [_weight(shape) for _ in range(ring_size(size))]
-        found = {"halfbyte": Side([functools.partial(quantize_4bit, weight) for weight in weights])}
+        found = {"halfbyte": Ring([functools.partial(quantize_4bit, weight) for weight in weights])}
         if has_bitsandbytes():
             from bitsandbytes.functional import quantize_4bit as theirs
 
             options = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}
-            found["bitsandbytes"] = Side([functools.partial(theirs, weight, **options) for weight in weights])
+            found["bitsandbytes"] = Ring([functools.partial(theirs, weight, **options) for weight in weights])
         return found
 
     return Work("quantize", _dimensions(shape), 2 * math.prod(shape), size + _packed_bytes(shape), sides)
@@ -138,18 +138,18 @@ def dequantize(out_features: int, in_features: int) -> Work:
     shape = (out_features, in_features)
     size = 2 * math.prod(shape)
 
-    def sides() -> dict[str, Side]:
+    def sides() -> dict[str, Ring]:
         count, dense = ring_size(size), _weight(shape)
         weights = _copies(quantize_4bit(dense), count)
-        found = {"halfbyte": Side([functools.partial(weight.dequantize, torch.bfloat16) for weight in weights])}
+        found = {"halfbyte": Ring([functools.partial(weight.dequantize, torch.bfloat16) for weight in weights])}
         if has_bitsandbytes():
             from bitsandbytes.functional import dequantize_4bit as theirs
 
             layers = _copies(_bitsandbytes_linear(dense), count)
-            found["bitsandbytes"] = Side(
+            found["bitsandbytes"] = Ring(
                 [functools.partial(theirs, layer.weight.data, layer.weight.quant_state) for layer in layers]
             )
-        found["bf16"] = Side([weight.clone for weight in _copies(dense, count)])
+        found["bf16"] = Ring([weight.clone for weight in _copies(dense, count)])
         return found
 
     return Work("dequantize", _dimensions(shape), math.prod(shape), size + _packed_bytes(shape), sides)
@@ -159,12 +159,12 @@ def adamw(name: str, shapes: Sequence[tuple[int, int]]) -> Work:
     """One step of AdamW with 8-bit state over fp32 parameters of these shapes."""
     counts = [math.prod(shape) for shape in shapes]
 
-    def sides() -> dict[str, Side]:
+    def sides() -> dict[str, Ring]:
         options = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
-        def side(kind: Callable[..., Any], setting: str = "", **more: Any) -> Side:
-            rings = [_parameters(shapes) for _ in range(ring_size(8 * sum(counts)))]
-            return Side([kind(params, **options, **more).step for params in rings], setting)
+        def side(kind: Callable[..., Any], setting: str = "", **more: Any) -> Ring:
+            copies = [_parameters(shapes) for _ in range(ring_size(8 * sum(counts)))]
+            return Ring([kind(params, **options, **more).step for params in copies], setting)
 
         found = {"halfbyte": side(optim.AdamW, state_bits=8)}
         if has_bitsandbytes():
@@ -181,7 +181,7 @@ def adamw(name: str, shapes: Sequence[tuple[int, int]]) -> Work:
 
 def _products(
     rows: int, out_features: int, in_features: int, as_call: Callable[[Callable[[Tensor], Tensor], Tensor], Call]
-) -> dict[str, Side]:
+) -> dict[str, Ring]:
     """Return the sides of a forward product, or of its gradient."""
     shape = (out_features, in_features)
     x, dense = torch.randn(rows, in_features, dtype=torch.bfloat16), _weight(shape)
@@ -190,22 +190,22 @@ def _products(
         return ring_size(bytes_) if rows <= STREAMED_ROWS else 1
 
     def ours(weight: QuantizedWeight) -> Call:
-        return as_call(lambda x: kernels.matmul_4bit(x, weight.packed, weight.statistics, shape), x)
+        return as_call(lambda x: kernels.matmul_4bit(x, weight), x)
 
     def torchs(weight: Tensor) -> Call:
         return as_call(lambda x: F.linear(x, weight), x.to(weight.dtype))
 
     few = count(_packed_bytes(shape))
-    found = {"halfbyte": Side([ours(weight) for weight in _copies(quantize_4bit(dense), few)])}
+    found = {"halfbyte": Ring([ours(weight) for weight in _copies(quantize_4bit(dense), few)])}
     if has_bitsandbytes():
         layers = _copies(_bitsandbytes_linear(dense), 2 * few)
-        ways = [Side([as_call(layer.train(), x) for layer in layers[:few]], "training path")]
+        ways = [Ring([as_call(layer.train(), x) for layer in layers[:few]], "training path")]
         if as_call is _forward_call:
-            ways.append(Side([as_call(layer.eval(), x) for layer in layers[few:]], "evaluation path"))
+            ways.append(Ring([as_call(layer.eval(), x) for layer in layers[few:]], "evaluation path"))
         found["bitsandbytes"] = fastest(*ways)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         weight = dense.to(dtype)
-        found[name] = Side([torchs(w) for w in _copies(weight, count(weight.nbytes))])
+        found[name] = Ring([torchs(w) for w in _copies(weight, count(weight.nbytes))])
     return found
 
 

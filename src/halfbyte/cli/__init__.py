@@ -12,10 +12,12 @@ Any other error is a bug and keeps its traceback. torch and the libraries over i
 this package do not import them; each command does, when it runs.
 """
 
+import io
 import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import safetensors
@@ -36,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-benchmarks = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+benchmarks = typer.Typer(help="Measure speed on this machine.")
 
 app.command()(train.train)
 app.command()(talk.chat)
@@ -57,8 +59,10 @@ def main() -> None:
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
+        _check_surroundings()
+        code = _run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (InputError, typer.TyperException) as error:
         code = fail(error.format_message() if isinstance(error, typer.TyperException) else str(error))
     except BrokenPipeError:
@@ -69,9 +73,42 @@ def main() -> None:
         if not disk_full(error):
             raise
         code = fail(f"The disk is full ({error}); free some space and try again.")
-    if code == INTERRUPTED:
+    except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
+        code = INTERRUPTED
     sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command that the arguments name; typer's own way of doing this would hide a closed pipe."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("halfbyte", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def _check_surroundings() -> None:
+    """Look at what a program gets from its shell: folder, arguments, streams.
+
+    What is read may be bytes of another encoding, which are told where they are used; what is printed may be text that
+    the terminal's encoding cannot hold, which is printed with question marks.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise InputError("The working directory is gone; change to one that is there.") from None
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"The argument {argument!a} is not UTF-8 text; names and prompts must be.") from None
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(errors="replace")
 
 
 @app.callback(invoke_without_command=True)
@@ -81,5 +118,11 @@ def _root(
 ) -> None:
     if version:
         typer.echo(f"halfbyte {__version__}")
-    elif context.invoked_subcommand is None:
+    else:
+        _help_alone(context)
+
+
+@benchmarks.callback(invoke_without_command=True)
+def _help_alone(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
         typer.echo(context.get_help())

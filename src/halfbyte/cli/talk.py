@@ -73,7 +73,7 @@ def generate(
     """Answer one prompt on standard output."""
     if raw and system is not None:
         raise InputError("--raw takes the prompt as it stands, without --system; give one of the two.")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     with _opened(model, seed, trust_remote_code) as (loaded, tokenizer):
         from halfbyte.generate import stream_reply
 
@@ -105,15 +105,22 @@ def _opened(path: str, seed: int | None, trust_remote_code: bool) -> Iterator[tu
         yield loaded, tokenizer
 
 
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise InputError("--prompt - reads the prompt from standard input, but that is closed.")
+    return sys.stdin.read()
+
+
 def _read_line() -> str | None:
     """Return what the user types next, or None at the end."""
-    while True:
+    while sys.stdin is not None:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return None
         except KeyboardInterrupt:
             notes.print("\n/quit or Ctrl-D ends.", style="dim")
+    return None
 
 
 def _opening(tokenizer: Any, system: str | None) -> list[dict[str, str]]:

@@ -52,6 +52,7 @@ class Tokenized:
         tokens: in all rows.
         trained_tokens: those of them that have a label.
         longest: tokens of the longest row.
+        largest_id: the greatest token id.
         digest: of ids, labels and their order (:class:`halfbyte.tables.Digest`).
         unused: columns of the data that had no part in the examples, with the number of examples that had them.
     """
@@ -62,6 +63,7 @@ class Tokenized:
     tokens: int
     trained_tokens: int
     longest: int
+    largest_id: int
     digest: str
     unused: dict[str, int]
 
@@ -142,6 +144,7 @@ def _write(
         "tokens": stream.tokens,
         "trained_tokens": stream.trained_tokens,
         "longest": stream.longest,
+        "largest_id": stream.largest_id,
         "digest": stream.digest.hexdigest(),
         "unused": unused,
     }
@@ -157,7 +160,7 @@ class _Stream:
         self.stream = pa.ipc.new_stream(self.sink, self.schema)
         self.rows: list[Row] = []
         self.places: list[str] = []
-        self.waiting = self.tokens = self.trained_tokens = self.longest = 0
+        self.waiting = self.tokens = self.trained_tokens = self.longest = self.largest_id = 0
         self.digest = Digest()
 
     def add(self, row: Row, where: str) -> None:
@@ -167,6 +170,7 @@ class _Stream:
         self.tokens += length
         self.trained_tokens += int((row["labels"] != IGNORED).sum())
         self.longest = max(self.longest, length)
+        self.largest_id = max(self.largest_id, int(row["input_ids"].max()))
         self.waiting += length
         if self.waiting >= BATCH:
             self.flush()

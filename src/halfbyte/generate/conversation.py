@@ -18,10 +18,20 @@ def encode(prompt: list[Message] | str, tokenizer: PreTrainedTokenizerBase) -> l
     """Return the token ids of a conversation, the generation prompt included, or of a plain text to go on with.
 
     Raises:
-        InputError: the chat template refuses the conversation.
+        InputError: the chat template refuses the conversation, or a text is empty or holds what is no character.
     """
+    for text in [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"The prompt is not UTF-8 text: {text[error.start : error.end]!r} at character {error.start} is no "
+                "character."
+            ) from None
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise InputError("The prompt is empty, so there is nothing to go on from; give at least one character.")
         return ids
     try:
         text = tokenizer.apply_chat_template(

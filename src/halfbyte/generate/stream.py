@@ -20,7 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from halfbyte.errors import InputError
 from halfbyte.generate.conversation import encode, stop_tokens
+from halfbyte.hf.models.limits import check_tokens, most_positions
 
+COLDEST = 1e-5
+"""The temperature below which the likeliest token is taken: divided by less, logits become infinite."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -48,12 +51,14 @@ def stream_reply(
         top_p: tokens are drawn from the likeliest ones that together have this probability.
 
     Raises:
-        InputError: the model does not generate text, or the prompt is longer than it can attend to.
+        InputError: the model does not generate text, or the prompt is empty, no text, longer than the model can attend
+            to, or holds a token that the model has no embedding for.
     """
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} does not generate text; give a causal language model.")
     ids = encode(prompt, tokenizer)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_tokens(model, tokenizer, max(ids), "The prompt")
+    limit = most_positions(model)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"The prompt is {len(ids)} tokens long, but the model attends to {limit}: shorten it.")
     listener = _Listener()
@@ -67,7 +72,11 @@ def stream_reply(
         num_beams=1,
         eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
+        **(
+            {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            if temperature >= COLDEST
+            else {"do_sample": False}
+        ),
     )
     with ThreadPoolExecutor(1) as thread:
         generation = thread.submit(contextvars.copy_context().run, generate)

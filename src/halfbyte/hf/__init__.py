@@ -1,6 +1,7 @@
 """Everything that knows the internals of transformers, peft and trl."""
 
 from halfbyte.hf.layers.adapters import LoraLinear4bit, count_parameters, project
+from halfbyte.hf.layers.attention_choice import describe_attention
 from halfbyte.hf.layers.fusion import describe_layers, fuse, unfuse
 from halfbyte.hf.layers.prepare import prepare_for_training, unprepare
 from halfbyte.hf.models.config import HalfbyteConfig
@@ -13,6 +14,7 @@ __all__ = [
     "HalfbyteQuantizer",
     "LoraLinear4bit",
     "count_parameters",
+    "describe_attention",
     "describe_layers",
     "fuse",
     "load",

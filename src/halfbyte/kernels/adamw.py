@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.checks import FLOATING, check_absmax, check_blocksize, check_code
 from halfbyte.kernels.provider import provider_for
 
-Moment8bit = tuple[Tensor, Tensor]
+CodedMoment = tuple[Tensor, Tensor]
+"""Codes and ``absmax`` of a moment, as :func:`halfbyte.kernels.quantize_coded` makes them."""
 
 
 def adamw_32bit(
@@ -26,12 +28,7 @@ def adamw_32bit(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors of one device, in place, with fp32 moments.
 
@@ -41,25 +38,18 @@ def adamw_32bit(
         return
     device = params[0].device
     _check_32bit(params, grads, exp_avgs, exp_avg_sqs, device)
-    provider_for(device).adamw_32bit(
-        params, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
+    provider_for(device).adamw_32bit(params, grads, exp_avgs, exp_avg_sqs, step)
 
 
 def adamw_8bit(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Moment8bit],
-    exp_avg_sqs: list[Moment8bit],
+    exp_avgs: list[CodedMoment],
+    exp_avg_sqs: list[CodedMoment],
     code: Tensor,
     code_unsigned: Tensor,
     blocksize: int,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors of one device, in place, with block-wise 8-bit moments.
 
@@ -69,10 +59,7 @@ def adamw_8bit(
         return
     device = params[0].device
     _check_8bit(params, grads, exp_avgs, exp_avg_sqs, (code, code_unsigned), blocksize, device)
-    provider_for(device).adamw_8bit(
-        params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize,
-        step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-    )  # fmt: skip
+    provider_for(device).adamw_8bit(params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize, step)
 
 
 class _Checked:
@@ -116,25 +103,14 @@ class Adamw32bit:
         self.params, self.exp_avgs, self.exp_avg_sqs, self.joined = params, exp_avgs, exp_avg_sqs, joined
         self._prepare(params)
 
-    def step(
-        self,
-        grads: list[Tensor],
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def step(self, grads: list[Tensor], step: AdamwStep) -> None:
         """Take one step; ``grads`` are those of the parameters, in their order."""
         if not self._checked.hold(self.params, grads):
             self._prepare(grads)
         p, m, v, g = self.params, self.exp_avgs, self.exp_avg_sqs, grads
         if self.joined:
             p, m, v, g = ([torch.cat(x)] for x in (*self._flat, [x.view(-1) for x in grads]))
-        provider_for(self._checked.device).adamw_32bit(
-            p, g, m, v, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-        )
+        provider_for(self._checked.device).adamw_32bit(p, g, m, v, step)
         if self.joined:
             for old, (new,) in zip(self._flat, (p, m, v), strict=True):
                 torch._foreach_copy_(old, torch.split_with_sizes(new, self._sizes))
@@ -153,8 +129,8 @@ class Adamw8bit:
     def __init__(
         self,
         params: list[Tensor],
-        exp_avgs: list[Moment8bit],
-        exp_avg_sqs: list[Moment8bit],
+        exp_avgs: list[CodedMoment],
+        exp_avg_sqs: list[CodedMoment],
         code: Tensor,
         code_unsigned: Tensor,
         blocksize: int,
@@ -163,23 +139,13 @@ class Adamw8bit:
         self.code, self.code_unsigned, self.blocksize = code, code_unsigned, blocksize
         self._prepare(params)
 
-    def step(
-        self,
-        grads: list[Tensor],
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def step(self, grads: list[Tensor], step: AdamwStep) -> None:
         """Take one step; ``grads`` are those of the parameters, in their order."""
         if not self._checked.hold(self.params, grads):
             self._prepare(grads)
         provider_for(self._checked.device).adamw_8bit(
-            self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.code, self.code_unsigned, self.blocksize,
-            step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-        )  # fmt: skip
+            self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.code, self.code_unsigned, self.blocksize, step
+        )
 
     def _prepare(self, grads: list[Tensor]) -> None:
         tables = self.code, self.code_unsigned
@@ -204,8 +170,8 @@ def _check_32bit(
 def _check_8bit(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Moment8bit],
-    exp_avg_sqs: list[Moment8bit],
+    exp_avgs: list[CodedMoment],
+    exp_avg_sqs: list[CodedMoment],
     tables: tuple[Tensor, Tensor],
     blocksize: int,
     device: torch.device,

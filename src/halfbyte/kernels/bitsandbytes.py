@@ -7,7 +7,7 @@ What bitsandbytes cannot do the reference does:
 
 - 4 bits: tables other than nf4 and fp4; blocks of other sizes than the powers of two from 32 to 4096 (to 1024 on a
   CPU, where it hands larger ones to ``torch.compile``).
-- 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
+- Coded 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
 - 8-bit optimizer state: blocks of other sizes than 256.
 - Tensors of 2³¹ elements and more, which its kernels count in 32 bits, and empty ones.
 - Block-wise int8 weights, and the other pieces of a training step: attention, norms, gating, rotary embedding, the
@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from halfbyte.kernels import reference
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
+from halfbyte.kernels.adamw_step import AdamwStep
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKSIZES_8BIT = BLOCKSIZES_4BIT[1:]
@@ -57,18 +58,18 @@ def available() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Block-wise 8-bit quantization; ``code`` must be ascending."""
-    if not _takes_8bit(x.numel(), code, blocksize):
-        return reference.quantize_8bit(x, code, blocksize)
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise quantization to a table; ``code`` must be ascending."""
+    if not _takes_coded(x.numel(), code, blocksize):
+        return reference.quantize_coded(x, code, blocksize)
     codes, absmax = _operations().quantize_blockwise.default(x, code.contiguous(), blocksize)
     return codes.view(-1), absmax
 
 
-def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_8bit`."""
-    if not _takes_8bit(codes.numel(), code, blocksize):
-        return reference.dequantize_8bit(codes, absmax, code, blocksize, dtype)
+def dequantize_coded(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_coded`."""
+    if not _takes_coded(codes.numel(), code, blocksize):
+        return reference.dequantize_coded(codes, absmax, code, blocksize, dtype)
     out: Tensor = _operations().dequantize_blockwise.default(codes, absmax, code.contiguous(), blocksize, dtype)
     return out.view(-1)
 
@@ -82,59 +83,57 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return packed.view(-1), absmax
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_4bit`."""
+    statistics, n = weight.statistics, weight.numel()
     blocksize = statistics.blocksize
     name = _table(n, statistics.code, blocksize)
     if name is None:
-        return reference.dequantize_4bit(packed, statistics, n, dtype)
-    absmax, blocks, packed = _expand_absmax(statistics), len(statistics.absmax), packed.view(-1)
+        return reference.dequantize_4bit(weight, dtype)
+    absmax, blocks, packed = _expand_absmax(statistics), len(statistics.absmax), weight.packed.view(-1)
     if n % blocksize:
         packed = torch.nn.functional.pad(packed, (0, blocks * blocksize // 2 - len(packed)))
     out: Tensor = _operations().dequantize_4bit.default(packed, absmax, blocksize, name, (blocks, blocksize), dtype)
-    return out.view(-1)[:n]
+    return out.view(-1)[:n].view(weight.shape)
 
 
-def matmul_4bit(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
-) -> Tensor:
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias``."""
-    rows, columns = shape
-    nested, name = statistics.nested, _table(rows * columns, statistics.code, statistics.blocksize)
-    fused = name is not None and x.numel() > 0 and columns % statistics.blocksize == 0
+    statistics, shape = weight.statistics, weight.shape
+    nested, name = statistics.nested, _table(weight.numel(), statistics.code, statistics.blocksize)
+    fused = name is not None and x.numel() > 0 and shape[1] % statistics.blocksize == 0
     if not fused or (nested is not None and nested.blocksize != BLOCKSIZE_NESTED):
-        weight = dequantize_4bit(packed, statistics, rows * columns, x.dtype).view(shape)
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, dequantize_4bit(weight, x.dtype), bias)
     multiply = _operations().gemm_4bit.default
-    weight = packed.view(-1, 1)
+    packed = weight.packed.view(-1, 1)
     if nested is None:
-        y: Tensor = multiply(x, weight, shape, statistics.absmax, statistics.blocksize, name, bias)
+        y: Tensor = multiply(x, packed, shape, statistics.absmax, statistics.blocksize, name, bias)
         return y
     offset = torch.full((), nested.offset, dtype=torch.float32, device=x.device)
     y = multiply(
-        x, weight, shape, nested.absmax, statistics.blocksize, name, bias, statistics.absmax, nested.code, offset
+        x, packed, shape, nested.absmax, statistics.blocksize, name, bias, statistics.absmax, nested.code, offset
     )
     return y
 
 
-def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``."""
-    return dy @ dequantize_4bit(packed, statistics, shape[0] * shape[1], dy.dtype).view(shape)
+    return dy @ dequantize_4bit(weight, dy.dtype)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
     """Sums of products, each rounded to the dtype of ``x`` and added up in fp32."""
     for terms, out, bias in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
-        for x, factor, gradient in terms:
-            if isinstance(factor, Weight8bit):
+        for x, factor, transposed in terms:
+            if isinstance(factor, WeightInt8):
                 factor = reference.dequantize_int8(factor, x.dtype)
             if not isinstance(factor, Weight4bit):
-                y = y + x @ (factor.to(x.dtype) if gradient else factor.to(x.dtype).T)
-            elif gradient:
-                y = y + matmul_4bit_dx(x, factor.packed, factor.statistics, factor.shape)
+                y = y + x @ (factor.to(x.dtype).T if transposed else factor.to(x.dtype))
+            elif transposed:
+                y = y + matmul_4bit(x.contiguous(), factor, None)
             else:
-                y = y + matmul_4bit(x.contiguous(), factor.packed, factor.statistics, factor.shape, None)
+                y = y + matmul_4bit_dx(x, factor)
         out.copy_(y)
 
 
@@ -143,18 +142,14 @@ def adamw_32bit(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors with fp32 moments."""
     update = _operations().optimizer_update_32bit.default
+    number, lr, betas, eps, weight_decay = step
     for param, grad, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         # Without its bounds on an update's norm, and without AdEMAMix's beta3 and alpha.
-        update("adam", grad, param, m, v, None, 0.0, 0.0, *betas, 0.0, 0.0, eps, weight_decay, step, lr, 1.0)
+        update("adam", grad, param, m, v, None, 0.0, 0.0, *betas, 0.0, 0.0, eps, weight_decay, number, lr, 1.0)
     torch.autograd.graph.increment_version(params)
 
 
@@ -166,25 +161,17 @@ def adamw_8bit(
     code: Tensor,
     code_unsigned: Tensor,
     blocksize: int,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors with block-wise 8-bit moments; both tables must be ascending."""
     if blocksize != BLOCKSIZE_STATE:
-        reference.adamw_8bit(
-            params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize,
-            step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-        )  # fmt: skip
-        return
+        return reference.adamw_8bit(params, grads, exp_avgs, exp_avg_sqs, code, code_unsigned, blocksize, step)
     update = _operations().optimizer_update_8bit_blockwise.default
+    number, lr, betas, eps, weight_decay = step
     code, code_unsigned = code.contiguous(), code_unsigned.contiguous()
     for param, grad, (m, m_absmax), (v, v_absmax) in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         update(
-            "adam", grad, param, m, v, *betas, 0.0, 0.0, eps, step, lr,
+            "adam", grad, param, m, v, *betas, 0.0, 0.0, eps, number, lr,
             code, code_unsigned, m_absmax, v_absmax, weight_decay, 1.0,
         )  # fmt: skip
     torch.autograd.graph.increment_version(params)
@@ -213,7 +200,7 @@ def _operations() -> Any:
     return torch.ops.bitsandbytes
 
 
-def _takes_8bit(n: int, code: Tensor, blocksize: int) -> bool:
+def _takes_coded(n: int, code: Tensor, blocksize: int) -> bool:
     return 0 < n <= LARGEST_COUNT and len(code) == 256 and blocksize in BLOCKSIZES_8BIT
 
 
@@ -237,5 +224,5 @@ def _expand_absmax(statistics: Statistics) -> Tensor:
     nested = statistics.nested
     if nested is None:
         return statistics.absmax
-    absmax = dequantize_8bit(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32)
+    absmax = dequantize_coded(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32)
     return absmax + nested.offset

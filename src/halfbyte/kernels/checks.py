@@ -7,8 +7,7 @@ needed.
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Weight8bit
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,23 +51,24 @@ def check_absmax(absmax: Tensor, dtype: torch.dtype, n: int, blocksize: int, dev
         )
 
 
-def check_weight(packed: Tensor, statistics: Statistics, n: int) -> None:
-    """Check a 4-bit weight of ``n`` values, all on one device."""
+def check_4bit(weight: Weight4bit) -> None:
+    """Check a 4-bit weight, all on one device."""
+    packed, statistics, n = weight.packed, weight.statistics, weight.numel()
+    nested, device = statistics.nested, packed.device
     check_bytes("packed", packed, -(-n // 2))
     check_blocksize(statistics.blocksize)
-    check_code(statistics.code, range(16, 17), packed.device)
-    nested = statistics.nested
+    check_code(statistics.code, range(16, 17), device)
     if nested is None:
-        check_absmax(statistics.absmax, torch.float32, n, statistics.blocksize, packed.device)
+        check_absmax(statistics.absmax, torch.float32, n, statistics.blocksize, device)
     else:
-        check_absmax(statistics.absmax, torch.uint8, n, statistics.blocksize, packed.device)
+        check_absmax(statistics.absmax, torch.uint8, n, statistics.blocksize, device)
         check_blocksize(nested.blocksize)
-        check_code(nested.code, range(256, 257), packed.device)
-        check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, packed.device)
+        check_code(nested.code, range(256, 257), device)
+        check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, device)
 
 
-def check_int8(weight: Weight8bit) -> None:
-    """Check an 8-bit weight, all on one device."""
+def check_int8(weight: WeightInt8) -> None:
+    """Check an int8 weight, all on one device."""
     codes = weight.codes
     if codes.dtype != torch.int8 or not codes.is_contiguous():
         raise TypeError(f"codes are {codes.dtype} with strides {codes.stride()}; they must be int8 and contiguous")

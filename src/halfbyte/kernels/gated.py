@@ -5,7 +5,7 @@ Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`; erro
 
 from torch import Tensor
 
-from halfbyte.kernels import memory
+from halfbyte.kernels import pool
 from halfbyte.kernels.checks import as_rows, check_as, check_floating
 from halfbyte.kernels.provider import provider_for
 
@@ -23,7 +23,7 @@ def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
     _check_gated(gate, up, activation)
     check_as("dy", dy, "gate", gate)
     gate_rows = as_rows(gate)
-    dgate, dup = (memory.empty(gate_rows.shape, gate.dtype, gate.device) for _ in range(2))
+    dgate, dup = (pool.empty(gate_rows.shape, gate.dtype, gate.device) for _ in range(2))
     provider_for(gate.device).gated_gradient(as_rows(dy), gate_rows, as_rows(up), activation, dgate, dup)
     return dgate.view(gate.shape), dup.view(gate.shape)
 
@@ -35,7 +35,7 @@ def gated_halves_gradient(dy: Tensor, gate_up: Tensor, activation: str) -> Tenso
     dy_rows = as_rows(dy)
     _check_gated(gate, up, activation)
     check_as("dy", dy_rows, "gate", gate)
-    gradient = memory.empty(rows.shape, rows.dtype, rows.device)
+    gradient = pool.empty(rows.shape, rows.dtype, rows.device)
     provider_for(rows.device).gated_gradient(dy_rows, gate, up, activation, *gradient.chunk(2, dim=1))
     return gradient.view(gate_up.shape)
 

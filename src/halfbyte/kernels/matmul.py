@@ -10,51 +10,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import memory
-from halfbyte.kernels.checks import FLOATING, check_floating, check_int8, check_weight
+from halfbyte.kernels import pool
+from halfbyte.kernels.checks import FLOATING, check_4bit, check_floating, check_int8
 from halfbyte.kernels.provider import provider_for
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Term, Weight8bit
+from halfbyte.kernels.terms import Sum, Term
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
-def matmul_4bit(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None = None
-) -> Tensor:
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias``, differentiable in ``x`` and ``bias``.
 
     The dense weight lives no longer than the product: the backward reads the 4-bit bytes again (``dx = dy W``).
 
     Args:
         x: ``[..., K]``, fp32, bf16 or fp16.
-        packed: uint8, ``ceil(N K / 2)`` bytes, any address.
-        statistics: those of ``W``.
-        shape: ``(N, K)``.
+        weight: ``[N, K]``.
         bias: ``[N]`` in the dtype of ``x``, or None.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
     check_floating("x", x.dtype)
-    check_weight(packed, statistics, shape[0] * shape[1])
-    if x.device != packed.device:
-        raise TypeError(f"x is on {x.device} and the weight on {packed.device}; both must be on one device")
+    check_4bit(weight)
+    device, shape = weight.packed.device, weight.shape
+    if x.device != device:
+        raise TypeError(f"x is on {x.device} and the weight on {device}; both must be on one device")
+    if len(shape) != 2:
+        raise ValueError(f"the weight has shape {tuple(shape)}; it must be a matrix")
     if x.ndim == 0 or x.shape[-1] != shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {tuple(shape)} needs [..., {shape[1]}]")
-    if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+    if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != device):
         raise ValueError(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, but this product needs {x.dtype} "
-            f"({shape[0]},) on {x.device}"
+            f"({shape[0]},) on {device}"
         )
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _Matmul4bit.apply(x, bias, packed, statistics, shape)  # type: ignore[no-untyped-call]
+        y: Tensor = _Matmul4bit.apply(x, bias, weight)  # type: ignore[no-untyped-call]
         return y
     # In decoding one product takes as long as fifteen calls of autograd's machinery.
-    with _no_autocast(x.device):
-        return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
+    with _no_autocast(device):
+        return provider_for(device).matmul_4bit(x, weight, bias)
 
 
-def matmul_int8(x: Tensor, weight: Weight8bit, bias: Tensor | None = None) -> Tensor:
-    """The 8-bit linear product ``y = x Wᵀ + bias``, differentiable in ``x`` and ``bias``; ``W`` is never whole.
+def matmul_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None = None) -> Tensor:
+    """The int8 linear product ``y = x Wᵀ + bias``, differentiable in ``x`` and ``bias``; ``W`` is never whole.
 
     Args:
         x: ``[..., K]``, fp32, bf16 or fp16.
@@ -75,7 +74,7 @@ def matmul_int8(x: Tensor, weight: Weight8bit, bias: Tensor | None = None) -> Te
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
-    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is not ``transposed``), each into its ``out``.
 
     The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once. The sums must not depend on
     each other. Not differentiable: gradients are such sums themselves (:mod:`halfbyte.nn.lora`).
@@ -96,18 +95,11 @@ class _Matmul4bit(torch.autograd.Function):
     """Keeps nothing dense for the backward: only the 4-bit bytes, which the layer holds anyway."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        statistics: Statistics,
-        shape: tuple[int, int],
-    ) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.statistics, ctx.shape = statistics, shape
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Weight4bit) -> Tensor:
+        ctx.save_for_backward(weight.packed)
+        ctx.statistics, ctx.shape = weight.statistics, weight.shape
         with _no_autocast(x.device):
-            return provider_for(x.device).matmul_4bit(x, packed, statistics, shape, bias)
+            return provider_for(x.device).matmul_4bit(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,17 +107,17 @@ class _Matmul4bit(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             with _no_autocast(dy.device):
-                dx = provider_for(dy.device).matmul_4bit_dx(dy, packed, ctx.statistics, ctx.shape)
+                dx = provider_for(dy.device).matmul_4bit_dx(dy, Weight4bit(packed, ctx.statistics, ctx.shape))
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, ctx.shape[0]).sum(0)
-        return dx, dbias, None, None, None
+        return dx, dbias, None
 
 
 class _MatmulInt8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Weight8bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: WeightInt8) -> Tensor:
         ctx.weight = weight
-        y = memory.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
+        y = pool.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
         matmul_sums([Sum([Term(x, weight)], y, None if bias is None else bias.contiguous())])
         return y
 
@@ -133,17 +125,20 @@ class _MatmulInt8(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = memory.empty((dy.shape[0], ctx.weight.shape[1]), dy.dtype, dy.device)
-            matmul_sums([Sum([Term(dy, ctx.weight, gradient=True)], dx)])
+            dx = pool.empty((dy.shape[0], ctx.weight.shape[1]), dy.dtype, dy.device)
+            matmul_sums([Sum([Term(dy, ctx.weight, transposed=False)], dx)])
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0)
         return dx, dbias, None
 
 
+_UNCHANGED = contextlib.nullcontext()
+
+
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
 
 
 def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: torch.device) -> None:
@@ -152,26 +147,26 @@ def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: 
     check_floating("out", out.dtype)
     _check_matrix("out", out, device)
     rows, width = out.shape
-    for i, (x, factor, gradient) in enumerate(terms):
+    for i, (x, factor, transposed) in enumerate(terms):
         _check_matrix(f"x of term {i}", x, device, any_strides=True)
         if isinstance(factor, Tensor):
             check_floating(f"the factor of term {i}", factor.dtype)
             _check_matrix(f"the factor of term {i}", factor, device)
-        elif isinstance(factor, Weight8bit):
+        elif isinstance(factor, WeightInt8):
             check_int8(factor)
             _check_device(f"the weight of term {i}", factor.codes, device)
         else:
-            check_weight(factor.packed, factor.statistics, factor.shape[0] * factor.shape[1])
+            check_4bit(factor)
             _check_device(f"the weight of term {i}", factor.packed, device)
         if x.dtype not in FLOATING or x.dtype != terms[0].x.dtype:
             raise TypeError(
                 f"x of term {i} is {x.dtype} and that of term 0 {terms[0].x.dtype}; all must be one of float32, "
                 "bfloat16 and float16"
             )
-        needed = (x.shape[1], width) if gradient else (width, x.shape[1])
+        needed = (width, x.shape[1]) if transposed else (x.shape[1], width)
         if len(x) != rows or tuple(factor.shape) != needed:
             raise ValueError(
-                f"term {i} multiplies {tuple(x.shape)} by {'' if gradient else 'the transpose of '}"
+                f"term {i} multiplies {tuple(x.shape)} by {'the transpose of ' if transposed else ''}"
                 f"{tuple(factor.shape)}, but out is {tuple(out.shape)}"
             )
     if bias is not None and (bias.shape != (width,) or bias.dtype != out.dtype or bias.device != device):

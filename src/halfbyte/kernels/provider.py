@@ -14,33 +14,32 @@ from torch import Tensor
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import bitsandbytes, native, reference
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.softmax import RunningSoftmax
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight8bit
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
 class Provider(Protocol):
     """The operations; formulas, shapes and dtypes are in :mod:`halfbyte.kernels.reference`."""
 
-    def quantize_8bit(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
+    def quantize_coded(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
 
-    def dequantize_8bit(
+    def dequantize_coded(
         self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Tensor: ...
 
     def quantize_4bit(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
 
-    def dequantize_4bit(self, packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor: ...
+    def dequantize_4bit(self, weight: Weight4bit, dtype: torch.dtype) -> Tensor: ...
 
-    def matmul_4bit(
-        self, x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
-    ) -> Tensor: ...
+    def matmul_4bit(self, x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor: ...
 
-    def matmul_4bit_dx(self, dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor: ...
+    def matmul_4bit_dx(self, dy: Tensor, weight: Weight4bit) -> Tensor: ...
 
-    def quantize_int8(self, x: Tensor, blocksize: int) -> Weight8bit: ...
+    def quantize_int8(self, x: Tensor, blocksize: int) -> WeightInt8: ...
 
-    def dequantize_int8(self, weight: Weight8bit, dtype: torch.dtype) -> Tensor: ...
+    def dequantize_int8(self, weight: WeightInt8, dtype: torch.dtype) -> Tensor: ...
 
     def matmul_sums(self, sums: Sequence[Sum]) -> None: ...
 
@@ -67,12 +66,7 @@ class Provider(Protocol):
         grads: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        step: AdamwStep,
     ) -> None: ...
 
     def adamw_8bit(
@@ -84,12 +78,7 @@ class Provider(Protocol):
         code: Tensor,
         code_unsigned: Tensor,
         blocksize: int,
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        step: AdamwStep,
     ) -> None: ...
 
     def rms_norm(

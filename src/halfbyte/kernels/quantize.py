@@ -1,4 +1,4 @@
-"""Block-wise quantization to 4 and 8 bits and back: arguments checked, then handed to a provider.
+"""Block-wise quantization to 4 bits, coded bytes and int8, and back: arguments checked, then handed to a provider.
 
 Formulas, shapes and dtypes are those of :mod:`halfbyte.kernels.reference`; errors as in :mod:`halfbyte.kernels.checks`.
 """
@@ -7,38 +7,37 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.checks import (
+    check_4bit,
     check_absmax,
     check_blocksize,
     check_bytes,
     check_code,
     check_floating,
     check_int8,
-    check_weight,
 )
 from halfbyte.kernels.provider import provider_for
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Weight8bit
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Quantize block-wise to 8 bits: codes uint8 in the shape of ``x``, and ``absmax`` fp32 ``[blocks]``."""
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Quantize block-wise to indices of ``code``, uint8 in the shape of ``x``, and ``absmax``, fp32 ``[blocks]``."""
     check_floating("x", x.dtype)
     check_code(code, range(2, 257), x.device)
     check_blocksize(blocksize)
-    codes, absmax = provider_for(x.device).quantize_8bit(x.contiguous(), code, blocksize)
+    codes, absmax = provider_for(x.device).quantize_coded(x.contiguous(), code, blocksize)
     return codes.view(x.shape), absmax
 
 
-def dequantize_8bit(
+def dequantize_coded(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Inverse of :func:`quantize_8bit`, as ``dtype`` in the shape of ``codes``."""
+    """Inverse of :func:`quantize_coded`, as ``dtype`` in the shape of ``codes``."""
     check_bytes("codes", codes, codes.numel())
     check_blocksize(blocksize)
     check_floating("dtype", dtype)
     check_code(code, range(2, 257), codes.device)
     check_absmax(absmax, torch.float32, codes.numel(), blocksize, codes.device)
-    flat = provider_for(codes.device).dequantize_8bit(codes, absmax, code, blocksize, dtype)
+    flat = provider_for(codes.device).dequantize_coded(codes, absmax, code, blocksize, dtype)
     return flat.view(codes.shape)
 
 
@@ -50,15 +49,14 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return provider_for(x.device).quantize_4bit(x.contiguous(), code, blocksize)
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_4bit`, as ``dtype`` in ``shape``."""
-    n = torch.Size(shape).numel()
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_4bit`, as ``dtype`` in the shape of ``weight``."""
     check_floating("dtype", dtype)
-    check_weight(packed, statistics, n)
-    return provider_for(packed.device).dequantize_4bit(packed, statistics, n, dtype).view(shape)
+    check_4bit(weight)
+    return provider_for(weight.packed.device).dequantize_4bit(weight, dtype)
 
 
-def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
     """Quantize a matrix block-wise to int8; see :func:`halfbyte.kernels.reference.quantize_int8`."""
     check_floating("x", x.dtype)
     check_blocksize(blocksize)
@@ -67,7 +65,7 @@ def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
     return provider_for(x.device).quantize_int8(x, blocksize)
 
 
-def dequantize_int8(weight: Weight8bit, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_int8(weight: WeightInt8, dtype: torch.dtype = torch.float32) -> Tensor:
     """Inverse of :func:`quantize_int8`, as ``dtype`` ``[N, K]``."""
     check_int8(weight)
     check_floating("dtype", dtype)

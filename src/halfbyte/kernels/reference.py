@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.softmax import RunningSoftmax
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 SMALLEST_ABSMAX = 1e-38
 
@@ -67,14 +68,14 @@ def unscale_blocks(values: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
     return values * absmax.repeat_interleave(blocksize)[: values.numel()]
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Block-wise 8-bit quantization: codes uint8 ``[n]`` and ``absmax`` fp32 (see the module's notation)."""
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise quantization to a table of up to 256 values: codes uint8 ``[n]`` and ``absmax`` fp32."""
     scaled, absmax = scale_blocks(x, blocksize)
     return nearest_code(scaled, code).to(torch.uint8), absmax
 
 
-def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_8bit`: ``code[codes] * absmax`` as ``dtype`` ``[n]``."""
+def dequantize_coded(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_coded`: ``code[codes] * absmax`` as ``dtype`` ``[n]``."""
     return unscale_blocks(code[codes.reshape(-1).long()], absmax, blocksize).to(dtype)
 
 
@@ -99,18 +100,19 @@ def expand_absmax(statistics: Statistics) -> Tensor:
         return statistics.absmax
     nested = statistics.nested
     return (
-        dequantize_8bit(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32) + nested.offset
+        dequantize_coded(statistics.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32) + nested.offset
     )
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_4bit`: the ``n`` values ``code[q] * absmax`` as ``dtype`` ``[n]``."""
-    packed = packed.reshape(-1)
-    q = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
-    return unscale_blocks(statistics.code[q.long()], expand_absmax(statistics), statistics.blocksize).to(dtype)
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_4bit`: the values ``code[q] * absmax`` as ``dtype`` in the shape of the weight."""
+    packed, statistics = weight.packed.reshape(-1), weight.statistics
+    q = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: weight.numel()]
+    values = unscale_blocks(statistics.code[q.long()], expand_absmax(statistics), statistics.blocksize)
+    return values.to(dtype).view(weight.shape)
 
 
-def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
     """Block-wise quantization to evenly spaced integers: ``codes = round(x * (127 / absmax))``, halves to even.
 
     Where a block is a row, the codes are those of ``LLM.int8()`` (arXiv 2208.07339) as bitsandbytes' torch backend
@@ -126,56 +128,48 @@ def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
     absmax = blocks.abs().amax(dim=1) if len(blocks) else flat.new_empty(0)
     factor = torch.where(absmax > 0, 127.0 / absmax, 0.0)
     codes = (blocks * factor.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
-    return Weight8bit(codes.view(-1)[: flat.numel()].view(x.shape), absmax, blocksize)
+    return WeightInt8(codes.view(-1)[: flat.numel()].view(x.shape), absmax, blocksize)
 
 
-def dequantize_int8(weight: Weight8bit, dtype: torch.dtype) -> Tensor:
+def dequantize_int8(weight: WeightInt8, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_int8`: ``codes * (absmax / 127)`` as ``dtype`` ``[N, K]``."""
     values = unscale_blocks(weight.codes.reshape(-1).float(), weight.absmax / 127.0, weight.blocksize)
     return values.to(dtype).view(weight.shape)
 
 
-def matmul_4bit(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
-) -> Tensor:
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias`` with ``W`` dequantized to the dtype of ``x``.
 
     Args:
         x: ``[..., K]``, floating.
-        packed: uint8, ``ceil(N K / 2)`` bytes.
-        statistics: those of ``W``.
-        shape: ``(N, K)``, that of ``W``.
+        weight: ``W``, ``[N, K]``.
         bias: ``[N]`` in the dtype of ``x``, or None.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
-    rows, columns = shape
-    weight = dequantize_4bit(packed, statistics, rows * columns, x.dtype).view(shape)
-    return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(x, dequantize_4bit(weight, x.dtype), bias)
 
 
-def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``: ``dx = dy W``, ``[..., N]`` to ``[..., K]``."""
-    rows, columns = shape
-    return dy @ dequantize_4bit(packed, statistics, rows * columns, dy.dtype).view(shape)
+    return dy @ dequantize_4bit(weight, dy.dtype)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
-    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is a gradient), each into its ``out``.
+    """Sums of products ``y = Σ x Rᵀ + bias`` (``x R`` where a term is not ``transposed``), each into its ``out``.
 
     The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once.
     """
     for terms, out, bias in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
-        for x, factor, gradient in terms:
-            if isinstance(factor, Weight8bit):
+        for x, factor, transposed in terms:
+            if isinstance(factor, WeightInt8):
                 factor = dequantize_int8(factor, x.dtype)
             elif isinstance(factor, Weight4bit):
-                rows, columns = factor.shape
-                factor = dequantize_4bit(factor.packed, factor.statistics, rows * columns, x.dtype).view(factor.shape)
+                factor = dequantize_4bit(factor, x.dtype)
             rounded = factor.to(x.dtype).float()
-            y = y + x.float() @ (rounded if gradient else rounded.T)
+            y = y + x.float() @ (rounded.T if transposed else rounded)
         out.copy_(y)
 
 
@@ -255,17 +249,12 @@ def adamw_32bit(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, algorithm 2) over many tensors in place, with fp32 moments.
 
         m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
-        p = (1 - lr weight_decay) p - lr / (1 - beta1^step)  m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+        p = (1 - lr weight_decay) p - lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     These are torch 2.13's own operations in the order of its ``_multi_tensor_adam``: fp32 parameters and moments are
     bitwise those of ``torch.optim.AdamW``. Others are computed in fp32 and rounded once into the parameter.
@@ -275,9 +264,9 @@ def adamw_32bit(
         grads: of the same shapes.
         exp_avgs: ``m``, fp32 of the same shapes.
         exp_avg_sqs: ``v``, fp32 of the same shapes.
-        step: 1 for the first step of these tensors.
+        step: t, lr, betas, eps and weight_decay.
     """
-    beta1, beta2 = betas
+    t, lr, (beta1, beta2), eps, weight_decay = step
     p, g = [x.float() for x in params], [x.float() for x in grads]
     if weight_decay != 0:
         torch._foreach_mul_(p, 1 - lr * weight_decay)
@@ -285,9 +274,9 @@ def adamw_32bit(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, g, g, 1 - beta2)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_div_(denominators, (1 - beta2**t) ** 0.5)
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(p, exp_avgs, denominators, -(lr / (1 - beta1**step)))
+    torch._foreach_addcdiv_(p, exp_avgs, denominators, -(lr / (1 - beta1**t)))
     torch._foreach_copy_(params, p)
 
 
@@ -299,12 +288,7 @@ def adamw_8bit(
     code: Tensor,
     code_unsigned: Tensor,
     blocksize: int,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """The step of :func:`adamw_32bit` with block-wise 8-bit moments (arXiv 2110.02861), in place.
 
@@ -315,27 +299,27 @@ def adamw_8bit(
     Args:
         params: fp32, bf16 or fp16, any shapes, contiguous.
         grads: of the same shapes.
-        exp_avgs: ``m`` as :func:`quantize_8bit` returns it, ``(codes, absmax)``: uint8 in the shape of the parameter
+        exp_avgs: ``m`` as :func:`quantize_coded` returns it, ``(codes, absmax)``: uint8 in the shape of the parameter
             and fp32 ``[ceil(n / blocksize)]``.
         exp_avg_sqs: ``v`` in the same form.
         code: the table of ``m``, fp32 ``[256]``.
         code_unsigned: the table of ``v``, fp32 ``[256]``.
-        step: 1 for the first step of these tensors.
+        step: t, lr, betas, eps and weight_decay.
     """
-    beta1, beta2 = betas
+    t, lr, (beta1, beta2), eps, weight_decay = step
     for param, grad, first, second in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         p, g = param.reshape(-1).float(), grad.reshape(-1).float()
         square = g * g
         finite = square.isfinite()
-        m = beta1 * dequantize_8bit(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
-        v = beta2 * dequantize_8bit(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
+        m = beta1 * dequantize_coded(*first, code, blocksize, torch.float32).view(-1) + (1 - beta1) * g
+        v = beta2 * dequantize_coded(*second, code_unsigned, blocksize, torch.float32).view(-1) + (1 - beta2) * square
         m, v = m.where(finite, 0.0), v.where(finite, 0.0)
         root = v.double().sqrt().float()  # rounded once, which torch's fp32 square root is not (MKL, a fifth of cases)
-        denominator = root / (1 - beta2**step) ** 0.5 + eps
-        updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**step)) * m / denominator
+        denominator = root / (1 - beta2**t) ** 0.5 + eps
+        updated = (1 - lr * weight_decay) * p - (lr / (1 - beta1**t)) * m / denominator
         param.copy_(updated.where(finite, p).view_as(param))
         for moment, (codes, absmax), table in ((m, first, code), (v, second, code_unsigned)):
-            new_codes, new_absmax = quantize_8bit(moment, table, blocksize)
+            new_codes, new_absmax = quantize_coded(moment, table, blocksize)
             codes.copy_(new_codes.view_as(codes))
             absmax.copy_(new_absmax)
 

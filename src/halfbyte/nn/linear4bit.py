@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from halfbyte import kernels
 from halfbyte.choices import BLOCKSIZE, DOUBLE_QUANT, QUANT_TYPE
 from halfbyte.errors import InputError
-from halfbyte.kernels import Statistics, Weight4bit
+from halfbyte.kernels import Statistics
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
 
@@ -59,6 +59,7 @@ class Linear4bit(nn.Linear):
         self.statistics = None
         self.quant_type = ""
         self.weight_dtype = torch.float32
+        self._quantized_weight: QuantizedWeight | None = None
 
     @classmethod
     def from_linear(
@@ -78,19 +79,16 @@ class Linear4bit(nn.Linear):
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
-        """The weight, ``[out_features, in_features]``; it shares the layer's memory."""
-        return QuantizedWeight(
-            self.weight.detach(),
-            self._loaded_statistics(),
-            self.quant_type,
-            torch.Size((self.out_features, self.in_features)),
-            self.weight_dtype,
-        )
-
-    @property
-    def factor(self) -> Weight4bit:
-        """The weight as :func:`halfbyte.nn.lora_linear` and the kernels take it."""
-        return Weight4bit(self.weight, self._loaded_statistics(), (self.out_features, self.in_features))
+        """The weight, ``[out_features, in_features]``, as the kernels take it; it shares the layer's memory."""
+        # Kept, since making it anew in each call would show in decoding.
+        packed, statistics, known = self.weight, self.statistics, self._quantized_weight
+        if known is not None and known.packed is packed and known.statistics is statistics:
+            return known
+        if statistics is None:
+            raise RuntimeError("This Linear4bit has no weight yet: load a state dict or call set_quantized_weight.")
+        shape = torch.Size((self.out_features, self.in_features))
+        self._quantized_weight = QuantizedWeight(packed, statistics, shape, self.quant_type, self.weight_dtype)
+        return self._quantized_weight
 
     def set_quantized_weight(self, weight: QuantizedWeight) -> None:
         """Take ``weight`` as it is, without a copy.
@@ -103,6 +101,7 @@ class Linear4bit(nn.Linear):
                 f"A 4-bit weight of shape {tuple(weight.shape)} does not fit a layer of shape "
                 f"({self.out_features}, {self.in_features})."
             )
+        self._quantized_weight = None
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
         self.statistics = weight.statistics
         self.quant_type = weight.quant_type
@@ -112,8 +111,7 @@ class Linear4bit(nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        shape = (self.out_features, self.in_features)
-        return kernels.matmul_4bit(x.to(dtype), self.weight, self._loaded_statistics(), shape, bias).to(x.dtype)
+        return kernels.matmul_4bit(x.to(dtype), self.quantized_weight, bias).to(x.dtype)
 
     def dequantize(self) -> Tensor:
         """Return the dense weight, ``[out_features, in_features]``, in the dtype that it had before."""
@@ -132,12 +130,8 @@ class Linear4bit(nn.Linear):
             quantization = f", {self.quant_type}, blocksize={self.statistics.blocksize}{double}"
         return f"{super().extra_repr()}, compute_dtype={self.compute_dtype}{quantization}"
 
-    def _loaded_statistics(self) -> Statistics:
-        if self.statistics is None:
-            raise RuntimeError("This Linear4bit has no weight yet: load a state dict or call set_quantized_weight.")
-        return self.statistics
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._quantized_weight = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.statistics is not None and self.statistics.absmax.device != self.weight.device:
             self.statistics = self.statistics.to(self.weight.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte import kernels
-from halfbyte.kernels import Sum, Term, Weight4bit, Weight8bit, memory
+from halfbyte.kernels import Sum, Term, Weight4bit, WeightInt8, pool
 from halfbyte.nn.recomputed import Source, source_of
 
 
@@ -53,7 +53,7 @@ class Projection(NamedTuple):
         adapters: any number, which add up.
     """
 
-    weight: Weight4bit | Weight8bit
+    weight: Weight4bit | WeightInt8
     bias: Tensor | None
     adapters: Sequence[LowRank]
 
@@ -72,15 +72,15 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     biases = [None if p.bias is None else p.bias.to(x.dtype) for p in projections]
     adapters = [adapter for p in projections for adapter in p.adapters]
-    plan = _Plan(projections, dropout if adapters else 0.0)
+    call = _Call(projections, dropout if adapters else 0.0)
     factors = [adapter.a.contiguous() for adapter in adapters] + [adapter.b.contiguous() for adapter in adapters]
     ys: tuple[Tensor, ...] = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        rows, plan, source_of(x), *biases, *factors
+        rows, call, source_of(x), *biases, *factors
     )
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
-class _Plan:
+class _Call:
     """What a call knows beside the values that it is differentiated in.
 
     Attributes:
@@ -138,21 +138,21 @@ class _LoraLinear(torch.autograd.Function):
     """The formulas at the head of this file. ``tensors``: the biases, all A, all B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, source: Source | None, *tensors: Any) -> tuple[Tensor, ...]:
-        biases, factors_a, factors_b = plan.split(tensors)
-        u = x.new_empty(len(x), plan.rank)
-        if plan.rank:
-            kernels.matmul_sums([Sum([Term(_times(x, plan.noise(u)), plan.stacked(factors_a))], u)])
+    def forward(ctx: Any, x: Tensor, call: _Call, source: Source | None, *tensors: Any) -> tuple[Tensor, ...]:
+        biases, factors_a, factors_b = call.split(tensors)
+        u = x.new_empty(len(x), call.rank)
+        if call.rank:
+            kernels.matmul_sums([Sum([Term(_times(x, call.noise(u)), call.stacked(factors_a))], u)])
         bs = iter(factors_b)
         sums = []
-        for weight, bias, columns in zip(plan.weights, biases, plan.columns, strict=True):
+        for weight, bias, columns in zip(call.weights, biases, call.columns, strict=True):
             terms = [Term(x, weight), *(Term(u[:, c], next(bs)) for c in columns)]
-            sums.append(Sum(terms, memory.empty((len(x), weight.shape[0]), x.dtype, x.device), bias))
+            sums.append(Sum(terms, pool.empty((len(x), weight.shape[0]), x.dtype, x.device), bias))
         kernels.matmul_sums(sums)
-        _, need_a, _ = plan.split(ctx.needs_input_grad[3:])
+        _, need_a, _ = call.split(ctx.needs_input_grad[3:])
         kept = () if not any(need_a) else (x,) if source is None else source.tensors
         ctx.save_for_backward(u, *factors_a, *factors_b, *kept)
-        ctx.plan = plan
+        ctx.call = call
         ctx.compute = None if source is None else source.compute
         ctx.set_materialize_grads(False)
         return tuple(y.out for y in sums)
@@ -160,34 +160,34 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
+        call: _Call = ctx.call
         u, *saved = ctx.saved_tensors
-        factors, kept = saved[: 2 * len(plan.scalings)], saved[2 * len(plan.scalings) :]
-        _, factors_a, factors_b = plan.split([None] * len(plan.weights) + factors)
+        factors, kept = saved[: 2 * len(call.scalings)], saved[2 * len(call.scalings) :]
+        _, factors_a, factors_b = call.split([None] * len(call.weights) + factors)
         need_x, _, _, *needs = ctx.needs_input_grad
-        need_biases, need_a, need_b = plan.split(needs)
+        need_biases, need_a, need_b = call.split(needs)
         dys = [None if dy is None else dy.contiguous() for dy in gradients]
         # of each adapter, the gradient of its projection and its columns of u and g
-        adapters = [(dy, c) for dy, columns in zip(dys, plan.columns, strict=True) for c in columns]
+        adapters = [(dy, c) for dy, columns in zip(dys, call.columns, strict=True) for c in columns]
 
-        rows, width = len(u), plan.weights[0].shape[1]
-        g = u.new_zeros(rows, plan.rank)
+        rows, width = len(u), call.weights[0].shape[1]
+        g = u.new_zeros(rows, call.rank)
         sums = []
         if need_x or any(need_a):
             for (dy, c), b in zip(adapters, factors_b, strict=True):
                 if dy is not None:
-                    sums.append(Sum([Term(dy, b, gradient=True)], g[:, c]))
+                    sums.append(Sum([Term(dy, b, transposed=False)], g[:, c]))
             kernels.matmul_sums(sums)
 
         sums = []
-        noise = plan.noise(u) if need_x or any(need_a) else None
+        noise = call.noise(u) if need_x or any(need_a) else None
         dx = through_adapters = da = None
         if need_x:
-            dx = memory.empty((rows, width), u.dtype, u.device)
-            terms = [Term(dy, w, gradient=True) for dy, w in zip(dys, plan.weights, strict=True) if dy is not None]
-            if plan.rank:
-                of_adapters = Term(g, plan.stacked(factors_a), gradient=True)
-                if plan.dropout:
+            dx = pool.empty((rows, width), u.dtype, u.device)
+            terms = [Term(dy, w, transposed=False) for dy, w in zip(dys, call.weights, strict=True) if dy is not None]
+            if call.rank:
+                of_adapters = Term(g, call.stacked(factors_a), transposed=False)
+                if call.dropout:
                     through_adapters = torch.empty_like(dx)
                     sums.append(Sum([of_adapters], through_adapters))
                 else:
@@ -195,13 +195,13 @@ class _LoraLinear(torch.autograd.Function):
             sums.append(Sum(terms, dx))
         if any(need_a):
             x = kept[0] if ctx.compute is None else ctx.compute(*kept).reshape(rows, width)
-            da = u.new_empty(plan.rank, width, dtype=torch.float32)
-            sums.append(Sum([Term(g.T, _times(x, noise), gradient=True)], da))
+            da = u.new_empty(call.rank, width, dtype=torch.float32)
+            sums.append(Sum([Term(g.T, _times(x, noise), transposed=False)], da))
         dbs: list[Tensor | None] = [None] * len(adapters)
         for i, (dy, c) in enumerate(adapters):
             if dy is not None and need_b[i]:
                 dbt = u.new_empty(c.stop - c.start, dy.shape[1], dtype=torch.float32)
-                sums.append(Sum([Term(u[:, c].T, dy, gradient=True)], dbt))
+                sums.append(Sum([Term(u[:, c].T, dy, transposed=False)], dbt))
                 dbs[i] = dbt.T
         kernels.matmul_sums(sums)
 
@@ -210,7 +210,7 @@ class _LoraLinear(torch.autograd.Function):
         das: list[Tensor | None] = [None] * len(adapters)
         if da is not None:
             das = [
-                da[c].mul_(s) if need else None for (_, c), s, need in zip(adapters, plan.scalings, need_a, strict=True)
+                da[c].mul_(s) if need else None for (_, c), s, need in zip(adapters, call.scalings, need_a, strict=True)
             ]
         dbiases = [None if dy is None or not need else dy.sum(0) for dy, need in zip(dys, need_biases, strict=True)]
         low_rank = [d if d is None else d.to(f.dtype) for d, f in zip([*das, *dbs], factors, strict=True)]

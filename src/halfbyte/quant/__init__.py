@@ -2,11 +2,11 @@
 
 from halfbyte.quant.blockwise import (
     Affine,
-    Blockwise,
+    Coded,
     dequantize_affine,
-    dequantize_blockwise,
+    dequantize_coded,
     quantize_affine,
-    quantize_blockwise,
+    quantize_coded,
 )
 from halfbyte.quant.codebooks import codebook, normal_float
 from halfbyte.quant.double_quant import quantize_statistics
@@ -14,14 +14,14 @@ from halfbyte.quant.weight import QuantizedWeight, quantize_4bit
 
 __all__ = [
     "Affine",
-    "Blockwise",
+    "Coded",
     "QuantizedWeight",
     "codebook",
     "dequantize_affine",
-    "dequantize_blockwise",
+    "dequantize_coded",
     "normal_float",
     "quantize_4bit",
     "quantize_affine",
-    "quantize_blockwise",
+    "quantize_coded",
     "quantize_statistics",
 ]

@@ -1,7 +1,14 @@
 """Block-wise quantization: every block of a flattened tensor is scaled by its own constant (paper, equations 1 and 2).
 
-Two forms: by the largest magnitude onto any codebook (symmetric; what QLoRA uses), and by minimum and range onto
-the integers 0 to 255 (affine, also called asymmetric), which spends no code on values that do not occur.
+There are three kinds of 8 bits in this package, all of them block-wise:
+
+- *coded*: the block's largest magnitude scales it onto a codebook, and a byte says which of its values is nearest. With
+  the dynamic maps (arXiv 2110.02861) it holds optimizer state and the statistics under double quantization. It is
+  bitsandbytes' ``quantize_blockwise``; here :func:`quantize_coded`, and under it the kernels' function of that name.
+- *int8*: evenly spaced integers from -127 to 127 times a 127th of the largest magnitude (LLM.int8(), arXiv 2208.07339);
+  the only one that a product reads: :func:`halfbyte.kernels.quantize_int8`, :class:`halfbyte.kernels.WeightInt8`.
+- *affine* (also called asymmetric): the integers from 0 to 255 between the block's minimum and maximum, which spends no
+  code on values that do not occur: :func:`quantize_affine`.
 """
 
 from typing import NamedTuple
@@ -13,8 +20,8 @@ from halfbyte import kernels
 from halfbyte.quant.codebooks import codebook
 
 
-class Blockwise(NamedTuple):
-    """A tensor quantized block-wise: ``codes`` uint8 in its shape, ``absmax`` fp32 ``[blocks]``."""
+class Coded(NamedTuple):
+    """A tensor quantized onto a codebook: ``codes`` uint8 in its shape, ``absmax`` fp32 ``[blocks]``."""
 
     codes: Tensor
     absmax: Tensor
@@ -28,25 +35,25 @@ class Affine(NamedTuple):
     minimum: Tensor
 
 
-def quantize_blockwise(tensor: Tensor, name: str = "dynamic", blocksize: int = 256) -> Blockwise:
+def quantize_coded(tensor: Tensor, name: str = "dynamic", blocksize: int = 256) -> Coded:
     """Quantize ``tensor`` (any shape, floating) onto the codebook ``name``, one byte per value.
 
     For ``int8`` the signed integers are ``codes.int() - 128``.
     """
     code = codebook(name, tensor.device)
     ascending, order = code.sort(stable=True)
-    codes, absmax = kernels.quantize_8bit(tensor, ascending, blocksize)
+    codes, absmax = kernels.quantize_coded(tensor, ascending, blocksize)
     if not torch.equal(ascending, code):
         codes = order.to(torch.uint8)[codes.int()]
-    return Blockwise(codes, absmax)
+    return Coded(codes, absmax)
 
 
-def dequantize_blockwise(
-    quantized: Blockwise, name: str = "dynamic", blocksize: int = 256, dtype: torch.dtype = torch.float32
+def dequantize_coded(
+    quantized: Coded, name: str = "dynamic", blocksize: int = 256, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Inverse of :func:`quantize_blockwise`, as ``dtype`` in the shape of the codes."""
+    """Inverse of :func:`quantize_coded`, as ``dtype`` in the shape of the codes."""
     code = codebook(name, quantized.codes.device)
-    return kernels.dequantize_8bit(quantized.codes, quantized.absmax, code, blocksize, dtype)
+    return kernels.dequantize_coded(quantized.codes, quantized.absmax, code, blocksize, dtype)
 
 
 def quantize_affine(tensor: Tensor, blocksize: int | None = None) -> Affine:

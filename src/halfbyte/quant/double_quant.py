@@ -19,5 +19,5 @@ def quantize_statistics(absmax: Tensor) -> tuple[Tensor, kernels.Nested]:
     """
     code = codebook("dynamic", absmax.device)
     offset = absmax.mean()
-    codes, nested_absmax = kernels.quantize_8bit(absmax - offset, code, NESTED_BLOCKSIZE)
+    codes, nested_absmax = kernels.quantize_coded(absmax - offset, code, NESTED_BLOCKSIZE)
     return codes, kernels.Nested(nested_absmax, code, NESTED_BLOCKSIZE, offset.item())

@@ -33,7 +33,7 @@ from halfbyte.choices import (
     QuantType,
 )
 from halfbyte.errors import InputError, nearest
-from halfbyte.kernels import Nested, Statistics
+from halfbyte.kernels import Nested, Statistics, Weight4bit
 from halfbyte.quant.codebooks import codebook
 from halfbyte.quant.double_quant import quantize_statistics
 
@@ -42,21 +42,19 @@ STATE = "quant_state.bitsandbytes__"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """A tensor quantized block-wise to 4 bits.
+class QuantizedWeight(Weight4bit):
+    """A tensor quantized block-wise to 4 bits; the kernels take it as it is.
 
     Attributes:
         packed: uint8 ``[ceil(numel / 2), 1]``.
         statistics: block constants and codebook.
-        quant_type: the codebook's name.
         shape: that of the tensor.
+        quant_type: the codebook's name.
         dtype: that of the tensor before it was quantized, and of :meth:`dequantize` by default.
     """
 
-    packed: Tensor
-    statistics: Statistics
-    quant_type: str
     shape: torch.Size
+    quant_type: str
     dtype: torch.dtype
 
     @property
@@ -70,11 +68,11 @@ class QuantizedWeight:
         tensors = [self.packed, self.statistics.absmax]
         if self.statistics.nested:
             tensors.append(self.statistics.nested.absmax)
-        return 8 * sum(t.nbytes for t in tensors) / self.shape.numel()
+        return 8 * sum(t.nbytes for t in tensors) / self.numel()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense tensor in its shape, as ``dtype`` or else as it was before."""
-        return kernels.dequantize_4bit(self.packed, self.statistics, self.shape, dtype or self.dtype)
+        return kernels.dequantize_4bit(self, dtype or self.dtype)
 
     def rows(self, first: int, last: int) -> "QuantizedWeight":
         """Return the rows ``[first, last)`` of a matrix, as a view.
@@ -178,7 +176,7 @@ class QuantizedWeight:
                 "checkpoint is damaged."
             )
         statistics = Statistics(absmax, code, about.blocksize, nested)
-        return cls(packed, statistics, about.quant_type, shape, DTYPES[about.dtype])
+        return cls(packed, statistics, shape, about.quant_type, DTYPES[about.dtype])
 
 
 class _About(BaseModel):
@@ -248,7 +246,7 @@ def quantize_4bit(
     if double_quant:
         absmax, nested = quantize_statistics(absmax)
     statistics = Statistics(absmax, code, blocksize, nested)
-    return QuantizedWeight(packed.view(-1, 1), statistics, quant_type, tensor.shape, tensor.dtype)
+    return QuantizedWeight(packed.view(-1, 1), statistics, tensor.shape, quant_type, tensor.dtype)
 
 
 def _entry(state: Mapping[str, Tensor], key: str) -> Tensor:

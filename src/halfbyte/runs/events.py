@@ -6,6 +6,7 @@ a :class:`Header`; a reader leaves out kinds and fields that it does not know, a
 version.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, ClassVar, Literal
@@ -19,7 +20,7 @@ VERSION = 1
 class Event(BaseModel):
     """One thing that happened."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
     kept: ClassVar[bool] = True
     """Whether it belongs into ``metrics.jsonl``."""
@@ -131,7 +132,10 @@ AnyEvent = Annotated[
 ]
 Listener = Callable[[Event], None]
 
-_events: TypeAdapter[Event] = TypeAdapter(AnyEvent)
+
+@functools.cache
+def _reader() -> TypeAdapter[Event]:
+    return TypeAdapter(AnyEvent)
 
 
 def to_line(event: Event) -> str:
@@ -147,7 +151,7 @@ def from_lines(lines: Iterable[str], name: str = "This file") -> Iterator[Event]
     for line in lines:
         try:
             values = json.loads(line)
-            event = _events.validate_python(values)
+            event = _reader().validate_python(values)
         except (ValueError, ValidationError):
             continue
         if not isinstance(event, Header):

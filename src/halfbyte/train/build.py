@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
+from halfbyte.hf.trainers import distributed
 from halfbyte.plan.machine import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train.methods import Method
@@ -56,7 +57,11 @@ def plan_activations(config: TrainConfig, model: Any, longest: int) -> activatio
     Raises:
         InputError: nothing fits.
     """
-    free = int(FREE_SHARE * free_memory()) if config.memory is None else config.memory - anonymous_memory()
+    free = (
+        int(FREE_SHARE * free_memory()) // distributed.on_this_machine()
+        if config.memory is None
+        else config.memory - anonymous_memory()
+    )
     recompute = config.gradient_checkpointing
     return activations.plan(model, length=longest, batch_size=config.batch_size, free=free, recompute=recompute)
 

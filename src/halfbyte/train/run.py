@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,9 @@ from halfbyte import data, hf
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
-from halfbyte.kernels import memory
+from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
+from halfbyte.hf.trainers import distributed
+from halfbyte.kernels import pool
 from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
@@ -60,51 +61,61 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
     everybody: tuple[Listener, ...] = (metrics, *listeners)
 
     def tell(event: Event) -> None:
-        for listener in everybody:
-            listener(event)
+        if distributed.is_first():
+            for listener in everybody:
+                listener(event)
 
     def note(text: str) -> None:
         tell(Note(text=text))
 
     method = method_of(config)
     folder = RunFolder(config.output)
-    folder.check(config)
-    with quiet(), _full_disk_told(folder.path), folder.locked():
-        checkpoint = folder.check(config)
+    with quiet(), distributed.joined(), _full_disk_told(folder.path), contextlib.ExitStack() as held:
+        with distributed.agreed_errors():
+            folder.check(config)
+            if distributed.is_first():
+                held.enter_context(folder.locked())
+            checkpoint = folder.check(config)
 
-        tell(Stage(name="data", text=f"Reading {config.data}"))
+            tell(Stage(name="data", text=f"Reading {config.data}"))
 
-        def read(_: int, done: int, size: int) -> None:
-            tell(Progress(done=done, total=size, unit="bytes"))
+            def read(_: int, done: int, size: int) -> None:
+                tell(Progress(done=done, total=size, unit="bytes"))
 
-        examples = data.read_examples(config.data, read)
-        tokenizer = hf.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        rows = data.tokenize(method.check_examples(config.method, examples), tokenizer, config.max_length)
-        note(_describe(rows))
-        if rows.unused:
-            note(f"Columns not used: {data.named(rows.unused)}")
+            examples = data.read_examples(config.data, read)
+            tokenizer = hf.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+            rows = data.tokenize(method.check_examples(config.method, examples), tokenizer, config.max_length)
+            note(_describe(rows))
+            if rows.unused:
+                note(f"Columns not used: {data.named(rows.unused)}")
 
-        tell(Stage(name="model", text=f"Loading {config.model}"))
-        model = build_model(config)
-        trained, parameters = model.get_nb_trainable_parameters()
-        note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
-        note(f"Decoder layers {hf.describe_layers(model)}")
+            tell(Stage(name="model", text=f"Loading {config.model}"))
+            model = build_model(config)
+            check_tokens(model, tokenizer, rows.largest_id, config.data)
+            remedy = f"set max_length to {most_positions(model)}"
+            check_length(model, rows.longest, f"The longest row of {config.data}", remedy)
+            trained, parameters = model.get_nb_trainable_parameters()
+            note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
+            note(f"Decoder layers {hf.describe_layers(model)}")
+            note(f"Attention {hf.describe_attention(model)}")
 
-        tell(Stage(name="plan", text="Planning the memory of a step"))
-        policy = plan_activations(config, model, rows.longest)
-        note(str(policy))
+            tell(Stage(name="plan", text="Planning the memory of a step"))
+            policy = plan_activations(config, model, rows.longest)
+            note(str(policy))
 
-        circumstances = Circumstances.here(config.model)
-        if checkpoint:
-            for change in folder.compare(circumstances):
-                note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
-            note(f"Going on from {checkpoint}")
-        else:
-            folder.begin(config, circumstances)
+        circumstances = Circumstances.here(config.model, distributed.world_size())
+        with distributed.first_writes() as writes:
+            if checkpoint:
+                for change in folder.compare(circumstances):
+                    note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
+                note(f"Going on from {checkpoint}")
+            elif writes:
+                folder.begin(config, circumstances)
+            before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
         activations.apply(model, policy, folder.path)
         trainer = build_trainer(config, method, model, tokenizer, rows.rows)
         stop = Stop()
-        steps = Steps(trainer, metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0), stop, tell)
+        steps = Steps(trainer, before, stop, tell)
         trainer.add_callback(steps)
 
         with _end_told(trainer, tell), stop.listening(note):
@@ -123,15 +134,18 @@ def _describe(rows: data.Tokenized) -> str:
 
 def _finish(folder: RunFolder, trainer: Any, steps: Steps, summary: Summary) -> None:
     """Put the results into the run folder, each file whole, the summary last; remove the checkpoints."""
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder.path) as part:
-        trainer.save_model(part)
-        for file in Path(part).iterdir():
-            with whole_file(folder.path / file.name) as target:
-                os.replace(file, target)
-    with whole_file(folder.curve) as target:
-        plot_loss(steps.made, target)
-    write_text(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    part = folder.path / ".adapter"
+    trainer.save_model(str(part))
+    with distributed.first_writes() as writes:
+        if writes:
+            for file in part.iterdir():
+                with whole_file(folder.path / file.name) as target:
+                    os.replace(file, target)
+            part.rmdir()
+            with whole_file(folder.curve) as target:
+                plot_loss(steps.made, target)
+            write_text(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -150,7 +164,7 @@ def _end_told(trainer: Any, tell: Listener) -> Iterator[None]:
     else:
         end("finished")
     finally:
-        memory.release()
+        pool.release()
 
 
 @contextlib.contextmanager

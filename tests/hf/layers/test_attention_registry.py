@@ -1,5 +1,6 @@
 """Models of many families attend as with transformers' eager functions: padded, packed, cached, and where we pass."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 import transformers as t
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import sdpa_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import halfbyte
 from halfbyte.hf.layers import attention as ours
-from halfbyte.hf.models.quantizer import choose_attention
+from halfbyte.hf.layers.attention_choice import choose_attention, describe_attention
 
 DECODER = {
     "hidden_size": 32,
@@ -267,3 +270,68 @@ def test_layers_that_compute_with_the_mask_get_one(name: str) -> None:
     expected = model(input_ids=ids, attention_mask=real).logits
     choose_attention(model)
     assert torch.equal(model(input_ids=ids, attention_mask=real).logits, expected)
+
+
+def half_read(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What tomorrow's family might do: every second key is not read, said in the way of the mask's dtype."""
+    mask = kwargs["attention_mask"]
+    every_second = torch.arange(mask.shape[-1]) % 2 == 0
+    if mask.dtype == torch.bool:
+        kwargs["attention_mask"] = mask & every_second
+    else:
+        kwargs["attention_mask"] = mask.masked_fill(~every_second, torch.finfo(mask.dtype).min)
+    return args, kwargs
+
+
+def test_a_family_that_nobody_knows_may_compute_with_the_mask(calls: list[tuple[int, ...]]) -> None:
+    model, ids, real = make("llama"), tokens(), torch.ones(3, 17, dtype=torch.long)
+    real[0, 12:] = 0
+    plain = logits(model, "eager", ids, attention_mask=real)
+    model.model.layers[1].self_attn.register_forward_pre_hook(half_read, with_kwargs=True)
+    wanted = run(model, "eager", ids, real.bool(), attention_mask=real)
+    assert not torch.allclose(plain[real.bool()], wanted[0], atol=1e-3)
+    assert close(run(model, ours.NAME, ids, real.bool(), attention_mask=real), wanted, 1e-5)
+    assert len(calls) == 1  # the other layer
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_of_ranges_is_a_mask_to_torch(mode: Any) -> None:
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, :3] = False
+    mask, wanted = (
+        function(2, 9, 9, attention_mask=real, allow_is_causal_skip=False)
+        for function in (ours.attention_mask, sdpa_mask)
+    )
+    wanted = wanted & real[:, None, :, None]  # ranges leave padding without keys
+    assert isinstance(mask, ours.RangedMask) and not isinstance(mask + 0, ours.RangedMask)
+    assert (mask.shape, mask.dtype, mask.device, mask.dim()) == (wanted.shape, torch.bool, wanted.device, 4)
+    q = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    scores = q @ q.mT
+    with mode():
+        for function in (
+            lambda m: m[:, :, -1:, 2:], lambda m: m.float(), lambda m: ~m, lambda m: torch.cat([m, m]), copy.deepcopy,
+            lambda m: scores.masked_fill(m, 0), lambda m: torch.where(m, scores, -1.0), lambda m: scores[:, :1] + m,
+            lambda m: torch.nn.functional.scaled_dot_product_attention(q, q, q, m)[real[:, None, :].expand(2, 2, 9)],
+            lambda m: checkpoint(scores.masked_fill, m, 0, use_reentrant=False), torch.Tensor.tolist,
+        ):  # fmt: skip
+            assert torch.equal(torch.as_tensor(function(mask)), torch.as_tensor(function(wanted)))
+
+
+class Choosy(t.LlamaForCausalLM):
+    """Asks for SDPA by its name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.config._attn_implementation in ("eager", "sdpa")
+        return super().forward(*args, **kwargs)
+
+
+def test_how_a_model_attends_is_said_with_the_reason() -> None:
+    falcon = t.FalconForCausalLM(t.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    models = [t.LlamaForCausalLM(t.LlamaConfig(**DECODER)), Choosy(t.LlamaConfig(**DECODER)), falcon]
+    for model in models:
+        choose_attention(model)
+    assert [model.config._attn_implementation for model in models] == [ours.NAME, "sdpa", "sdpa"]
+    said = [describe_attention(model) for model in models]
+    assert said[0] == "over key ranges"
+    assert said[1].startswith("sdpa: Choosy does more with the implementation's name than ask for it (")
+    assert said[2] == "sdpa: FalconForCausalLM does not take its attention from transformers' registry"

@@ -70,7 +70,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
     Of PEFT 0.21's ``lora.Linear`` this reads what its own forward reads.
     """
     if type(layer) is Linear4bit:
-        return _Projection(Projection(layer.factor, layer.bias, ()), layer.compute_dtype, 0.0)
+        return _Projection(Projection(layer.quantized_weight, layer.bias, ()), layer.compute_dtype, 0.0)
     if type(layer) is not LoraLinear4bit or layer.disable_adapters:
         return None
     base = layer.base_layer
@@ -87,7 +87,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
         adapters.append(LowRank(a.weight, b.weight, scaling))
         if b.bias is not None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
-    return _Projection(Projection(base.factor, bias, adapters), base.compute_dtype, dropout)
+    return _Projection(Projection(base.quantized_weight, bias, adapters), base.compute_dtype, dropout)
 
 
 def _probability(dropout: nn.Module) -> float | None:

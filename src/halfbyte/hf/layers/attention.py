@@ -1,10 +1,11 @@
 """transformers' attention and attention masks (5.23) over key ranges: the implementation ``halfbyte``.
 
 transformers builds one mask a kind of layer and step, and hands it to each layer's attention function. Both come from
-registries, by the name in ``config._attn_implementation``. Ours hands over the ranges of :mod:`halfbyte.nn.attention`
-instead of an ``L x S`` mask, as int32 ``[B, 1, L, 2]``, a form that no mask has: four dimensions pass through
-transformers as they are, and a mask is bool or floating. So the whole of what a layer may read is decided where
-transformers decides it: causality, sliding windows, padding, cached keys, segments found from ``position_ids``.
+registries, by the name in ``config._attn_implementation``. Ours hands over a :class:`RangedMask`: to whoever looks at
+it SDPA's mask, bool ``[B, 1, L, S]``, but only the ranges of :mod:`halfbyte.nn.attention` are there, and the mask is
+built if a family's layers compute with it, of which nothing has to be known. So the whole of what a layer may read is
+decided where transformers decides it: causality, sliding windows, padding, cached keys, segments found from
+``position_ids``. Which models attend this way says :mod:`halfbyte.hf.layers.attention_choice`.
 
 What ranges cannot say, and what the kernel does not do, goes the usual way, with the mask built: to SDPA, or where SDPA
 would leave something out (soft caps, attention sinks) to the model's own eager function.
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -41,6 +43,57 @@ NEUTRAL = {
 }  # fmt: skip
 
 
+class RangedMask(Tensor):
+    """The mask ``[B, 1, L, S]`` that says the same as ``ranges``, bool, built when something is computed with it.
+
+    Attributes:
+        ranges: int32 ``[B, L, 2]``.
+    """
+
+    ranges: Tensor
+    _built: Tensor | None
+
+    @staticmethod
+    def __new__(cls, ranges: Tensor, keys: int) -> "RangedMask":
+        batches, queries, _ = ranges.shape
+        self: RangedMask = Tensor._make_wrapper_subclass(
+            cls, (batches, 1, queries, keys), dtype=torch.bool, device=ranges.device
+        )
+        self.ranges = ranges
+        self._built = None
+        return self
+
+    def built(self) -> Tensor:
+        """Return the mask as an ordinary tensor."""
+        if self._built is None:
+            self._built = mask_of(self.ranges, self.shape[-1])
+        return self._built
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what is asked about the form; anything else gets the mask."""
+        if func in _OF_FORM:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Give the mask to what torch calls within itself too."""
+        return func(*tree_map(_ordinary, args), **tree_map(_ordinary, kwargs or {}))
+
+
+_OF_FORM = {
+    Tensor.dim, Tensor.size,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
+}  # fmt: skip
+
+
+def _ordinary(value: Any) -> Any:
+    return value.built() if isinstance(value, RangedMask) else value
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -52,7 +105,7 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return the ranges for :func:`attention_forward`, int32 ``[B, 1, L, 2]``; what they cannot say as SDPA's mask.
+    """Return the mask for :func:`attention_forward`, as ranges; SDPA's mask where they cannot say it.
 
     Args:
         batch_size: ``B``.
@@ -76,7 +129,7 @@ def attention_mask(
         shape = (batch_size, q_length, kv_length)
         ranges = key_ranges(shape, offset=int(q_offset) - int(kv_offset), real=real, cross="ahead" not in rule, **rule)
         if ranges is not None:
-            return ranges.unsqueeze(1)
+            return RangedMask(ranges, kv_length)
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
@@ -103,7 +156,7 @@ def attention_forward(
         key: cached ones first.
         value: as ``key``.
         attention_mask: what :func:`attention_mask` returned; also a mask of two dimensions (False or 0 for padding) or
-            of four, which goes to SDPA. None as for SDPA: causal if the module is.
+            an ordinary one of four, which goes to SDPA. None as for SDPA: causal if the module is.
         dropout: of the attention weights; goes to SDPA if not 0.
         scaling: factor of the products.
         softcap: bound of the logits.
@@ -118,7 +171,7 @@ def attention_forward(
         ranges = within_segments(ranges, bounds)
     if ranges is not None and not dropout and _supported(query, key, value, kwargs):
         return attention(query, key, value, ranges, scale=scaling, softcap=softcap).transpose(1, 2), None
-    mask = attention_mask if ranges is None else mask_of(ranges, key.shape[2])
+    mask = _ordinary(attention_mask) if ranges is None else mask_of(ranges, key.shape[2])
     if softcap is None and kwargs.get("s_aux") is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
@@ -174,8 +227,9 @@ def _ranges(
     """Return the ranges int32 ``[B, L, 2]`` that a mask means, or None if it has another form."""
     if query.device.type != "cpu" or is_tracing(query):
         return None
-    if mask is not None and mask.ndim == 4:
-        return mask.squeeze(1) if mask.dtype == torch.int32 and mask.shape[-1] == 2 else None
+    if isinstance(mask, RangedMask):
+        fits = mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
+        return mask.ranges if fits else None
     if mask is None:
         return _unmasked(module, query, key, kwargs)
     window, keys = kwargs.get("sliding_window"), key.shape[2]

@@ -21,7 +21,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
-from halfbyte.hf.layers import attention
+from halfbyte.hf.layers.attention_choice import choose_attention
 from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
@@ -30,13 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Linear layers whose weight the model multiplies by hand (Mamba), so that it has to stay dense.
 READ_DIRECTLY = ("dt_proj",)
-
-# Folders of transformers 5.23 whose layers add to the mask, select from it or look at its dtype before attention reads
-# it: sparse attention's index, relative positions. Key ranges (hf/layers/attention.py) pass through all others.
-COMPUTE_WITH_MASK = {
-    "axk2", "beit", "deepseek_v32", "doge", "dots3_note", "glm_moe_dsa", "lasr", "minimax_m3_vl", "mistral_large4",
-    "nemotron_asr_streaming", "qwen4_exp", "siglip2",
-}  # fmt: skip
 
 
 @register_quantizer(QUANT_METHOD)
@@ -95,7 +88,7 @@ class HalfbyteQuantizer(HfQuantizer):
         flash = wish is not None and is_flash_attention_requested(requested_attention_implementation=wish)
         self.choose_attention = self.on_cpu and (wish is None or flash)
         if self.choose_attention and flash:
-            config._attn_implementation = None  # transformers would look for the package; see _choose_attention
+            config._attn_implementation = None  # transformers would look for the package
         return config
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -219,24 +212,6 @@ def replace_linears(model: nn.Module, skip: list[str], compute_dtype: torch.dtyp
         model.set_submodule(name, layer)
         replaced.append(name)
     return replaced
-
-
-def choose_attention(model: PreTrainedModel) -> None:
-    """Let every part of ``model`` for which transformers (5.23) chose SDPA attend our way, if it can.
-
-    A model that does not take attention functions from the registry (``_can_set_attn_implementation``), that computes
-    with the mask (``COMPUTE_WITH_MASK``), or that has to be eager, keeps what it has. One that is eager because SDPA
-    has no soft caps (Gemma 2) need not be.
-    """
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        capped = hasattr(module.config, "attn_logit_softcapping") and module._supports_flash_attn
-        if module.config._attn_implementation not in (("sdpa", "eager") if capped else ("sdpa",)):
-            continue
-        if module._can_set_attn_implementation() and not COMPUTE_WITH_MASK & set(type(module).__module__.split(".")):
-            # what set_attn_implementation does for one part, without its warnings about others
-            module.config._attn_implementation_internal = attention.NAME
 
 
 def left_dense(model: PreTrainedModel) -> list[str]:

@@ -5,68 +5,58 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 - A checkpoint is a folder of safetensors and JSON, complete or absent: the adapter as PEFT saves it, the tokenizer,
   ``state.safetensors`` (optimizer tensors, torch's random state), ``state.json`` (the optimizer's numbers, the
   schedule, Python's and NumPy's random state, a checksum of the data) and ``trainer_state.json``. Transformers
-  pickles the optimizer, the schedule, the random state and its arguments. The last two checkpoints are kept.
-- The data order is a function of the seed and the epoch alone. Transformers draws it from the global random state
-  when lengths are grouped, so a run resumed within an epoch would go on through another order.
+  pickles the optimizer, the schedule, the random state and its arguments. Two are kept unless ``save_total_limit``
+  says otherwise; ``load_best_model_at_end`` and ``resume_from_checkpoint=True`` find them.
+- An argument is obeyed or refused by name (:mod:`halfbyte.hf.trainers.arguments`).
+- The data order is a function of ``data_seed`` (or ``seed``) and the epoch alone. Transformers draws it from the
+  global random state when lengths are grouped, so a run resumed within an epoch would go on through another order.
 - The output head is ours (:mod:`halfbyte.hf.layers.head`): evaluated at trained positions only, its logits never whole.
 - bf16 autocast and gradient checkpointing are off unless asked for: see :class:`SFTConfig` and its sisters.
 - The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers goes by
   what the model's class declares: some get the mean of the micro-batches' means, some a count that is too large.
 - A step whose loss or gradient is not finite stops the run before it touches the weights, and is run again to name the
   samples and the module.
+- Of several processes (torchrun) the first writes; a stop or an error of one is a stop or an error of all
+  (:mod:`halfbyte.hf.trainers.distributed`). An epoch whose rows do not divide repeats its first ones, as in accelerate.
 - Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
-
-Left out: evaluation within the loop, and checkpoints of more than one process.
 """
 
 import contextlib
 import functools
 import inspect
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import DistributedType
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import has_length
 
 from halfbyte import tables
 from halfbyte.errors import InputError
-from halfbyte.files import whole_folder
 from halfbyte.hf.layers.head import base_of, bind_head
 from halfbyte.hf.layers.prepare import prepare_for_training
+from halfbyte.hf.trainers import arguments, distributed
+from halfbyte.hf.trainers.checkpoints import Checkpoints
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
-from halfbyte.hf.trainers.state import (
-    flatten,
-    random_state,
-    read_state,
-    saved_states,
-    set_random_state,
-    state_folder,
-    unflatten,
-)
 from halfbyte.nn import Linear4bit
+from halfbyte.optim import KINDS, AdamW
 
-if TYPE_CHECKING:
-    from trl import SFTTrainer as _Theirs  # one of the classes that our shared one stands before
-else:
-    _Theirs = object
-
-CHECKPOINTS_KEPT = 2
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class BaseTrainer(_Theirs):
+BITSANDBYTES_NAMES = {"adamw_bnb_8bit": KINDS["adamw_8bit"]} | {
+    name: kind for name, kind in KINDS.items() if name != "adamw_torch"
+}
+
+
+class BaseTrainer(Checkpoints):
     """What our trainers share; stands before TRL's class in theirs."""
 
     _config: type[TrainingArguments]
@@ -76,7 +66,15 @@ class BaseTrainer(_Theirs):
         if given.get("args") is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             given["args"] = self._config(f"{name.split('/')[-1]}-{self._tag_names[-1].upper()}")
+        if distributed.launched() > 1 and distributed.world_size() == 1:
+            raise InputError(
+                f"There are {distributed.launched()} processes, but {type(given['args']).__module__}."
+                f"{type(given['args']).__name__} made no group of them, so each would train alone: build it with "
+                "use_cpu=True, or use the configurations of halfbyte.hf.trainers."
+            )
+        arguments.check(given["args"])
         super().__init__(**given)
+        self._check_built()
         if any(
             type(module) is LoraLinear and isinstance(module.base_layer, Linear4bit) for module in self.model.modules()
         ):
@@ -100,15 +98,64 @@ class BaseTrainer(_Theirs):
         loss = result[0] if return_outputs else result
         if self.model.training:
             self._step_batches.append(inputs)
-            if not loss.isfinite():
+            if not loss.isfinite() and distributed.world_size() == 1:  # the gradient tells it to all processes
                 raise self._diverged("loss and with it the gradient")
         return result
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; arguments and result are Trainer's."""
+    def _check_built(self) -> None:
+        """Refuse what only the trainer that TRL has built shows."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set, but 4-bit weights are not split over "
+                "processes; unset it for data parallelism."
+            )
+        columns = getattr(self.train_dataset, "column_names", None) or ["input_ids"]
+        if self.args.train_sampling_strategy == "group_by_length" and "input_ids" not in columns:
+            raise InputError(
+                "train_sampling_strategy='group_by_length' needs rows with input_ids, and the rows of "
+                f"{type(self).__name__} have {', '.join(columns)}; use 'random'."
+            )
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Return Trainer's optimizers, but our AdamW under the names of bitsandbytes' (same state, no GPU needed)."""
+        kind = BITSANDBYTES_NAMES.get(args.optim.value)
+        if kind is None:
+            theirs: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            return theirs
+        if args.optim_args:
+            raise InputError(f"optim={args.optim.value!r} takes no optim_args, and there is {args.optim_args!r}.")
+        folder = Path(args.output_dir)
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return AdamW, options | kind | {"page_dir": folder if folder.is_dir() else None}
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; arguments and result are Trainer's, ``True`` being the newest checkpoint of ``output_dir``."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
         self._parameters = list(self.model.parameters())
-        with _few_walks(self.model, self._parameters):
-            return super().train(*args, **kwargs)
+        if distributed.world_size() > 1:
+            distributed.ignore_frozen(self.model)
+        if not distributed.is_first():
+            set_seed(self.args.seed + distributed.rank())  # each process drops other values
+        with _few_walks(self.model, self._parameters), distributed.ended_by_others():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # asked for by nobody, Trainer (5.23) looks for unused parameters in each step and sends the buffers
+        for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
+            if getattr(self.args, name) is None:
+                setattr(self.args, name, False)
+        built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        return built
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # what a callback wants in one process, such as a stop after a signal, all do, after the same step
+        wishes = [name for name, value in vars(self.control).items() if isinstance(value, bool)]
+        agreed = distributed.largest([getattr(self.control, name) for name in wishes])
+        for name, wish in zip(wishes, agreed, strict=True):
+            setattr(self.control, name, bool(wish))
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._is_plain:
@@ -125,7 +172,8 @@ class BaseTrainer(_Theirs):
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         norm = super()._get_grad_norm(model, grad_norm)
         if not torch.as_tensor(norm).isfinite():
-            raise self._diverged("gradient")
+            with distributed.agreed_errors():
+                raise self._diverged("gradient")
         self._step_batches.clear()
         return norm
 
@@ -137,63 +185,41 @@ class BaseTrainer(_Theirs):
             loss: Tensor = super(BaseTrainer, self).compute_loss(self.model, dict(batch))
             return loss
 
-        place = describe(self.model, loss_of, batches, self.train_dataset)
+        with self._metrics_alone():
+            places = distributed.gather(describe(self.model, loss_of, batches, self.train_dataset))
+        place = next((place for place in places if not place.startswith("not again")), places[0])
         return InputError(
             f"Training diverged: the {what} of step {self.state.global_step + 1} is not finite, {place}. The "
             f"checkpoints before it are kept; use a lower learning_rate than {rate:g}."
         )
 
+    @contextlib.contextmanager
+    def _metrics_alone(self) -> Iterator[None]:
+        """Compute losses that other processes do not compute at the same time: TRL gathers metrics in each."""
+        names = ("gather", "gather_for_metrics")
+        for name in names:
+            setattr(self.accelerator, name, lambda x, *_, **__: x)
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(self.accelerator, name)
+
     @functools.cached_property
     def _data_digest(self) -> str:
         return tables.digest(self.train_dataset)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows = train_dataset or self.train_dataset
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not has_length(rows):
+            return None  # a stream, in its own order
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.train_sampling_strategy == "sequential":
+            return SequentialSampler(rows)
         if self.args.train_sampling_strategy != "group_by_length":
-            return EpochSampler(np.ones(len(rows), np.int8), None, self.args.seed)
-        lengths = tables.lengths(rows)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(lengths, batch, self.args.seed)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = state_folder(Path(self.args.output_dir), self.state.global_step)
-        with whole_folder(folder) as part:
-            self._save(str(part))
-            tensors, numbers = flatten(self.optimizer.state_dict())
-            numbers["scheduler"] = self.lr_scheduler.state_dict()
-            numbers["data"] = self._data_digest
-            random_tensors, numbers["random"] = random_state()
-            save_file(tensors | random_tensors, part / "state.safetensors")
-            (part / "state.json").write_text(json.dumps(numbers))
-            self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-        for old in saved_states(Path(self.args.output_dir))[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink()  # PEFT's card, a form that nobody has filled in
-        self.processing_class.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
-        expected = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
-            raise InputError(f"{resume_from_checkpoint}: this adapter is not one of the model that is to be trained.")
-        set_peft_model_state_dict(self.model, weights)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            tensors, numbers = read_state(Path(checkpoint))
-            if numbers["data"] != self._data_digest:
-                raise InputError(f"{checkpoint} was made with other training data; restore it, or begin another run.")
-            self.optimizer.load_state_dict(unflatten(tensors, numbers))
-            self.lr_scheduler.load_state_dict(numbers["scheduler"])
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            tensors, numbers = read_state(Path(checkpoint))
-            set_random_state(tensors, numbers["random"])
+            return EpochSampler(np.ones(len(rows), np.int8), None, seed)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
+        return EpochSampler(tables.lengths(rows), batch, seed)
 
 
 @contextlib.contextmanager

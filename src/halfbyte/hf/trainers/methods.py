@@ -3,15 +3,30 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import trl
 
 from halfbyte.choices import IGNORED
+from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
 
 
+class _Joined:
+    """A configuration that makes the group of several processes, where TRL's leaves each alone without a GPU."""
+
+    use_cpu: bool
+    ddp_backend: str | None
+    ddp_timeout: int
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or (distributed.launched() > 1 and not torch.accelerator.is_available())
+        distributed.join(self.use_cpu, self.ddp_backend, self.ddp_timeout)
+        super().__post_init__()  # type: ignore[misc]
+
+
 @dataclass
-class SFTConfig(trl.SFTConfig):
-    """``trl.SFTConfig`` with bf16 autocast and gradient checkpointing off unless asked for.
+class SFTConfig(_Joined, trl.SFTConfig):
+    """``trl.SFTConfig`` with bf16 autocast and gradient checkpointing off unless asked for, and two checkpoints kept.
 
     The model runs in its own dtype and computes its 4-bit layers in ``compute_dtype``. TRL turns both on by default;
     in one of its own configurations a default cannot be told from a wish, so those are taken at their word.
@@ -21,25 +36,34 @@ class SFTConfig(trl.SFTConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
     )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "How many checkpoints are kept, beside the best one; None keeps all."}
+    )
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
+class DPOConfig(_Joined, trl.DPOConfig):
     """``trl.DPOConfig`` with the defaults of :class:`SFTConfig`."""
 
     bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
     )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "How many checkpoints are kept, beside the best one; None keeps all."}
+    )
 
 
 @dataclass
-class KTOConfig(trl.KTOConfig):
+class KTOConfig(_Joined, trl.KTOConfig):
     """``trl.KTOConfig`` with the defaults of :class:`SFTConfig`."""
 
     bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "How many checkpoints are kept, beside the best one; None keeps all."}
     )
 
 
@@ -47,7 +71,7 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
     """``trl.SFTTrainer`` for a PEFT model: same arguments, see :mod:`halfbyte.hf.trainers.base` for what differs.
 
     Attributes:
-        trained_tokens: tokens with a label that this process has trained on.
+        trained_tokens: tokens with a label that all processes together have trained on.
     """
 
     _config = SFTConfig
@@ -61,12 +85,12 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.model.training:
-            self.trained_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Take a step's batches, as Trainer does, and count their trained tokens."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        self.trained_tokens += distributed.total(own)
+        return batches, count
 
 
 class DPOTrainer(BaseTrainer, trl.DPOTrainer):

@@ -19,10 +19,10 @@ from halfbyte.kernels.native.norm import rms_norm, rms_norm_gradient, rms_norm_w
 from halfbyte.kernels.native.probe import elementary, probe, probe_lookups, probed_arithmetic
 from halfbyte.kernels.native.quantize import (
     dequantize_4bit,
-    dequantize_8bit,
+    dequantize_coded,
     dequantize_int8,
     quantize_4bit,
-    quantize_8bit,
+    quantize_coded,
     quantize_int8,
 )
 from halfbyte.kernels.native.rotary import rotary
@@ -35,7 +35,7 @@ __all__ = [
     "attention_backward",
     "available",
     "dequantize_4bit",
-    "dequantize_8bit",
+    "dequantize_coded",
     "dequantize_int8",
     "elementary",
     "fold_softmax",
@@ -48,7 +48,7 @@ __all__ = [
     "probe_lookups",
     "probed_arithmetic",
     "quantize_4bit",
-    "quantize_8bit",
+    "quantize_coded",
     "quantize_int8",
     "rms_norm",
     "rms_norm_gradient",

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
 
 
@@ -11,12 +12,7 @@ def adamw_32bit(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors with fp32 moments; gradients are of their parameter's dtype.
 
@@ -29,7 +25,7 @@ def adamw_32bit(
     extension.adamw_32bit(
         tier_index(),
         threads(),
-        _constants(step, lr, betas, eps, weight_decay),
+        _constants(step),
         *_parameters(params, grads),
         [m.data_ptr() for m in exp_avgs],
         [v.data_ptr() for v in exp_avg_sqs],
@@ -44,12 +40,7 @@ def adamw_8bit(
     code: Tensor,
     code_unsigned: Tensor,
     blocksize: int,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    step: AdamwStep,
 ) -> None:
     """One AdamW step over many tensors with block-wise 8-bit moments; gradients are of their parameter's dtype.
 
@@ -59,7 +50,7 @@ def adamw_8bit(
     extension.adamw_8bit(
         tier_index(),
         threads(),
-        _constants(step, lr, betas, eps, weight_decay),
+        _constants(step),
         *_parameters(params, grads),
         [codes.data_ptr() for codes, _ in exp_avgs],
         [absmax.data_ptr() for _, absmax in exp_avgs],
@@ -85,18 +76,16 @@ def _parameters(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], l
     )
 
 
-def _constants(
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[float, float, float, float, float, float, float, float]:
+def _constants(step: AdamwStep) -> tuple[float, float, float, float, float, float, float, float]:
     """Return the members of ``struct Adamw`` in csrc/adamw.h, as the reference computes them."""
-    beta1, beta2 = betas
+    t, lr, (beta1, beta2), eps, weight_decay = step
     return (
         1 - lr * weight_decay,
         beta1,
         1 - beta1,
         beta2,
         1 - beta2,
-        (1 - beta2**step) ** 0.5,
+        (1 - beta2**t) ** 0.5,
         eps,
-        -(lr / (1 - beta1**step)),
+        -(lr / (1 - beta1**t)),
     )

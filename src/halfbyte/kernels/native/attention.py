@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import memory, reference
+from halfbyte.kernels import pool, reference
 from halfbyte.kernels.native.rows import dense_rows
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
 
@@ -88,4 +88,4 @@ def _head_strides(x: Tensor) -> tuple[int, int, int, int]:
 def _heads_last(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return a tensor to fill, ``[B, H, L, D]``, that lies in memory as ``[B, L, H, D]``."""
     batches, heads, rows, size = shape
-    return memory.empty((batches, rows, heads, size), dtype).transpose(1, 2)
+    return pool.empty((batches, rows, heads, size), dtype).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from halfbyte.kernels import memory
+from halfbyte.kernels import pool
 from halfbyte.kernels.native.rows import dense_rows, row_address, row_arguments
 from halfbyte.kernels.native.runtime import extension
 
@@ -12,7 +12,7 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # enum Activation in csrc/rows.h
 def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """A gated linear unit."""
     gate, up = dense_rows(gate), dense_rows(up)
-    y = memory.empty(gate.shape, gate.dtype)
+    y = pool.empty(gate.shape, gate.dtype)
     extension.gated(*row_arguments(gate), ACTIVATIONS[name], row_address(gate), row_address(up), y.data_ptr())
     return y
 

@@ -5,35 +5,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import memory, reference
+from halfbyte.kernels import pool, reference
 from halfbyte.kernels.native.quantize import code_tables, dequantize_4bit, scale_arguments
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Sum, Weight4bit, Weight8bit
+from halfbyte.kernels.terms import Sum
+from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 
-def matmul_4bit(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None
-) -> Tensor:
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """The 4-bit linear product ``y = x Wᵀ + bias``.
 
     Sums are fp32 and rounded once, with the bias. On a vector tier each row of the result is bitwise the same for any
     number of threads and whatever the other rows are, except that few rows (up to 16; on Arm 8) are summed in another
     order than more (csrc/matmul.h), where block size and depth are multiples of 64.
     """
-    return _matmul(x, packed, statistics, shape, bias, gradient=False)
+    return _matmul(x, weight, bias, transposed=True)
 
 
-def matmul_4bit_dx(dy: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int]) -> Tensor:
+def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
     """The gradient of :func:`matmul_4bit` with respect to ``x``; of any number of rows in one order."""
-    return _matmul(dy, packed, statistics, shape, None, gradient=True)
+    return _matmul(dy, weight, None, transposed=False)
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
     """Sums of products, each value rounded once, all in one parallel region.
 
     As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; few rows are
-    summed in another order than more where the first term is a 4-bit weight, no gradient.
+    summed in another order than more where the first term is a 4-bit weight, transposed.
     """
     isa = tier_index()
     if not extension.multiplies(isa):
@@ -44,7 +42,8 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
         types = TYPES[terms[0].x.dtype], TYPES[out.dtype]
         addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
         gathered.append(extension.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
-        for x, factor, gradient in terms:
+        for x, factor, transposed in terms:
+            gradient = not transposed
             address, stride, step = x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 1
             rows, columns = factor.shape
             if isinstance(factor, Weight4bit):
@@ -55,7 +54,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
                 gathered[-1].add_weight(
                     address, stride, step, gradient, packed, table, *scales, blocksize, rows, columns
                 )
-            elif isinstance(factor, Weight8bit):
+            elif isinstance(factor, WeightInt8):
                 codes, absmax, blocksize = factor.codes.data_ptr(), factor.absmax.data_ptr(), factor.blocksize
                 gathered[-1].add_bytes(address, stride, step, gradient, codes, absmax, blocksize, rows, columns)
             else:
@@ -64,29 +63,30 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     extension.matmul_sums(threads(), gathered)
 
 
-def _matmul(
-    x: Tensor, packed: Tensor, statistics: Statistics, shape: tuple[int, int], bias: Tensor | None, *, gradient: bool
-) -> Tensor:
+def _matmul(x: Tensor, weight: Weight4bit, bias: Tensor | None, *, transposed: bool) -> Tensor:
     isa = tier_index()
-    if 0 in shape or not extension.multiplies(isa):
-        weight = dequantize_4bit(packed, statistics, shape[0] * shape[1], x.dtype).view(shape)
-        return x @ weight if gradient else torch.nn.functional.linear(x, weight, bias)
+    rows, columns = weight.shape
+    if not (rows and columns and extension.multiplies(isa)):
+        dense = dequantize_4bit(weight, x.dtype)
+        return torch.nn.functional.linear(x, dense, bias) if transposed else x @ dense
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
+    statistics = weight.statistics
     code, nested_code = code_tables(statistics)
-    y = memory.empty((*x.shape[:-1], shape[1] if gradient else shape[0]), x.dtype)
+    y = pool.empty((*x.shape[:-1], rows if transposed else columns), x.dtype)
     extension.matmul_4bit(
         isa,
         threads(),
-        gradient,
+        not transposed,
         x.data_ptr(),
         x.shape[:-1].numel(),
         TYPES[x.dtype],
-        packed.data_ptr(),
+        weight.packed.data_ptr(),
         code.data_ptr(),
         *scale_arguments(statistics, nested_code),
         statistics.blocksize,
-        *shape,
+        rows,
+        columns,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import memory
+from halfbyte.kernels import pool
 from halfbyte.kernels.native.rows import dense_rows, row_address, row_arguments
 from halfbyte.kernels.native.runtime import extension
 
@@ -14,8 +14,8 @@ def rms_norm(
     """RMSNorm; sums in the tier's order, for any number of threads."""
     x, weight = dense_rows(x), weight.contiguous()
     residual = None if residual is None else dense_rows(residual)
-    h = x if residual is None else memory.empty(x.shape, x.dtype)
-    y = memory.empty(x.shape, x.dtype)
+    h = x if residual is None else pool.empty(x.shape, x.dtype)
+    y = pool.empty(x.shape, x.dtype)
     scale = torch.empty(len(x), dtype=torch.float32, device="cpu")
     extension.rms_norm(
         *row_arguments(x),
@@ -36,7 +36,7 @@ def rms_norm_gradient(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, 
     """The gradient of :func:`rms_norm` with respect to what it normalizes."""
     dy, h, weight = dense_rows(dy), dense_rows(h), weight.contiguous()
     dh = None if dh is None else dense_rows(dh)
-    dx = memory.empty(h.shape, h.dtype)
+    dx = pool.empty(h.shape, h.dtype)
     extension.rms_norm_gradient(
         *row_arguments(h),
         row_address(dy),

@@ -1,16 +1,18 @@
-"""Block-wise quantization to 4 and 8 bits and back, and how the extension takes the statistics of a 4-bit weight."""
+"""Block-wise quantization to 4 bits, coded bytes and int8, and back.
+
+Also how the extension takes the statistics of a 4-bit weight.
+"""
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
-from halfbyte.kernels.statistics import Statistics
-from halfbyte.kernels.terms import Weight8bit
+from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
 
 
-def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Block-wise 8-bit quantization; ``code`` must be ascending."""
+def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Block-wise quantization to a table; ``code`` must be ascending."""
     n = x.numel()
     code = code.contiguous()
     codes = torch.empty(n, dtype=torch.uint8, device="cpu")
@@ -30,8 +32,8 @@ def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return codes, absmax
 
 
-def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_8bit`."""
+def dequantize_coded(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_coded`."""
     code = code.contiguous()
     out = torch.empty(codes.numel(), dtype=dtype, device="cpu")
     extension.dequantize_8bit(
@@ -69,17 +71,18 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return packed, absmax
 
 
-def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch.dtype) -> Tensor:
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_4bit`."""
+    statistics = weight.statistics
     code, nested_code = code_tables(statistics)
-    out = torch.empty(n, dtype=dtype, device="cpu")
+    out = torch.empty(weight.shape, dtype=dtype, device="cpu")
     extension.dequantize_4bit(
         tier_index(),
         threads(),
-        packed.data_ptr(),
+        weight.packed.data_ptr(),
         code.data_ptr(),
         *scale_arguments(statistics, nested_code),
-        n,
+        out.numel(),
         statistics.blocksize,
         out.data_ptr(),
         TYPES[dtype],
@@ -87,12 +90,12 @@ def dequantize_4bit(packed: Tensor, statistics: Statistics, n: int, dtype: torch
     return out
 
 
-def quantize_int8(x: Tensor, blocksize: int) -> Weight8bit:
+def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
     """Block-wise quantization to int8, by torch: it is done once."""
     return reference.quantize_int8(x, blocksize)
 
 
-def dequantize_int8(weight: Weight8bit, dtype: torch.dtype) -> Tensor:
+def dequantize_int8(weight: WeightInt8, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_int8`, by torch: products read the codes themselves."""
     return reference.dequantize_int8(weight, dtype)
 

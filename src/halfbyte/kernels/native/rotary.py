@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import memory
+from halfbyte.kernels import pool
 from halfbyte.kernels.native.rows import dense_rows
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
 
@@ -14,7 +14,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     sin = sin.to(cos.dtype)
     if cos.stride(-1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    y = memory.empty(x.shape, x.dtype)
+    y = pool.empty(x.shape, x.dtype)
     extension.rotary(
         tier_index(),
         threads(),

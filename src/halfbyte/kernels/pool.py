@@ -1,4 +1,4 @@
-"""Memory for the large tensors of a step, taken from the system once and used again.
+"""A pool for the large tensors of a step: memory that is taken from the system once and used again.
 
 A training step asks for the same sizes over and over. glibc serves them from one heap, where short-lived results and
 kept activations lie mixed: it fragments, to 1.6 to 4 times what is in use, or, with a mapping for each tensor, spends

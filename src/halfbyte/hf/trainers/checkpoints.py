@@ -1,0 +1,169 @@
+"""What a trainer leaves on the disk and goes on from, without pickle: see :mod:`halfbyte.hf.trainers.state`.
+
+Of several processes one writes and the others wait; each has random numbers of its own, which the one writes too.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
+
+from halfbyte.errors import InputError
+from halfbyte.files import whole_folder
+from halfbyte.hf.trainers import distributed
+from halfbyte.hf.trainers.state import (
+    flatten,
+    random_state,
+    read_state,
+    saved_states,
+    set_random_state,
+    state_folder,
+    unflatten,
+)
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer as _Theirs  # one of the classes that this one stands before
+else:
+    _Theirs = object
+
+
+def surplus(last: Path, limit: int | None, best: str | None) -> list[Path]:
+    """Return the checkpoints beside ``last`` that are more than ``limit``, oldest first, but never it nor the best one.
+
+    Args:
+        last: the newest checkpoint.
+        limit: how many to keep; None and what is below 1 keep all.
+        best: the checkpoint of the best model, if there is one.
+    """
+    states = saved_states(last.parents[1])
+    kept = {last, Path(best) if best else last}
+    if limit is None or limit < 1:
+        return []
+    others = [state for state in states if state not in kept]
+    return others[: max(0, len(others) - max(0, limit - len(kept)))]
+
+
+class Checkpoints(_Theirs):
+    """Checkpoints of safetensors and JSON, complete or absent, in place of Trainer's own."""
+
+    @property
+    def _data_digest(self) -> str:
+        """A checksum of the training data."""
+        raise NotImplementedError
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        random_tensors, random_numbers = self._random_states()
+        best = self.state.best_global_step
+        folder = state_folder(Path(self.args.output_dir), self.state.global_step)
+        if best and (best == self.state.global_step or state_folder(Path(self.args.output_dir), best).is_dir()):
+            self.state.best_model_checkpoint = str(state_folder(Path(self.args.output_dir), best))
+        with distributed.first_writes(self.args.should_save) as writes:
+            if writes:
+                with whole_folder(folder) as part:
+                    self._write_checkpoint(part, random_tensors, random_numbers)
+                for old in surplus(folder, self.args.save_total_limit, self.state.best_model_checkpoint):
+                    shutil.rmtree(old)
+
+    def _write_checkpoint(
+        self, part: Path, random_tensors: dict[str, Any], random_numbers: list[dict[str, Any]]
+    ) -> None:
+        self._save(str(part))
+        if not self.args.save_only_model:
+            rows = self.train_dataset
+            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            tensors, numbers = flatten(state)
+            numbers["data"] = self._data_digest if has_length(rows) else None
+            numbers["random"] = random_numbers
+            save_file(tensors | random_tensors, part / "state.safetensors")
+            (part / "state.json").write_text(json.dumps(numbers))
+        callbacks = self.callback_handler.callbacks
+        with_state = [callback for callback in [*callbacks, self.control] if isinstance(callback, ExportableState)]
+        states: dict[str, list[dict[str, Any]]] = {}
+        for callback in with_state:
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {name: own[0] if len(own) == 1 else own for name, own in states.items()}
+        self.state.save_to_json(str(part / TRAINER_STATE_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter and the tokenizer in ``output_dir``; of several processes one does, the others wait."""
+        with distributed.first_writes(self.args.should_save) as writes:
+            if writes:
+                self._save(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink()  # PEFT's card, a form that nobody has filled in
+        self.processing_class.save_pretrained(folder)
+
+    def _random_states(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The random states of all processes: tensors as ``process.name``, and for each process its numbers."""
+        states = distributed.gather(random_state())
+        tensors = {f"random.{i}.{name}": x for i, (own, _) in enumerate(states) for name, x in own.items()}
+        return tensors, [numbers for _, numbers in states]
+
+    def _last_checkpoint(self) -> str:
+        """Return the newest checkpoint of ``output_dir``.
+
+        Raises:
+            InputError: there is none.
+        """
+        last = next(reversed(saved_states(Path(self.args.output_dir))), None)
+        if last is None:
+            raise InputError(f"{self.args.output_dir} holds no checkpoint to go on from (checkpoints/step-...).")
+        return str(last)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._finalize_training(*args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if best is not None and self.args.save_total_limit == 1:  # the last one is not needed any more
+            with distributed.first_writes(self.args.should_save) as writes:
+                for old in saved_states(Path(self.args.output_dir)) if writes else ():
+                    if old != Path(best):
+                        shutil.rmtree(old)
+        return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with distributed.agreed_errors():
+            file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+            if not file.is_file():
+                raise InputError(f"{resume_from_checkpoint} holds no {file.name}: it is no checkpoint to go on from.")
+            weights = load_file(file)
+            expected = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+                raise InputError(
+                    f"{resume_from_checkpoint}: this adapter is not one of the model that is to be trained."
+                )
+            set_peft_model_state_dict(self.model, weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with distributed.agreed_errors():
+            tensors, numbers = read_state(Path(checkpoint))
+            if numbers["data"] is not None and numbers["data"] != self._data_digest:
+                raise InputError(f"{checkpoint} was made with other training data; restore it, or begin another run.")
+            processes = len(numbers["random"])
+            if processes != distributed.world_size():
+                raise InputError(
+                    f"{checkpoint} was made by {processes} process{'es' * (processes > 1)} and cannot go on with "
+                    f"{distributed.world_size()}; start as many."
+                )
+            self.optimizer.load_state_dict(unflatten(tensors, numbers["optimizer"]))
+            self.lr_scheduler.load_state_dict(unflatten(tensors, numbers["scheduler"]))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, numbers = read_state(Path(checkpoint))
+            own = f"random.{distributed.rank()}."
+            mine = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
+            set_random_state(mine, numbers["random"][distributed.rank()])

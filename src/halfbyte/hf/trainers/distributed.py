@@ -1,0 +1,203 @@
+"""Several processes that train one model: who writes, when all stop, and that they end together.
+
+``torchrun`` starts them and tells each its number by environment variables (``RANK``, ``WORLD_SIZE`` and their local
+sisters). :func:`join` makes the process group; without it, on a machine without a GPU, transformers (5.23) makes none
+unless ``use_cpu`` is set, and each process would train alone. With one process every function here is free of cost.
+
+What they tell each other here is a few numbers and sentences, over a gloo group of its own, so that it works beside
+NCCL. Gradients go through DistributedDataParallel. All processes must come to each call, in the same order.
+"""
+
+import contextlib
+import datetime
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from halfbyte.errors import InputError
+
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Connection refused")
+"""How gloo (torch 2.13) says that another process is gone."""
+
+
+class ElsewhereError(InputError):
+    """Another process of the run failed, with this sentence; that process tells it, so nobody else needs to."""
+
+
+def launched() -> int:
+    """Return how many processes the launcher started, whether or not they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(use_cpu: bool = False, backend: str | None = None, timeout: float = 1800) -> None:
+    """Make the process group of the processes that torchrun started; with one process, or in a group, do nothing.
+
+    Args:
+        use_cpu: train on the CPU even where there is a GPU.
+        backend: of torch.distributed; None takes gloo, and NCCL for what is on a GPU.
+        timeout: seconds that a process waits for another.
+
+    Raises:
+        InputError: the processes do not find each other.
+    """
+    if launched() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available() and not use_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = backend or "cpu:gloo,cuda:nccl"
+    else:
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own setting, which would leave cores idle
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // on_this_machine()))
+        backend = backend or "gloo"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    except ValueError as error:
+        raise InputError(
+            f"WORLD_SIZE says that there are {launched()} processes, but they cannot meet ({error}); start them with "
+            "torchrun, or unset WORLD_SIZE."
+        ) from error
+
+
+def leave() -> None:
+    """Leave the process group, if there is one: the last call of a run."""
+    if dist.is_initialized():
+        _group.cache_clear()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """:func:`join` for as long as this lasts; a group that is there already stays."""
+    before = dist.is_initialized()
+    join()
+    try:
+        yield
+    finally:
+        if not before:
+            leave()
+
+
+def rank() -> int:
+    """Return the number of this process, counted from 0."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes have joined."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_this_machine() -> int:
+    """Return how many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Return whether this is the process that writes, shows and decides."""
+    return rank() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the value of each process, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    with ended_by_others():
+        dist.all_gather_object(values, value, group=_group())
+    return values
+
+
+def largest(numbers: Sequence[int]) -> list[int]:
+    """Return, for each place, the largest number that a process has there."""
+    return _reduced(numbers, dist.ReduceOp.MAX)
+
+
+def total(number: int) -> int:
+    """Return the sum of the processes' numbers."""
+    return _reduced([number], dist.ReduceOp.SUM)[0]
+
+
+def agreed(flag: bool) -> bool:
+    """Return whether any process wants it: when one is to stop, all stop after the same step."""
+    return bool(largest([flag])[0])
+
+
+@contextlib.contextmanager
+def agreed_errors() -> Iterator[None]:
+    """Leave the block together: all after each has come to its end, or all with the first one's error.
+
+    Raises:
+        ElsewhereError: the work of another process failed; the process itself raises what it raised.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        if world_size() == 1 or isinstance(raised, ElsewhereError):
+            raise
+        error = raised
+    if world_size() == 1:
+        return
+    told = str(error) if error is None or isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    sentences = gather(None if error is None else told)
+    failed = next((number for number, sentence in enumerate(sentences) if sentence is not None), None)
+    if failed is None:
+        return
+    if error is not None and failed == rank():
+        raise error
+    raise ElsewhereError(sentences[failed]) from error
+
+
+@contextlib.contextmanager
+def first_writes(writes: bool | None = None) -> Iterator[bool]:
+    """Yield whether this process is the one that writes; all go on when it has written, or end with its error.
+
+    Args:
+        writes: another choice than the first process, as one on each machine.
+    """
+    with agreed_errors():
+        yield is_first() if writes is None else writes
+
+
+@contextlib.contextmanager
+def ended_by_others() -> Iterator[None]:
+    """Tell in one sentence that another process is gone, wherever this one waits for it.
+
+    Raises:
+        ElsewhereError: it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not any(words in str(error) for words in LOST):
+            raise
+        raise ElsewhereError("Another process of this run has ended, and so does this one.") from error
+
+
+def ignore_frozen(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from sending what is not trained: the base is the same in all processes."""
+    frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    # read by torch 2.13 from the module that is wrapped
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *buffers]  # type: ignore[assignment]
+
+
+def _reduced(numbers: Sequence[int], how: Any) -> list[int]:
+    if world_size() == 1:
+        return [int(number) for number in numbers]
+    values = torch.tensor([int(number) for number in numbers])
+    with ended_by_others():
+        dist.all_reduce(values, how, group=_group())
+    reduced: list[int] = values.tolist()
+    return reduced
+
+
+@functools.cache
+def _group() -> Any:
+    return dist.new_group(backend="gloo")

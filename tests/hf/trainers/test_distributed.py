@@ -1,0 +1,113 @@
+"""Two real processes (torchrun, gloo) that train one model: against one process with twice the batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from halfbyte.errors import InputError
+from halfbyte.hf.trainers import distributed
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+
+
+def run(model: Path, output: Path, processes: int, **options: Any) -> list[dict[str, Any]]:
+    """Train, and return what each process wrote down."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), str(model), str(output)]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*command, json.dumps(options)], capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(Path(f"{output}.{i}.json").read_text()) for i in range(processes)]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_two_processes_train_as_one_with_twice_the_batch(order: str, tiny_model_folder: Path, tmp_path: Path) -> None:
+    options = {"steps": 5, "accumulation": 2, "order": order, "save_steps": 2}  # two epochs of four steps
+    one = run(tiny_model_folder, tmp_path / "one", 1, batch=4, **options)[0]
+    two = run(tiny_model_folder, tmp_path / "two", 2, batch=2, **options)
+    assert [process["processes"] for process in two] == [2, 2]
+    for process in two:
+        # fp32; other batches pad otherwise, and AdamW lifts rounding of tiny gradients in the first steps
+        assert process["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert process["tokens"] == one["tokens"]
+    ours, theirs = adapter(tmp_path / "two/adapter"), adapter(tmp_path / "one/adapter")
+    for name, tensor in theirs.items():
+        if "lora_B" in name:  # zero at first
+            assert (ours[name] - tensor).norm() < 1e-2 * tensor.norm(), name
+    assert len(list((tmp_path / "two/checkpoints").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_one_process_writes_and_the_group_goes_on_from_what_it_wrote(tiny_model_folder: Path, tmp_path: Path) -> None:
+    whole, first = tmp_path / "whole", tmp_path / "first"
+    two = run(tiny_model_folder, whole, 2, batch=2, steps=4)
+    run(tiny_model_folder, first, 2, batch=2, steps=2, save_steps=2)
+    checkpoint = first / "checkpoints/step-000002"
+    assert [path.name for path in first.iterdir() if path.name != "adapter"] == ["checkpoints"]
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["step-000002"]
+    resumed = run(tiny_model_folder, first, 2, batch=2, steps=4, resume=str(checkpoint))
+    assert all(torch.equal(adapter(first / "adapter")[k], v) for k, v in adapter(whole / "adapter").items())
+    assert resumed[0]["losses"] == two[0]["losses"]
+    cores = len(os.sched_getaffinity(0))
+    assert [process["threads"] for process in two] == [max(1, cores // 2)] * 2
+    alone = run(tiny_model_folder, first, 1, batch=2, steps=4, resume=str(checkpoint))[0]
+    assert "was made by 2 processes and cannot go on with 1" in alone["error"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_model_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    processes = run(tiny_model_folder, output, 2, batch=2, steps=8, sigterm=True, rank=1)
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    last = int(checkpoint.name.removeprefix("step-"))
+    assert [process["steps"] for process in processes] == [last, last] and 2 <= last < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_ends_the_other_with_a_sentence(
+    rank: int, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    processes = run(tiny_model_folder, tmp_path / "run", 2, batch=2, steps=8, fail=True, rank=rank)
+    assert processes[rank]["error"] == "the disk is made of cheese" and processes[rank]["kind"] == "InputError"
+    assert processes[1 - rank]["kind"] == "ElsewhereError"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gradient_that_is_not_finite_in_one_process_is_told_by_the_first(
+    rank: int, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    processes = run(tiny_model_folder, tmp_path / "run", 2, batch=2, steps=8, infinite=rank)
+    assert [process["kind"] for process in processes] == ["InputError", "ElsewhereError"]
+    assert processes[0]["error"] == processes[1]["error"]
+    assert "the gradient of step 1 is not finite, first in the gradient of base_model" in processes[0]["error"]
+
+
+def test_alone_nothing_is_asked_of_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed.join()
+    assert (distributed.world_size(), distributed.rank(), distributed.is_first()) == (1, 0, True)
+    assert distributed.agreed(True) and not distributed.agreed(False)
+    assert distributed.total(7) == 7 and distributed.gather("x") == ["x"]
+    with distributed.first_writes() as writes:
+        assert writes
+    with pytest.raises(InputError, match="mine"), distributed.agreed_errors():
+        raise InputError("mine")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="there are 2 processes, but they cannot meet"):
+        distributed.join()
