@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,10 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from halfbyte import files
+from halfbyte import files, locks
 from halfbyte.files import (
-    Locked,
     append,
     disk_full,
-    lock,
     read_lines,
     repair,
     repair_within,
@@ -32,6 +31,7 @@ from halfbyte.files import (
     whole_folder,
     write_text,
 )
+from halfbyte.locks import Lock, Locked, lock
 
 READS = ("open", "close", "read", "pread", "stat", "lstat", "fstat", "listdir", "scandir")
 WRITES = ("write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "rename", "replace", "unlink")
@@ -465,6 +465,10 @@ def test_an_old_folder_gets_its_name_back_unless_another_has_it(tmp_path: Path) 
     repair(target)
     assert tree(tmp_path) == tree_of_folder("name")
     part = dead_part(target, swapped=True)
+    shutil.rmtree(part / "name")  # a power failure on a file system that forgot the second rename
+    repair(target)
+    assert tree(tmp_path) == tree_of_folder("name")
+    part = dead_part(target, swapped=True)
     target.mkdir()
     (target / "theirs").touch()
     repair(target)
@@ -524,7 +528,9 @@ def test_a_line_that_is_written_in_pieces_is_whole_or_not_there(
 @contextlib.contextmanager
 def running(script: str, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run Python code in another process; yield the process and the first line that it prints; kill it at the end."""
-    imports = "import os, sys, time\nfrom pathlib import Path\nfrom halfbyte.files import *\n"
+    imports = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom halfbyte.files import *\nfrom halfbyte.locks import *\n"
+    )
     command = [sys.executable, "-c", imports + script]
     with subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -626,6 +632,27 @@ def test_a_writer_in_another_process_is_left_alone_until_it_is_dead(tmp_path: Pa
     assert tree(tmp_path) == ["name"]
 
 
+def test_a_writer_whose_folder_a_repair_is_about_to_remove_takes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Lock] = []
+    real = os.mkdir
+
+    def mkdir(path: Path, mode: int = 0o777) -> None:
+        real(path, mode)
+        if not taken:
+            other = locks.take(Path(path) / "name.lock")
+            assert other
+            taken.append(other)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with whole_file(tmp_path / "name") as part:
+        assert part.parent != taken[0].path.parent
+        part.touch()
+    taken[0].release()
+    assert tree(tmp_path) == ["name"]
+
+
 def test_writers_and_repairs_of_one_file_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
     script = (
         "os.fsync = lambda handle: None\n"
@@ -650,7 +677,7 @@ def test_releasing_leaves_a_file_that_is_another_lock(tmp_path: Path) -> None:
             lock(file)
 
 
-@pytest.mark.parametrize("number", files.NO_LOCKS)
+@pytest.mark.parametrize("number", sorted(locks.NO_LOCKS))
 def test_without_locks_all_works_but_nothing_is_removed(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -679,7 +706,7 @@ def test_another_error_of_a_lock_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         lock(tmp_path / "lock")
 
 
-@pytest.mark.parametrize("number", files.NO_SYNC)
+@pytest.mark.parametrize("number", sorted(files.NO_SYNC))
 def test_folders_that_cannot_be_synced_are_no_error_but_files_are(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from halfbyte.nn import Linear4bit
     from halfbyte.quant import QuantizedWeight, quantize_4bit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "HalfbyteConfig": "halfbyte.hf",

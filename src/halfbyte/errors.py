@@ -4,7 +4,12 @@ Everything else that is raised is a bug of ours and keeps its traceback.
 """
 
 import difflib
+import errno
+import pwd
+import stat
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -18,6 +23,35 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_writable(path: Path) -> None:
+    """Look whether ``path`` can be made, before the work that ends in it.
+
+    Raises:
+        InputError: it cannot; told with the folder that stands in the way, its owner and its permissions.
+    """
+    folder = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file, so there can be no folder {path}; name another one.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        about = folder.stat()
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): {folder} belongs to {_user(about.st_uid)} with permissions "
+            f"{stat.filemode(about.st_mode)}; name another folder, or change that."
+        ) from None
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def size_text(count: int) -> str:

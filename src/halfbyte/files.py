@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, lines that are appended whole, locks. And the full disk.
+"""Files and folders that appear whole or not at all, lines that are appended whole. And the full disk.
 
 A writer works in a hidden folder beside its target:
 
@@ -16,21 +16,18 @@ reach other machines that share a disk.
 import contextlib
 import ctypes
 import errno
-import fcntl
-import functools
 import os
 import re
 import shutil
-import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What ``flock`` says on a file system without locks."""
-NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+from halfbyte.locks import Lock, take
+
+NO_EXCHANGE = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM))
 """What ``renameat2`` says where the kernel, a sandbox or the file system cannot exchange two names."""
-NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
+NO_SYNC = frozenset((errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP))
 """What opening or syncing a folder says where only files can be synced."""
 
 
@@ -38,9 +35,10 @@ NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path of the same name to write to; at the end that file is synced and renamed to ``path``.
 
-    On any error, an interrupt included, ``path`` is as it was and what was written is removed. One error can come
-    later: if the folder cannot be synced, ``path`` is the new file, which a power failure may still undo. A link
-    stays a link; the file that it points to is replaced. Begins with :func:`repair`.
+    On any error, an interrupt included, ``path`` is as it was and what was written is removed. What comes after the
+    renaming finds ``path`` new and leaves it so: a late interrupt, or a folder that cannot be synced, which is an
+    error since a power failure may still undo the renaming. A link stays a link; the file that it points to is
+    replaced. Begins with :func:`repair`.
     """
     with _writing(path) as part:
         yield part.new
@@ -61,12 +59,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         NotADirectoryError: ``path`` is a file.
     """
     with _writing(path) as part:
-        if _is_there(part.target) and not part.target.is_dir():
+        if os.path.lexists(part.target) and not part.target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         os.mkdir(part.new)
         yield part.new
         _sync_all(part.new)
-        if not _is_there(part.target):
+        if not os.path.lexists(part.target):
             os.rename(part.new, part.target)
         elif not _exchange(part.new, part.target):
             os.rename(part.target, part.old)
@@ -92,6 +90,7 @@ def append(path: Path, line: str) -> None:
     if "\n" in line:
         raise ValueError(f"more than one line: {line!r}")
     data = f"{line}\n".encode()
+    path = Path(os.path.realpath(path))
     made = not path.exists()
     if made:
         _make_folder(path.parent)
@@ -144,99 +143,6 @@ def repair_within(folder: Path) -> None:
     _repair(Path(os.path.realpath(folder)), ".+")
 
 
-class Locked(Exception):
-    """A lock is held by another process, or elsewhere in this one.
-
-    Attributes:
-        path: the lock's file.
-        pid: the process that holds it, as it counts itself; None if it could not write that down.
-    """
-
-    def __init__(self, path: Path, pid: int | None) -> None:
-        super().__init__(f"{path} is locked by {f'process {pid}' if pid else 'another process'}")
-        self.path = path
-        self.pid = pid
-
-
-class Lock:
-    """A lock on a file, held until :meth:`release` or the end of the process, however it ends. A context manager too.
-
-    It is ``flock``'s. A POSIX record lock is lost as soon as anything in the process closes the file, after copying
-    the folder for example, and does not keep the same process out. ``flock`` goes to forked children as well, so these
-    close it right after the fork; programs that are started do not get it.
-
-    Attributes:
-        path: the lock's file.
-        certain: whether the file system has locks. If not, everybody gets one.
-    """
-
-    def __init__(self, path: Path, handle: int) -> None:
-        self.path = path
-        self.certain = True
-        self._handle = handle  # -1 once closed
-        _held.add(self)
-
-    @property
-    def held(self) -> bool:
-        """Whether this process holds it: false after release and in forked children."""
-        return self._handle != -1
-
-    def release(self) -> None:
-        """Remove the file and let others have the lock. The second time, and in forked children, nothing happens."""
-        try:
-            with contextlib.suppress(OSError):
-                if self.held and self._is_named():
-                    os.unlink(self.path)
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        with _forks:
-            handle, self._handle = self._handle, -1
-            _held.discard(self)
-            if handle != -1:
-                with contextlib.suppress(OSError):
-                    try:
-                        fcntl.flock(handle, fcntl.LOCK_UN)  # a program just being started may have it for a moment
-                    finally:
-                        os.close(handle)
-
-    def _is_named(self) -> bool:
-        """Return whether ``path`` still leads to this file: who held the lock before may have removed it."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._handle))
-        except FileNotFoundError:
-            return False
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def lock(path: Path) -> Lock:
-    """Take the lock on the file ``path``, which is made for it and removed on release.
-
-    A file that a dead process left is no obstacle. On a file system without locks everybody gets the lock.
-
-    Raises:
-        Locked: somebody holds it.
-    """
-    path = Path(os.path.realpath(path))
-    _make_folder(path.parent)
-    held = _take(path)
-    if held is None:
-        pid = None
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(path.read_text())
-        raise Locked(path, pid)
-    with contextlib.suppress(OSError):
-        os.ftruncate(held._handle, 0)
-        os.pwrite(held._handle, f"{os.getpid()}\n".encode(), 0)
-    return held
-
-
 def disk_full(error: BaseException) -> bool:
     """Return whether ``error`` says that the disk, or the user's share of it, is full.
 
@@ -244,47 +150,6 @@ def disk_full(error: BaseException) -> bool:
     """
     numbers = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
-
-
-_held: set[Lock] = set()
-_forks = threading.RLock()
-"""Held while a lock is taken or closed, so that a fork finds each open one in ``_held``."""
-
-
-@functools.cache
-def _watch_forks() -> None:
-    def forget() -> None:
-        for held in _held.copy():
-            handle, held._handle = held._handle, -1
-            os.close(handle)  # without LOCK_UN, which would be the parent's too
-        _held.clear()
-        _forks.release()
-
-    os.register_at_fork(before=_forks.acquire, after_in_parent=_forks.release, after_in_child=forget)
-
-
-def _take(path: Path) -> Lock | None:
-    """Return the lock on ``path``, or None if somebody holds it."""
-    _watch_forks()
-    with _forks:
-        while True:
-            taken = Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-            try:
-                try:
-                    fcntl.flock(taken._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    taken._close()
-                    return None
-                except OSError as error:
-                    if error.errno not in NO_LOCKS:
-                        raise
-                    taken.certain = False
-                if taken._is_named():
-                    return taken
-                taken._close()
-            except BaseException:
-                taken._close()
-                raise
 
 
 class _Part:
@@ -320,7 +185,7 @@ class _Part:
         try:
             with contextlib.suppress(OSError):
                 names = os.listdir(self.folder)
-                if self.old.name in names and (self.new.name in names or not _is_there(self.target)):
+                if self.old.name in names and (self.new.name in names or not os.path.lexists(self.target)):
                     os.rename(self.old, self.target)
                     with contextlib.suppress(OSError):
                         _sync(self.target.parent)
@@ -344,7 +209,7 @@ def _writing(path: Path) -> Iterator[_Part]:
         try:
             os.mkdir(part.folder)
             try:
-                part.lock = _take(part.lock_file)
+                part.lock = take(part.lock_file)
             except FileNotFoundError:
                 continue  # a repair found the folder before it was locked, and removed it
             if part.lock is None:
@@ -366,7 +231,7 @@ def _repair(folder: Path, names: str) -> None:
         part = _Part(folder / match[1], folder / match[0])
         with contextlib.suppress(OSError):
             if part.is_ours:
-                part.lock = _take(part.lock_file)
+                part.lock = take(part.lock_file)
                 if part.lock is not None:
                     part.settle(own=False)
 
@@ -384,14 +249,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if number in NO_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _remove(path: Path) -> None:
@@ -434,8 +291,8 @@ def _sync(path: Path) -> None:
 
 
 def absolute(path: str | Path) -> Path:
-    """Return ``path`` as it is meant wherever it is read: ``~`` expanded, absolute, without ``..``."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    """Return ``path`` as it is meant wherever it is read: ``~`` expanded, absolute."""
+    return Path(os.path.expanduser(path)).absolute()  # `..` stays: behind a link it leads elsewhere
 
 
 def model_path(name: str) -> str:

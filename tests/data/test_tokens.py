@@ -2,17 +2,20 @@ import copy
 import functools
 import itertools
 import json
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from halfbyte.choices import IGNORED
-from halfbyte.data import Chat, Collator, Completion, Text, Tokenized, chat_template, decode_trained, tokenize
+from halfbyte.data import Chat, Completion, Example, Text, chat_template, decode_trained, encode_examples
 from halfbyte.errors import InputError
+
+Rows = list[dict[str, list[int]]]
 
 # Templates in the manner of well-known models, each with the stop that closes its answers.
 CHATML = (
@@ -110,10 +113,21 @@ def conversation(*contents: str, system: str | None = None) -> list[dict[str, st
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def learned(tokenizer: PreTrainedTokenizerFast, tokenized: Tokenized) -> list[tuple[list[int], str]]:
+def rows_of(examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, max_length: int = 1000) -> Rows:
+    """The rows of all examples as plain lists."""
+    rows = [row for encoded in encode_examples(examples, tokenizer, max_length) for row in encoded.rows]
+    assert all(values.dtype == np.int32 for row in rows for values in row.values())
+    return [{name: values.tolist() for name, values in row.items()} for row in rows]
+
+
+def truncated(examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[bool]:
+    return [encoded.truncated for encoded in encode_examples(examples, tokenizer, max_length)]
+
+
+def learned(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> list[tuple[list[int], str]]:
     """Take the rows apart: for each trained stretch, the ids before it and the text that it adds to theirs."""
     stretches = []
-    for row in tokenized.rows:
+    for row in rows:
         ids, labels = row["input_ids"], row["labels"]
         assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
         trained = [label != IGNORED for label in labels] + [False]
@@ -161,23 +175,21 @@ def test_exactly_the_answers_and_their_stops_are_trained_after_the_prompts_of_us
     if template is GEMMA and messages[0]["role"] != "user":
         return  # refused, as the model's own template does
     tokenizer = tokenizer_with(template, kind)
-    tokenized = tokenize([Chat("row 1", messages)], tokenizer, 1000)
+    rows = rows_of([Chat("row 1", messages)], tokenizer)
     turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
     space = " " if template is MISTRAL else ""
     answers = [space + messages[i]["content"] + stop for i in turns]
-    stretches = learned(tokenizer, tokenized)
+    stretches = learned(tokenizer, rows)
     assert [text for _, text in stretches] == answers
     assert [before for before, _ in stretches] == [prompt_in_use(tokenizer, messages[:i]) for i in turns]
-    assert len(tokenized.rows) == (len(turns) if rows_of_their_own else 1)
-    assert tokenized.trained_tokens == sum(label >= 0 for row in tokenized.rows for label in row["labels"])
-    assert tokenized.tokens == sum(len(row["input_ids"]) for row in tokenized.rows)
+    assert len(rows) == (len(turns) if rows_of_their_own else 1)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA, GEMMA, MISTRAL])
 def test_a_row_is_the_rendered_conversation_up_to_its_last_stop(template: str) -> None:
     tokenizer = tokenizer_with(template)
     messages = conversation("Is it?", "It is", "good?", "positive")
-    [row] = tokenize([Chat("row 1", messages)], tokenizer, 1000).rows
+    [row] = rows_of([Chat("row 1", messages)], tokenizer)
     text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
     assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -191,7 +203,7 @@ CONTENT = st.text(ALPHABET, min_size=1, max_size=8)
 def test_any_content_is_trained_to_the_character(contents: list[str], kind: str) -> None:
     tokenizer = tokenizer_with(CHATML, kind)
     messages = conversation(*contents)
-    stretches = learned(tokenizer, tokenize([Chat("row 1", messages)], tokenizer, 1000))
+    stretches = learned(tokenizer, rows_of([Chat("row 1", messages)], tokenizer))
     assert [text for _, text in stretches] == [content + "<|im_end|>" for content in contents[1::2]]
     assert stretches[0][0] == prompt_in_use(tokenizer, messages[:1])
 
@@ -203,23 +215,23 @@ def test_without_a_template_a_completion_follows_the_prompt_as_it_is_in_use(
     prompt: str, completion: str, kind: str
 ) -> None:
     tokenizer = tokenizer_with(None, kind)
-    tokenized = tokenize([Completion("row 1", prompt, completion)], tokenizer, 1000)
-    assert learned(tokenizer, tokenized) == [(tokenizer(prompt)["input_ids"], completion + "</s>")]
+    rows = rows_of([Completion("row 1", prompt, completion)], tokenizer)
+    assert learned(tokenizer, rows) == [(tokenizer(prompt)["input_ids"], completion + "</s>")]
 
 
 def test_with_a_template_a_completion_is_an_answer_to_its_prompt() -> None:
     tokenizer = tokenizer_with(CHATML)
-    rows = tokenize([Completion("row 1", "Is it?", "It is")], tokenizer, 1000).rows
-    assert rows == tokenize([Chat("row 1", conversation("Is it?", "It is"))], tokenizer, 1000).rows
+    rows = rows_of([Completion("row 1", "Is it?", "It is")], tokenizer)
+    assert rows == rows_of([Chat("row 1", conversation("Is it?", "It is"))], tokenizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_template_a_conversation_has_the_plain_one_in_training_and_use(kind: str) -> None:
     tokenizer = tokenizer_with(None, kind)
     messages = conversation("Is it?", "It is", "good?", "positive", system="Short.")
-    tokenized = tokenize([Chat("row 1", messages)], tokenizer, 1000)
+    rows = rows_of([Chat("row 1", messages)], tokenizer)
     begin = "<s>" if kind == "sentence_piece" else ""
-    [row] = tokenized.rows
+    [row] = rows
     assert tokenizer.decode(row["input_ids"]) == (
         f"{begin}Short.\n\n### Instruction:\nIs it?\n\n### Response:\nIt is</s>\n\n"
         "### Instruction:\ngood?\n\n### Response:\npositive</s>"
@@ -230,14 +242,14 @@ def test_without_a_template_a_conversation_has_the_plain_one_in_training_and_use
         )
         for i in (2, 4)
     ]
-    assert learned(tokenizer, tokenized) == [(in_use[0], "It is</s>"), (in_use[1], "positive</s>")]
+    assert learned(tokenizer, rows) == [(in_use[0], "It is</s>"), (in_use[1], "positive</s>")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_of_a_text_all_but_the_first_token_is_trained(template: str | None, kind: str) -> None:
     tokenizer = tokenizer_with(template, kind)
-    [row] = tokenize([Text("row 1", "It is good.\n ")], tokenizer, 1000).rows
+    [row] = rows_of([Text("row 1", "It is good.\n ")], tokenizer)
     assert row["input_ids"] == [*tokenizer("It is good.\n ")["input_ids"], tokenizer.eos_token_id]
     assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
 
@@ -245,42 +257,42 @@ def test_of_a_text_all_but_the_first_token_is_trained(template: str | None, kind
 def test_a_template_that_strips_earlier_thoughts_gives_each_answer_a_row_with_its_thought() -> None:
     tokenizer = tokenizer_with(THINKING)
     messages = conversation("a", "<think>x</think>b", "c", "<think>y</think>d", "e", "f", "g", "h")
-    tokenized = tokenize([Chat("row 1", messages)], tokenizer, 1000)
-    assert [decode_trained(tokenizer, row) for row in tokenized.rows] == [
+    rows = rows_of([Chat("row 1", messages)], tokenizer)
+    assert [decode_trained(tokenizer, row) for row in rows] == [
         ["<think>x</think>b<|im_end|>"],
         ["<think>y</think>d<|im_end|>"],
         ["f<|im_end|>", "h<|im_end|>"],
     ]
     in_use = [prompt_in_use(tokenizer, messages[:i]) for i in (1, 3, 5, 7)]
-    assert [before for before, _ in learned(tokenizer, tokenized)] == in_use
+    assert [before for before, _ in learned(tokenizer, rows)] == in_use
 
 
 def test_an_answer_goes_on_from_the_thought_that_the_generation_prompt_opens() -> None:
     tokenizer = tokenizer_with(OPENING)
     messages = conversation("a", "<think>\nx</think>b")
-    tokenized = tokenize([Chat("row 1", messages)], tokenizer, 1000)
-    assert learned(tokenizer, tokenized) == [(prompt_in_use(tokenizer, messages[:1]), "x</think>b</s>")]
+    rows = rows_of([Chat("row 1", messages)], tokenizer)
+    assert learned(tokenizer, rows) == [(prompt_in_use(tokenizer, messages[:1]), "x</think>b</s>")]
     for answer in ("b", "\nb"):
         with pytest.raises(InputError, match=r"row 1: .*'\[assistant\]<think>\\n'"):
-            tokenize([Chat("row 1", conversation("a", answer))], tokenizer, 1000)
+            rows_of([Chat("row 1", conversation("a", answer))], tokenizer)
 
 
 def test_a_template_that_drops_the_answers_is_refused() -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}<|eot|>{% endfor %}"
     with pytest.raises(InputError, match=r"row 1: .* does not write this answer"):
-        tokenize([Chat("row 1", conversation("a", "b"))], tokenizer_with(template), 1000)
+        rows_of([Chat("row 1", conversation("a", "b"))], tokenizer_with(template))
 
 
 def test_whitespace_behind_the_stop_token_is_not_trained_even_if_it_is_an_added_token() -> None:
     tokenizer = copy.deepcopy(tokenizer_with(GEMMA))
     tokenizer.add_tokens(["\n"])
-    [row] = tokenize([Chat("row 1", conversation("a", "b"))], tokenizer, 1000).rows
+    [row] = rows_of([Chat("row 1", conversation("a", "b"))], tokenizer)
     assert decode_trained(tokenizer, row) == ["b<|eot|>"]
 
 
 def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
     with pytest.raises(InputError, match=r"row 3: .* refuses this conversation: no system role"):
-        tokenize([Chat("row 3", conversation("a", "b", system="s"))], tokenizer_with(GEMMA), 1000)
+        rows_of([Chat("row 3", conversation("a", "b", system="s"))], tokenizer_with(GEMMA))
 
 
 @pytest.mark.parametrize(
@@ -294,73 +306,73 @@ def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
 )
 def test_a_tokenizer_that_knows_no_stop_token_is_refused(template: str | None, example: Text) -> None:
     with pytest.raises(InputError, match="never learn to stop"):
-        tokenize([example], tokenizer_with(template, eos=None), 1000)
-    tokenize([Chat("row 1", conversation("a", "b"))], tokenizer_with(CHATML, eos=None), 1000)  # has its own
+        rows_of([example], tokenizer_with(template, eos=None))
+    rows_of([Chat("row 1", conversation("a", "b"))], tokenizer_with(CHATML, eos=None))  # has its own
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(InputError, match="ByT5Tokenizer is not a fast tokenizer"):
-        tokenize([Text("row 1", "a")], ByT5Tokenizer(), 1000)
+        rows_of([Text("row 1", "a")], ByT5Tokenizer())
 
 
 def test_an_empty_text_is_refused() -> None:
     with pytest.raises(InputError, match=r"row 1 is empty"):
-        tokenize([Text("row 1", "")], tokenizer_with(None), 1000)
+        rows_of([Text("row 1", "")], tokenizer_with(None))
 
 
-def test_what_exceeds_max_length_is_cut_off_at_the_right_and_counted() -> None:
+def test_what_exceeds_max_length_is_cut_off_at_the_right_and_told() -> None:
     tokenizer = tokenizer_with(CHATML)
     examples = [Chat(f"row {n}", conversation("a", "b" * 3 * n, "c", "d")) for n in range(1, 5)]
-    whole = tokenize(examples, tokenizer, 1000)
-    assert (whole.examples, whole.truncated) == (4, 0)
-    lengths = [len(row["labels"]) for row in whole.rows]
+    whole = rows_of(examples, tokenizer)
+    assert truncated(examples, tokenizer, 1000) == [False] * 4
+    lengths = [len(row["labels"]) for row in whole]
     for limit in range(lengths[0] - 8, lengths[-1] + 2):
-        cut = tokenize(examples, tokenizer, limit)
-        assert cut.truncated == sum(length > limit for length in lengths)
-        assert cut.rows == [{key: values[:limit] for key, values in row.items()} for row in whole.rows]
+        assert truncated(examples, tokenizer, limit) == [length > limit for length in lengths]
+        cut = rows_of(examples, tokenizer, limit)
+        assert cut == [{key: values[:limit] for key, values in row.items()} for row in whole]
 
 
 def test_an_answer_wholly_beyond_max_length_is_refused_with_the_lengths() -> None:
     tokenizer = tokenizer_with(CHATML)
     messages = conversation("x " * 50, "answer")
     prompt = len(prompt_in_use(tokenizer, messages[:1]))
-    short = Chat("row 1", conversation("a", "b"))
-    assert tokenize([short, Chat("row 2", messages)], tokenizer, prompt + 1).truncated == 1
+    examples = [Chat("row 1", conversation("a", "b")), Chat("row 2", messages)]
+    assert truncated(examples, tokenizer, prompt + 1) == [False, True]
     with pytest.raises(InputError, match=rf"row 2: its prompt alone takes {prompt} tokens, .* max_length {prompt} "):
-        tokenize([short, Chat("row 2", messages)], tokenizer, prompt)
+        rows_of(examples, tokenizer, prompt)
 
 
-def test_a_later_answer_beyond_max_length_in_a_row_of_its_own_is_left_away_and_counted() -> None:
+def test_a_later_answer_beyond_max_length_in_a_row_of_its_own_is_left_away_and_told() -> None:
     tokenizer = tokenizer_with(THINKING)
     example = Chat("row 1", conversation("a", "<think>x</think>b", "c " * 50, "d"))
-    tokenized = tokenize([example], tokenizer, 50)
-    assert [decode_trained(tokenizer, row) for row in tokenized.rows] == [["<think>x</think>b<|im_end|>"]]
-    assert (tokenized.examples, tokenized.truncated) == (1, 1)
+    [encoded] = encode_examples([example], tokenizer, 50)
+    assert [decode_trained(tokenizer, row) for row in encoded.rows] == [["<think>x</think>b<|im_end|>"]]
+    assert encoded.truncated
 
 
-def test_rows_keep_the_order_of_the_examples_and_progress_is_told() -> None:
+def test_examples_keep_their_order_and_are_read_little_by_little() -> None:
     tokenizer = tokenizer_with(None)
-    told: list[tuple[int, int]] = []
-    rows = tokenize([Text("", f"It is {n}") for n in range(2500)], tokenizer, 10, lambda *n: told.append(n)).rows
-    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [f"It is {n}</s>" for n in range(2500)]
-    assert told[-1] == (2500, 2500) and told == sorted(set(told))
+    read = 0
+
+    def endless() -> Iterator[Text]:
+        nonlocal read
+        while True:
+            yield Text(f"row {read}", f"It is {read}")
+            read += 1
+
+    for number, encoded in enumerate(itertools.islice(encode_examples(endless(), tokenizer, 30), 20_000)):
+        assert encoded.example.where == f"row {number}"
+        assert tokenizer.decode(encoded.rows[0]["input_ids"]) == f"It is {number}</s>"
+    assert read < 40_000
 
 
-@pytest.mark.parametrize(("multiple", "length"), [(1, 5), (4, 8), (5, 5)])
-@pytest.mark.parametrize("pad", [None, 7])
-def test_a_batch_holds_its_rows_and_neither_attends_to_nor_trains_the_padding(
-    multiple: int, length: int, pad: int | None
-) -> None:
-    rows = [
-        {"input_ids": [1, 2], "labels": [IGNORED, 2]},
-        {"input_ids": [3, 7, 7, 5, 7], "labels": [IGNORED, 7, 7, 5, 7]},
-    ]
-    batch = Collator(pad, pad_to_multiple_of=multiple)(rows)
-    assert {(tensor.shape, tensor.dtype) for tensor in batch.values()} == {((2, length), torch.int64)}
-    for index, row in enumerate(rows):
-        attended = batch["attention_mask"][index].bool()
-        assert attended.tolist() == [True] * len(row["labels"]) + [False] * (length - len(row["labels"]))
-        for key, values in row.items():
-            assert batch[key][index][attended].tolist() == values
-        assert batch["labels"][index][~attended].eq(IGNORED).all()
-        assert batch["input_ids"][index][~attended].eq(pad or 0).all()
+def test_an_error_comes_from_the_examples_or_their_tokens_alike() -> None:
+    def broken() -> Iterator[Text]:
+        yield from (Text("", "It is") for _ in range(10_000))
+        raise InputError("no more")
+
+    with pytest.raises(InputError, match="no more"):
+        list(encode_examples(broken(), tokenizer_with(None), 10))
+    texts = [*(Text("", "It is") for _ in range(10_000)), Text("row 10001", "")]
+    with pytest.raises(InputError, match="row 10001 is empty"):
+        list(encode_examples(texts, tokenizer_with(None), 10))

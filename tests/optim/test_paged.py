@@ -1,6 +1,9 @@
 """Paged optimizer state: where it lies, that it changes nothing else, and what a full disk does."""
 
+import copy
+import io
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -9,10 +12,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import Parameter
 
 from halfbyte.errors import InputError
@@ -103,6 +108,47 @@ def test_loaded_state_is_paged_again(disk: Path) -> None:
         for name in state.keys() - {"step"}:
             assert start <= loaded[index][name].data_ptr() < end
             assert torch.equal(loaded[index][name], state[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("page", "page_again"), [(False, True), (True, False), (True, True)])
+def test_saved_state_goes_from_paged_to_unpaged_and_back(
+    page: bool, page_again: bool, bits: int, dtype: torch.dtype, disk: Path
+) -> None:
+    sizes = (5001, 9, 0, 4096)
+    optimizer = stepped(disk if page else None, bits, dtype, sizes)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert len(file.getvalue()) < 2.5 * sum(x.nbytes for x in tensors(optimizer)) + 20_000  # no tensor twice
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    by_name = {f"{i}.{k}": x for i, s in saved["state"].items() for k, x in s.items() if isinstance(x, torch.Tensor)}
+    save_file(by_name, disk / "state.safetensors")
+
+    params = [Parameter(p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    other = AdamW(params, state_bits=bits, paged=page_again, page_dir=disk if page_again else None)
+    other.load_state_dict(saved)
+    for one in (optimizer, other):
+        for p in one.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(tensors(optimizer), tensors(other), strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])  # noqa: S301
+@pytest.mark.parametrize("page", [False, True])
+def test_a_copied_optimizer_steps_like_the_original(page: bool, copied: Any, disk: Path) -> None:
+    optimizer = stepped(disk if page else None, 8)
+    other = copied(optimizer)
+    assert (other.state_bits, other.page_dir) == (8, disk if page else None)
+    assert len(mappings(disk)) == 2 * page
+    for one in (optimizer, other):
+        for p in one.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(tensors(optimizer), tensors(other), strict=True))
+    assert not any(a is b for a, b in zip(tensors(optimizer), tensors(other), strict=True))
 
 
 def test_state_never_lies_in_a_tmpfs(disk: Path) -> None:

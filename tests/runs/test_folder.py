@@ -1,9 +1,7 @@
 """The run folder: who may write to it, from what it goes on, and what is said when something is other than it was."""
 
 import json
-import os
 import signal
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +141,23 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path
     assert list(folder.path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_half_written_is_removed(begun: RunFolder) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from halfbyte.files import whole_file, whole_folder\n"
+        "with whole_folder(Path(sys.argv[1])) as part, whole_file(Path(sys.argv[2])):\n"
+        "    (part / 'state.json').write_text('{'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", script, begun.checkpoints / "step-000101", begun.summary]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    (begun.path / ".mine").write_text("not a run's")
+    before = {path.name for folder in (begun.path, begun.checkpoints) for path in folder.iterdir()}
+    with begun.locked():
+        pass
+    after = {path.name for folder in (begun.path, begun.checkpoints) for path in folder.iterdir()}
+    assert {name.split(".")[1] for name in before - after} == {"step-000101", "summary"}
+    assert ".mine" in after and not [name for name in after if name.endswith(".part")]
+
+
 def test_folders_are_made_and_removed_again_if_nothing_comes_into_them(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a/b/run")
     with pytest.raises(KeyError), folder.locked():
@@ -153,13 +168,13 @@ def test_folders_are_made_and_removed_again_if_nothing_comes_into_them(tmp_path:
     assert [file.name for file in folder.path.iterdir()] == ["config.yaml"]
 
 
-def test_owner_and_permission_are_told_of_the_folder_that_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    mode = stat.filemode(tmp_path.stat().st_mode)
-    with pytest.raises(InputError, match=rf"{tmp_path} belongs to \w+ with permissions {mode}"):
-        RunFolder(tmp_path / "a/run").check(config(tmp_path / "a/run"))
+def test_a_folder_that_cannot_be_written_is_told_with_owner_and_permission(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"/proc/a/run cannot be written \(.+\): /proc belongs to root with permissions dr-x"
+    ):
+        RunFolder(Path("/proc/a/run")).check(config(Path("/proc/a/run")))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file is a file, so there can be no folder"):
         RunFolder(tmp_path / "file/run").check(config(tmp_path / "file/run"))
+    RunFolder(tmp_path / "a/run").check(config(tmp_path / "a/run"))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -24,7 +24,7 @@ import halfbyte
 from halfbyte import data, hf
 from halfbyte.cli.console import TerminalDisplay
 from halfbyte.errors import InputError
-from halfbyte.runs.events import Begin, End, Event, StepMetrics
+from halfbyte.runs.events import Begin, End, Event, Note, Progress, StepMetrics
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
 
 ANSWERS = ["yes", "no, never", "perhaps on Sunday", "ask again"]
@@ -288,10 +288,27 @@ def test_an_adapter_is_not_trained_on(options: dict[str, Any], tmp_path: Path) -
 
 def test_a_run_that_diverges_stops_before_its_weights_do(options: dict[str, Any]) -> None:
     options |= {"learning_rate": 1e20, "lr_scheduler_type": "constant", "epochs": 9, "save_steps": 1}
-    with pytest.raises(InputError, match=r"gradient of step \d+ is not finite.*lower learning_rate than 1e\+20"):
+    told = (
+        r"gradient of step \d+ is not finite.* on \S+rows.jsonl, row \d+ \(line \d+\).*lower learning_rate than 1e\+20"
+    )
+    with pytest.raises(InputError, match=told):
         fine_tune(TrainConfig(**options))
     last = max((options["output"] / "checkpoints").iterdir())
     assert all(tensor.isfinite().all() for tensor in load_file(last / "adapter_model.safetensors").values())
+
+
+def test_columns_that_are_not_used_are_told_and_the_data_as_it_is_read(
+    options: dict[str, Any], rows_file: Path
+) -> None:
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    rows_file.write_text("".join(json.dumps(row | {"system": "s", "weight": 1}) + "\n" for row in rows))
+    events: list[Event] = []
+    fine_tune(TrainConfig(**options, max_steps=1), events.append)
+    assert [event.text for event in events if isinstance(event, Note) and "olumn" in event.text] == [
+        "Columns not used: system and weight"
+    ]
+    size = rows_file.stat().st_size
+    assert Progress(done=size, total=size, unit="bytes") in events
 
 
 def test_a_memory_budget_that_nothing_fits_in_is_refused_before_anything_is_written(options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import typer
 from halfbyte.cli.console import bar, notes, print_table
 from halfbyte.cli.options import Results, Threads
 from halfbyte.errors import InputError
+from halfbyte.files import absolute
 from halfbyte.quiet import quiet
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -102,6 +103,6 @@ def _show(report: Any, output: Path | None) -> None:
     from halfbyte import bench
 
     print_table(report.table())
-    folder = output or bench.default_folder(report)
+    folder = absolute(output) if output else bench.default_folder(report)
     report.write(folder)
     typer.echo(f"Every time that was taken, and the picture, are in {folder}.")

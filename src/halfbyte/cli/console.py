@@ -10,7 +10,15 @@ from pathlib import Path
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from halfbyte.runs import events
 
@@ -77,7 +85,19 @@ class TerminalDisplay:
     def __call__(self, event: events.Event) -> None:
         """Show ``event``."""
         match event:
-            case events.Stage(name="model", text=text) | events.Note(text=text):
+            case events.Stage(name="data", text=text) if self._console.is_terminal:
+                self._progress = Progress(
+                    TextColumn(text), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+                    console=self._console, transient=True,
+                )  # fmt: skip
+                self._progress.add_task("", total=None)
+                self._progress.start()
+            case events.Progress(done=done, total=total) if self._progress:
+                self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+            case events.Stage(name="model"):
+                self.close()
+                self._say(event.text)
+            case events.Note(text=text):
                 self._say(text)
             case events.Begin():
                 self._begin(event.step, event.total_steps)
@@ -87,9 +107,14 @@ class TerminalDisplay:
                 self._say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
             case events.Sample(step=step, prompt=prompt, answer=answer):
                 self._say(f"step {step}  {prompt}\n→ {answer}")
-            case events.End() if self._progress:
-                self._progress.stop()
-                self._progress = None
+            case events.End():
+                self.close()
+
+    def close(self) -> None:
+        """Take the bar away, which stays where a run ends with an error."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)

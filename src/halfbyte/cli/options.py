@@ -29,8 +29,9 @@ def flags_of(model: type[BaseModel]) -> inspect.Signature:
     annotations: dict[str, Any] = {"config": config}
     for name, field in model.model_fields.items():
         default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
-        option = typer.Option(help=f"{field.description}{default}")
-        annotations[name] = Annotated[_flag_type(field.annotation) | None, option]
+        flag = _flag_type(field.annotation)
+        option = typer.Option(help=f"{field.description}{default}", metavar="<path>" if flag is Path else None)
+        annotations[name] = Annotated[(str if flag in (ByteSize, Path) else flag) | None, option]
     return inspect.Signature(
         [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -40,7 +41,7 @@ def flags_of(model: type[BaseModel]) -> inspect.Signature:
 
 
 def _flag_type(annotation: Any) -> Any:
-    """Return what a flag for a field of this type takes: the first member of a union; a size is text to pydantic."""
+    """Return the type of a field's flag: the first member of a union."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return _flag_type(typing.get_args(annotation)[0])
-    return str if annotation is ByteSize else annotation
+    return annotation

@@ -21,15 +21,25 @@ def train(**options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     config = TrainConfig.from_yaml(given.pop("config", None), given)
     with quiet():
+        from halfbyte.hf.trainers.distributed import ElsewhereError, is_first
         from halfbyte.train import fine_tune
+    display = TerminalDisplay(notes)
     try:
-        summary = fine_tune(config, TerminalDisplay(notes)).summary
+        summary = fine_tune(config, display).summary
+    except ElsewhereError:
+        sys.exit(2)  # the process where it happened tells it
     except KeyboardInterrupt as interrupt:
+        if not is_first():
+            sys.exit(INTERRUPTED)
         typer.echo(str(interrupt) or "Interrupted.", err=True)
         if any(config.output.glob("checkpoints/step-*")):
             resume = command("train", "--config", str(config.output / "config.yaml"), "--resume")
             typer.echo(f"Go on with:\n  {resume}", err=True)
         sys.exit(INTERRUPTED)
+    finally:
+        display.close()
+    if not is_first():
+        return
     folder = shown(config.output)
     typer.echo(
         f"Trained {summary.steps} steps in {summary.seconds:.0f} s: loss {summary.loss:.3f}, "

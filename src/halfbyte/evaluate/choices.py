@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.choices import IGNORED
-from halfbyte.data import Collator
-from halfbyte.data.tokens import Row
+from halfbyte.data import Collator, Row
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,13 +61,14 @@ def score_choices(
         batch_size: rows per forward pass.
         progress: called with the numbers of rows done and in all.
     """
-    choices = torch.tensor(sorted({_first_label(row) for row in rows}))
-    by_length = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    seen = [(len(row["input_ids"]), _first_label(row)) for row in rows]
+    choices = torch.tensor(sorted({label for _, label in seen}))
+    by_length = sorted(range(len(seen)), key=lambda number: seen[number][0], reverse=True)
     collate = Collator(pad_token_id=None)
     right = tokens = 0
     surprise = 0.0
     for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size])
+        batch = collate(rows[number] for number in by_length[start : start + batch_size])
         targets = batch.pop("labels")[:, 1:]
         columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
         targets = targets[:, columns]
@@ -88,4 +88,4 @@ def score_choices(
 
 
 def _first_label(row: Row) -> int:
-    return next(label for label in row["labels"] if label != IGNORED)
+    return next(int(label) for label in row["labels"] if label != IGNORED)

@@ -8,7 +8,7 @@ import jinja2
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.data import Chat, chat_template, tokenize
+from halfbyte.data import Chat, chat_template, encode_examples
 from halfbyte.errors import InputError
 
 Message = dict[str, Any]
@@ -49,5 +49,6 @@ def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
     stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     question, answer = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}
     with contextlib.suppress(InputError):  # then nothing was trained with this tokenizer
-        stops.add(tokenize([Chat("", [question, answer])], tokenizer, max_length=sys.maxsize).rows[-1]["labels"][-1])
+        [encoded] = encode_examples([Chat("", [question, answer])], tokenizer, max_length=sys.maxsize)
+        stops.add(int(encoded.rows[-1]["labels"][-1]))
     return sorted(stops)

@@ -22,6 +22,8 @@ from halfbyte.errors import InputError
 from halfbyte.generate.conversation import encode, stop_tokens
 from halfbyte.hf.models.limits import check_tokens, most_positions
 
+COLDEST = 1e-5
+"""The temperature below which the likeliest token is taken: divided by less, logits become infinite."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -70,7 +72,11 @@ def stream_reply(
         num_beams=1,
         eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
+        **(
+            {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            if temperature >= COLDEST
+            else {"do_sample": False}
+        ),
     )
     with ThreadPoolExecutor(1) as thread:
         generation = thread.submit(contextvars.copy_context().run, generate)

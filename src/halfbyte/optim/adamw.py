@@ -190,6 +190,19 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})  # with state, it would cast that to the parameters' dtype
         self.state.update(zip([params[i] for i in saved], states, strict=True))
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept: dict[str, Any] = super().__getstate__()
+        return kept | {"state_bits": self.state_bits, "page_dir": self.page_dir}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be what was copied or pickled; paged state is paged again. (torch's ``load_state_dict`` comes here too.)"""
+        self._divisions = {}
+        super().__setstate__(state)
+        page_dir: Path | None = state.get("page_dir")
+        if page_dir is not None:
+            self.page_dir = paging.choose_folder(page_dir if page_dir.is_dir() else None)
+            self.load_state_dict(self.state_dict())
+
     def _step_group(self, index: int, params: list[Tensor], grads: list[Tensor]) -> None:
         """Step ``params`` of one group in few calls; how they are divided holds until state or step counts differ."""
         group = self.param_groups[index]

@@ -18,6 +18,7 @@ Left out: moving pages ahead of use. A step walks through the state once, front 
 expects. Left out too: systems without ``posix_fallocate`` (macOS, Windows).
 """
 
+import collections
 import errno
 import mmap
 import os
@@ -80,19 +81,34 @@ def zeros(layouts: Sequence[tuple[torch.dtype, torch.Size]], place: Path | torch
     Raises:
         InputError: the disk is too full, or the folder cannot be written.
     """
+    if isinstance(place, torch.device):
+        return _managed(layouts, place)
     if not layouts:
         return []
     starts, size = [], 0
     for dtype, shape in layouts:
         starts.append(size)
         size += -(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    size = max(size, ALIGNMENT)
-    if isinstance(place, torch.device):
-        memory = bitsandbytes.managed_memory(size, place)
-    else:
-        memory = torch.frombuffer(reserve(place, size), dtype=torch.uint8)
+    memory = reserve(place, max(size, ALIGNMENT))
+    # a storage for each, since torch.save refuses one that is seen as two dtypes
     return [
-        memory[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        torch.frombuffer(memory, dtype=dtype, count=shape.numel(), offset=start).view(shape)
+        if shape.numel()
+        else torch.empty(shape, dtype=dtype)
+        for start, (dtype, shape) in zip(starts, layouts, strict=True)
+    ]
+
+
+def _managed(layouts: Sequence[tuple[torch.dtype, torch.Size]], device: torch.device) -> list[Tensor]:
+    """The same in CUDA managed memory, one piece for each dtype."""
+    sizes = collections.Counter[torch.dtype]()
+    starts = []
+    for dtype, shape in layouts:
+        starts.append(sizes[dtype])
+        sizes[dtype] += -(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    memory = {dtype: bitsandbytes.managed_memory(max(size, ALIGNMENT), device) for dtype, size in sizes.items()}
+    return [
+        memory[dtype][start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
         for start, (dtype, shape) in zip(starts, layouts, strict=True)
     ]
 

@@ -136,6 +136,13 @@ class TrainConfig(BaseModel):
             return PRESETS.get(values["preset"], {}) | dict(values)
         return values
 
+    @field_validator("model", "data", "output", mode="before")
+    @classmethod
+    def _named(cls, name: Any) -> Any:
+        if not str(name).strip():
+            raise ValueError("must not be empty")
+        return name
+
     @field_validator("data", mode="after")
     @classmethod
     def _absolute(cls, path: str) -> str:
@@ -164,7 +171,7 @@ class TrainConfig(BaseModel):
         Raises:
             InputError: the file cannot be read or is not a YAML mapping, or an option is unknown, missing or wrong.
         """
-        written = {} if path is None else _read_mapping(Path(path))
+        written = {} if path is None else _read_mapping(absolute(path))
         given = written | dict(overrides or {})
         place = {key: f"{path}: " for key in written if key not in (overrides or {})}
         for key in given:

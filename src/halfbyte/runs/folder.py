@@ -13,18 +13,15 @@ Whoever wants to see, continue, stop or compare a run does it through this class
 
 import contextlib
 import json
-import os
-import pwd
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from halfbyte import files
-from halfbyte.errors import InputError
+from halfbyte import files, locks
+from halfbyte.errors import InputError, check_writable
 from halfbyte.runs.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -77,7 +74,7 @@ class RunFolder:
             raise InputError(f"{path} is a file; name a folder for the run.")
         if (path / "config.json").exists():
             raise InputError(f"{path} holds a model; name another folder for the run.")
-        self._check_writable()
+        check_writable(path)
         if config.overwrite or not self.begun:
             return None
         if not config.resume:
@@ -130,15 +127,19 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process alone; made if it is not there, and removed again if nothing comes into it.
 
+        What killed runs left half-written in it is removed.
+
         Raises:
             InputError: another process that is alive holds it.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with files.lock(self.path / ".lock"):
+            with locks.lock(self.path / ".lock"):
+                files.repair_within(self.path)
+                files.repair_within(self.checkpoints)
                 yield
-        except files.Locked as error:
+        except locks.Locked as error:
             raise InputError(
                 f"Another run (process {error.pid or 'unknown'}) writes to {self.path}; wait for it, stop it, or "
                 "name another folder."
@@ -165,26 +166,7 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run of a newer halfbyte (layout {version}); go on with that one.")
         return about
 
-    def _check_writable(self) -> None:
-        folder = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
-        if not folder.is_dir():
-            raise InputError(f"{folder} is a file, so there can be no folder {self.path}; name another one.")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            about = folder.stat()
-            raise InputError(
-                f"The run folder {self.path} cannot be written: {folder} belongs to {_user(about.st_uid)} with "
-                f"permissions {stat.filemode(about.st_mode)}, or its disk is read-only. Name another folder, or change "
-                "that."
-            )
-
 
 def step_of(checkpoint: Path) -> int:
     """Return the steps that were done when ``checkpoint`` was saved."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"

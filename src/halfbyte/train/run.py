@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 from safetensors import SafetensorError
 
 from halfbyte import data, hf
@@ -28,7 +27,7 @@ from halfbyte.kernels import pool
 from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
-from halfbyte.runs.events import End, Event, Listener, Note, Stage
+from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
 from halfbyte.train.build import build_model, build_trainer, plan_activations
@@ -79,23 +78,29 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             checkpoint = folder.check(config)
 
             tell(Stage(name="data", text=f"Reading {config.data}"))
-            examples = list(method.check_examples(config.method, data.read_examples(config.data)))
+
+            def read(_: int, done: int, size: int) -> None:
+                tell(Progress(done=done, total=size, unit="bytes"))
+
+            examples = data.read_examples(config.data, read)
             tokenizer = hf.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-            rows = data.tokenize(examples, tokenizer, config.max_length)
-            longest = max(len(row["input_ids"]) for row in rows.rows)
+            rows = data.tokenize(method.check_examples(config.method, examples), tokenizer, config.max_length)
             note(_describe(rows))
+            if rows.unused:
+                note(f"Columns not used: {data.named(rows.unused)}")
 
             tell(Stage(name="model", text=f"Loading {config.model}"))
             model = build_model(config)
-            check_tokens(model, tokenizer, max(max(row["input_ids"]) for row in rows.rows), config.data)
+            check_tokens(model, tokenizer, rows.largest_id, config.data)
             remedy = f"set max_length to {most_positions(model)}"
-            check_length(model, longest, f"The longest row of {config.data}", remedy)
+            check_length(model, rows.longest, f"The longest row of {config.data}", remedy)
             trained, parameters = model.get_nb_trainable_parameters()
             note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
             note(f"Decoder layers {hf.describe_layers(model)}")
+            note(f"Attention {hf.describe_attention(model)}")
 
             tell(Stage(name="plan", text="Planning the memory of a step"))
-            policy = plan_activations(config, model, longest)
+            policy = plan_activations(config, model, rows.longest)
             note(str(policy))
 
         circumstances = Circumstances.here(config.model, distributed.world_size())
@@ -108,7 +113,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
                 folder.begin(config, circumstances)
             before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
         activations.apply(model, policy, folder.path)
-        trainer = build_trainer(config, method, model, tokenizer, datasets.Dataset.from_list(rows.rows))
+        trainer = build_trainer(config, method, model, tokenizer, rows.rows)
         stop = Stop()
         steps = Steps(trainer, before, stop, tell)
         trainer.add_callback(steps)

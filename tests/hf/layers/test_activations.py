@@ -56,7 +56,7 @@ def test_as_few_layers_as_possible_are_recomputed_and_then_as_few_offloaded(
 @pytest.mark.parametrize(("free", "remedy"), [(5 * 2**30, "lower batch_size from 4 to 2"), (2**31, "lower max_length")])
 def test_a_budget_that_nothing_fits_in_is_refused_with_what_would(free: int, remedy: str) -> None:
     layers = 4 * [Costs(kept=4 * 2**30, input=2**20)]  # of four sequences: 2 GiB each while one layer is at work
-    with pytest.raises(InputError, match=rf"needs 9\.0 GiB .*: {remedy}, or raise memory by [47]\.0 GiB\."):
+    with pytest.raises(InputError, match=rf"needs 9\.00 GiB .*: {remedy}, or raise memory by [47]\.00 GiB\."):
         activations.choose(layers, 2**30, free, batch_size=4)
 
 
@@ -88,11 +88,11 @@ def test_what_a_layer_is_said_to_keep_is_what_autograd_saves_in_it(tiny_model_fo
 
 def test_measuring_leaves_the_model_and_the_random_numbers_as_they_were(tiny_model_folder: Path) -> None:
     model = model_of(tiny_model_folder).eval()
-    before = [vars(layer).copy() for layer in activations.checkpointing_layers(model)]
+    before = [vars(layer).copy() for layer in activations.recomputable_layers(model)]
     state = torch.get_rng_state()
     activations.measure(model, length=7, batch_size=1)
     assert torch.equal(torch.get_rng_state(), state) and not model.training
-    assert [vars(layer) for layer in activations.checkpointing_layers(model)] == before
+    assert [vars(layer) for layer in activations.recomputable_layers(model)] == before
 
 
 @pytest.mark.parametrize("policy", [(0, 1, 1), (0, 2, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1)])
@@ -114,7 +114,7 @@ def test_the_input_of_a_layer_leaves_memory_when_it_is_offloaded(
     model = model_of(tiny_model_folder)
     activations.apply(model, Policy(2, 0, 0, 0, 0) if offloaded else Policy(0, 2, 0, 0, 0), tmp_path)
     inputs: list[weakref.ref[torch.Tensor]] = []
-    second = activations.checkpointing_layers(model)[1]
+    second = activations.recomputable_layers(model)[1]
     second.register_forward_pre_hook(lambda layer, args: inputs.append(weakref.ref(args[0])))
     output = model.get_base_model().model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=False)
     gc.collect()

@@ -164,6 +164,9 @@ def test_data_order_is_a_permutation_that_seed_and_epoch_decide(group: int | Non
         return list(sampler)
 
     assert order(3, 1) == order(3, 1)
+    sampler = EpochSampler(np.array(lengths, np.int32), group, 3)
+    sampler.set_epoch(1)
+    assert list(sampler) == order(3, 1)
     assert sorted(order(3, 1)) == list(range(37))
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 

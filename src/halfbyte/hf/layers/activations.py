@@ -114,7 +114,7 @@ def apply(model: nn.Module, policy: Policy, folder: Path | None = None) -> None:
         folder: of the file for offloaded inputs; None takes the temporary folder, as for paged optimizer state.
     """
     offload = functools.partial(_offload, paged.choose_folder(folder)) if policy.offloaded else _recompute
-    for index, layer in enumerate(checkpointing_layers(model)):
+    for index, layer in enumerate(recomputable_layers(model)):
         layer.gradient_checkpointing = index < policy.offloaded + policy.recomputed
         layer._gradient_checkpointing_func = offload if index < policy.offloaded else _recompute
 
@@ -125,7 +125,7 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
     One sequence goes forward through the base model in training mode; nothing of it stays, and no random number that
     the run will draw is used up.
     """
-    layers = checkpointing_layers(model)
+    layers = recomputable_layers(model)
     found: list[Costs] = []
     before = [{name: vars(layer)[name] for name in SEAM if name in vars(layer)} for layer in layers]
 
@@ -183,7 +183,7 @@ def plan(model: nn.Module, *, length: int, batch_size: int, free: int, recompute
     return Policy(0, recomputed, len(layers) - recomputed, _needed(layers, fixed, 0, recomputed), free)
 
 
-def checkpointing_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """Return the layers of ``model`` whose activations can be recomputed, first to last."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 

@@ -5,9 +5,11 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 - A checkpoint is a folder of safetensors and JSON, complete or absent: the adapter as PEFT saves it, the tokenizer,
   ``state.safetensors`` (optimizer tensors, torch's random state), ``state.json`` (the optimizer's numbers, the
   schedule, Python's and NumPy's random state, a checksum of the data) and ``trainer_state.json``. Transformers
-  pickles the optimizer, the schedule, the random state and its arguments. The last two checkpoints are kept.
-- The data order is a function of the seed and the epoch alone. Transformers draws it from the global random state
-  when lengths are grouped, so a run resumed within an epoch would go on through another order.
+  pickles the optimizer, the schedule, the random state and its arguments. Two are kept unless ``save_total_limit``
+  says otherwise; ``load_best_model_at_end`` and ``resume_from_checkpoint=True`` find them.
+- An argument is obeyed or refused by name (:mod:`halfbyte.hf.trainers.arguments`).
+- The data order is a function of ``data_seed`` (or ``seed``) and the epoch alone. Transformers draws it from the
+  global random state when lengths are grouped, so a run resumed within an epoch would go on through another order.
 - The output head is ours (:mod:`halfbyte.hf.layers.head`): evaluated at trained positions only, its logits never whole.
 - bf16 autocast and gradient checkpointing are off unless asked for: see :class:`SFTConfig` and its sisters.
 - The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers goes by
@@ -21,9 +23,9 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 
 import contextlib
 import functools
-import hashlib
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,19 +33,27 @@ import torch
 from accelerate import DistributedType
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import has_length
 
+from halfbyte import tables
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.head import base_of, bind_head
 from halfbyte.hf.layers.prepare import prepare_for_training
-from halfbyte.hf.trainers import distributed
+from halfbyte.hf.trainers import arguments, distributed
 from halfbyte.hf.trainers.checkpoints import Checkpoints
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
 from halfbyte.nn import Linear4bit
+from halfbyte.optim import KINDS, AdamW
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+BITSANDBYTES_NAMES = {"adamw_bnb_8bit": KINDS["adamw_8bit"]} | {
+    name: kind for name, kind in KINDS.items() if name != "adamw_torch"
+}
 
 
 class BaseTrainer(Checkpoints):
@@ -62,7 +72,9 @@ class BaseTrainer(Checkpoints):
                 f"{type(given['args']).__name__} made no group of them, so each would train alone: build it with "
                 "use_cpu=True, or use the configurations of halfbyte.hf.trainers."
             )
+        arguments.check(given["args"])
         super().__init__(**given)
+        self._check_built()
         if any(
             type(module) is LoraLinear and isinstance(module.base_layer, Linear4bit) for module in self.model.modules()
         ):
@@ -90,23 +102,52 @@ class BaseTrainer(Checkpoints):
                 raise self._diverged("loss and with it the gradient")
         return result
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; arguments and result are Trainer's."""
+    def _check_built(self) -> None:
+        """Refuse what only the trainer that TRL has built shows."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set, but 4-bit weights are not split over "
+                "processes; unset it for data parallelism."
+            )
+        columns = getattr(self.train_dataset, "column_names", None) or ["input_ids"]
+        if self.args.train_sampling_strategy == "group_by_length" and "input_ids" not in columns:
+            raise InputError(
+                "train_sampling_strategy='group_by_length' needs rows with input_ids, and the rows of "
+                f"{type(self).__name__} have {', '.join(columns)}; use 'random'."
+            )
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Return Trainer's optimizers, but our AdamW under the names of bitsandbytes' (same state, no GPU needed)."""
+        kind = BITSANDBYTES_NAMES.get(args.optim.value)
+        if kind is None:
+            theirs: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            return theirs
+        if args.optim_args:
+            raise InputError(f"optim={args.optim.value!r} takes no optim_args, and there is {args.optim_args!r}.")
+        folder = Path(args.output_dir)
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return AdamW, options | kind | {"page_dir": folder if folder.is_dir() else None}
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; arguments and result are Trainer's, ``True`` being the newest checkpoint of ``output_dir``."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
         self._parameters = list(self.model.parameters())
         if distributed.world_size() > 1:
             distributed.ignore_frozen(self.model)
         if not distributed.is_first():
             set_seed(self.args.seed + distributed.rank())  # each process drops other values
         with _few_walks(self.model, self._parameters), distributed.ended_by_others():
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # asked for by nobody, Trainer (5.23) looks for unused parameters in each step and sends the buffers
         for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
             if getattr(self.args, name) is None:
                 setattr(self.args, name, False)
-        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        return arguments
+        built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        return built
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # what a callback wants in one process, such as a stop after a signal, all do, after the same step
@@ -166,21 +207,19 @@ class BaseTrainer(Checkpoints):
 
     @functools.cached_property
     def _data_digest(self) -> str:
-        digest = hashlib.sha256()
-        for row in self.train_dataset:
-            for name, value in sorted(row.items()):
-                values = np.asarray(value)
-                digest.update(f"{name} {values.shape}".encode())
-                digest.update(repr(value).encode() if values.dtype == object else values.tobytes())
-        return digest.hexdigest()
+        return tables.digest(self.train_dataset)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows = train_dataset or self.train_dataset
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not has_length(rows):
+            return None  # a stream, in its own order
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.train_sampling_strategy == "sequential":
+            return SequentialSampler(rows)
         if self.args.train_sampling_strategy != "group_by_length":
-            return EpochSampler([1] * len(rows), None, self.args.seed)
-        lengths = [len(ids) for ids in rows["input_ids"]]
+            return EpochSampler(np.ones(len(rows), np.int8), None, seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
-        return EpochSampler(lengths, batch, self.args.seed)
+        return EpochSampler(tables.lengths(rows), batch, seed)
 
 
 @contextlib.contextmanager

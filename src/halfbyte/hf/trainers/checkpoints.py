@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
@@ -30,7 +32,21 @@ if TYPE_CHECKING:
 else:
     _Theirs = object
 
-CHECKPOINTS_KEPT = 2
+
+def surplus(last: Path, limit: int | None, best: str | None) -> list[Path]:
+    """Return the checkpoints beside ``last`` that are more than ``limit``, oldest first, but never it nor the best one.
+
+    Args:
+        last: the newest checkpoint.
+        limit: how many to keep; None and what is below 1 keep all.
+        best: the checkpoint of the best model, if there is one.
+    """
+    states = saved_states(last.parents[1])
+    kept = {last, Path(best) if best else last}
+    if limit is None or limit < 1:
+        return []
+    others = [state for state in states if state not in kept]
+    return others[: max(0, len(others) - max(0, limit - len(kept)))]
 
 
 class Checkpoints(_Theirs):
@@ -43,23 +59,36 @@ class Checkpoints(_Theirs):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         random_tensors, random_numbers = self._random_states()
+        best = self.state.best_global_step
+        folder = state_folder(Path(self.args.output_dir), self.state.global_step)
+        if best and (best == self.state.global_step or state_folder(Path(self.args.output_dir), best).is_dir()):
+            self.state.best_model_checkpoint = str(state_folder(Path(self.args.output_dir), best))
         with distributed.first_writes(self.args.should_save) as writes:
             if writes:
-                self._write_checkpoint(random_tensors, random_numbers)
+                with whole_folder(folder) as part:
+                    self._write_checkpoint(part, random_tensors, random_numbers)
+                for old in surplus(folder, self.args.save_total_limit, self.state.best_model_checkpoint):
+                    shutil.rmtree(old)
 
-    def _write_checkpoint(self, random_tensors: dict[str, Any], random_numbers: list[dict[str, Any]]) -> None:
-        folder = state_folder(Path(self.args.output_dir), self.state.global_step)
-        with whole_folder(folder) as part:
-            self._save(str(part))
-            tensors, numbers = flatten(self.optimizer.state_dict())
-            numbers["scheduler"] = self.lr_scheduler.state_dict()
-            numbers["data"] = self._data_digest
+    def _write_checkpoint(
+        self, part: Path, random_tensors: dict[str, Any], random_numbers: list[dict[str, Any]]
+    ) -> None:
+        self._save(str(part))
+        if not self.args.save_only_model:
+            rows = self.train_dataset
+            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            tensors, numbers = flatten(state)
+            numbers["data"] = self._data_digest if has_length(rows) else None
             numbers["random"] = random_numbers
             save_file(tensors | random_tensors, part / "state.safetensors")
             (part / "state.json").write_text(json.dumps(numbers))
-            self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-        for old in saved_states(Path(self.args.output_dir))[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
+        callbacks = self.callback_handler.callbacks
+        with_state = [callback for callback in [*callbacks, self.control] if isinstance(callback, ExportableState)]
+        states: dict[str, list[dict[str, Any]]] = {}
+        for callback in with_state:
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {name: own[0] if len(own) == 1 else own for name, own in states.items()}
+        self.state.save_to_json(str(part / TRAINER_STATE_NAME))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter and the tokenizer in ``output_dir``; of several processes one does, the others wait."""
@@ -79,9 +108,36 @@ class Checkpoints(_Theirs):
         tensors = {f"random.{i}.{name}": x for i, (own, _) in enumerate(states) for name, x in own.items()}
         return tensors, [numbers for _, numbers in states]
 
+    def _last_checkpoint(self) -> str:
+        """Return the newest checkpoint of ``output_dir``.
+
+        Raises:
+            InputError: there is none.
+        """
+        last = next(reversed(saved_states(Path(self.args.output_dir))), None)
+        if last is None:
+            raise InputError(f"{self.args.output_dir} holds no checkpoint to go on from (checkpoints/step-...).")
+        return str(last)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._finalize_training(*args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if best is not None and self.args.save_total_limit == 1:  # the last one is not needed any more
+            with distributed.first_writes(self.args.should_save) as writes:
+                for old in saved_states(Path(self.args.output_dir)) if writes else ():
+                    if old != Path(best):
+                        shutil.rmtree(old)
+        return result
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with distributed.agreed_errors():
-            weights = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+            file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+            if not file.is_file():
+                raise InputError(f"{resume_from_checkpoint} holds no {file.name}: it is no checkpoint to go on from.")
+            weights = load_file(file)
             expected = get_peft_model_state_dict(self.model, save_embedding_layers=False)
             if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
                 raise InputError(
@@ -94,7 +150,7 @@ class Checkpoints(_Theirs):
             return
         with distributed.agreed_errors():
             tensors, numbers = read_state(Path(checkpoint))
-            if numbers["data"] != self._data_digest:
+            if numbers["data"] is not None and numbers["data"] != self._data_digest:
                 raise InputError(f"{checkpoint} was made with other training data; restore it, or begin another run.")
             processes = len(numbers["random"])
             if processes != distributed.world_size():
@@ -102,8 +158,8 @@ class Checkpoints(_Theirs):
                     f"{checkpoint} was made by {processes} process{'es' * (processes > 1)} and cannot go on with "
                     f"{distributed.world_size()}; start as many."
                 )
-            self.optimizer.load_state_dict(unflatten(tensors, numbers))
-            self.lr_scheduler.load_state_dict(numbers["scheduler"])
+            self.optimizer.load_state_dict(unflatten(tensors, numbers["optimizer"]))
+            self.lr_scheduler.load_state_dict(unflatten(tensors, numbers["scheduler"]))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -9,6 +9,7 @@ NCCL. Gradients go through DistributedDataParallel. All processes must come to e
 """
 
 import contextlib
+import datetime
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -33,24 +34,29 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(use_cpu: bool = False) -> None:
+def join(use_cpu: bool = False, backend: str | None = None, timeout: float = 1800) -> None:
     """Make the process group of the processes that torchrun started; with one process, or in a group, do nothing.
 
     Args:
         use_cpu: train on the CPU even where there is a GPU.
+        backend: of torch.distributed; None takes gloo, and NCCL for what is on a GPU.
+        timeout: seconds that a process waits for another.
+
+    Raises:
+        InputError: the processes do not find each other.
     """
     if launched() == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available() and not use_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl"
+        backend = backend or "cpu:gloo,cuda:nccl"
     else:
         if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own setting, which would leave cores idle
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // on_this_machine()))
-        backend = "gloo"
+        backend = backend or "gloo"
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     except ValueError as error:
         raise InputError(
             f"WORLD_SIZE says that there are {launched()} processes, but they cannot meet ({error}); start them with "

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halfbyte import tables
+
 SHOWN = 6
 """So many samples of a batch are named one by one."""
 
@@ -85,10 +87,11 @@ def _samples(batch: Mapping[str, Any], rows: Any) -> str:
     samples = [row.tolist() for row in kept]
     lengths = f"of {_listed([len(sample) for sample in samples])} tokens"
     if "input_ids" in (getattr(rows, "column_names", None) or ()):
-        numbers = {tuple(row): number for number, row in enumerate(rows["input_ids"])}
-        found = [numbers.get(tuple(sample)) for sample in samples]
+        found = tables.places(rows, samples)
         if None not in found:
-            return f"on rows {_listed(found)} of the training data, {lengths}"
+            numbers = all(isinstance(place, int) for place in found)
+            place = f"rows {_listed(found)} of the training data" if numbers else _listed(found)
+            return f"on {place}, {lengths}"
     return f"on a batch of sequences {lengths}"
 
 

@@ -15,16 +15,18 @@ class _Joined:
     """A configuration that makes the group of several processes, where TRL's leaves each alone without a GPU."""
 
     use_cpu: bool
+    ddp_backend: str | None
+    ddp_timeout: int
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or (distributed.launched() > 1 and not torch.accelerator.is_available())
-        distributed.join(self.use_cpu)
+        distributed.join(self.use_cpu, self.ddp_backend, self.ddp_timeout)
         super().__post_init__()  # type: ignore[misc]
 
 
 @dataclass
 class SFTConfig(_Joined, trl.SFTConfig):
-    """``trl.SFTConfig`` with bf16 autocast and gradient checkpointing off unless asked for.
+    """``trl.SFTConfig`` with bf16 autocast and gradient checkpointing off unless asked for, and two checkpoints kept.
 
     The model runs in its own dtype and computes its 4-bit layers in ``compute_dtype``. TRL turns both on by default;
     in one of its own configurations a default cannot be told from a wish, so those are taken at their word.
@@ -33,6 +35,9 @@ class SFTConfig(_Joined, trl.SFTConfig):
     bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "How many checkpoints are kept, beside the best one; None keeps all."}
     )
 
 
@@ -44,6 +49,9 @@ class DPOConfig(_Joined, trl.DPOConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
     )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "How many checkpoints are kept, beside the best one; None keeps all."}
+    )
 
 
 @dataclass
@@ -53,6 +61,9 @@ class KTOConfig(_Joined, trl.KTOConfig):
     bf16: bool | None = field(default=False, metadata={"help": "Whether to run the model under bf16 autocast."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "How many checkpoints are kept, beside the best one; None keeps all."}
     )
 
 

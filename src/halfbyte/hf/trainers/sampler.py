@@ -4,6 +4,7 @@ Transformers (5.23) draws it from the global random state when lengths are group
 epoch would go on through another order.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class EpochSampler(Sampler[int]):
         seed: of the run, below 2**32.
     """
 
-    def __init__(self, lengths: list[int], group: int | None, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray[Any, Any], group: int | None, seed: int) -> None:
         self.lengths = lengths
         self.group = group
         self.seed = seed

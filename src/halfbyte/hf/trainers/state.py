@@ -9,6 +9,7 @@ checkpoints/step-000123/adapter_model.safetensors, adapter_config.json, the toke
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from halfbyte.errors import InputError
 
 
 def state_folder(run: str | Path, step: int) -> Path:
@@ -28,26 +31,48 @@ def saved_states(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state dict: its tensors as ``index.name``, everything else as it is."""
+def flatten(tree: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Split a tree of dictionaries and lists, as a state dict is, into its tensors by their path and the rest for JSON.
+
+    A tensor's place in the rest is ``{"tensor": path}``.
+    """
+    if isinstance(tree, Tensor):
+        return {name: tree.contiguous()}, {"tensor": name}
+    if not isinstance(tree, (dict, list, tuple)):
+        return {}, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     tensors: dict[str, Tensor] = {}
-    state: dict[str, dict[str, Any]] = {}
-    for index, entries in optimizer["state"].items():
-        state[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-        tensors |= {f"{index}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
-    return tensors, {"state": state, "param_groups": optimizer["param_groups"]}
+    rest = {}
+    for key, value in items:
+        found, rest[str(key)] = flatten(value, f"{name}.{key}" if name else str(key))
+        tensors |= found
+    return tensors, rest if isinstance(tree, dict) else list(rest.values())
 
 
-def unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
-    state = {int(index): dict(entries) for index, entries in numbers["state"].items()}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        if index != "random":
-            state[int(index)][name] = tensor
-    return {"state": state, "param_groups": numbers["param_groups"]}
+def unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
+    """Undo :func:`flatten`; keys that are numbers become ``int`` again, and tuples stay lists."""
+    if isinstance(rest, list):
+        return [unflatten(tensors, value) for value in rest]
+    if not isinstance(rest, dict):
+        return rest
+    if rest.keys() == {"tensor"}:
+        return tensors[rest["tensor"]]
+    return {int(key) if key.isdecimal() else key: unflatten(tensors, value) for key, value in rest.items()}
 
 
 def read_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the numbers of ``checkpoint``.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not checkpoint.is_dir():
+        raise InputError(f"There is no checkpoint {checkpoint} to go on from.")
+    if not (checkpoint / "state.json").is_file():
+        raise InputError(
+            f"{checkpoint} holds no state of halfbyte's trainers (state.json, state.safetensors) to go on from: it was "
+            "saved by another trainer, or with save_only_model=True."
+        )
     return load_file(checkpoint / "state.safetensors"), json.loads((checkpoint / "state.json").read_text())
 
 

@@ -1,0 +1,197 @@
+"""Files to rows: against ``json`` and ``csv`` over whole files, and bad files in one sentence with the line."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte.data import readers
+from halfbyte.data.readers import read_rows
+from halfbyte.errors import InputError
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+NUMBERS = st.integers() | st.floats(allow_nan=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+)
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def rows_of(path: Path) -> list[Any]:
+    return [row for _, row in read_rows(path)]
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5))
+def test_every_kind_of_file_gives_back_the_rows_written_to_it(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("kinds")
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    lines = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    with (folder / "rows.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+    for path in (
+        write(folder, "rows.jsonl", "\ufeff" + lines),
+        write(folder, "rows.ndjson", lines),
+        write(folder, "array.json", "\ufeff" + json.dumps(rows, indent=1)),
+        write(folder, "data.json", json.dumps({"data": rows, "tags": []})),
+        write(folder, "late.json", json.dumps({"tags": ["a"], "data": rows, "x": {"y": [1]}})),
+        write(folder, "one-list.json", json.dumps({"version": 1, "train": rows})),
+        write(folder, "twice.json", f'{{"data": [1, 2], "data": {json.dumps(rows)}}}'),
+        write(folder, "lines.JSON" if len(rows) > 1 else "lines.JSONL", lines),
+        folder / "rows.csv",
+    ):
+        assert rows_of(path) == rows, path
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+@given(rows=st.lists(VALUES, min_size=1, max_size=6), indent=st.none() | st.integers(0, 2), escaped=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_json_read_in_pieces_is_what_json_reads_at_once(
+    tmp_path_factory: pytest.TempPathFactory, piece: int, rows: list[Any], indent: int | None, escaped: bool
+) -> None:
+    text = json.dumps(rows, indent=indent, ensure_ascii=escaped)
+    path = write(tmp_path_factory.mktemp("pieces"), "rows.json", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PIECE", piece)
+        assert rows_of(path) == json.loads(text)
+
+
+@pytest.mark.parametrize("piece", [1, 5, 1000])
+@given(
+    rows=st.lists(VALUES, min_size=1, max_size=4), at=st.integers(0, 300), character=st.sampled_from('[]{}:,"\\\nx1e ')
+)
+@settings(max_examples=200, deadline=None)
+def test_broken_json_is_refused_where_json_refuses_it(
+    tmp_path_factory: pytest.TempPathFactory, piece: int, rows: list[Any], at: int, character: str
+) -> None:
+    text = json.dumps(rows, indent=1)
+    text = f"[{text[1:at]}{character}{text[at + 1 :]}"
+    path = write(tmp_path_factory.mktemp("broken"), "rows.json", text)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        expected = f"line {error.lineno} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}."
+    else:
+        expected = "" if whole else "holds no rows"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PIECE", piece)
+        if not expected:
+            assert rows_of(path) == whole
+        else:
+            with pytest.raises(InputError) as caught:
+                rows_of(path)
+            assert expected in str(caught.value)
+
+
+def test_no_more_of_a_json_file_is_held_than_a_row_and_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "PIECE", 1000)
+    path = write(tmp_path, "rows.json", json.dumps([{"text": "x" * 50}] * 1000))
+    source = readers._Json(path, io.StringIO(path.read_text()))
+    longest = max(len(source._piece) for _ in source.elements())
+    assert longest < 3000
+
+
+def test_a_row_knows_its_number_and_line(tmp_path: Path) -> None:
+    lines = write(tmp_path, "d.jsonl", '{"text": "a"}\n\n{"text": "b"}\n')
+    table = write(tmp_path, "d.csv", 'text,n\n"a\nb",1\n\nc,2\n')
+    array = write(tmp_path, "d.json", '[{"text": "a"},\n {"text":\n "b"},{"text": "c"}]')
+    inner = write(tmp_path, "e.json", '{"x": [],\n"data":\n[{"text": "a"}\n,{"text": "b"}]}')
+    expected = {lines: [1, 3], table: [2, 5], array: [1, 2, 3], inner: [3, 4]}
+    for path, numbers in expected.items():
+        places = [f"{path}, row {row} (line {line})" for row, line in enumerate(numbers, start=1)]
+        assert [where for where, _ in read_rows(path)] == places
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("d.jsonl", "", ["holds no rows"]),
+        ("d.jsonl", "\n  \n", ["holds no rows"]),
+        ("d.json", " ", ["holds no rows"]),
+        ("d.json", "[]", ["holds no rows"]),
+        ("d.json", '{"tags": ["a"], "data": []}', ["holds no rows"]),
+        ("d.csv", "", ["holds no rows"]),
+        ("d.csv", "text\n", ["holds no rows"]),
+        ("d.txt", "hello", ["d.txt", ".jsonl, .ndjson, .json or .csv"]),
+        ("d.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3 is not JSON", "column"]),
+        ("d.jsonl", '{"text": "a"}\n{"text": "b', ["line 2 is not JSON: Unterminated string starting at column 10"]),
+        ("d.jsonl", '{"text": "a"}\n\0\0\0', ["line 2 is not JSON", "column 1"]),
+        ("d.jsonl", '{"text": "a"}\n\ufeff{"text": "b"}', ["line 2 is not JSON", "BOM"]),
+        ("d.jsonl", f'{{"text": "a"}}\n{{"text": {DEEP}}}', ["line 2 has brackets within brackets"]),
+        ("d.jsonl", f'{{"text": "a"}}\n{{"text": {HUGE}}}', ["line 2 has a number with too many digits"]),
+        ("d.json", f'[{{"text": "a"}},\n{{"text": {DEEP}}}]', ["line 2 has brackets within brackets"]),
+        ("d.json", f'[{{"text": "a"}},\n{{"text": {HUGE}}}]', ["line 2 has a number with too many digits"]),
+        ("d.json", '[{"text": "a"},\n {"text" "b"}]', ["line 2 is not JSON", "column 10"]),
+        ("d.json", '[{"text": "a"}\n', ["line 2 is not JSON: Expecting ',' delimiter"]),
+        ("d.json", '[{"text": "a"}]\n[]', ["line 2 is not JSON: Extra data at column 1"]),
+        ("d.json", '{"data": [{"text": "a"}]} 1', ["line 1 is not JSON: Extra data at column 27"]),
+        ("d.json", '{"data": [{"text": "a"}],\n}', ["line 2", "property name enclosed in double quotes"]),
+        ("d.json", '{"data": [{"text": "a"}],\n"b" 1}', ["line 2 is not JSON: Expecting ':' delimiter at column 5"]),
+        ("d.json", '"a"', ["must hold an array of rows"]),
+        ("d.json", '{"a": [], "b": []}', ["keys a and b"]),
+        ("d.json", '{"a": 1}', ["the keys a; one of them"]),
+        ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}', ["line 2 is not UTF-8", "0xff"]),
+        ("d.json", b'[{"text": "a"},\n\n{"text": "\xe9t\xe9"}]', ["line 3 is not UTF-8", "0xe9"]),
+        ("d.csv", b"text\na\n\xfcber\n", ["line 3 is not UTF-8", "0xfc"]),
+        ("d.csv", "text\nüber\n".encode("utf-16"), ["line 1 is not UTF-8", "0xff"]),
+        ("d.csv", 'prompt,completion\n"a\nb",c\nd\n', ["row 2 (line 4)", "1 fields", "2: prompt and completion"]),
+        ("d.csv", "prompt,completion\na,b,c\n", ["row 1 (line 2)", "3 fields"]),
+        ("d.csv", 'text\na\n"b\n', ["line 3 is not CSV"]),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_sentence(
+    tmp_path: Path, name: str, content: str | bytes, told: list[str]
+) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(InputError) as caught:
+        rows_of(path)
+    sentence = str(caught.value)
+    assert str(path) in sentence and "\n" not in sentence
+    assert [part for part in told if part not in sentence] == []
+
+
+def test_a_missing_file_and_a_folder_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(InputError, match="no data file"):
+            read_rows(path)
+
+
+def test_the_names_of_columns_stay_on_one_line_and_are_not_too_many() -> None:
+    assert readers.named(["a"]) == "a"
+    assert readers.named(["a", "b c", "", "x\ny", "\ud800"]) == "a, b c, '', 'x\\ny' and '\\ud800'"
+    assert readers.named([str(n) for n in range(100)]).endswith("10, 11 and 88 more")
+    assert len(readers.named(["x" * 1000])) == 60
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
+def test_progress_counts_rows_and_bytes_up_to_all_of_them(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"It is {n}"} for n in range(4500)]
+    contents = {
+        "d.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "d.json": json.dumps({"version": 1, "data": rows}),
+        "d.csv": "text\n" + "".join(f"{row['text']}\n" for row in rows),
+    }
+    path = write(tmp_path, name, contents[name])
+    told: list[tuple[int, int, int]] = []
+    assert len(list(read_rows(path, lambda *numbers: told.append(numbers)))) == 4500
+    size = path.stat().st_size
+    assert [rows for rows, _, _ in told] == [1000, 2000, 3000, 4000, 4500]
+    assert told == sorted(told) and told[-1] == (4500, size, size) and {total for *_, total in told} == {size}
