@@ -30,6 +30,9 @@ FAMILIES: dict[str, Any] = {
     "granite, divided": t.GraniteConfig(**DECODER, logits_scaling=3.0),
     "phi, biased": t.PhiConfig(**LAYERS),
     "mixtral": t.MixtralConfig(**DECODER, num_local_experts=2),
+    "llama4, whose base has another name": t.Llama4TextConfig(
+        **DECODER, head_dim=12, intermediate_size_mlp=40, num_local_experts=2, interleave_moe_layer_step=2
+    ),
     "gpt2": t.GPT2Config(**SMALL, n_embd=24, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
 }
 

@@ -136,7 +136,7 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
 
     inputs["use_cache"] = bool(inputs.get("use_cache")) and not fused
-    outputs = model.base_model(**inputs)
+    outputs = _backbone(model)(**inputs)
     hidden = outputs.last_hidden_state
     if shifted is None:
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -217,6 +217,13 @@ def _layer_of(model: PreTrainedModel) -> Any:
     return layer.modules_to_save[names[0]]
 
 
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """Return the base model; Llama 4's text model (transformers 5.23) declares another name than it has."""
+    base: nn.Module = model.base_model
+    held = getattr(model, "model", None)
+    return held if base is model and isinstance(held, PreTrainedModel) else base
+
+
 def _is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
@@ -236,7 +243,7 @@ def _configured(config: Any) -> Head:
 
 def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
     """What the configuration says, if the model's own forward agrees on three hidden states with logits up to 20."""
-    if model.config.is_encoder_decoder or model.base_model is model:
+    if model.config.is_encoder_decoder or _backbone(model) is model:
         return None
     head = _configured(model.config.get_text_config())
     generator = torch.Generator().manual_seed(0)
@@ -249,7 +256,7 @@ def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
             return None
         hidden *= PROBED_LOGIT / largest
         try:
-            with _returning(model.base_model, hidden):
+            with _returning(_backbone(model), hidden):
                 own = type(model).forward(model, input_ids=torch.zeros_like(labels), labels=labels)
             scores, _ = _score(layer, head, hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
         except Exception:  # a forward that needs more than ids and hidden states, or 4-bit rows that share a block
