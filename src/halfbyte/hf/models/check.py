@@ -99,7 +99,7 @@ def check_weights(model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized:
             f"The weights in {checkpoint.where} are {held}, but config.json has {said} quantization_config: copy both "
             "from the model's source again."
         )
-    forms = {name: form for name, form in checkpoint.forms.items() if not _is_part(name, packed)}
+    forms = {name: checkpoint.form(name) for name in checkpoint.names if not _is_part(name, packed)}
     forms |= {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in packed.items()}
     found = _tried(model, forms)
     sought = type(model).__name__ in (model.config.architectures or [type(model).__name__])

@@ -40,22 +40,30 @@ class Checkpoint:
     Args:
         files: all ``.safetensors`` or all ``.bin``.
 
-    Attributes:
-        forms: each tensor on the meta device: its shape, and whether it holds floats.
-
     Raises:
         InputError: a file is damaged, or is not what its name says.
     """
 
     def __init__(self, files: Sequence[str | Path]) -> None:
         self.files = [Path(file) for file in files]
-        self.forms: dict[str, Tensor] = {}
-        self._home: dict[str, Any] = {}
+        self._homes: dict[str, Any] = {}
         for file in self.files:
             holder = _open(file)
-            for name in holder.keys():  # noqa: SIM118 (safetensors' file is no mapping)
-                self._home[name] = holder
-                self.forms[name] = _form(holder, name)
+            self._homes |= dict.fromkeys(holder.keys(), holder)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors'."""
+        return list(self._homes)
+
+    def form(self, name: str) -> Tensor:
+        """Return the tensor ``name`` on the meta device: its shape, and whether it holds floats."""
+        holder = self._homes[name]
+        if isinstance(holder, dict):
+            return torch.empty_like(holder[name], device="meta")
+        part = holder.get_slice(name)
+        floating = part.get_dtype().startswith(("F", "BF"))
+        return torch.empty(part.get_shape(), dtype=torch.bfloat16 if floating else torch.int64, device="meta")
 
     @property
     def where(self) -> Path:
@@ -64,7 +72,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``; one of a ``.bin`` file stays mapped."""
-        holder = self._home[name]
+        holder = self._homes[name]
         tensor: Tensor = holder[name] if isinstance(holder, dict) else holder.get_tensor(name)
         return tensor
 
@@ -72,7 +80,7 @@ class Checkpoint:
     def in_4_bits(self) -> dict[str, torch.Size]:
         """The weights in bitsandbytes' 4 bits: the shape of each before it was packed."""
         shapes = {}
-        for name in self.forms:
+        for name in self.names:
             weight, found, _ = name.partition(STATE)
             if found:
                 try:
@@ -162,11 +170,3 @@ def _open(file: Path) -> Any:
         where = f"; the weights may be its entry {inner[0]!r}, which has to be saved alone" if inner else ""
         raise InputError(f"{file} is not a dictionary of tensors{where}.")
     return tensors
-
-
-def _form(holder: Any, name: str) -> Tensor:
-    if isinstance(holder, dict):
-        return torch.empty_like(holder[name], device="meta")
-    part = holder.get_slice(name)
-    floating = part.get_dtype().startswith(("F", "BF"))
-    return torch.empty(part.get_shape(), dtype=torch.bfloat16 if floating else torch.int64, device="meta")

@@ -191,7 +191,7 @@ class _Plan:
         self.left_dense: set[str] = set()
         modules = {n: m for n, m in skeleton.named_modules() if isinstance(m, Linear4bit)}
         rules = Names(skeleton)
-        renamed = {name: rules.of(name) for name in checkpoint.forms}
+        renamed = {name: rules.of(name) for name in checkpoint.names}
         self.target = {name: target for name, (target, _) in renamed.items()}
         for name, (target, converter) in renamed.items():
             module = target.removesuffix(".weight")
@@ -209,7 +209,7 @@ class _Plan:
         }
         self.names = [
             name
-            for name in checkpoint.forms
+            for name in checkpoint.names
             if name not in tied or not torch.equal(checkpoint.read(name), checkpoint.read(tied[name]))
         ]
 
