@@ -42,6 +42,7 @@ from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
+from halfbyte.hf.layers.targets import check_targets
 from halfbyte.hf.trainers import SFTConfig, SFTTrainer
 from halfbyte.hf.trainers.state import saved_states
 from halfbyte.kernels import memory
@@ -212,7 +213,7 @@ def _load_model(config: TrainConfig) -> Any:
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=check_targets(model, config.target_modules),
         task_type="CAUSAL_LM",
     )
     set_seed(config.seed)
