@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import InputError
-from halfbyte.hf.layers.prepare import prepare_for_training
+from halfbyte.hf.layers.prepare import prepare
+from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.config import HalfbyteConfig
 
 ADAPTER = "adapter_config.json"
@@ -59,7 +60,7 @@ def load(
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
-        return prepare_for_training(PeftModel.from_pretrained(model, path)).eval()
+        return prepare(put_adapter(model, Path(path)))
     config = read_config(path, trust_remote_code)
     held = getattr(config, "quantization_config", None)
     if held is not None:
