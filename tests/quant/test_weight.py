@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 
 import bitsandbytes.functional as bnb
@@ -274,3 +275,18 @@ def test_rows_that_begin_within_a_block_are_refused() -> None:
     assert torch.equal(weight.rows(32, 40).dequantize(), weight.dequantize()[32:])
     with pytest.raises(ValueError, match=r"row 1 of 30 values does not begin with a block of 64"):
         weight.rows(1, 40)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_not_finite_shows_in_its_block_s_constant(value: float, dtype: torch.dtype) -> None:
+    """Whoever quantizes a model looks at constants alone. Every place in a block: vector tiers hold it in lanes."""
+    for blocksize, place in [*((64, i) for i in range(64)), (100, 199), (4096, 4095), (32, 63)]:
+        x = random((8192,), dtype)
+        x[place] = value
+        single = quantize_4bit(x, "nf4", blocksize, double_quant=False).statistics.absmax
+        spoiled = torch.zeros(len(single), dtype=torch.bool)
+        spoiled[place // blocksize] = True
+        assert torch.equal(~single.isfinite(), spoiled)
+        nested = quantize_4bit(x, "nf4", blocksize).statistics.nested
+        assert nested is not None and not math.isfinite(nested.offset)

@@ -28,10 +28,9 @@ def quantize(
     output = absolute(output)
     with quiet(), bar("Quantizing") as progress:
         from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
-        from halfbyte.plan.size import checkpoint_size
 
         task = progress.add_task("")
-        quantize_checkpoint(
+        copy = quantize_checkpoint(
             model,
             output,
             HalfbyteConfig(quant_type=quant_type, double_quant=double_quant),
@@ -39,10 +38,10 @@ def quantize(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-        before, after = checkpoint_size(model), checkpoint_size(output)
     typer.echo(
-        f"{size_text(before.bytes)} became {size_text(after.bytes)}: "
-        f"{8 * after.bytes / before.elements:.2f} bits for each of {before.elements:,} parameters."
+        f"{size_text(copy.bytes_before)} became {size_text(copy.bytes_after)}: "
+        f"{8 * copy.bytes_after / copy.values:.2f} bits for each of {copy.values:,} parameters, {copy.share:.0%} of "
+        "them in 4 bits."
     )
     typer.echo(f"The 4-bit model is in {shown(output)}. Next:")
     typer.echo(f"  {command('chat', shown(output))}")

@@ -5,6 +5,7 @@ from halfbyte.hf.layers.attention_choice import describe_attention
 from halfbyte.hf.layers.fusion import describe_layers, fuse, unfuse
 from halfbyte.hf.layers.prepare import prepare, prepare_for_training, unprepare
 from halfbyte.hf.models.config import HalfbyteConfig
+from halfbyte.hf.models.linears import not_linear, share_in_4bit
 from halfbyte.hf.models.loader import load, load_tokenizer
 from halfbyte.hf.models.quantize_files import quantize_checkpoint
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer
@@ -19,10 +20,12 @@ __all__ = [
     "fuse",
     "load",
     "load_tokenizer",
+    "not_linear",
     "prepare",
     "prepare_for_training",
     "project",
     "quantize_checkpoint",
+    "share_in_4bit",
     "unfuse",
     "unprepare",
 ]

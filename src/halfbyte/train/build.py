@@ -42,6 +42,7 @@ def build_model(config: TrainConfig) -> Any:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=check_targets(model, config.target_modules),
+        exclude_modules=hf.not_linear(model) or None,
         task_type="CAUSAL_LM",
     )
     set_seed(config.seed)

@@ -6,58 +6,92 @@ and written. At no time is more in memory than one shard of the output and one t
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import PreTrainedModel
 
 from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
+from halfbyte.hf.models.check import Names, check_finite, check_weights
+from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS, Checkpoint, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
-from halfbyte.hf.models.loader import model_class, read_config
-from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype
+from halfbyte.hf.models.hub import Place, locate
+from halfbyte.hf.models.linears import is_linear, is_subclass
+from halfbyte.hf.models.loader import config_at, model_class
+from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
 from halfbyte.nn import Linear4bit
-from halfbyte.quant import quantize_4bit
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 1 << 30
-INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
+@dataclass(frozen=True)
+class QuantizedCopy:
+    """What was written.
+
+    Attributes:
+        values: of the model's tensors.
+        packed: those of them in 4 bits.
+        bytes_before: of the source's weight files.
+        bytes_after: of the copy's.
+    """
+
+    values: int
+    packed: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def share(self) -> float:
+        """The part of the values that is in 4 bits."""
+        return self.packed / self.values
+
+
 def quantize_checkpoint(
-    model: str,
+    model: str | Path,
     output: str | Path,
     config: HalfbyteConfig | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> None:
+) -> QuantizedCopy:
     """Write ``model`` in bitsandbytes' 4-bit format to the folder ``output``, which appears whole or not at all.
 
+    transformers with bitsandbytes opens the folder too, except where a linear layer's class is one of the family's own
+    (Falcon), which they leave dense; a warning is logged then.
+
     Args:
-        model: a folder or hub id with safetensors weights in 16 or 32 bits.
+        model: a folder or hub id with weights in 16 or 32 bits.
         output: the new folder.
         config: how to quantize; None takes the defaults.
         progress: called with tensors done and tensors in all.
         overwrite: replace a folder that is there already.
         trust_remote_code: run code that comes with the model.
 
+    Returns:
+        What was written: sizes, and how many of the values are in 4 bits.
+
     Raises:
-        InputError: there is no such model, it holds no safetensors, it is quantized already, ``output`` is there, or
-            the format has no name for the codebook.
+        InputError: there is no such model, its weights are damaged or not those that its configuration describes, none
+            can be held in 4 bits, it is quantized already, ``output`` is there, or the format has no name for the
+            codebook.
     """
     config = config or HalfbyteConfig()
-    output = Path(output)
+    output = Path(output).expanduser()
     if config.quant_type not in SAVEABLE_TYPES:
         raise InputError(
             f"A {config.quant_type} model cannot be saved: bitsandbytes' format has {' and '.join(SAVEABLE_TYPES)} "
@@ -67,85 +101,121 @@ def quantize_checkpoint(
         raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
     if output.exists() and not (output / "config.json").is_file():
         raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
-    model_config = read_config(model, trust_remote_code)
+    place = locate(model)
+    model_config = config_at(place, trust_remote_code)
     if getattr(model_config, "quantization_config", None) is not None:
         raise InputError(f"{model} is quantized already; start from its 16-bit original.")
-    source = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+    source = _on_disk(place)
     if output.resolve() == source.resolve():
         raise InputError(f"The output folder {output} is the model's own; choose another.")
-    files = _weight_files(source)
-
+    checkpoint = Checkpoint(weight_files(source, getattr(model_config, "transformers_weights", None)))
+    skeleton = _skeleton(model_config, config.compute_dtype, trust_remote_code)
+    check_weights(skeleton, checkpoint, pre_quantized=False)
     quantizer = HalfbyteQuantizer(config, pre_quantized=False)
-    with torch.device("meta"):
-        skeleton = model_class(model_config)._from_config(model_config, dtype=config.compute_dtype)
+    own = {type(module).__name__ for module in skeleton.modules() if is_subclass(module) and is_linear(module)}
     quantizer.preprocess_model(skeleton)
-    plan = _Plan(skeleton)
+    plan = _Plan(skeleton, checkpoint)
+    if not plan.layers:
+        raise InputError(
+            f"{type(skeleton).__name__} puts every linear layer together from several tensors of the checkpoint, "
+            "so none can be quantized by itself; open it with halfbyte.load and save it with save_pretrained."
+        )
 
     with whole_folder(output) as folder:
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
                 shutil.copy(file, folder)
         writer = _ShardWriter(folder)
-        keys = {file: list(_open(file).keys()) for file in files}
-        total = sum(len(names) for names in keys.values())
-        done = 0
-        for file, names in keys.items():
-            with _open(file) as tensors:
-                for name in names:
-                    tensor = tensors.get_tensor(name)
-                    layer = plan.layer_of(name)
-                    if layer is not None:
-                        dense = tensor.T if layer.transposed else tensor
-                        weight = quantize_4bit(
-                            dense.to(config.compute_dtype), config.quant_type, config.blocksize, config.double_quant
-                        )
-                        writer.add(weight.state_dict(name))
-                    else:
-                        writer.add({name: tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor})
-                    done += 1
-                    if progress:
-                        progress(done, total)
+        values = packed = 0
+        for done, name in enumerate(plan.names, 1):
+            tensor = checkpoint.read(name)
+            layer = plan.layers.get(name)
+            values += tensor.numel()
+            if layer is not None:
+                weight = quantized(name, tensor.to(config.compute_dtype), layer, quantizer.quantization_config)
+                writer.add(weight.state_dict(name))
+                packed += tensor.numel()
+            else:
+                dense = tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor
+                check_finite(name, dense)
+                writer.add({name: dense})
+            if progress:
+                progress(done, len(plan.names))
         writer.close()
         skipped = quantizer.quantization_config
         skipped.skip_modules = sorted({*(skipped.skip_modules or []), *plan.left_dense})
         model_config.quantization_config = skipped
         model_config.dtype = str(config.compute_dtype).removeprefix("torch.")
         model_config.save_pretrained(folder)
+    if own:
+        logger.warning(
+            "%s opens with halfbyte only: transformers with bitsandbytes leaves %s dense.", output, " and ".join(own)
+        )
+    before, after = (
+        sum(file.stat().st_size for file in files) for files in (checkpoint.files, output.glob("*.safetensors"))
+    )
+    return QuantizedCopy(values, packed, before, after)
+
+
+def _on_disk(place: Place) -> Path:
+    if place.is_folder:
+        return Path(place.path)
+    try:
+        return Path(snapshot_download(place.path, **place.options))
+    except (OSError, httpx.TransportError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"The model {place.path} cannot be downloaded: {first}") from error
+
+
+def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model of ``config`` without memory."""
+    cls = model_class(config)
+    with torch.device("meta"):
+        if issubclass(cls, PreTrainedModel):
+            return cls._from_config(config, dtype=dtype)
+        return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 class _Plan:
-    """Which of a checkpoint's tensors become 4-bit weights, by transformers' (5.23) own rules for their names."""
+    """What becomes of a checkpoint's tensors.
 
-    def __init__(self, skeleton: Any) -> None:
-        transforms = get_model_conversion_mapping(skeleton)
-        self.renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    Attributes:
+        names: those that are written: all but copies of a tied weight.
+        layers: the layer whose 4-bit weight a tensor becomes.
+        left_dense: layers whose weight is made of several tensors, or a part of one: not quantized here.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self.skeleton = skeleton
-        self.meta = skeleton.state_dict()
-        self.layers = {n: m for n, m in skeleton.named_modules() if isinstance(m, Linear4bit)}
-        # Layers whose weight is made of several tensors of the checkpoint, or a part of one: not quantized here.
+        self.layers: dict[str, Linear4bit] = {}
         self.left_dense: set[str] = set()
-
-    def _renamed(self, name: str) -> tuple[str, str | None]:
-        renamed: tuple[str, str | None] = rename_source_key(
-            name, self.renamings, self.converters, self.skeleton.base_model_prefix, self.meta
-        )
-        return renamed
-
-    def layer_of(self, name: str) -> Linear4bit | None:
-        """Return the layer whose 4-bit weight the tensor ``name`` becomes, if any."""
-        renamed, converter = self._renamed(name)
-        module = renamed.removesuffix(".weight")
-        if not renamed.endswith(".weight") or module not in self.layers:
-            return None
-        if converter is not None:
-            self.left_dense.add(module)
-            return None
-        return self.layers[module]
+        modules = {n: m for n, m in skeleton.named_modules() if isinstance(m, Linear4bit)}
+        rules = Names(skeleton)
+        renamed = {name: rules.of(name) for name in checkpoint.forms}
+        self.target = {name: target for name, (target, _) in renamed.items()}
+        for name, (target, converter) in renamed.items():
+            module = target.removesuffix(".weight")
+            if not target.endswith(".weight") or module not in modules:
+                continue
+            if converter is None:
+                self.layers[name] = modules[module]
+            else:
+                self.left_dense.add(module)
+        origin = {target: name for name, target in self.target.items()}
+        tied = {
+            origin[target]: origin[source]
+            for target, source in skeleton.all_tied_weights_keys.items()
+            if target in origin and source in origin
+        }
+        self.names = [
+            name
+            for name in checkpoint.forms
+            if name not in tied or not torch.equal(checkpoint.read(name), checkpoint.read(tied[name]))
+        ]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype in which a floating tensor that stays dense is kept."""
-        return dense_dtype(self.skeleton, self._renamed(name)[0], self.skeleton.dtype)
+        return dense_dtype(self.skeleton, self.target[name], self.skeleton.dtype)
 
 
 class _ShardWriter:
@@ -180,30 +250,12 @@ class _ShardWriter:
         count = len(self.shards)
         names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         if count == 1:
-            names = ["model.safetensors"]
+            names = [SAFETENSORS]
         for i, name in enumerate(names):
             (self.folder / f"shard-{i}").rename(self.folder / name)
         if count > 1:
             weight_map = {key: name for name, keys in zip(names, self.shards, strict=True) for key in keys}
             index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _weight_files(source: Path) -> list[Path]:
-    index = source / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [source / name for name in names]
-    else:
-        files = [source / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file} is missing: only models with safetensors weights can be quantized.")
-    return files
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read ({error}): the file is damaged or incomplete.") from error
+            (self.folder / f"{SAFETENSORS}{INDEX}").write_text(
+                json.dumps(index, indent=2, sort_keys=True), encoding="utf-8"
+            )

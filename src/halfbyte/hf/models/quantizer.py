@@ -5,31 +5,86 @@ as it is read: a dense one is quantized at once (peak memory: the 4-bit model an
 4-bit checkpoint are put together as they are, so that what is mapped from the file stays mapped.
 """
 
+import contextlib
+import contextvars
 import copy
 import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
 from transformers.modeling_utils import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.generic import is_flash_attention_requested
 
 from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.attention_choice import choose_attention
+from halfbyte.hf.models.check import Names, check_finite, check_weights
+from halfbyte.hf.models.checkpoint import Checkpoint
 from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
+from halfbyte.hf.models.linears import left_dense, replace_linears
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
-logger = logging.getLogger(__name__)
+READ_AT_ONCE = 1 << 20
+"""Bytes up to which a tensor of a 4-bit folder is read, to look at its values, when the folder is opened."""
 
-# Linear layers whose weight the model multiplies by hand (Mamba), so that it has to stay dense.
-READ_DIRECTLY = ("dt_proj",)
+
+@dataclass
+class Failures:
+    """Why a model could not be loaded.
+
+    Attributes:
+        error: the first that an operation of ours raised.
+        resized: tensors of a head that have another shape, which is an error or not as the caller chose.
+    """
+
+    error: Exception | None = None
+    resized: list[str] = field(default_factory=list)
+
+
+_failures: contextvars.ContextVar[Failures | None] = contextvars.ContextVar("failures", default=None)
+
+
+@contextlib.contextmanager
+def kept_failures() -> Iterator[Failures]:
+    """Keep the reasons of failures meanwhile, of which transformers (5.23) makes text in an error of its own.
+
+    Its table of what did not fit is not logged: whoever asks for the failures tells them.
+    """
+    failures = Failures()
+    token = _failures.set(failures)
+    report = logging.getLogger("transformers.modeling_utils")
+    report.addFilter(_is_no_report)
+    try:
+        yield failures
+    finally:
+        report.removeFilter(_is_no_report)
+        _failures.reset(token)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    failures = _failures.get()
+    if failures is not None and failures.error is not None:
+        raise RuntimeError("an operation before failed")  # nothing more needs to be read
+    try:
+        yield
+    except Exception as error:
+        if failures is not None:
+            failures.error = error
+        raise
 
 
 @register_quantizer(QUANT_METHOD)
@@ -96,18 +151,32 @@ class HalfbyteQuantizer(HfQuantizer):
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Linear4bit) and name == "weight"
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if self.choose_attention:
             choose_attention(model)
-        config = self.quantization_config
+        config, new, packed = self.quantization_config, set(), None
+        if checkpoint_files:
+            checkpoint = Checkpoint(checkpoint_files)
+            fit = check_weights(model, checkpoint, self.pre_quantized)
+            new = {name.rpartition(".")[0] for name in fit.new}  # to be trained
+            if failures := _failures.get():
+                failures.resized = fit.resized
+            if self.pre_quantized:
+                names = Names(model)
+                packed = {names.of(name)[0] for name in checkpoint.in_4_bits}
         skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         if not self.pre_quantized and config.skip_modules is None:
-            skip = sorted({*skip, *left_dense(model)})
             # Recorded, so that whoever opens the saved model makes the same choice.
-            config.skip_modules = skip
-        if not replace_linears(model, skip, config.compute_dtype):
-            logger.warning(
-                f"{type(model).__name__} has no plain linear layer to hold in 4 bits; all of it stays dense."
+            config.skip_modules = sorted({*skip, *left_dense(model), *new})
+        elif new:
+            config.skip_modules = sorted({*(config.skip_modules or []), *new})
+        if not replace_linears(model, sorted({*skip, *(config.skip_modules or [])}), config.compute_dtype, packed):
+            raise InputError(
+                f"{type(model).__name__} has no linear layer that could be held in 4 bits"
+                f"{' beside those to be skipped' if config.skip_modules else ''}: there is nothing to gain here, so "
+                "open it with transformers."
             )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -117,6 +186,10 @@ class HalfbyteQuantizer(HfQuantizer):
             for conversion in model._weight_conversions
             if not (isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], Deserialize))
         ]
+        for name, parameter in model.named_parameters():
+            # What is large in a 4-bit folder stays mapped and unread; it was looked at when the folder was made.
+            if not self.pre_quantized or parameter.nbytes <= READ_AT_ONCE:
+                check_finite(name, parameter.detach())
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -145,14 +218,13 @@ class Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         """Quantize the one tensor of ``input_dict``, by its full name."""
-        config = self.hf_quantizer.quantization_config
         result = {}
-        for name, value in input_dict.items():
-            layer, _ = get_module_from_name(model, name)
-            dense = value[0] if isinstance(value, list) else value
-            dense = dense.T if layer.transposed else dense
-            layer.set_quantized_weight(quantize_4bit(dense, config.quant_type, config.blocksize, config.double_quant))
-            result[name] = layer.weight
+        with _failing():
+            for name, value in input_dict.items():
+                layer, _ = get_module_from_name(model, name)
+                dense = value[0] if isinstance(value, list) else value
+                layer.set_quantized_weight(quantized(name, dense, layer, self.hf_quantizer.quantization_config))
+                result[name] = layer.weight
         return result
 
 
@@ -166,19 +238,45 @@ class Deserialize(ConversionOps):
         self, input_dict: dict[str, Any], model: PreTrainedModel, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Put together the weight of layer ``full_layer_name``; a single dense tensor takes its dtype in the model."""
-        layer, _ = get_module_from_name(model, full_layer_name)
-        if (len(input_dict) > 1) != isinstance(layer, Linear4bit):
-            held, chosen = ("dense", "4-bit") if len(input_dict) == 1 else ("4-bit", "dense")
-            raise InputError(
-                f"{full_layer_name} is {held} in the checkpoint, but its configuration makes it {chosen}: "
-                "llm_int8_skip_modules in config.json does not fit the weights."
+        with _failing():
+            layer, _ = get_module_from_name(model, full_layer_name)
+            if (len(input_dict) > 1) != isinstance(layer, Linear4bit):
+                held, chosen = ("dense", "4-bit") if len(input_dict) == 1 else ("4-bit", "dense")
+                raise InputError(
+                    f"{full_layer_name} is {held} in the checkpoint, but its configuration makes it {chosen}: "
+                    "llm_int8_skip_modules in config.json does not fit the weights."
+                )
+            state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+            if not isinstance(layer, Linear4bit):
+                dtype = dense_dtype(model, full_layer_name, self.hf_quantizer.quantization_config.compute_dtype)
+                return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+            own = {f"{full_layer_name}{key.removeprefix('weight')}": value for key, value in state.items()}
+            weight = QuantizedWeight.from_state_dict(own, full_layer_name)
+            nested = weight.statistics.nested
+            kind, constants = (
+                ("absmax", weight.statistics.absmax) if nested is None else ("nested_absmax", nested.absmax)
             )
-        state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        if len(state) == 1:
-            dtype = dense_dtype(model, full_layer_name, self.hf_quantizer.quantization_config.compute_dtype)
-            return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-        layer.set_quantized_weight(QuantizedWeight.from_state_dict(state, "weight"))
-        return {"weight": layer.weight}
+            if constants.nbytes <= READ_AT_ONCE:
+                check_finite(f"{full_layer_name}.{kind}", constants)
+            layer.set_quantized_weight(weight)
+            return {"weight": layer.weight}
+
+
+def quantized(name: str, dense: Tensor, layer: Linear4bit, config: HalfbyteConfig) -> QuantizedWeight:
+    """Return the ``dense`` weight of ``layer`` in 4 bits, as a checkpoint holds it (``Conv1D``'s transposed).
+
+    Raises:
+        InputError: a value is not finite; the sentence has the tensor's ``name`` and the index.
+    """
+    weight = quantize_4bit(
+        dense.T if layer.transposed else dense, config.quant_type, config.blocksize, config.double_quant
+    )
+    # A block's constant is its largest magnitude, NaN if there is one, and the offset is the constants' mean.
+    nested = weight.statistics.nested
+    if not (torch.isfinite(weight.statistics.absmax).all() if nested is None else math.isfinite(nested.offset)):
+        check_finite(name, dense)
+        raise InputError(f"{name} holds values too large to be quantized: the model is damaged.")
+    return weight
 
 
 def dense_dtype(model: PreTrainedModel, name: str, compute_dtype: torch.dtype) -> torch.dtype:
@@ -189,39 +287,3 @@ def dense_dtype(model: PreTrainedModel, name: str, compute_dtype: torch.dtype) -
     patterns, by_group, _ = build_glob_alternation(list(plan))
     match = patterns.search(name)
     return plan[by_group[match.lastgroup]] if match else compute_dtype
-
-
-def replace_linears(model: nn.Module, skip: list[str], compute_dtype: torch.dtype) -> list[str]:
-    """Put an empty :class:`Linear4bit` in the place of every linear layer (``nn.Linear``, ``Conv1D``) not in ``skip``.
-
-    Returns:
-        The names of the layers.
-    """
-    replaced = []
-    for name, module in list(model.named_modules()):
-        if (type(module) is not nn.Linear and not isinstance(module, Conv1D)) or not should_convert_module(name, skip):
-            continue
-        transposed = isinstance(module, Conv1D)
-        out_features, in_features = reversed(module.weight.shape) if transposed else module.weight.shape
-        layer = Linear4bit(
-            in_features, out_features, module.bias is not None, compute_dtype=compute_dtype, device="meta"
-        )
-        layer.bias = module.bias
-        layer.transposed = transposed
-        layer.requires_grad_(False)
-        model.set_submodule(name, layer)
-        replaced.append(name)
-    return replaced
-
-
-def left_dense(model: PreTrainedModel) -> list[str]:
-    """Return the names of linear layers to leave dense besides what transformers leaves.
-
-    Task heads (all that is outside the base model) are often new and to be trained; some weights are read directly.
-    """
-    inside = {id(module) for module in model.base_model.modules()}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and (id(module) not in inside or name.endswith(READ_DIRECTLY))
-    ]

@@ -1,0 +1,144 @@
+"""Which layers of a model are held in 4 bits: what acts as a linear layer, without heads and what is read by hand.
+
+A subclass of ``nn.Linear`` (Falcon's) is a linear layer if it acts as one: it is tried on a small input. A router that
+returns indices too, or a layer of groups, is not.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from halfbyte.nn import Linear4bit
+
+# Linear layers whose weight the model (of transformers 5.23) multiplies by hand, or rewrites in evaluation (RWKV), so
+# that it has to stay dense: by the ends of their names, and the model's type where the name says too little.
+READ_DIRECTLY = ("dt_proj",)
+REWRITTEN = {"rwkv": ("attention.output", "feed_forward.value")}
+
+
+def replace_linears(
+    model: nn.Module, skip: list[str], compute_dtype: torch.dtype, packed: set[str] | None = None
+) -> list[str]:
+    """Put an empty :class:`Linear4bit` in the place of every linear layer (``nn.Linear``, ``Conv1D``) not in ``skip``.
+
+    Args:
+        model: in place.
+        skip: names, in the patterns of transformers.
+        compute_dtype: of the new layers.
+        packed: the weights that a checkpoint holds in 4 bits; of subclasses only these are replaced, since bitsandbytes
+            leaves them dense without naming them. None for a dense checkpoint.
+
+    Returns:
+        The names of the layers.
+    """
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if not should_convert_module(name, skip) or not is_linear(module):
+            continue
+        if packed is not None and is_subclass(module) and f"{name}.weight" not in packed:
+            continue
+        transposed = isinstance(module, Conv1D)
+        out_features, in_features = reversed(module.weight.shape) if transposed else module.weight.shape
+        layer = Linear4bit(
+            in_features, out_features, module.bias is not None, compute_dtype=compute_dtype, device="meta"
+        )
+        layer.bias = module.bias
+        layer.transposed = transposed
+        layer.requires_grad_(False)
+        model.set_submodule(name, layer)
+        replaced.append(name)
+    return replaced
+
+
+def left_dense(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers to leave dense besides what transformers leaves.
+
+    Task heads (all that is outside the base model) are often new and to be trained; some weights are read directly.
+    """
+    inside = {id(module) for module in model.base_model.modules()}
+    by_hand = READ_DIRECTLY + REWRITTEN.get(model.config.model_type, ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and (id(module) not in inside or name.endswith(by_hand))
+    ]
+
+
+def is_subclass(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer that bitsandbytes' integration in transformers (5.23) leaves dense."""
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes what ``nn.Linear`` or ``Conv1D`` does, whatever its class, from nothing else."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear | Conv1D) or isinstance(
+        module, Linear4bit | nn.modules.linear.NonDynamicallyQuantizableLinear
+    ):
+        return False  # the last is nn.MultiheadAttention's, which reads its weight directly
+    own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    return own <= {"weight", "bias"} and all(_acts_as_linear(module, training) for training in (False, True))
+
+
+def _acts_as_linear(module: nn.Linear | Conv1D, training: bool) -> bool:
+    """Try the forward of ``module`` over small weights in its place."""
+    inputs, outputs = 3, 5
+    transposed = isinstance(module, Conv1D)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        for shape in ((2, 4, inputs), (outputs, inputs), (outputs,))
+    )
+    small = copy.copy(module)
+    held = weight.T if transposed else weight
+    small.__dict__ |= {
+        "_parameters": {"weight": held, "bias": bias if module.bias is not None else None},
+        "in_features": inputs, "out_features": outputs, "nx": inputs, "nf": outputs, "training": training,
+    }  # fmt: skip
+    wanted = nn.functional.linear(x, weight, bias if module.bias is not None else None)
+    try:
+        y = type(module).forward(small, x.clone())
+    except Exception:  # foreign code over other sizes: whatever it raises, it is not a linear layer
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted, atol=1e-5)
+
+
+def not_linear(model: nn.Module) -> list[str]:
+    """Return the names of layers that PEFT (0.21) takes for linear ones by their class, though they act otherwise.
+
+    They are routers that return indices too (Llama 4, Phi-3.5-MoE): not to be adapted (``exclude_modules``).
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_subclass(module) and not isinstance(module, Linear4bit) and not is_linear(module)
+    ]
+
+
+def share_in_4bit(model: nn.Module) -> float:
+    """Return which part of a model's weights is held in 4 bits, counted by values, without adapters."""
+    packed, dense = _counts(model)
+    return packed / max(packed + sum(dense.values()), 1)
+
+
+def largest_dense(model: nn.Module) -> str:
+    """Return the name of the largest weight that is not in 4 bits."""
+    dense = _counts(model)[1]
+    return max(dense, key=lambda name: dense[name])
+
+
+def _counts(model: nn.Module) -> tuple[int, dict[str, int]]:
+    """Return how many values are in 4 bits, and how many each other parameter has."""
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    weights = {id(layer.weight) for layer in layers}
+    dense = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in weights and ".lora_" not in name and ".modules_to_save." not in name
+    }
+    return sum(layer.in_features * layer.out_features for layer in layers), dense
