@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=halfbyte.HalfbyteConfig())
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model = halfbyte.prepare_for_training(model)
+    model = halfbyte.prepare(model)
     optimizer = halfbyte.optim.AdamW(model.parameters(), lr=2e-4, state_bits=8, paged=True)
 
 Names are imported when they are first used, so that ``import halfbyte`` costs nothing. Using any name of ``hf``
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte import optim
     from halfbyte.errors import InputError
-    from halfbyte.hf import HalfbyteConfig, load, load_tokenizer, prepare_for_training, unprepare
+    from halfbyte.hf import HalfbyteConfig, load, load_tokenizer, prepare, prepare_for_training, unprepare
     from halfbyte.nn import Linear4bit
     from halfbyte.quant import QuantizedWeight, quantize_4bit
 
@@ -28,6 +28,7 @@ _HOMES = {
     "QuantizedWeight": "halfbyte.quant",
     "load": "halfbyte.hf",
     "load_tokenizer": "halfbyte.hf",
+    "prepare": "halfbyte.hf",
     "prepare_for_training": "halfbyte.hf",
     "quantize_4bit": "halfbyte.quant",
     "unprepare": "halfbyte.hf",
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "optim",
+    "prepare",
     "prepare_for_training",
     "quantize_4bit",
     "unprepare",

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
+from halfbyte.hf.layers.targets import check_targets
 from halfbyte.hf.trainers import distributed
 from halfbyte.plan.machine import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
@@ -40,7 +41,7 @@ def build_model(config: TrainConfig) -> Any:
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=check_targets(model, config.target_modules),
         exclude_modules=hf.not_linear(model) or None,
         task_type="CAUSAL_LM",
     )

@@ -211,11 +211,13 @@ def test_unprepare_undoes_prepare(tiny_model_folder: Path) -> None:
     assert set(vars(model)) == attributes
 
 
-def test_a_model_without_adapters_over_4_bits_is_told(tiny_model_folder: Path) -> None:
+def test_a_model_without_adapters_or_without_4_bits_is_told(tiny_model_folder: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    for model in (halfbyte.load(tiny_model_folder), get_peft_model(dense, lora())):
-        with pytest.raises(InputError, match="has no LoRA layer over a 4-bit weight"):
-            halfbyte.prepare_for_training(model)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM has no adapter: call peft\.get_peft_model"):
+        halfbyte.prepare(halfbyte.load(tiny_model_folder))
+    with pytest.raises(InputError, match="has no 4-bit weight: load the model with HalfbyteConfig"):
+        halfbyte.prepare(get_peft_model(dense, lora()))
+    assert halfbyte.prepare_for_training is halfbyte.prepare
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder: Path) -> None:

@@ -253,6 +253,35 @@ def test_the_trial_leaves_the_random_numbers_and_the_layers_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before) and vars(model.model) == backbone
 
 
+TIED: dict[str, dict[str, Any]] = {
+    "embeddings trained, the head with them": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "embeddings trained, the head not": {"modules_to_save": ["embed_tokens"]},
+    "head trained": {"modules_to_save": ["lm_head"]},
+    "rows trained": {"trainable_token_indices": [5, 7]},
+    "an adapter on both": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("what", TIED)
+def test_tied_embeddings_that_peft_trains_give_its_loss_and_gradients(what: str, fused: bool) -> None:
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"} | TIED[what]
+    torch.manual_seed(3)
+    model, batch = get_peft_model(small_model("llama, tied"), LoraConfig(r=4, **options)).train(), some_batch()
+    expected_loss = model(**batch).loss
+    expected = gradients(model, expected_loss)
+    base = model.get_base_model()
+    if fused and "adapter" in what:
+        return  # TRL's trainers refuse it
+    bind_head(base)
+    output = model(**batch, fused_lm_head=True) if fused else model(**batch)
+    assert (fused or output.logits is None) == ("adapter" not in what)
+    torch.testing.assert_close(output.loss, expected_loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients(model, output.loss).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_preparing_for_training_binds_and_unpreparing_unbinds(tiny_model_folder: Any) -> None:
     model = halfbyte.load(tiny_model_folder, quantization_config=halfbyte.HalfbyteConfig())
     peft = halfbyte.prepare_for_training(get_peft_model(model, LoraConfig(target_modules="all-linear"))).train()

@@ -674,6 +674,22 @@ def test_a_router_s_loss_needs_a_router(tiny_model_folder: Path, tmp_path: Path)
         build("sft", tiny_model_folder, tmp_path, router_aux_loss_coef=0.1)
 
 
+def test_what_would_be_trained_and_not_saved_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    trainer = build("sft", tiny_model_folder, tmp_path)
+    trainer.model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(InputError, match=r"model\.norm\.weight would be trained, but not saved with the adapter"):
+        trainer.train()
+    with pytest.raises(
+        InputError, match="SFTTrainer trains adapters, and LlamaForCausalLM has none: hand it peft_config"
+    ):
+        ours.SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
+            args=ours.SFTConfig(output_dir=str(tmp_path)),
+            train_dataset=Dataset.from_list(ROWS["sft"]),
+            processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+        )
+
+
 def test_checkpoints_are_free_of_pickle(tiny_model_folder: Path, tmp_path: Path) -> None:
     build("sft", tiny_model_folder, tmp_path, **SAVING | {"max_steps": 1}).train()
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".jinja"}

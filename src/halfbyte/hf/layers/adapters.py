@@ -9,11 +9,36 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from halfbyte.errors import InputError
 from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
+
+KINDS = (
+    *("LORA", "ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "FOURIERFT", "GRALORA", "IA3"),
+    *("LILY", "LN_TUNING", "MISS", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD"),
+    *("SHADOW", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT"),
+)
+"""PEFT's names (0.21) of the kinds of adapters that run over 4-bit weights as over dense ones: each was compared.
+
+Others (LoHa, LoKr, HRA, HiRA, SHiRA, DeLoRA, ...) compute with the dense weight itself."""
+
+
+def check_kind(kind: Any) -> None:
+    """Refuse a kind of adapter that does not run over 4-bit weights.
+
+    Raises:
+        InputError: it names the kind and those that do.
+    """
+    name = str(getattr(kind, "value", kind))
+    if name not in KINDS:
+        raise InputError(
+            f"Adapters of the kind {name} do not run over 4-bit weights; use one of {', '.join(KINDS)}, or put it on "
+            "the 16-bit model."
+        )
 
 
 class LoraLinear4bit(LoraLinear):
@@ -29,10 +54,15 @@ class LoraLinear4bit(LoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight."""
-        raise InputError(
-            "An adapter cannot be merged into 4-bit weights; load the 16-bit base model with transformers, put the "
-            "adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
-        )
+        refuse_merge()
+
+
+def refuse_merge(*_: Any, **__: Any) -> None:
+    """What stands for ``merge`` of an adapter's layer over a 4-bit weight; PEFT's would write floats over its bytes."""
+    raise InputError(
+        "An adapter cannot be merged into 4-bit weights; load the 16-bit base model with transformers, put the "
+        "adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
+    )
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -126,3 +156,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return trained, sum(packed.get(id(p), p.numel()) for p in parameters)
+
+
+def vocabulary_resized(model: PeftModel) -> bool:
+    """Return whether rows were added to the embeddings of the base model since it was opened, or taken away.
+
+    PEFT's own ``save_pretrained`` asks this too, but over the network if need be.
+    """
+    base = model.get_base_model()
+    path = getattr(base.config, "_name_or_path", "")
+    if not path or model.get_input_embeddings() is None:
+        return False
+    try:
+        before = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return True  # nothing to compare with, and rows that are saved in vain do no harm
+    rows: int = before.get_text_config().vocab_size
+    return bool(base.config.get_text_config().vocab_size != rows)

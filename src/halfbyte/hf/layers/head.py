@@ -25,11 +25,12 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
@@ -48,6 +49,16 @@ class Head:
 
     scale: float
     cap: float | None
+
+
+class _Rows(NamedTuple):
+    """A linear layer whose weight ``[V, H]`` is put together anew in each step."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 def bind_head(model: PreTrainedModel) -> None:
@@ -171,7 +182,7 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     )
 
 
-def _score(layer: nn.Linear, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Scores, Tensor]:
+def _score(layer: nn.Linear | _Rows, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Scores, Tensor]:
     """Score ``labels`` ``[B, L]`` at ``hidden`` ``[B, L, H]`` where there are any, and say where: bool ``[B, L]``."""
     hidden, labels = hidden.to(layer.weight.device), labels.to(layer.weight.device)
     weight: Tensor | QuantizedWeight = layer.weight
@@ -198,7 +209,9 @@ def _parameters(cls: type[PreTrainedModel]) -> tuple[str, ...]:
 def head_of(model: PreTrainedModel) -> Head | None:
     """Return how ``model`` makes its logits, or None if that is not known or its head is not a plain linear layer."""
     layer = _layer_of(model)
-    if type(layer) not in (nn.Linear, Linear4bit) or type(layer.weight) is not nn.Parameter or _is_hooked(layer):
+    if not isinstance(layer, _Rows) and (
+        type(layer) not in (nn.Linear, Linear4bit) or type(layer.weight) is not nn.Parameter or _is_hooked(layer)
+    ):
         return None
     if not hasattr(model, "_halfbyte_head"):
         model._halfbyte_head = _tried(model, layer)
@@ -207,14 +220,23 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
 
 def _layer_of(model: PreTrainedModel) -> Any:
-    """Return the output layer, or of PEFT's ``modules_to_save`` (0.21) the copy that its forward would choose."""
+    """Return the output layer, or what PEFT's wrappers (0.21) put in its place.
+
+    That is the copy of ``modules_to_save`` that its forward would choose, or the weight with the rows of
+    ``trainable_token_indices`` replaced, where head and embeddings are tied.
+    """
     layer = model.get_output_embeddings()
-    if type(layer) is not ModulesToSaveWrapper or _is_hooked(layer):
+    if type(layer) not in (ModulesToSaveWrapper, TrainableTokensWrapper, TrainableTokensLayer) or _is_hooked(layer):
         return layer
     names = layer.active_adapters
-    if layer.disable_adapters or not names or any(name not in layer.modules_to_save for name in names):
-        return layer.original_module
-    return layer.modules_to_save[names[0]]
+    if type(layer) is ModulesToSaveWrapper:
+        if layer.disable_adapters or not names or any(name not in layer.modules_to_save for name in names):
+            return layer.original_module
+        return layer.modules_to_save[names[0]]
+    tokens = layer.token_adapter if type(layer) is TrainableTokensWrapper else layer
+    if tokens.disable_adapters or tokens.merged or not names:
+        return tokens.base_layer
+    return _Rows(tokens.get_merged_weights(names), getattr(tokens.base_layer, "bias", None))
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
@@ -241,15 +263,17 @@ def _configured(config: Any) -> Head:
     return Head(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
-def _tried(model: PreTrainedModel, layer: nn.Linear) -> Head | None:
+def _tried(model: PreTrainedModel, layer: nn.Linear | _Rows) -> Head | None:
     """What the configuration says, if the model's own forward agrees on three hidden states with logits up to 20."""
     if model.config.is_encoder_decoder or _backbone(model) is model:
         return None
     head = _configured(model.config.get_text_config())
     generator = torch.Generator().manual_seed(0)
     weight = layer.weight
-    hidden = torch.randn(1, 3, layer.in_features, generator=generator).to(weight.device, model.dtype)
-    labels = torch.randint(layer.out_features, (1, 3), generator=generator).to(weight.device)
+    # of a tied copy that PEFT has made, in_features and out_features are exchanged
+    rows, width = (layer.out_features, layer.in_features) if isinstance(layer, Linear4bit) else weight.shape
+    hidden = torch.randn(1, 3, width, generator=generator).to(weight.device, model.dtype)
+    labels = torch.randint(rows, (1, 3), generator=generator).to(weight.device)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         largest = float(layer(hidden).abs().max())
         if not 0 < largest < math.inf:

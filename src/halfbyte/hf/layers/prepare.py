@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
-from halfbyte.hf.layers.adapters import Counts, LoraLinear4bit
+from halfbyte.hf.layers.adapters import Counts, LoraLinear4bit, check_kind, refuse_merge
 from halfbyte.hf.layers.fusion import fuse, unfuse
 from halfbyte.hf.layers.head import base_of, bind_head, unbind_head
 from halfbyte.nn import Linear4bit
@@ -19,9 +20,11 @@ from halfbyte.nn import Linear4bit
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def prepare_for_training(model: Model) -> Model:
-    """Make a PEFT model over 4-bit weights ready to train (and to run) with our LoRA layers and fused decoder layers.
+def prepare(model: Model) -> Model:
+    """Make a PEFT model over 4-bit weights ready, to train and to run alike, and fuse its decoder layers.
 
+    LoRA layers over 4-bit weights compute as :mod:`halfbyte.hf.layers.adapters` says; adapters of other kinds (IA³,
+    prompts, ...) run as PEFT wrote them. An adapter cannot be merged into 4-bit weights: asking for it is an error.
     Decoder layers of families that are not known stay as they are;
     :func:`halfbyte.hf.layers.fusion.describe_layers` tells.
 
@@ -32,17 +35,28 @@ def prepare_for_training(model: Model) -> Model:
         The same model.
 
     Raises:
-        InputError: there is no LoRA layer over a 4-bit weight in it.
+        InputError: there is no adapter, or no 4-bit weight in it, or the adapter is of a kind that needs dense weights.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    ours = [layer for layer in layers if isinstance(layer.base_layer, Linear4bit)]
-    if not ours:
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()) and not isinstance(model, PeftModel):
         raise InputError(
-            f"{type(model).__name__} has no LoRA layer over a 4-bit weight: load the model with HalfbyteConfig and "
-            "call peft.get_peft_model(model, LoraConfig(target_modules='all-linear', ...)) first."
+            f"{type(model).__name__} has no adapter: call peft.get_peft_model(model, "
+            "LoraConfig(target_modules='all-linear', ...)) first."
         )
-    for layer in ours:
-        layer.__class__ = LoraLinear4bit
+    if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} has no 4-bit weight: load the model with HalfbyteConfig first.")
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "base_layer", None), Linear4bit)
+    ]
+    if layers and isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            check_kind(config.peft_type)
+    for layer in layers:
+        if type(layer) is LoraLinear:
+            layer.__class__ = LoraLinear4bit
+        elif hasattr(layer, "merge") and not isinstance(layer, LoraLinear4bit):
+            layer.merge = refuse_merge
     base = base_of(model)
     if isinstance(base, PreTrainedModel):
         bind_head(base)
@@ -52,12 +66,18 @@ def prepare_for_training(model: Model) -> Model:
     return model
 
 
+prepare_for_training = prepare
+"""The older name of :func:`prepare`, which serves running as well."""
+
+
 def unprepare(model: Model) -> Model:
-    """Undo :func:`prepare_for_training`: PEFT's and transformers' own classes again, in place; returns the model."""
+    """Undo :func:`prepare`: PEFT's and transformers' own classes again, in place; returns the model."""
     unfuse(model)
     for module in model.modules():
         if isinstance(module, LoraLinear4bit):
             module.__class__ = LoraLinear
+        if vars(module).get("merge") is refuse_merge:
+            del module.merge
     base = base_of(model)
     if isinstance(base, PreTrainedModel):
         unbind_head(base)

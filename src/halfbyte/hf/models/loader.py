@@ -18,7 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.layers.prepare import prepare_for_training
+from halfbyte.hf.layers.prepare import prepare
+from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.hub import Place, locate
@@ -67,7 +68,7 @@ def load(
     place = locate(path)
     if (Path(place.path) / ADAPTER).is_file():
         base = _load_at(_base_of(place), quantization_config, auto_class, trust_remote_code, kwargs)
-        return prepare_for_training(PeftModel.from_pretrained(base, place.path)).eval()
+        return prepare(put_adapter(base, Path(place.path)))
     return _load_at(place, quantization_config, auto_class, trust_remote_code, kwargs)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import DistributedType
-from peft.tuners.lora import Linear as LoraLinear
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -40,9 +40,9 @@ from transformers.trainer_utils import has_length
 from halfbyte import tables
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.head import base_of, bind_head
-from halfbyte.hf.layers.prepare import prepare_for_training
+from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.trainers import arguments, distributed
-from halfbyte.hf.trainers.checkpoints import Checkpoints
+from halfbyte.hf.trainers.checkpoints import Checkpoints, unsaved
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
 from halfbyte.nn import Linear4bit
@@ -75,10 +75,8 @@ class BaseTrainer(Checkpoints):
         arguments.check(given["args"])
         super().__init__(**given)
         self._check_built()
-        if any(
-            type(module) is LoraLinear and isinstance(module.base_layer, Linear4bit) for module in self.model.modules()
-        ):
-            prepare_for_training(self.model)  # TRL put the adapter on, or the script left this to us
+        if any(isinstance(module, Linear4bit) for module in self.model.modules()):
+            prepare(self.model)  # TRL put the adapter on, or the script left this to us
         for model in (self.model, getattr(self, "ref_model", None)):
             if model is not None and isinstance(base_of(model), PreTrainedModel):
                 bind_head(base_of(model))
@@ -104,6 +102,11 @@ class BaseTrainer(Checkpoints):
 
     def _check_built(self) -> None:
         """Refuse what only the trainer that TRL has built shows."""
+        if not isinstance(self.model, PeftModel):
+            raise InputError(
+                f"{type(self).__name__} trains adapters, and {type(self.model).__name__} has none: hand it "
+                "peft_config=LoraConfig(...), or call get_peft_model first."
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
                 "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set, but 4-bit weights are not split over "
@@ -133,6 +136,13 @@ class BaseTrainer(Checkpoints):
         """Train; arguments and result are Trainer's, ``True`` being the newest checkpoint of ``output_dir``."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
+        lost = unsaved(self.model)
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise InputError(
+                f"{lost[0]}{more} would be trained, but not saved with the adapter: name the layer in "
+                "LoraConfig(modules_to_save=[...]), or freeze it (requires_grad_(False))."
+            )
         self._parameters = list(self.model.parameters())
         if distributed.world_size() > 1:
             distributed.ignore_frozen(self.model)

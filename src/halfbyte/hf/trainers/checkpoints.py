@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
+from halfbyte.hf.layers.adapters import vocabulary_resized
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.state import (
     flatten,
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
     from trl import SFTTrainer as _Theirs  # one of the classes that this one stands before
 else:
     _Theirs = object
+
+
+def unsaved(model: PeftModel) -> list[str]:
+    """Return the names of what is trained in ``model`` and would not be saved with its adapter."""
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        return []
+    resized = vocabulary_resized(model)
+    states = [get_peft_model_state_dict(model, None, name, save_embedding_layers=resized) for name in model.peft_config]
+    saved = {tensor.data_ptr() for state in states for tensor in state.values()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    return [name for name, parameter in trained if parameter.data_ptr() not in saved]
 
 
 def surplus(last: Path, limit: int | None, best: str | None) -> list[Path]:
@@ -98,7 +110,7 @@ class Checkpoints(_Theirs):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        self.model.save_pretrained(folder, save_embedding_layers=vocabulary_resized(self.model))
         (folder / "README.md").unlink()  # PEFT's card, a form that nobody has filled in
         self.processing_class.save_pretrained(folder)
 
@@ -138,7 +150,7 @@ class Checkpoints(_Theirs):
             if not file.is_file():
                 raise InputError(f"{resume_from_checkpoint} holds no {file.name}: it is no checkpoint to go on from.")
             weights = load_file(file)
-            expected = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            expected = get_peft_model_state_dict(self.model, save_embedding_layers=vocabulary_resized(self.model))
             if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
                 raise InputError(
                     f"{resume_from_checkpoint}: this adapter is not one of the model that is to be trained."

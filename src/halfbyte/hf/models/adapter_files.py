@@ -1,0 +1,177 @@
+"""A PEFT adapter folder put on its base model, or refused in a sentence that says what does not fit.
+
+PEFT (0.21) loads what has a place in the model and says little of the rest: tensors under other names are left out, so
+that the base model answers, and other sizes or layers end in a traceback. Here every tensor of the file finds its place
+and every place its tensor. Names that a wrapper has changed are taken for what they were, with a warning. A file whose
+embeddings have more rows than the base's (tokens were added before training) has the base's grow first.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import TrainableTokensWrapper, load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfbyte.errors import InputError
+from halfbyte.hf.layers.adapters import check_kind
+from halfbyte.nn import Linear4bit
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "default")
+"""What torch.compile, data parallelism and FSDP add to a name, and the adapter's own that PEFT leaves out of files."""
+SHOWN = 3
+
+
+def put_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter in ``folder`` on ``model``, to run: nothing of it is trained.
+
+    Args:
+        model: its base model; its embeddings grow or shrink to the rows that the adapter brings.
+        folder: what PEFT's ``save_pretrained`` or a run has left: any kind of adapter.
+
+    Raises:
+        InputError: the folder holds no whole adapter, or one of another base model, or of a kind that needs dense
+            weights.
+    """
+    config, weights = _read(model, folder)
+    if any(isinstance(module, Linear4bit) for module in model.modules()):
+        check_kind(config.peft_type)
+    _resize(model, weights, folder)
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    try:
+        adapted: PeftModel = kind(model, config)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        targets = getattr(config, "target_modules", None)
+        if "not found in the base model" in str(error) and isinstance(targets, (set, list)):
+            raise _misfit(
+                model, folder, f"the base model has none of its layers, {_listed(sorted(targets))}"
+            ) from error
+        raise _misfit(model, folder, _sentence(error)) from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    weights = _renamed(weights, expected, folder)
+    if config.peft_type != PeftType.ADALORA:  # whose ranks follow from its configuration while it is loaded
+        wrong = [name for name, x in expected.items() if name in weights and weights[name].shape != x.shape]
+        shapes = [f"{name} is {_shape(weights[name])} and should be {_shape(expected[name])}" for name in wrong]
+        if shapes:
+            raise _misfit(model, folder, _listed(shapes, "; "))
+    try:
+        result = set_peft_model_state_dict(adapted, weights)
+    except KeyError as error:
+        raise _misfit(model, folder, f"the file lacks {error.args[0]}") from error
+    except (RuntimeError, ValueError) as error:
+        raise _misfit(model, folder, _sentence(error)) from error
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+    missing = [name for name in result.missing_keys if prefix and prefix in name and ".default" in name]
+    # what layers share is saved once, and prompts are not parameters of layers
+    missing = [name for name in missing if name.replace(".default", "") in expected]
+    tied = [
+        f"{name}.token_adapter.trainable_tokens_delta"
+        for name, module in adapted.named_modules()
+        if isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter
+    ]
+    unexpected = [name for name in result.unexpected_keys if name not in tied and not config.is_prompt_learning]
+    for names, words in ((unexpected, "has no place for"), (missing, "needs, and the file lacks,")):
+        if names:
+            raise _misfit(model, folder, f"the base model {words} {_listed(names)}")
+    return adapted.eval()
+
+
+def _read(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    if not any((folder / name).is_file() for name in FILES):
+        raise InputError(f"The adapter {folder} holds no {FILES[0]}; copy it there, or save the adapter again.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        mapping = {} if config.is_prompt_learning else getattr(model, "_checkpoint_conversion_mapping", {})
+        weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        raise InputError(f"The adapter {folder} cannot be read: {_sentence(error)}.") from error
+    # PEFT saves an embedding that was resized and is trained as a whole twice
+    twice = [name for name in weights if name.replace(".modules_to_save.", ".") in weights.keys() - {name}]
+    return config, {name: tensor for name, tensor in weights.items() if name not in twice}
+
+
+def _resize(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Give the embeddings of ``model`` as many rows as those in the file, if there are any."""
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {name for name, module in model.named_modules() if any(module is head for head in heads)}
+    found = {weights[key].shape[0] for key in _embedding_keys(names) if key in weights}
+    rows = model.get_input_embeddings().weight.shape[0]
+    if found <= {rows}:
+        return
+    if len(found) > 1 or (isinstance(heads[1], Linear4bit)):
+        raise _misfit(
+            model, folder, f"its embeddings have {' and '.join(map(str, sorted(found)))} rows, the base's {rows}"
+        )
+    model.resize_token_embeddings(found.pop(), mean_resizing=False)
+
+
+def _embedding_keys(names: Iterable[str]) -> list[str]:
+    parts = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
+    return [f"{PREFIX}{name}.{part}" for name in names for part in parts]
+
+
+def _renamed(weights: Mapping[str, Tensor], expected: Iterable[str], folder: Path) -> dict[str, Tensor]:
+    """Return ``weights`` under the names that are expected, where only a wrapper's additions tell them apart."""
+    places: dict[str, list[str]] = {}
+    for name in expected:
+        places.setdefault(_bare(name), []).append(name)
+    known = {name for names in places.values() for name in names}
+    renamed: dict[str, str] = {}
+    for name in weights:
+        own = places.get(_bare(name), [])
+        if name not in known and len(own) == 1 and own[0] not in weights:
+            renamed[name] = own[0]
+    if len(set(renamed.values())) < len(renamed):
+        return dict(weights)
+    if renamed:
+        first, place = next(iter(renamed.items()))
+        warnings.warn(
+            f"{len(renamed)} tensors of the adapter {folder} have names that a wrapper has changed, such as {first}; "
+            f"they were taken for {place} and so on.",
+            stacklevel=2,
+        )
+    return {renamed.get(name, name): tensor for name, tensor in weights.items()}
+
+
+def _bare(name: str) -> str:
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    while name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
+    return name
+
+
+def _misfit(model: PreTrainedModel, folder: Path, what: str) -> InputError:
+    base = model.config._name_or_path or type(model).__name__
+    return InputError(
+        f"The adapter {folder} does not fit the base model {base}: {what}. Name the model that it was trained on in "
+        "its adapter_config.json (base_model_name_or_path)."
+    )
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return text.strip().split("\n")[0].split(". ")[0].rstrip(".:")
+
+
+def _shape(tensor: Any) -> str:
+    return str(list(tensor.shape))
+
+
+def _listed(items: list[str], separator: str = ", ") -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return separator.join(items[:SHOWN]) + more
