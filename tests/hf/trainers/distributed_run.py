@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
@@ -53,7 +54,7 @@ def main() -> None:
     watch = Watch(options)
     seen = {}
     try:
-        arguments = SFTConfig(
+        arguments = (trl.SFTConfig if options.get("trl") else SFTConfig)(
             output_dir=str(output),
             max_steps=options.get("steps", 4),
             per_device_train_batch_size=options["batch"],
@@ -66,7 +67,7 @@ def main() -> None:
             train_sampling_strategy=options.get("order", "random"),
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            bf16=False,
         )
         config = halfbyte.HalfbyteConfig(compute_dtype=torch.float32)
         model = halfbyte.load(folder, quantization_config=config, dtype=torch.float32)

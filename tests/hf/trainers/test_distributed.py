@@ -98,6 +98,13 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_told_by_the_first(
     assert "the gradient of step 1 is not finite, first in the gradient of base_model" in processes[0]["error"]
 
 
+@pytest.mark.slow
+def test_processes_that_would_each_train_alone_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for process in run(tiny_model_folder, tmp_path / "run", 2, batch=2, trl=True):
+        assert "There are 2 processes, but trl.trainer.sft_config.SFTConfig is for one" in process["error"]
+    assert not (tmp_path / "run").exists()
+
+
 def test_alone_nothing_is_asked_of_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
     distributed.join()
     assert (distributed.world_size(), distributed.rank(), distributed.is_first()) == (1, 0, True)

@@ -66,10 +66,10 @@ class BaseTrainer(Checkpoints):
         if given.get("args") is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             given["args"] = self._config(f"{name.split('/')[-1]}-{self._tag_names[-1].upper()}")
-        if distributed.launched() > 1 and distributed.world_size() == 1:
+        if distributed.launched() > given["args"].world_size:
             raise InputError(
                 f"There are {distributed.launched()} processes, but {type(given['args']).__module__}."
-                f"{type(given['args']).__name__} made no group of them, so each would train alone: build it with "
+                f"{type(given['args']).__name__} is for one, so each would train alone: build it with "
                 "use_cpu=True, or use the configurations of halfbyte.hf.trainers."
             )
         arguments.check(given["args"])
