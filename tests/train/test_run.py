@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -380,3 +381,41 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files(options: dict[str, A
     first, *files = done.stdout.splitlines()
     assert first.startswith("InputError") and "the disk is full" in first
     assert "step-000001 False" in files and not [line for line in files if ".part" in line]
+
+
+@pytest.fixture
+def experts_folder(request: pytest.FixtureRequest, tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """A saved mixture of experts of the class that the test names, with the tiny model's tokenizer."""
+    folder = tmp_path / "experts"
+    shutil.copytree(tiny_model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "vocab_size": 258, "pad_token_id": 0}
+    kind, more = request.param
+    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=None, eos_token_id=1, **more)
+    getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT's, of a rule of its own
+@pytest.mark.parametrize("experts_folder", [("Mixtral", {})], indirect=True)
+def test_what_to_do_is_said_where_experts_take_no_dropout(options: dict[str, Any], experts_folder: Path) -> None:
+    options |= {"model": str(experts_folder), "max_steps": 1}
+    with pytest.raises(InputError, match="Set lora_dropout to 0"):
+        fine_tune(TrainConfig(**options, lora_dropout=0.1))
+    notes: list[str] = []
+    fine_tune(TrainConfig(**options, lora_dropout=0.0), lambda e: notes.append(e.text) if isinstance(e, Note) else None)
+    [share] = [text for text in notes if "in 4 bits" in text]
+    model = halfbyte.load(experts_folder)
+    assert f"{hf.share_in_4bit(model):.0%} of them in 4 bits" in share
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("experts_folder", [("Llama4Text", {"intermediate_size_mlp": 48})], indirect=True)
+def test_experts_train_where_trl_cannot_balance_them(
+    options: dict[str, Any], experts_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options |= {"model": str(experts_folder), "max_steps": 2}
+    recorder = Recorder()
+    fine_tune(TrainConfig(**options, lora_dropout=0.0), recorder)
+    assert len(recorder.steps) == 2
+    assert "without TRL's loss that balances them, which does not know Llama4TextConfig" in caplog.text

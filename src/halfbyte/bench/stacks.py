@@ -281,10 +281,13 @@ def serve(connection: Connection) -> None:
 
 def _serve(connection: Connection) -> None:
     try:
-        side, job = connection.recv()  # imports what the side is made of
+        side, job = connection.recv()
         if isinstance(side, Peer):
-            for library in ("peft", "halfbyte.hf", *(["bitsandbytes.optim"] if side.four_bit else [])):
-                importlib.import_module(library)
+            libraries = ["peft", "halfbyte.hf", *(["bitsandbytes.optim"] if side.four_bit else [])]
+        else:
+            libraries = ["halfbyte.train"]
+        for library in libraries:
+            importlib.import_module(library)
         connection.send(Imported())
         connection.recv()
         side.run(job, Pace(connection, job.rank))

@@ -49,12 +49,15 @@ def build_model(config: TrainConfig) -> Any:
     try:
         model = get_peft_model(model, lora)
     except ValueError as error:
-        raise InputError(f"target_modules {config.target_modules!r}: {error}") from error
+        remedy = "" if "lora_dropout" not in str(error) else " Set lora_dropout to 0: experts' weights take none."
+        raise InputError(f"target_modules {config.target_modules!r}: {error}{remedy}") from error
     return hf.prepare_for_training(model)
 
 
 def plan_activations(config: TrainConfig, model: Any, longest: int) -> activations.Policy:
     """Choose which layers' activations are kept, as the memory allows, for rows of at most ``longest`` tokens.
+
+    Of several processes, as the one with the least memory allows: all keep the same.
 
     Raises:
         InputError: nothing fits.
@@ -64,8 +67,9 @@ def plan_activations(config: TrainConfig, model: Any, longest: int) -> activatio
         if config.memory is None
         else config.memory - anonymous_memory()
     )
+    [lacking] = distributed.largest([-free])
     recompute = config.gradient_checkpointing
-    return activations.plan(model, length=longest, batch_size=config.batch_size, free=free, recompute=recompute)
+    return activations.plan(model, length=longest, batch_size=config.batch_size, free=-lacking, recompute=recompute)
 
 
 def build_trainer(

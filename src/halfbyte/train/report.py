@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from halfbyte.data import Tokenized
 from halfbyte.runs.events import StepMetrics
 
 LOSS_STEPS = 10
@@ -42,13 +43,13 @@ class Summary:
     peak_memory_bytes: int
 
 
-def summarize(steps: Sequence[StepMetrics], *, examples: int, truncated: int, trained_parameters: int) -> Summary:
-    """Return the summary of a run that made ``steps``, one or more."""
+def summarize(steps: Sequence[StepMetrics], rows: Tokenized, trained_parameters: int) -> Summary:
+    """Return the summary of a run that made ``steps``, one or more, over ``rows``."""
     last, ending = steps[-1], steps[-LOSS_STEPS:]
     return Summary(
         steps=last.step,
-        examples=examples,
-        truncated=truncated,
+        examples=rows.examples,
+        truncated=rows.truncated,
         trained_parameters=trained_parameters,
         trained_tokens=last.trained_tokens,
         loss=sum(step.loss for step in ending) / len(ending),

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from halfbyte.kernels import pool
 from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
-from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage
+from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
 from halfbyte.train.build import build_model, build_trainer, plan_activations
-from halfbyte.train.methods import method_of
+from halfbyte.train.methods import Method, method_of
 from halfbyte.train.report import Summary, plot_loss, summarize
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
@@ -76,60 +76,73 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             if distributed.is_first():
                 held.enter_context(folder.locked())
             checkpoint = folder.check(config)
+            tokenizer, rows = _read(config, method, tell)
+            model = _load(config, tokenizer, rows, tell)
+        tell(Stage(name="plan", text="Planning the memory of a step"))
+        policy = plan_activations(config, model, rows.longest)
+        note(str(policy))
+        before = _begin(folder, config, checkpoint, metrics, note)
 
-            tell(Stage(name="data", text=f"Reading {config.data}"))
-
-            def read(_: int, done: int, size: int) -> None:
-                tell(Progress(done=done, total=size, unit="bytes"))
-
-            examples = data.read_examples(config.data, read)
-            tokenizer = hf.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-            rows = data.tokenize(method.check_examples(config.method, examples), tokenizer, config.max_length)
-            note(_describe(rows))
-            if rows.unused:
-                note(f"Columns not used: {data.named(rows.unused)}")
-
-            tell(Stage(name="model", text=f"Loading {config.model}"))
-            model = build_model(config)
-            check_tokens(model, tokenizer, rows.largest_id, config.data)
-            remedy = f"set max_length to {most_positions(model)}"
-            check_length(model, rows.longest, f"The longest row of {config.data}", remedy)
-            trained, parameters = model.get_nb_trainable_parameters()
-            note(f"Training {trained:,} parameters over {parameters - trained:,} frozen ones")
-            note(f"Decoder layers {hf.describe_layers(model)}")
-            note(f"Attention {hf.describe_attention(model)}")
-
-            tell(Stage(name="plan", text="Planning the memory of a step"))
-            policy = plan_activations(config, model, rows.longest)
-            note(str(policy))
-
-        circumstances = Circumstances.here(config.model, distributed.world_size())
-        with distributed.first_writes() as writes:
-            if checkpoint:
-                for change in folder.compare(circumstances):
-                    note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
-                note(f"Going on from {checkpoint}")
-            elif writes:
-                folder.begin(config, circumstances)
-            before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
         activations.apply(model, policy, folder.path)
         trainer = build_trainer(config, method, model, tokenizer, rows.rows)
         stop = Stop()
         steps = Steps(trainer, before, stop, tell)
         trainer.add_callback(steps)
-
         with _end_told(trainer, tell), stop.listening(note):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < trainer.state.max_steps:
                 raise Interrupted(trainer.state.global_step, folder.path)
-        summary = summarize(steps.made, examples=rows.examples, truncated=rows.truncated, trained_parameters=trained)
+        summary = summarize(steps.made, rows, hf.count_parameters(model)[0])
         _finish(folder, trainer, steps, summary)
     return RunResult(folder.path, summary)
 
 
-def _describe(rows: data.Tokenized) -> str:
+def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, data.Tokenized]:
+    """Return the tokenizer, and the data as rows of its tokens."""
+    tell(Stage(name="data", text=f"Reading {config.data}"))
+
+    def progress(_: int, done: int, size: int) -> None:
+        tell(Progress(done=done, total=size, unit="bytes"))
+
+    examples = data.read_examples(config.data, progress)
+    tokenizer = hf.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    rows = data.tokenize(method.check_examples(config.method, examples), tokenizer, config.max_length)
     cut = f", {rows.truncated:,} of them cut" if rows.truncated else ""
-    return f"{rows.examples:,} examples{cut}: {rows.tokens:,} tokens, {rows.trained_tokens:,} of them trained"
+    tell(Note(text=f"{rows.examples:,} examples{cut}: {rows.tokens:,} tokens, {rows.trained_tokens:,} of them trained"))
+    if rows.unused:
+        tell(Note(text=f"Columns not used: {data.named(rows.unused)}"))
+    return tokenizer, rows
+
+
+def _load(config: TrainConfig, tokenizer: Any, rows: data.Tokenized, tell: Listener) -> Any:
+    """Return the model with a new adapter, held to be one that these rows can be trained on."""
+    tell(Stage(name="model", text=f"Loading {config.model}"))
+    model = build_model(config)
+    check_tokens(model, tokenizer, rows.largest_id, config.data)
+    remedy = f"set max_length to {most_positions(model)}"
+    check_length(model, rows.longest, f"The longest row of {config.data}", remedy)
+    trained, parameters = model.get_nb_trainable_parameters()
+    share = f"{hf.share_in_4bit(model):.0%} of them in 4 bits"
+    tell(Note(text=f"Training {trained:,} parameters over {parameters - trained:,} frozen ones, {share}"))
+    tell(Note(text=f"Decoder layers {hf.describe_layers(model)}"))
+    tell(Note(text=f"Attention {hf.describe_attention(model)}"))
+    return model
+
+
+def _begin(
+    folder: RunFolder, config: TrainConfig, checkpoint: Path | None, metrics: MetricsFile, note: Callable[[str], None]
+) -> list[StepMetrics]:
+    """Begin the run folder, or go on in it from ``checkpoint``; return the steps that were made before."""
+    circumstances = Circumstances.here(config.model, distributed.world_size())
+    with distributed.first_writes() as writes:
+        if checkpoint:
+            for change in folder.compare(circumstances):
+                note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
+            note(f"Going on from {checkpoint}")
+        elif writes:
+            folder.begin(config, circumstances)
+        return metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
+    raise AssertionError("the block returns or raises")
 
 
 def _finish(folder: RunFolder, trainer: Any, steps: Steps, summary: Summary) -> None:

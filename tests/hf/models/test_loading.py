@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,20 @@ def test_what_cannot_be_quantized_is_told_and_leaves_nothing(tiny_model_folder: 
     with pytest.raises(InputError, match="damaged or incomplete"):
         quantize_checkpoint(str(broken), tmp_path / "r")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "q"]
+
+
+def test_what_a_killed_process_left_is_put_right_before_the_output_is_looked_at(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    quantize_checkpoint(tiny_model_folder, tmp_path / "q")
+    part = tmp_path / f".q.{uuid.uuid4().hex}.part"  # killed between the two renames of a swap
+    part.mkdir()
+    (part / "q.lock").touch()
+    (tmp_path / "q").rename(part / "q.old")
+    with pytest.raises(InputError, match="is there already"):
+        quantize_checkpoint(tiny_model_folder, tmp_path / "q")
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    halfbyte.load(tmp_path / "q")
 
 
 def test_an_interrupted_quantization_leaves_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def _load_at(
             _say_remote_code(place.path, error)
             raise
     share = share_in_4bit(model)
+    logger.info("%.0f %% of the weights of %s are in 4 bits.", 100 * share, place.path)
     if share < 0.5:
         logger.warning(
             "Only %.0f %% of the weights of %s are in 4 bits; the others, of which %s is the largest, stay in %s.",

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
-from halfbyte.files import whole_folder
+from halfbyte.files import repair, whole_folder
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS, Checkpoint, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
@@ -97,6 +97,7 @@ def quantize_checkpoint(
             f"A {config.quant_type} model cannot be saved: bitsandbytes' format has {' and '.join(SAVEABLE_TYPES)} "
             "only."
         )
+    repair(output)
     if output.exists() and not overwrite:
         raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
     if output.exists() and not (output / "config.json").is_file():

@@ -1,5 +1,6 @@
 """TRL's SFT, DPO and KTO trainers and their configurations, as ours: see :mod:`halfbyte.hf.trainers.base`."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,8 +8,12 @@ import torch
 import trl
 
 from halfbyte.choices import IGNORED
+from halfbyte.errors import InputError
+from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class _Joined:
@@ -75,6 +80,7 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
     """
 
     _config = SFTConfig
+    aux_loss_enabled: bool
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -84,6 +90,22 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
         # loss is computed by the head, which takes the count and shifts the labels for any class.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
+        self._check_balance()
+
+    def _check_balance(self) -> None:
+        """Do without the loss that balances experts where TRL (1.16) cannot compute it from the configuration."""
+        base: Any = base_of(self.model)
+        config = base.config.get_text_config()
+        if not self.aux_loss_enabled or (hasattr(config, "num_experts") and hasattr(config, "num_experts_per_tok")):
+            return
+        kind = type(config).__name__
+        if self.args.router_aux_loss_coef:
+            raise InputError(
+                f"router_aux_loss_coef={self.args.router_aux_loss_coef} cannot be obeyed: TRL (1.16) does not find the "
+                f"number of experts in a {kind}; leave it out."
+            )
+        logger.warning("Experts are trained without TRL's loss that balances them, which does not know %s.", kind)
+        self.aux_loss_enabled = config.output_router_logits = False
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Take a step's batches, as Trainer does, and count their trained tokens."""
