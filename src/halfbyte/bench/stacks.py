@@ -285,7 +285,7 @@ def _serve(connection: Connection) -> None:
         if isinstance(side, Peer):
             libraries = ["peft", "halfbyte.hf", *(["bitsandbytes.optim"] if side.four_bit else [])]
         else:
-            libraries = ["halfbyte.train"]
+            libraries = ["halfbyte.train.run"]
         for library in libraries:
             importlib.import_module(library)
         connection.send(Imported())
