@@ -41,6 +41,8 @@ FAMILIES: dict[str, Any] = {
     "SmolLM3": lambda: t.SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
     "Olmo": lambda: t.OlmoConfig(**SIZES),
     "Olmo2": lambda: t.Olmo2Config(**SIZES),
+    "Olmo3": lambda: t.Olmo3Config(**SIZES, **LAYERS),
+    "Ministral": lambda: t.MinistralConfig(**SIZES, **LAYERS, head_dim=12),
 }
 IDS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS).index_put((torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])), torch.tensor(0))

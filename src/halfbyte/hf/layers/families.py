@@ -95,6 +95,8 @@ FAMILIES = {
         Family("Gemma3", "2840cb8ae4850127", "around", _own_window, offset=1.0, rounded=False),
         Family("Olmo", "5fba39abaad52718", fp32_angles=True),
         Family("Olmo2", "fb26469ba89f4d25", "after", rounded=False, fp32_angles=True),
+        Family("Olmo3", "78418882ebfa3781", "after", _own_window, rounded=False, fp32_angles=True),
+        Family("Ministral", "5d7ce114dd406178", extras=_own_window),
     )
 }
 
