@@ -100,8 +100,8 @@ def main() -> None:
             collate = data.Collator(tokenizer.pad_token_id)
             for _ in range(100):
                 collate(made.rows.__getitems__(list(itertools.islice(order, 16))))
-        assert isinstance(made.rows, datasets.Dataset) and digest == made.digest
-        print(f"{made.tokens:,} tokens, {made.rows.data.nbytes / 1e6:,.0f} MB on the disk")
+        assert isinstance(made.rows, datasets.Dataset) and digest == made.counts.digest
+        print(f"{made.counts.tokens:,} tokens, {made.rows.data.nbytes / 1e6:,.0f} MB on the disk")
         print(COLUMNS.format("", "seconds", "of processor", "MB above before"))
         for name, part in (("reading and tokenizing", reading), ("setup of training", setup)):
             taken = f"{(part.peak - before) / 1e6:.0f}"

@@ -1,6 +1,7 @@
 """A small real model for every layer's tests: random weights, a byte-level tokenizer, a chat template."""
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ CHAT_TEMPLATE = (
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of garbage collection: accelerate collects before each training run."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tables of tokens that tests make are kept apart from the user's, also by the processes that tests start."""
+    os.environ["HALFBYTE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

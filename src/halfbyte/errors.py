@@ -10,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -23,6 +24,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+NAMES_SHOWN = 12
+LONGEST_NAME = 60
+
+
+def named(names: Iterable[Any]) -> str:
+    """Return names as a sentence lists them, each on one line and not too many of them."""
+    listed = [name if isinstance(name, str) and name.strip() and name.isprintable() else repr(name) for name in names]
+    shown = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in listed[:NAMES_SHOWN]]
+    if len(listed) > NAMES_SHOWN:
+        shown.append(f"{len(listed) - NAMES_SHOWN} more")
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def check_writable(path: Path) -> None:

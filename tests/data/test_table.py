@@ -1,7 +1,6 @@
 """The mapped table: against the rows one by one, and what it takes of memory."""
 
 import gc
-import itertools
 import json
 import os
 import pickle
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer
 
 from halfbyte import tables
 from halfbyte.choices import IGNORED
-from halfbyte.data import Chat, Completion, Example, Text, encode_examples, table, tokenize
+from halfbyte.data import BadRow, Chat, Completion, Example, Text, encode_examples, table, tokenize
 from halfbyte.errors import InputError
 
 
@@ -49,26 +48,27 @@ def test_the_table_holds_the_rows_of_all_examples_and_counts_them(tokenizer: Any
     assert 0 < truncated < 500
     lengths = [len(row["labels"]) for row in rows]
     labels = [label for row in rows for label in row["labels"]]
-    assert (made.examples, made.truncated, made.tokens, made.longest) == (500, truncated, sum(lengths), max(lengths))
-    assert made.trained_tokens == len(labels) - labels.count(IGNORED)
-    assert made.unused == {"id": 100}
+    counts = made.counts
+    assert (counts.examples, counts.truncated, counts.rows) == (500, truncated, len(rows))
+    assert (counts.tokens, counts.longest) == (sum(lengths), max(lengths))
+    assert counts.trained_tokens == len(labels) - labels.count(IGNORED)
+    assert counts.largest_id == max(max(row["input_ids"]) for row in rows)
+    assert counts.unused == {"id": 100}
     assert tables.lengths(made.rows).tolist() == lengths
     plain = datasets.Dataset.from_list(rows).cast(made.rows.features)
-    assert made.digest == tables.digest(made.rows) == tables.digest(plain)
+    assert counts.digest == tables.digest(made.rows) == tables.digest(plain)
 
 
-def test_the_digest_does_not_know_the_batches_nor_the_folder(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_digest_does_not_know_the_batches(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one = tokenize(examples(300), tokenizer, 60)
     monkeypatch.setattr(table, "BATCH", 64)
-    other = tokenize(examples(300), tokenizer, 60, tmp_path)
-    assert one.digest == other.digest and list(one.rows) == list(other.rows)
+    other = tokenize(examples(300), tokenizer, 60)
+    assert one.counts.digest == other.counts.digest and list(one.rows) == list(other.rows)
 
 
 def test_the_digest_knows_every_id_every_label_and_the_order(tokenizer: Any) -> None:
     def digest(*texts: Example) -> str:
-        return tokenize(texts, tokenizer, 60).digest
+        return tokenize(texts, tokenizer, 60).counts.digest
 
     a, b = Text("row 1", "ab"), Text("row 2", "cd")
     digests = {
@@ -119,31 +119,21 @@ def test_nothing_is_left_of_a_table_that_could_not_be_made(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    bad = [*examples(2000), Text("row 2001", "")]
-    for folder in (None, tmp_path):
-        with pytest.raises(InputError, match="row 2001 is empty"):
-            tokenize(bad, tokenizer, 60, folder)
+    with pytest.raises(InputError, match=r"1 of 2,001 rows cannot be trained on(.|\n)*row 2001"):
+        tokenize([*examples(2000), BadRow("row 2001", "of a kind", "is bad.")], tokenizer, 60)
+    with pytest.raises(ZeroDivisionError):
+        tokenize((1 // 0 for _ in range(1)), tokenizer, 60)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_table_in_a_folder_stays_and_is_replaced_under_those_who_read_the_old_one(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    old = tokenize(examples(300), tokenizer, 60, tmp_path).rows
-    before = old.to_list()
-    new = tokenize(itertools.islice(examples(300), 3, 9), tokenizer, 60, tmp_path).rows
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.arrow"]
-    assert old.to_list() == before and new.to_list() == before[3:9]
 
 
 def test_no_examples_make_an_empty_table(tokenizer: Any) -> None:
     made = tokenize([], tokenizer, 60)
-    assert (len(made.rows), made.examples, made.longest, made.tokens) == (0, 0, 0, 0)
+    assert (len(made.rows), made.counts) == (0, table.Counts(digest=made.counts.digest))
 
 
 def test_names_of_unused_columns_have_an_end(tokenizer: Any) -> None:
     texts = (Text("", "a", unused=(f"{n}", "kept")) for n in range(2000))
-    assert len(tokenize(texts, tokenizer, 60).unused) == table.NAMES
+    assert len(tokenize(texts, tokenizer, 60).counts.unused) == table.NAMES
 
 
 @pytest.mark.slow

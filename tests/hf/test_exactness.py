@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import halfbyte
-from halfbyte.data import Collator
+from halfbyte.data import Collator, Packer
 from halfbyte.hf import describe_layers
 from halfbyte.hf.layers import activations
 
@@ -206,6 +206,7 @@ BATCHES: dict[str, Any] = {
     "packed": lambda: [packed(ROWS)],
     "packed and accumulated": lambda: [packed_in_two_steps(ROWS[:3]), packed_in_two_steps(ROWS[3:])],
     "packed without bounds": lambda: [packed_without_bounds(ROWS)],
+    "packed within the step": lambda: Packer(21)([Collator(0)(ROWS[:3]), Collator(0)(ROWS[3:])]),
 }
 
 

@@ -14,7 +14,7 @@ from halfbyte.train.methods import METHODS, method_of
 @pytest.fixture
 def _another(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second method, which learns from texts alone and has an option of its own."""
-    other = dataclasses.replace(METHODS["sft"], examples=(data.Text,), options=frozenset({"group_by_length"}))
+    other = dataclasses.replace(METHODS["sft"], examples=data.Text, options=frozenset({"group_by_length"}))
     monkeypatch.setitem(METHODS, "texts", other)
 
 
@@ -32,8 +32,30 @@ def test_an_option_of_another_method_is_refused_where_it_was_given() -> None:
 
 
 @pytest.mark.usefixtures("_another")
-def test_rows_of_a_shape_that_a_method_does_not_learn_from_are_refused() -> None:
-    examples = [data.Text("row 1", "a"), data.Completion("row 2", "a", "b")]
-    assert list(METHODS["sft"].check_examples("sft", examples)) == examples
-    with pytest.raises(InputError, match="row 2 is a Completion, but method texts learns from Text rows"):
-        list(METHODS["texts"].check_examples("texts", examples))
+def test_rows_of_a_shape_that_a_method_does_not_learn_from_are_bad_rows() -> None:
+    text, completion, bad = (
+        data.Text("row 1", "a"),
+        data.Completion("row 2", "a", "b"),
+        data.BadRow("row 3", "k", "is."),
+    )
+    for example in (text, completion, bad):
+        assert METHODS["sft"].take("sft", example) is example
+    assert METHODS["texts"].take("texts", text) is text and METHODS["texts"].take("texts", bad) is bad
+    refused = METHODS["texts"].take("texts", completion)
+    assert isinstance(refused, data.BadRow)
+    assert "row 2 is a Completion, but method texts learns from Text rows" in str(refused)
+
+
+def test_sft_learns_the_preferred_of_two_answers_and_says_so() -> None:
+    turns: list[data.Message] = [{"role": "user", "content": "a"}]
+    answer: list[data.Message] = [{"role": "assistant", "content": "b"}]
+    other: list[data.Message] = [{"role": "assistant", "content": "c"}]
+    sft = METHODS["sft"]
+    pair = sft.take("sft", data.Preference("row", turns, answer, other))
+    assert pair == data.Chat("row", [*turns, *answer])
+    assert isinstance(pair, data.Example) and pair.notes == ("only the chosen one of two answers is trained",)
+    assert sft.take("sft", data.Preference("row", "a", "b", "c")) == data.Completion("row", "a", "b")
+    assert sft.take("sft", data.Preference("row", "a", answer, other)) == data.Chat("row", [*turns, *answer])
+    assert sft.take("sft", data.Judged("row", "a", "b", True)) == data.Completion("row", "a", "b")
+    bad = sft.take("sft", data.Judged("row", "a", "b", False))
+    assert isinstance(bad, data.BadRow) and bad.kind == "answer judged bad"

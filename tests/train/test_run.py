@@ -25,7 +25,8 @@ import halfbyte
 from halfbyte import data, hf
 from halfbyte.cli.console import TerminalDisplay
 from halfbyte.errors import InputError
-from halfbyte.runs.events import Begin, End, Event, Note, Progress, StepMetrics
+from halfbyte.runs.events import Begin, End, Evaluation, Event, Note, Progress, StepMetrics
+from halfbyte.runs.metrics import read_events
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
 
 ANSWERS = ["yes", "no, never", "perhaps on Sunday", "ask again"]
@@ -113,7 +114,7 @@ def test_a_run_memorises_its_data_and_its_adapter_opens_with_plain_peft(options:
     assert steps[0]["loss"] == pytest.approx(before, rel=0.1)
     epochs = 80 / 4  # 7 batches of at most 2 rows: 4 steps
     assert steps[-1]["epoch"] == epochs
-    assert result.summary.trained_tokens == steps[-1]["trained_tokens"] == epochs * rows.trained_tokens
+    assert result.summary.trained_tokens == steps[-1]["trained_tokens"] == epochs * rows.counts.trained_tokens
     assert result.summary.loss == pytest.approx(sum(step["loss"] for step in steps[-10:]) / 10)
     assert json.loads((result.output / "summary.json").read_text()) == vars(result.summary)
 
@@ -133,6 +134,7 @@ def test_a_finished_run_folder_holds_its_results_and_nothing_else(options: dict[
         "adapter_model.safetensors",
         "chat_template.jinja",
         "config.yaml",
+        "generation_config.json",
         "loss.png",
         "metrics.jsonl",
         "run.json",
@@ -181,6 +183,41 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     assert [line["step"] for line in lines[1]] == list(range(1, 11))
     elapsed = [line["elapsed"] for line in metrics(resumed.parents[1])]
     assert elapsed == sorted(elapsed)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_resumed_run_packs_as_it_was_begun_whatever_the_memory_is_by_then(
+    options: dict[str, Any], tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options |= {"lora_dropout": 0.1, "epochs": 2, "packing": packing}
+    whole = fine_tune(TrainConfig(**(options | {"output": tmp_path / "whole"})))
+    interrupt(options, 3)
+    monkeypatch.setattr("halfbyte.train.run.plan_step", None)
+    resumed = fine_tune(TrainConfig(**options, resume=True))
+    one, other = (load_file(run.output / "adapter_model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_evaluation_is_told_and_changes_nothing_of_what_is_trained(options: dict[str, Any], tmp_path: Path) -> None:
+    options |= {"lora_dropout": 0.1, "epochs": 2, "save_steps": 3}
+    plain = fine_tune(TrainConfig(**(options | {"output": tmp_path / "plain"})))
+    options |= {"eval_data": options["data"], "eval_steps": 2}
+    recorder = Recorder()
+    whole = fine_tune(TrainConfig(**(options | {"output": tmp_path / "whole"})), recorder)
+    interrupt(options, 4)
+    resumed = fine_tune(TrainConfig(**options, resume=True))
+    one, *others = (load_file(run.output / "adapter_model.safetensors") for run in (plain, whole, resumed))
+    assert all(torch.equal(one[key], other[key]) for other in others for key in one)
+
+    events = [
+        [e for e in read_events(run.output / "metrics.jsonl") if isinstance(e, Evaluation)] for run in (whole, resumed)
+    ]
+    assert [event.step for event in events[0]] == [0, 2, 4, 6, 8]
+    assert events[0] == events[1]
+    tokenizer = hf.load_tokenizer(options["model"])
+    rows = data.tokenize(data.read_examples(options["data"]), tokenizer, 512).rows
+    assert events[0][0].figures["loss"] == pytest.approx(data_loss(halfbyte.load(options["model"]), rows), rel=5e-3)
+    assert events[0][-1].figures["loss"] == pytest.approx(data_loss(halfbyte.load(whole.output), rows), rel=5e-3)
 
 
 def test_a_resumed_run_finishes_like_any_other(options: dict[str, Any], tmp_path: Path) -> None:
@@ -239,7 +276,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(options: dict[str, 
         fine_tune(TrainConfig(**options, max_steps=2))
     with pytest.raises(InputError, match="holds a finished run"):
         fine_tune(TrainConfig(**options, max_steps=1, resume=True))
-    with pytest.raises(InputError, match="no data file"):
+    with pytest.raises(InputError, match="is not there"):
         fine_tune(TrainConfig(**(options | {"data": "none.jsonl", "overwrite": True})))
     assert {path.name: path.read_bytes() for path in options["output"].iterdir()} == before
     assert fine_tune(TrainConfig(**options, max_steps=2, overwrite=True)).summary.steps == 2
@@ -302,11 +339,11 @@ def test_columns_that_are_not_used_are_told_and_the_data_as_it_is_read(
     options: dict[str, Any], rows_file: Path
 ) -> None:
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    rows_file.write_text("".join(json.dumps(row | {"system": "s", "weight": 1}) + "\n" for row in rows))
+    rows_file.write_text("".join(json.dumps(row | {"source": "s", "weight": 1}) + "\n" for row in rows))
     events: list[Event] = []
     fine_tune(TrainConfig(**options, max_steps=1), events.append)
-    assert [event.text for event in events if isinstance(event, Note) and "olumn" in event.text] == [
-        "Columns not used: system and weight"
+    assert [event.text for event in events if isinstance(event, Note) and event.text.startswith("Column")] == [
+        "Columns not used: source and weight"
     ]
     size = rows_file.stat().st_size
     assert Progress(done=size, total=size, unit="bytes") in events

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -263,6 +264,11 @@ class _Process:
         self._peak = peak  # a profile takes memory of its own
         assert parts is not None
         return parts
+
+    def processor_seconds(self) -> float:
+        """Return the processor time that the side has taken so far, all threads together."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def result(self, warm_up: int) -> SideResult:
         """Return what was measured, the first ``warm_up`` steps apart."""

@@ -24,8 +24,9 @@ import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, machine, models, talk, train
+from halfbyte.cli import bench, data, machine, models, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
+from halfbyte.cli.options import complete
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full
 
@@ -41,6 +42,7 @@ app = typer.Typer(
 benchmarks = typer.Typer(help="Measure speed on this machine.")
 
 app.command()(train.train)
+app.command()(data.data)
 app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(models.quantize)
@@ -48,6 +50,7 @@ app.command()(machine.doctor)
 app.add_typer(benchmarks, name="bench")
 benchmarks.command()(bench.kernels)
 benchmarks.command()(bench.train)
+benchmarks.command()(bench.packing)
 
 
 def main() -> None:
@@ -83,7 +86,7 @@ def _run() -> int:
     """Run the command that the arguments name; typer's own way of doing this would hide a closed pipe."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context("halfbyte", sys.argv[1:]) as context:
+        with command.make_context("halfbyte", complete(sys.argv[1:])) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code

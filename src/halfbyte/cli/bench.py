@@ -1,4 +1,4 @@
-"""``bench kernels`` and ``bench train``."""
+"""``bench kernels``, ``bench train`` and ``bench packing``."""
 
 import contextlib
 from pathlib import Path
@@ -98,6 +98,41 @@ def train(
     _show(report, output)
 
 
+def packing(
+    model: Annotated[
+        str,
+        typer.Argument(help="16-bit model folder or hub id, or 135m, 0.5b, 1b, 3b: random weights of such a shape."),
+    ] = "135m",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a forward pass without packing.")] = 4,
+    accumulation: Annotated[int, typer.Option(min=1, help="Such passes of a step.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a full row.")] = 512,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA matrices.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each side that are counted.")] = 5,
+    output: Results = None,
+    threads: Threads = None,
+) -> None:
+    """Measure what packing brings: steps of short rows, packed and not, beside full rows.
+
+    Rows as long as those of instruction data, and rows of 20 tokens, in the order of group_by_length; all take turns.
+    Prints a table; writes packing.json.
+    """
+    with quiet():
+        from halfbyte.bench.packing import bench_packing
+
+        with notes.status("Measuring") if notes.is_terminal else contextlib.nullcontext() as shown:
+            report = bench_packing(
+                model,
+                batch=batch,
+                accumulation=accumulation,
+                length=length,
+                rank=rank,
+                steps=steps,
+                threads=threads,
+                progress=shown.update if shown else notes.print,
+            )
+    _show(report, output)
+
+
 def _show(report: Any, output: Path | None) -> None:
     """Print a report's table and write it, to ``output`` or where reports go."""
     from halfbyte import bench
@@ -105,4 +140,5 @@ def _show(report: Any, output: Path | None) -> None:
     print_table(report.table())
     folder = absolute(output) if output else bench.default_folder(report)
     report.write(folder)
-    typer.echo(f"Every time that was taken, and the picture, are in {folder}.")
+    picture = "" if type(report).__name__ == "PackingReport" else ", and the picture,"
+    typer.echo(f"Every time that was taken{picture} {'are' if picture else 'is'} in {folder}.")

@@ -22,6 +22,9 @@ Results = Annotated[
     typer.Option(file_okay=False, help="Folder for the results.  [default: benchmarks/results/<date>-<commit>-<tier>]"),
 ]
 
+OPTIONAL_VALUES = {"--skip-bad-rows": ("yes", "no", "true", "false", "all")}
+"""Options that need no value, and the values that they take; typer has no such thing."""
+
 
 def flags_of(model: type[BaseModel]) -> inspect.Signature:
     """Return the parameters of a command: a configuration file, and a flag for each field, absent unless given."""
@@ -41,7 +44,22 @@ def flags_of(model: type[BaseModel]) -> inspect.Signature:
 
 
 def _flag_type(annotation: Any) -> Any:
-    """Return the type of a field's flag: the first member of a union."""
+    """Return the type of a field's flag: that of the field, but text for what the field itself reads from text."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return _flag_type(typing.get_args(annotation)[0])
-    return annotation
+        members = [member for member in typing.get_args(annotation) if member is not type(None)]
+        if len(members) > 1 and members[0] in (bool, int):
+            return str
+        return _flag_type(members[0])
+    if typing.get_origin(annotation) is list:
+        return list[str]
+    return str if typing.get_origin(annotation) is dict else annotation
+
+
+def complete(arguments: list[str]) -> list[str]:
+    """Give each option of ``OPTIONAL_VALUES`` that stands alone the value ``yes``."""
+    whole = []
+    for place, argument in enumerate(arguments):
+        following = arguments[place + 1 : place + 2]
+        alone = argument in OPTIONAL_VALUES and (not following or following[0] not in OPTIONAL_VALUES[argument])
+        whole.append(f"{argument}=yes" if alone else argument)
+    return whole

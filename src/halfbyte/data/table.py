@@ -6,19 +6,20 @@ rows at a time, and are counted in passing. The file is then mapped as a ``datas
     input_ids   int32 list
     labels      int32 list, as long; ``IGNORED`` where not trained
     where       text: the file and the row that it comes from
+    reference   text, for evaluation only: what the last answer of the row should be
 
-Labels are stored whole. As stretches they would make the file of a long answer half as large, but nothing else could
-read it as it stands.
+Beside the file (``rows.arrow``) stands what was counted (``about.json``). Labels are stored whole. As stretches they
+would make the file of a long answer half as large, but nothing else could read it as it stands.
 """
 
 import dataclasses
+import json
 import mmap
 import os
 import shutil
 import tempfile
-import uuid
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +27,63 @@ import numpy as np
 import pyarrow as pa
 
 from halfbyte.choices import IGNORED
-from halfbyte.data.formats import Example
-from halfbyte.data.tokens import Row, encode_examples
+from halfbyte.data.bad_rows import BadRows, Skip
+from halfbyte.data.examples import BadRow, Chat, Example
+from halfbyte.data.tokens import Encoded, Row, decode_trained, encode_examples
 from halfbyte.tables import WHERE, Digest
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+ROWS = "rows.arrow"
+ABOUT = "about.json"
+REFERENCE = "reference"
 BATCH = 1 << 18
 """Tokens that are written at once; a row more at the most."""
 NAMES = 1000
 """Names of unused columns that are kept: keys of data that are numbers have no end."""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What became of the examples.
+
+    Attributes:
+        examples: how many there were, bad ones apart.
+        chats: those that are conversations.
+        truncated: examples that lost tokens to ``max_length``.
+        rows: of the table; a conversation may take several.
+        tokens: in all rows.
+        trained_tokens: those of them that have a label.
+        longest: tokens of the longest row.
+        largest_id: the greatest token id.
+        digest: of ids, labels and their order (:class:`halfbyte.tables.Digest`).
+        unused: columns of the data that had no part in the examples, with the number of examples that had them.
+        notes: what was made of examples that their author might not expect, with the number of examples.
+    """
+
+    examples: int = 0
+    chats: int = 0
+    truncated: int = 0
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    largest_id: int = 0
+    digest: str = ""
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, encoded: Encoded) -> None:
+        """Count an example."""
+        self.examples += 1
+        self.chats += isinstance(encoded.example, Chat)
+        self.truncated += encoded.truncated
+        for names, counts in ((encoded.example.unused, self.unused), (encoded.notes, self.notes)):
+            for name in names:
+                if name in counts or len(counts) < NAMES:
+                    counts[name] = counts.get(name, 0) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,153 +92,148 @@ class Tokenized:
 
     Attributes:
         rows: a dataset with the columns ``input_ids``, ``labels`` and ``where``, at most ``max_length`` tokens each,
-            each with a trained token; in the order of the examples, of which a conversation may take several.
-        examples: how many there were.
-        truncated: examples that lost tokens to ``max_length``.
-        tokens: in all rows.
-        trained_tokens: those of them that have a label.
-        longest: tokens of the longest row.
-        largest_id: the greatest token id.
-        digest: of ids, labels and their order (:class:`halfbyte.tables.Digest`).
-        unused: columns of the data that had no part in the examples, with the number of examples that had them.
+            each with a trained token; in the order of the examples.
+        counts: see :class:`Counts`.
     """
 
     rows: "datasets.Dataset"
-    examples: int
-    truncated: int
-    tokens: int
-    trained_tokens: int
-    longest: int
-    largest_id: int
-    digest: str
-    unused: dict[str, int]
+    counts: Counts
 
 
 def tokenize(
-    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int, folder: Path | None = None
+    examples: Iterable[Example | BadRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    skip_bad_rows: Skip = False,
+    **settings: Any,
 ) -> Tokenized:
     """Turn examples into rows of token ids and labels, cut off at the right after ``max_length`` tokens.
 
+    The table lies in a temporary folder that is removed when nobody uses the rows any more;
+    :func:`halfbyte.data.prepare` keeps tables.
+
     Args:
         examples: from :func:`halfbyte.data.read_examples`; they are read as they are needed.
-        tokenizer: a fast one.
+        tokenizer: of the model.
         max_length: tokens.
-        folder: where the file of rows, ``rows.arrow``, is to lie and stay; by default in a temporary folder that is
-            removed when nobody uses the rows any more.
+        skip_bad_rows: go on without rows that cannot be trained on.
+        settings: further ones of :func:`halfbyte.data.encode_examples`.
 
     Raises:
-        InputError: no answer of an example begins within ``max_length``, the chat template cannot write one, or no
-            stop token is known.
+        InputError: rows cannot be trained on, or none can.
     """
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "rows.arrow"
-        part = folder / f".rows-{uuid.uuid4().hex}.part"  # whoever has mapped an older file keeps it
-        try:
-            counts = _write(part, examples, tokenizer, max_length)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
-        return Tokenized(_open(file), **counts)
     temporary = Path(tempfile.mkdtemp(prefix="halfbyte-rows-"))
     try:
-        counts = _write(temporary / "rows.arrow", examples, tokenizer, max_length)
-        return Tokenized(_open(temporary / "rows.arrow", temporary=True), **counts)
+        bad = BadRows()
+        with Table(temporary) as table:
+            for encoded in encode_examples(examples, tokenizer, max_length, **settings):
+                if encoded.bad:
+                    bad.add(encoded.bad)
+                else:
+                    table.add(encoded)
+        bad.check(bad.total + table.counts.examples, skip_bad_rows)
+        return open_table(temporary, temporary=temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _open(file: Path, *, temporary: bool = False) -> "datasets.Dataset":
-    """Map a file; a temporary one goes, with its folder, when the last Arrow buffer does that lies in the mapping.
+class Table:
+    """A folder that rows are written to in batches, and counted in passing; whole when the block has ended well.
+
+    Args:
+        folder: is there.
+        reference: writes the column ``reference``; the text of a row's last answer.
+    """
+
+    def __init__(self, folder: Path, reference: Callable[[Row], str] | None = None) -> None:
+        self.folder = folder
+        self.counts = Counts()
+        self._reference = reference
+        ids = pa.list_(pa.int32())
+        texts = [(WHERE, pa.string()), *([(REFERENCE, pa.string())] if reference else [])]
+        self._schema = pa.schema([("input_ids", ids), ("labels", ids), *texts])
+        self._sink = pa.OSFile(str(folder / ROWS), "wb")
+        self._stream = pa.ipc.new_stream(self._sink, self._schema)
+        self._rows: list[Row] = []
+        self._places: list[str] = []
+        self._waiting = 0
+        self._digest = Digest()
+
+    def add(self, encoded: Encoded) -> None:
+        """Write the rows of an example."""
+        self.counts.add(encoded)
+        for row in encoded.rows:
+            self._add(row, encoded.example.where)
+
+    def _add(self, row: Row, where: str) -> None:
+        length, counts = len(row["labels"]), self.counts
+        self._rows.append(row)
+        self._places.append(where)
+        counts.rows += 1
+        counts.tokens += length
+        counts.trained_tokens += int((row["labels"] != IGNORED).sum())
+        counts.longest = max(counts.longest, length)
+        counts.largest_id = max(counts.largest_id, int(row["input_ids"].max()))
+        self._waiting += length
+        if self._waiting >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        offsets = np.cumsum([0, *(len(row["labels"]) for row in self._rows)], dtype=np.int32)
+        columns = [
+            pa.ListArray.from_arrays(
+                offsets, np.concatenate([np.zeros(0, np.int32), *(row[name] for row in self._rows)])
+            )
+            for name in ("input_ids", "labels")
+        ]
+        columns.append(pa.array(self._places, pa.string()))
+        if self._reference:
+            columns.append(pa.array([self._reference(row) for row in self._rows], pa.string()))
+        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        self._digest.update(batch.select(["input_ids", "labels"]))
+        self._stream.write_batch(batch)
+        self._rows, self._places, self._waiting = [], [], 0
+
+    def __enter__(self) -> "Table":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._flush()
+            self._stream.close()
+        self._sink.close()
+        if kind is None:
+            self.counts.digest = self._digest.hexdigest()
+            (self.folder / ABOUT).write_text(json.dumps(dataclasses.asdict(self.counts)), encoding="utf-8")
+
+
+def last_answer(tokenizer: "PreTrainedTokenizerBase") -> Callable[[Row], str]:
+    """Return what tells the text of a row's last trained stretch, without special tokens."""
+
+    def reference(row: Row) -> str:
+        return decode_trained(tokenizer, row, skip_special_tokens=True)[-1]
+
+    return reference
+
+
+def open_table(folder: Path, *, temporary: Path | None = None) -> Tokenized:
+    """Map a table; a ``temporary`` folder goes when the last Arrow buffer does that lies in the mapping.
 
     Selections and copies of the dataset share these buffers, but no object of Python's that could be watched instead.
     """
     import datasets  # takes a second, which a chat need not wait
 
-    with file.open("rb") as stream:
+    counts = Counts(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+    with (folder / ROWS).open("rb") as stream:
         mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if temporary:
-        weakref.finalize(mapping, _remove, file.parent, os.getpid())
+        weakref.finalize(mapping, _remove, temporary, os.getpid())
     table = pa.ipc.open_stream(pa.py_buffer(mapping)).read_all()
-    return datasets.Dataset(datasets.table.MemoryMappedTable(table, str(file)))
+    return Tokenized(datasets.Dataset(datasets.table.MemoryMappedTable(table, str(folder / ROWS))), counts)
 
 
 def _remove(folder: Path, owner: int) -> None:
     if os.getpid() == owner:  # not a worker of the data loader
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(
-    file: Path, examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> dict[str, Any]:
-    """Write the rows of ``examples``; return what was counted, as in :class:`Tokenized`."""
-    count = truncated = 0
-    unused: dict[str, int] = {}
-    with _Stream(file) as stream:
-        for encoded in encode_examples(examples, tokenizer, max_length):
-            count += 1
-            truncated += encoded.truncated
-            for name in encoded.example.unused:
-                if name in unused or len(unused) < NAMES:
-                    unused[name] = unused.get(name, 0) + 1
-            for row in encoded.rows:
-                stream.add(row, encoded.example.where)
-    return {
-        "examples": count,
-        "truncated": truncated,
-        "tokens": stream.tokens,
-        "trained_tokens": stream.trained_tokens,
-        "longest": stream.longest,
-        "largest_id": stream.largest_id,
-        "digest": stream.digest.hexdigest(),
-        "unused": unused,
-    }
-
-
-class _Stream:
-    """A file of rows that are written in batches and counted in passing."""
-
-    def __init__(self, file: Path) -> None:
-        ids = pa.list_(pa.int32())
-        self.schema = pa.schema([("input_ids", ids), ("labels", ids), (WHERE, pa.string())])
-        self.sink = pa.OSFile(str(file), "wb")
-        self.stream = pa.ipc.new_stream(self.sink, self.schema)
-        self.rows: list[Row] = []
-        self.places: list[str] = []
-        self.waiting = self.tokens = self.trained_tokens = self.longest = self.largest_id = 0
-        self.digest = Digest()
-
-    def add(self, row: Row, where: str) -> None:
-        length = len(row["labels"])
-        self.rows.append(row)
-        self.places.append(where)
-        self.tokens += length
-        self.trained_tokens += int((row["labels"] != IGNORED).sum())
-        self.longest = max(self.longest, length)
-        self.largest_id = max(self.largest_id, int(row["input_ids"].max()))
-        self.waiting += length
-        if self.waiting >= BATCH:
-            self.flush()
-
-    def flush(self) -> None:
-        offsets = np.cumsum([0, *(len(row["labels"]) for row in self.rows)], dtype=np.int32)
-        columns = [
-            pa.ListArray.from_arrays(
-                offsets, np.concatenate([np.zeros(0, np.int32), *(row[name] for row in self.rows)])
-            )
-            for name in ("input_ids", "labels")
-        ]
-        batch = pa.RecordBatch.from_arrays([*columns, pa.array(self.places, pa.string())], schema=self.schema)
-        self.digest.update(batch)
-        self.stream.write_batch(batch)
-        self.rows, self.places, self.waiting = [], [], 0
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.flush()
-            self.stream.close()
-        self.sink.close()

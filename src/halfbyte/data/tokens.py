@@ -1,31 +1,26 @@
 """Examples to token ids and labels: the model is trained on the answers and on stopping after them.
 
 :mod:`halfbyte.data.template` writes the text and says which characters are trained; here it becomes tokens, and a
-token's label is the token itself where it is trained, else ``IGNORED``. Labels never depend on token ids, so a pad
-token that is also the stop token does no harm. Rendered chats are tokenized as they are. Where a token would reach
-across the border of prompt and answer, the two are tokenized apart, as they are in use. The first token of a row has
-nothing before it and is never trained.
+token's label is the token itself where it is trained, else ``IGNORED`` (:mod:`halfbyte.data.labels`). Control tokens
+that are written out in the data are plain text (:mod:`halfbyte.data.control`). What is cut off at ``max_length`` is not
+trained, a stop token least of all; an example of which nothing is left to train is a bad row.
 
 Examples stream through: a second thread turns one chunk of texts into tokens (the tokenizer's own threads do the work)
 while the first reads and writes the next.
-
-Left out: tokenizers that are not "fast", because they cannot say which characters a token stands for.
 """
 
-import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, overload
-
-import numpy as np
-from tokenizers import Encoding, processors
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from halfbyte.choices import IGNORED
-from halfbyte.data.formats import Example
+from halfbyte.data.control import ControlTokens, tools_for
+from halfbyte.data.encoders import Encoder
+from halfbyte.data.examples import BadRow, Example
+from halfbyte.data.labels import Whole, label_drafts
 from halfbyte.data.template import Draft, Writer
-from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +30,11 @@ CHUNK = 1 << 20
 DRAFT = 256
 """What a draft takes beside its text, in characters: thousands of short ones are a chunk too."""
 
+LONG = 1 << 20
+"""Characters of a text that is tokenized whole, whatever ``max_length`` leaves of it."""
+
 Row = Mapping[str, Any]
 """One training sequence: ``input_ids`` and ``labels`` of equal length, lists or arrays of integers."""
-
-Offsets = Sequence[tuple[int, int]]
-"""For each token, the characters of the text that it stands for: the first, and the one after the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,57 +43,105 @@ class Encoded:
 
     Attributes:
         example: where it stands, what was not used.
-        rows: ``input_ids`` and ``labels``, int32 ``[L]``, at most ``max_length`` long, each with a trained token.
+        rows: ``input_ids`` and ``labels``, int32 ``[L]``, at most ``max_length`` long, each with a trained token; none
+            where the example is bad.
         truncated: whether it lost tokens to ``max_length``.
+        bad: why it cannot be trained on, if so.
+        notes: what was made of it that its author might not expect: the example's own notes, and those of writing it.
+        lengths: tokens of each row that was written, before any was cut or left away; of texts over ``LONG``, so many
+            as were counted.
     """
 
     example: Example
     rows: list[Row]
     truncated: bool
+    bad: BadRow | None = None
+    notes: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def prompts(self) -> list[int]:
+        """For each row, the tokens before the first trained one."""
+        return [int((row["labels"] != IGNORED).argmax()) for row in self.rows]
+
+    @property
+    def trained(self) -> list[int]:
+        """For each row, its trained tokens."""
+        return [int((row["labels"] != IGNORED).sum()) for row in self.rows]
+
+
+class _Written(NamedTuple):
+    example: Example
+    drafts: list[Draft]
+    notes: tuple[str, ...] = ()
+    bad: BadRow | None = None
+    clipped: bool = False
 
 
 def encode_examples(
-    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int
+    examples: Iterable[Example | BadRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    parse_special_tokens: bool = False,
+    **writing: Any,
 ) -> Iterator[Encoded]:
-    """Yield each example's rows, in order, cut off at the right after ``max_length`` tokens.
+    """Yield what becomes of each example, in order; rows are cut off at the right after ``max_length`` tokens.
 
     Args:
-        examples: from :func:`halfbyte.data.read_examples`; read some two thousand ahead.
-        tokenizer: a fast one.
+        examples: read some two thousand ahead; bad rows among them are passed on.
+        tokenizer: fast or slow.
         max_length: tokens.
+        parse_special_tokens: take control tokens that are written out in the texts for such.
+        writing: further arguments of :class:`halfbyte.data.template.Writer`.
 
     Raises:
-        InputError: no answer of an example begins within ``max_length``, the chat template cannot write one, or no
-            stop token is known.
+        InputError: the chat template cannot write any conversation, or no stop token is known.
     """
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer, so answers cannot be told from prompts; "
-            "use a model folder with a tokenizer.json."
-        )
+    write = Writer(tokenizer, **writing)
+    control, encode = tools_for(tokenizer, write.template)
+
+    def written(example: Example | BadRow) -> _Written:
+        if isinstance(example, BadRow):
+            return _Written(Example(example.where), [], bad=example)
+        try:
+            drafts, notes = control.write(write, example, parse_special_tokens)
+        except BadRow as bad:
+            return _Written(example, [], example.notes, bad)
+        notes = (*example.notes, *(note for draft in drafts for note in draft.notes), *notes)
+        clipped = False
+        if any(len(draft.text) > LONG for draft in drafts):
+            enough = max(LONG, max_length * max(map(len, tokenizer.get_vocab())))
+            clipped = any(len(draft.text) > enough for draft in drafts)
+            drafts = [_clip(draft, enough) for draft in drafts]
+        return _Written(example, drafts, notes, None, clipped)
+
     under_way: Future[list[Encoded]] | None = None
     with ThreadPoolExecutor(1, "tokenize") as thread:
-        for chunk in _chunks(examples, Writer(tokenizer)):
-            before, under_way = under_way, thread.submit(_encode_chunk, chunk, tokenizer, max_length)
+        for chunk in _chunks(map(written, examples)):
+            before, under_way = under_way, thread.submit(_encode_chunk, chunk, encode, control, max_length)
             if before:
                 yield from before.result()
         if under_way:
             yield from under_way.result()
 
 
-def decode_trained(tokenizer: "PreTrainedTokenizerBase", row: Row) -> list[str]:
-    """Return the trained stretches of a row as texts, special tokens included: what the model learns to write."""
+def decode_trained(tokenizer: "PreTrainedTokenizerBase", row: Row, *, skip_special_tokens: bool = False) -> list[str]:
+    """Return the trained stretches of a row as texts: what the model learns to write."""
     runs = itertools.groupby(row["labels"], lambda label: label != IGNORED)
-    return [tokenizer.decode([int(label) for label in labels]) for trained, labels in runs if trained]
+    return [
+        tokenizer.decode([int(label) for label in labels], skip_special_tokens=skip_special_tokens)
+        for trained, labels in runs
+        if trained
+    ]
 
 
-def _chunks(examples: Iterable[Example], write: Writer) -> Iterator[list[tuple[Example, list[Draft]]]]:
-    chunk: list[tuple[Example, list[Draft]]] = []
+def _chunks(examples: Iterable[_Written]) -> Iterator[list[_Written]]:
+    chunk: list[_Written] = []
     size = 0
     for example in examples:
-        drafts = write(example)
-        chunk.append((example, drafts))
-        size += sum(len(draft.text) + DRAFT for draft in drafts)
+        chunk.append(example)
+        size += sum(len(draft.text) for draft in example.drafts) + DRAFT * max(len(example.drafts), 1)
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -106,129 +149,58 @@ def _chunks(examples: Iterable[Example], write: Writer) -> Iterator[list[tuple[E
         yield chunk
 
 
-def _encode_chunk(
-    chunk: list[tuple[Example, list[Draft]]], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> list[Encoded]:
-    tokenized = _rows(tokenizer, [draft for _, drafts in chunk for draft in drafts])
+def _encode_chunk(chunk: list[_Written], encode: Encoder, control: ControlTokens, max_length: int) -> list[Encoded]:
+    tokenized = label_drafts(encode, control, [draft for example in chunk for draft in example.drafts])
     encoded = []
-    for example, drafts in chunk:
+    for example, drafts, notes, bad, clipped in chunk:
         whole = list(itertools.islice(tokenized, len(drafts)))
-        truncated = any(len(row["input_ids"]) > max_length for row in whole)
-        encoded.append(Encoded(example, _cut(example.where, whole, max_length), truncated))
+        lengths = tuple(len(row.ids) for row in whole)
+        rows: list[Row] = [
+            {"input_ids": row.ids[:max_length], "labels": row.labels[:max_length]}
+            for row in whole
+            if row.prompt < min(len(row.ids), max_length)
+        ]
+        if not rows and not bad:
+            bad = _untrained(example.where, whole, max_length, clipped)
+        if any(row.leaks for row in whole):
+            bad, rows = _leak(example.where), []
+        truncated = clipped or any(length > max_length for length in lengths)
+        encoded.append(Encoded(example, rows, truncated, bad, notes, lengths))
     return encoded
 
 
-def _rows(tokenizer: "PreTrainedTokenizerBase", drafts: list[Draft]) -> Iterator[Row]:
-    together = _encode(tokenizer, [draft.text for draft in drafts])
-    cuts = [
-        [start for start, _ in draft.spans if start and _merges(draft.text, offsets, start)]
-        for draft, (_, offsets) in zip(drafts, together, strict=True)
-    ]
-    apart = _encode_apart(tokenizer, [(draft.text, at) for draft, at in zip(drafts, cuts, strict=True) if at])
-    for draft, (ids, offsets), at in zip(drafts, together, cuts, strict=True):
-        if at:
-            ids, offsets = next(apart)
-        begin = len(draft.begin)
-        row = np.array(draft.begin + ids, dtype=np.int32)
-        labels = np.full_like(row, IGNORED)
-        for start, end in draft.spans:
-            first = _first_behind(offsets, start)
-            last = bisect.bisect_left(offsets, end, lo=first, key=lambda token: token[0])
-            labels[begin + first : begin + last] = row[begin + first : begin + last]
-        labels[:1] = IGNORED
-        yield {"input_ids": row, "labels": labels}
+def _leak(where: str) -> BadRow:
+    return BadRow(
+        where,
+        "control token that cannot be plain text",
+        "holds a control token that this tokenizer cannot read as plain text; take it out, or have such tokens taken "
+        "for what they are with parse_special_tokens (--parse-special-tokens).",
+    )
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[tuple[list[int], Offsets]]:
-    if not texts:
-        return []
-    # The post-processor adds nothing here, but it may take the spaces from the characters that a token stands for.
-    backend = tokenizer.backend_tokenizer
-    post_processor, backend.post_processor = backend.post_processor, processors.Sequence([])
-    try:
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+def _clip(draft: Draft, size: int) -> Draft:
+    """Return the first ``size`` characters: no token stands for more than ``size / max_length`` of them."""
+    if len(draft.text) <= size:
+        return draft
+    spans, plain = ([(i, min(j, size)) for i, j in ranges if i < size] for ranges in (draft.spans, draft.plain))
+    return dataclasses.replace(draft, text=draft.text[:size], spans=spans, plain=plain)
+
+
+def _untrained(where: str, rows: list[Whole], max_length: int, clipped: bool) -> BadRow:
+    """Return why nothing of these rows is trained."""
+    rows = [row for row in rows if row.prompt < len(row.ids)]
+    if not rows and clipped:
+        return BadRow(
+            where,
+            "answer beyond max_length",
+            f": its prompt alone takes more than {max_length} tokens (max_length); shorten the prompt.",
         )
-    finally:
-        backend.post_processor = post_processor
-    return [(ids, _Places(one)) for ids, one in zip(encoded["input_ids"], encoded.encodings, strict=True)]
-
-
-class _Places(Sequence[tuple[int, int]]):
-    """The offsets of an encoded text, looked up one by one: a search among thousands of tokens needs a dozen."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self.encoding = encoding
-
-    def __len__(self) -> int:
-        return len(self.encoding)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self.encoding.offsets)
-
-    @overload
-    def __getitem__(self, token: int) -> tuple[int, int]: ...
-    @overload
-    def __getitem__(self, token: slice) -> Offsets: ...
-    def __getitem__(self, token: Any) -> Any:
-        if isinstance(token, slice):
-            return self.encoding.offsets[token]
-        if (place := self.encoding.token_to_chars(token)) is None:
-            raise IndexError(token)
-        return place
-
-
-def _first_behind(offsets: Offsets, position: int) -> int:
-    """Return the index of the first token that reaches beyond ``position``."""
-    return bisect.bisect_right(offsets, position, key=lambda token: token[1])
-
-
-def _merges(text: str, offsets: Offsets, start: int) -> bool:
-    """Tell whether a prompt that ends at ``start`` may have other tokens here than when it stands alone.
-
-    Either one token covers its end and the beginning of the answer, or it ends in several whitespace characters, of
-    which pre-tokenizers of GPT-2's kind keep the last for the word that follows.
-    """
-    return offsets[_first_behind(offsets, start)][0] < start or text[max(start - 2, 0) : start].isspace()
-
-
-def _encode_apart(
-    tokenizer: "PreTrainedTokenizerBase", texts: list[tuple[str, list[int]]]
-) -> Iterator[tuple[list[int], Offsets]]:
-    """Encode each text in pieces, cut at its positions: as in use, where the prompt comes without the answer."""
-    rows = [
-        [(start, text[start:end]) for start, end in itertools.pairwise([0, *cuts, len(text)])] for text, cuts in texts
-    ]
-    pieces = [piece for row in rows for _, piece in row]
-    # Some tokenizers (Llama 2) put a space before a text; behind a newline they don't, if that stays by itself.
-    plain = iter(_encode(tokenizer, pieces))
-    behind = iter(_encode(tokenizer, ["\n" + piece for row in rows for start, piece in row if start]))
-    for row in rows:
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        for start, _ in row:
-            piece_ids, places = next(plain)
-            shift = start
-            if start:
-                behind_ids, behind_places = next(behind)
-                first = _first_behind(behind_places, 1)
-                if behind_places[first][0] >= 1:
-                    piece_ids, places, shift = behind_ids[first:], behind_places[first:], start - 1
-            ids += piece_ids
-            offsets += [(left + shift, right + shift) for left, right in places]
-        yield ids, offsets
-
-
-def _cut(where: str, rows: list[Row], max_length: int) -> list[Row]:
-    """Cut the rows of one example to ``max_length`` and leave away those that have no trained token left."""
-    cut: list[Row] = [{key: values[:max_length] for key, values in row.items()} for row in rows]
-    kept = [row for row in cut if (row["labels"] != IGNORED).any()]
-    if not kept:
-        trained = np.flatnonzero(rows[0]["labels"] != IGNORED)
-        if not len(trained):
-            raise InputError(f"{where} is empty: there is nothing to train on.")
-        raise InputError(
-            f"{where}: its prompt alone takes {trained[0]} tokens, so with max_length {max_length} nothing of the "
-            "answer is left to train on; raise max_length or shorten the prompt."
-        )
-    return kept
+    if not rows:
+        return BadRow(where, "nothing to train on", "has nothing to train on: no token of it has a label.")
+    row = min(rows, key=lambda row: row.prompt)
+    return BadRow(
+        where,
+        "answer beyond max_length",
+        f": its prompt alone takes {row.prompt} tokens, so with max_length {max_length} nothing of the answer is left "
+        f"to train on; shorten the prompt, or raise max_length ({len(row.ids)} would hold all of it).",
+    )

@@ -1,21 +1,34 @@
 """A conversation as a model reads it, and where its answers end."""
 
-import contextlib
-import sys
 from typing import Any
 
-import jinja2
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.data import Chat, chat_template, encode_examples
+from halfbyte.data.control import tools_for
+from halfbyte.data.rendering import Thinking
+from halfbyte.data.stops import stop_ids
+from halfbyte.data.template import Writer
 from halfbyte.errors import InputError
 
 Message = dict[str, Any]
 
 
-def encode(prompt: list[Message] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode(
+    prompt: list[Message] | str, tokenizer: PreTrainedTokenizerBase, *, thinking: Thinking | None = None
+) -> list[int]:
     """Return the token ids of a conversation, the generation prompt included, or of a plain text to go on with.
+
+    A conversation is written as in training (:meth:`halfbyte.data.template.Writer.prompt`): what the template refuses
+    is put another way.
+
+    Control tokens that are written out in a conversation are plain text, as in training; in a plain text they are what
+    they are.
+
+    Args:
+        prompt: the turns so far, or a text.
+        tokenizer: of the model.
+        thinking: have the template ask for thoughts or not, as it was in training; None: as it does by default.
 
     Raises:
         InputError: the chat template refuses the conversation, or a text is empty or holds what is no character.
@@ -33,22 +46,12 @@ def encode(prompt: list[Message] | str, tokenizer: PreTrainedTokenizerBase) -> l
         if not ids:
             raise InputError("The prompt is empty, so there is nothing to go on from; give at least one character.")
         return ids
-    try:
-        text = tokenizer.apply_chat_template(
-            prompt, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.TemplateError as error:
-        raise InputError(f"The model's chat template refuses this conversation: {error}") from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    writer = Writer(tokenizer, thinking=thinking)
+    control, to_tokens = tools_for(tokenizer, writer.template)
+    [tokens] = to_tokens([control.render(prompt, writer.prompt)])
+    return [int(token) for token in tokens.ids]
 
 
 def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the stop tokens of the model, of its tokenizer, and the one that an answer in training ends with."""
-    own = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    question, answer = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}
-    with contextlib.suppress(InputError):  # then nothing was trained with this tokenizer
-        [encoded] = encode_examples([Chat("", [question, answer])], tokenizer, max_length=sys.maxsize)
-        stops.add(int(encoded.rows[-1]["labels"][-1]))
-    return sorted(stops)
+    return stop_ids(tokenizer, model.generation_config.eos_token_id)

@@ -4,6 +4,7 @@ from halfbyte.hf.layers.adapters import LoraLinear4bit, count_parameters, projec
 from halfbyte.hf.layers.attention_choice import describe_attention
 from halfbyte.hf.layers.fusion import describe_layers, fuse, unfuse
 from halfbyte.hf.layers.prepare import prepare, prepare_for_training, unprepare
+from halfbyte.hf.layers.separation import packing_obstacle
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.linears import not_linear, share_in_4bit
 from halfbyte.hf.models.loader import load, load_tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "not_linear",
+    "packing_obstacle",
     "prepare",
     "prepare_for_training",
     "project",

@@ -26,7 +26,7 @@ def check_blocksize(blocksize: int) -> None:
 
 def check_code(code: Tensor, sizes: range, device: torch.device) -> None:
     """Check a table of values: fp32, one of ``sizes`` long, on ``device``."""
-    if code.dtype != torch.float32 or code.ndim != 1 or len(code) not in sizes or code.device != device:
+    if code.dtype != torch.float32 or code.ndim != 1 or code.numel() not in sizes or code.device != device:
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         raise ValueError(
             f"code is {code.dtype} {tuple(code.shape)} on {code.device}; it must be float32 ({size},) on {device}"
@@ -64,7 +64,7 @@ def check_4bit(weight: Weight4bit) -> None:
         check_absmax(statistics.absmax, torch.uint8, n, statistics.blocksize, device)
         check_blocksize(nested.blocksize)
         check_code(nested.code, range(256, 257), device)
-        check_absmax(nested.absmax, torch.float32, len(statistics.absmax), nested.blocksize, device)
+        check_absmax(nested.absmax, torch.float32, statistics.absmax.numel(), nested.blocksize, device)
 
 
 def check_int8(weight: WeightInt8) -> None:

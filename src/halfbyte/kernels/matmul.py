@@ -164,7 +164,7 @@ def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: 
                 "bfloat16 and float16"
             )
         needed = (width, x.shape[1]) if transposed else (x.shape[1], width)
-        if len(x) != rows or tuple(factor.shape) != needed:
+        if x.shape[0] != rows or tuple(factor.shape) != needed:
             raise ValueError(
                 f"term {i} multiplies {tuple(x.shape)} by {'the transpose of ' if transposed else ''}"
                 f"{tuple(factor.shape)}, but out is {tuple(out.shape)}"

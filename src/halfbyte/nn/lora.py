@@ -99,8 +99,8 @@ class _Call:
         for p in projections:
             self.columns.append([])
             for adapter in p.adapters:
-                self.columns[-1].append(slice(self.rank, self.rank + len(adapter.a)))
-                self.rank += len(adapter.a)
+                self.columns[-1].append(slice(self.rank, self.rank + adapter.a.shape[0]))
+                self.rank += adapter.a.shape[0]
         self.dropout = dropout
         self.seed = int(torch.randint(2**62, ())) if dropout else 0
 
@@ -118,7 +118,7 @@ class _Call:
         if not self.dropout:
             return None
         generator = torch.Generator(u.device).manual_seed(self.seed)
-        rows, width = len(u), self.weights[0].shape[1]
+        rows, width = u.shape[0], self.weights[0].shape[1]
         draws = torch.empty(-(-rows * width // 4), dtype=torch.int64, device=u.device)
         values = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: rows * width]
         dropped = min(round(self.dropout * 2**16), 2**16 - 1)
@@ -140,14 +140,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, source: Source | None, *tensors: Any) -> tuple[Tensor, ...]:
         biases, factors_a, factors_b = call.split(tensors)
-        u = x.new_empty(len(x), call.rank)
+        u = x.new_empty(x.shape[0], call.rank)
         if call.rank:
             kernels.matmul_sums([Sum([Term(_times(x, call.noise(u)), call.stacked(factors_a))], u)])
         bs = iter(factors_b)
         sums = []
         for weight, bias, columns in zip(call.weights, biases, call.columns, strict=True):
             terms = [Term(x, weight), *(Term(u[:, c], next(bs)) for c in columns)]
-            sums.append(Sum(terms, pool.empty((len(x), weight.shape[0]), x.dtype, x.device), bias))
+            sums.append(Sum(terms, pool.empty((x.shape[0], weight.shape[0]), x.dtype, x.device), bias))
         kernels.matmul_sums(sums)
         _, need_a, _ = call.split(ctx.needs_input_grad[3:])
         kept = () if not any(need_a) else (x,) if source is None else source.tensors
@@ -170,7 +170,7 @@ class _LoraLinear(torch.autograd.Function):
         # of each adapter, the gradient of its projection and its columns of u and g
         adapters = [(dy, c) for dy, columns in zip(dys, call.columns, strict=True) for c in columns]
 
-        rows, width = len(u), call.weights[0].shape[1]
+        rows, width = u.shape[0], call.weights[0].shape[1]
         g = u.new_zeros(rows, call.rank)
         sums = []
         if need_x or any(need_a):

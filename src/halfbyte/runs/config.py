@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from halfbyte.choices import (
     BLOCKSIZE,
@@ -28,8 +28,9 @@ from halfbyte.choices import (
     QuantType,
     Schedule,
 )
-from halfbyte.errors import InputError, nearest
-from halfbyte.files import absolute, model_path, write_text
+from halfbyte.data.options import DataOptions
+from halfbyte.files import absolute, write_text
+from halfbyte.options import not_empty
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -51,13 +52,9 @@ CHANGEABLE: Any = {"on_resume": "may change"}
 OF_THE_CALL: Any = {"on_resume": "of the call"}
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    model: str = Field(description="Folder or hub id of the base model, in 16 or in 4 bits.")
-    data: str = Field(description="Training data: a .jsonl, .json or .csv file.")
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
     method: Method = Field(default="sft", description="What is learned: sft, from answers.")
     preset: Preset = Field(
@@ -84,8 +81,12 @@ class TrainConfig(BaseModel):
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; takes the place of epochs.")
     batch_size: int = Field(default=4, ge=1, description="Sequences per forward pass.")
     gradient_accumulation_steps: int = Field(default=4, ge=1, description="Forward passes per optimizer step.")
-    max_length: int = Field(default=512, ge=2, description="Tokens per sequence; longer ones are cut at the end.")
     group_by_length: bool = Field(default=True, description="Put sequences of similar length into one batch.")
+    packing: bool | None = Field(
+        default=None,
+        description="Put the rows of a step one behind the other in place of padding them; without it, where that "
+        "pays. The step trains on the same rows.",
+    )
     memory: ByteSize | None = Field(
         default=None,
         json_schema_extra=CHANGEABLE,
@@ -115,13 +116,15 @@ class TrainConfig(BaseModel):
         default=0.3, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
 
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="Seed of the adapter's first values, data order and dropout."
-    )
     save_steps: int = Field(
         default=50, ge=1, json_schema_extra=CHANGEABLE, description="Optimizer steps between checkpoints."
     )
-    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    eval_steps: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra=CHANGEABLE,
+        description="Optimizer steps between evaluations; without it there is one at each checkpoint.",
+    )
     resume: bool = Field(
         default=False, json_schema_extra=OF_THE_CALL, description="Go on from the last checkpoint in the run folder."
     )
@@ -136,51 +139,21 @@ class TrainConfig(BaseModel):
             return PRESETS.get(values["preset"], {}) | dict(values)
         return values
 
-    @field_validator("model", "data", "output", mode="before")
+    @field_validator("output", mode="before")
     @classmethod
-    def _named(cls, name: Any) -> Any:
-        if not str(name).strip():
-            raise ValueError("must not be empty")
-        return name
-
-    @field_validator("data", mode="after")
-    @classmethod
-    def _absolute(cls, path: str) -> str:
-        return str(absolute(path))
+    def _named_folder(cls, name: Any) -> Any:
+        return not_empty(name)
 
     @field_validator("output", mode="after")
     @classmethod
     def _absolute_folder(cls, path: Path) -> Path:
         return absolute(path)
 
-    @field_validator("model", mode="after")
-    @classmethod
-    def _absolute_model(cls, name: str) -> str:
-        return model_path(name)
-
     @model_validator(mode="after")
     def _resume_or_overwrite(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other; choose one")
         return self
-
-    @classmethod
-    def from_yaml(cls, path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Read the options in the file at ``path`` (none if ``None``); those in ``overrides`` win.
-
-        Raises:
-            InputError: the file cannot be read or is not a YAML mapping, or an option is unknown, missing or wrong.
-        """
-        written = {} if path is None else _read_mapping(absolute(path))
-        given = written | dict(overrides or {})
-        place = {key: f"{path}: " for key in written if key not in (overrides or {})}
-        for key in given:
-            if key not in cls.model_fields:
-                raise InputError(f"{place.get(key, '')}unknown option {key!r}{nearest(str(key), cls.model_fields)}.")
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            raise InputError(_sentence(error, place)) from None
 
     @classmethod
     def fixed_options(cls) -> list[str]:
@@ -195,28 +168,3 @@ class TrainConfig(BaseModel):
 
 def _marked(mark: Any) -> set[str]:
     return {name for name, field in TrainConfig.model_fields.items() if field.json_schema_extra == mark}
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise InputError(f"{path}: this is not YAML{line}; write one 'option: value' per line.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected 'option: value' lines, found {type(values).__name__}.")
-    return values
-
-
-def _sentence(error: ValidationError, place: Mapping[str, str]) -> str:
-    first = error.errors()[0]
-    if not first["loc"]:
-        return f"{first['ctx']['error']}."
-    key = str(first["loc"][0])
-    if first["type"] == "missing":
-        return f"option {key!r} is missing: {TrainConfig.model_fields[key].description}"
-    problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{place.get(key, '')}option {key!r}: {first['input']!r} is wrong, it {problem}."

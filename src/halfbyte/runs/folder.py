@@ -2,6 +2,7 @@
 
     config.yaml                   every option; written first
     run.json                      the version of this layout, and the circumstances in which the run began
+    skipped.jsonl                 rows that were left out (skip_bad_rows), and why
     metrics.jsonl                 one line per event (``runs/events.py``), written as it happens
     checkpoints/step-000123/      while training; what ``resume`` goes on from (``hf/trainers/state.py``)
     adapter_model.safetensors     the result, a plain PEFT folder, with adapter_config.json and the tokenizer
@@ -42,6 +43,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter_model.safetensors"
         self.adapter_config = path / "adapter_config.json"
+        self.skipped = path / "skipped.jsonl"
         self.curve = path / "loss.png"
         self.summary = path / "summary.json"
 
@@ -57,7 +59,8 @@ class RunFolder:
 
     @property
     def _own_files(self) -> list[Path]:
-        return [self.config, self.about, self.metrics, self.adapter, self.adapter_config, self.summary]
+        results = [self.adapter, self.adapter_config, self.summary]
+        return [self.config, self.about, self.metrics, self.skipped, *results]
 
     def last_checkpoint(self) -> Path | None:
         """Return the latest checkpoint, if there is one."""
@@ -114,14 +117,35 @@ class RunFolder:
             )
         return found.noted
 
-    def begin(self, config: TrainConfig, circumstances: "Circumstances") -> None:
-        """Remove what an earlier run left and begin this one; a model that the folder does not belong to stays."""
+    def begin(
+        self,
+        config: TrainConfig,
+        circumstances: "Circumstances",
+        skipped: Path | None = None,
+        packed_tokens: int | None = None,
+    ) -> None:
+        """Remove what an earlier run left and begin this one; a model that the folder does not belong to stays.
+
+        Args:
+            config: the options.
+            circumstances: in which it begins.
+            skipped: a file that lists the rows that are left out.
+            packed_tokens: the most that a packed pass may hold; None for padded batches.
+        """
         for file in self._own_files:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        about = {"version": VERSION, "circumstances": circumstances.model_dump()}
+        about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")
+        if skipped:
+            with files.whole_file(self.skipped) as part:
+                shutil.copyfile(skipped, part)
         config.save(self.config)
+
+    def packed_tokens(self) -> int | None:
+        """Return what :meth:`begin` was told of packing."""
+        tokens: int | None = self._read_about().get("packed_tokens")
+        return tokens
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

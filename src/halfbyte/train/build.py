@@ -54,10 +54,11 @@ def build_model(config: TrainConfig) -> Any:
     return hf.prepare_for_training(model)
 
 
-def plan_activations(config: TrainConfig, model: Any, longest: int) -> activations.Policy:
+def plan_activations(config: TrainConfig, model: Any, longest: int, tokens: int | None = None) -> activations.Policy:
     """Choose which layers' activations are kept, as the memory allows, for rows of at most ``longest`` tokens.
 
-    Of several processes, as the one with the least memory allows: all keep the same.
+    Of several processes, as the one with the least memory allows: all keep the same. Of a pass that is packed,
+    ``tokens`` are the most that it may hold; padded batches, which are evaluated too, have ``batch_size`` rows.
 
     Raises:
         InputError: nothing fits.
@@ -69,13 +70,25 @@ def plan_activations(config: TrainConfig, model: Any, longest: int) -> activatio
     )
     [lacking] = distributed.largest([-free])
     recompute = config.gradient_checkpointing
-    return activations.plan(model, length=longest, batch_size=config.batch_size, free=-lacking, recompute=recompute)
+    rows = max(config.batch_size, -(-(tokens or 0) // longest))
+    return activations.plan(model, length=longest, batch_size=rows, free=-lacking, recompute=recompute)
 
 
 def build_trainer(
-    config: TrainConfig, method: Method, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Any
+    config: TrainConfig,
+    method: Method,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: data.Prepared,
+    *,
+    begin: bool = True,
+    packer: data.Packer | None = None,
 ) -> Any:
-    """Return the method's trainer over ``rows`` (a dataset), which writes its checkpoints to ``config.output``."""
+    """Return the method's trainer over ``rows``, which writes its checkpoints to ``config.output``.
+
+    It evaluates, if there is data for that, every ``eval_steps``, and first of all where the run is to ``begin``. A
+    ``packer`` packs the samples of each step.
+    """
     warm_constant = config.lr_scheduler_type == "constant" and config.warmup_ratio > 0
     common = {
         "output_dir": str(config.output),
@@ -91,6 +104,10 @@ def build_trainer(
         "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
         "seed": config.seed,
         "save_steps": config.save_steps,
+        "per_device_eval_batch_size": config.batch_size,
+        "eval_strategy": "steps" if rows.evaluation else "no",
+        "eval_steps": config.eval_steps or config.save_steps,
+        "eval_on_start": begin and rows.evaluation is not None,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -101,10 +118,12 @@ def build_trainer(
     return method.trainer(
         model=model,
         args=method.arguments(config, common),
-        train_dataset=rows,
+        train_dataset=rows.train.rows,
+        eval_dataset=rows.evaluation.rows if rows.evaluation else None,
         data_collator=data.Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         optimizers=(build_optimizer(config, model, config.output), None),
+        **({"packer": packer} if packer else {}),
     )
 
 

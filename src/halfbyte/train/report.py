@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from halfbyte.data import Tokenized
+from halfbyte.data.table import Counts
 from halfbyte.runs.events import StepMetrics
 
 LOSS_STEPS = 10
@@ -43,7 +43,7 @@ class Summary:
     peak_memory_bytes: int
 
 
-def summarize(steps: Sequence[StepMetrics], rows: Tokenized, trained_parameters: int) -> Summary:
+def summarize(steps: Sequence[StepMetrics], rows: Counts, trained_parameters: int) -> Summary:
     """Return the summary of a run that made ``steps``, one or more, over ``rows``."""
     last, ending = steps[-1], steps[-LOSS_STEPS:]
     return Summary(

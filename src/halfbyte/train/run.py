@@ -7,6 +7,7 @@ than it was is told, or refused.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -18,10 +19,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from halfbyte import data, hf
+from halfbyte.data.samples import preview_lines
+from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
+from halfbyte.hf.models.stops import check_stop_token, save_stops
 from halfbyte.hf.trainers import distributed
 from halfbyte.kernels import pool
 from halfbyte.quiet import quiet
@@ -32,6 +36,7 @@ from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
 from halfbyte.train.build import build_model, build_trainer, plan_activations
 from halfbyte.train.methods import Method, method_of
+from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, plot_loss, summarize
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
@@ -79,12 +84,17 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             tokenizer, rows = _read(config, method, tell)
             model = _load(config, tokenizer, rows, tell)
         tell(Stage(name="plan", text="Planning the memory of a step"))
-        policy = plan_activations(config, model, rows.longest)
+        if checkpoint:  # what a pass holds decides about bits
+            tokens = folder.packed_tokens()
+            policy = plan_activations(config, model, rows.longest, tokens)
+        else:
+            policy, tokens = plan_step(config, model, rows, note)
         note(str(policy))
-        before = _begin(folder, config, checkpoint, metrics, note)
+        before = _begin(folder, config, checkpoint, rows.skipped, tokens, metrics, note)
 
         activations.apply(model, policy, folder.path)
-        trainer = build_trainer(config, method, model, tokenizer, rows.rows)
+        packer = None if tokens is None else data.Packer(tokens)
+        trainer = build_trainer(config, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
         stop = Stop()
         steps = Steps(trainer, before, stop, tell)
         trainer.add_callback(steps)
@@ -92,35 +102,46 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < trainer.state.max_steps:
                 raise Interrupted(trainer.state.global_step, folder.path)
-        summary = summarize(steps.made, rows, hf.count_parameters(model)[0])
-        _finish(folder, trainer, steps, summary)
+        summary = summarize(steps.made, rows.train.counts, hf.count_parameters(model)[0])
+        _finish(folder, trainer, tokenizer, steps, summary)
     return RunResult(folder.path, summary)
 
 
-def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, data.Tokenized]:
+def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, data.Prepared]:
     """Return the tokenizer, and the data as rows of its tokens."""
-    tell(Stage(name="data", text=f"Reading {config.data}"))
+    tell(Stage(name="data", text=f"Reading {data.named_sources(config.data)}"))
 
     def progress(_: int, done: int, size: int) -> None:
         tell(Progress(done=done, total=size, unit="bytes"))
 
-    examples = data.read_examples(config.data, progress)
     tokenizer = hf.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    rows = data.tokenize(method.check_examples(config.method, examples), tokenizer, config.max_length)
-    cut = f", {rows.truncated:,} of them cut" if rows.truncated else ""
-    tell(Note(text=f"{rows.examples:,} examples{cut}: {rows.tokens:,} tokens, {rows.trained_tokens:,} of them trained"))
-    if rows.unused:
-        tell(Note(text=f"Columns not used: {data.named(rows.unused)}"))
+    for line in data.equip(tokenizer, config):
+        tell(Note(text=line))
+    take = functools.partial(method.take, config.method)
+
+    def prepared() -> data.Prepared:
+        return data.prepare(config, tokenizer, method=config.method, take=take, progress=progress)
+
+    with distributed.first_writes() as writes:
+        rows = prepared() if writes else None
+    rows = rows or prepared()  # found in the cache
+    for line in [*rows.told(), *preview_lines(rows.train, tokenizer)[1:]]:
+        tell(Note(text=line))
+    if rows.train.counts.chats and not tokenizer.chat_template:
+        tokenizer.chat_template = data.chat_template(tokenizer)
+        tell(Note(text="The model has no chat template; a plain one is taken and saved with the adapter"))
     return tokenizer, rows
 
 
-def _load(config: TrainConfig, tokenizer: Any, rows: data.Tokenized, tell: Listener) -> Any:
+def _load(config: TrainConfig, tokenizer: Any, rows: data.Prepared, tell: Listener) -> Any:
     """Return the model with a new adapter, held to be one that these rows can be trained on."""
     tell(Stage(name="model", text=f"Loading {config.model}"))
     model = build_model(config)
-    check_tokens(model, tokenizer, rows.largest_id, config.data)
-    remedy = f"set max_length to {most_positions(model)}"
-    check_length(model, rows.longest, f"The longest row of {config.data}", remedy)
+    name = f"The data ({data.named_sources(config.data)})"
+    check_tokens(model, tokenizer, rows.largest_id, name)
+    check_length(model, rows.longest, "The longest row of the data", f"set max_length to {most_positions(model)}")
+    for line in _stops_told(model, tokenizer):
+        tell(Note(text=line))
     trained, parameters = model.get_nb_trainable_parameters()
     share = f"{hf.share_in_4bit(model):.0%} of them in 4 bits"
     tell(Note(text=f"Training {trained:,} parameters over {parameters - trained:,} frozen ones, {share}"))
@@ -129,8 +150,20 @@ def _load(config: TrainConfig, tokenizer: Any, rows: data.Tokenized, tell: Liste
     return model
 
 
+def _stops_told(model: Any, tokenizer: Any) -> list[str]:
+    stop = trained_stop(tokenizer)
+    unknown = [] if stop is None else check_stop_token(model.get_base_model(), tokenizer, [stop])
+    return [*check_tokenizer(tokenizer, model.generation_config.eos_token_id), *unknown]
+
+
 def _begin(
-    folder: RunFolder, config: TrainConfig, checkpoint: Path | None, metrics: MetricsFile, note: Callable[[str], None]
+    folder: RunFolder,
+    config: TrainConfig,
+    checkpoint: Path | None,
+    skipped: Path | None,
+    packed_tokens: int | None,
+    metrics: MetricsFile,
+    note: Callable[[str], None],
 ) -> list[StepMetrics]:
     """Begin the run folder, or go on in it from ``checkpoint``; return the steps that were made before."""
     circumstances = Circumstances.here(config.model, distributed.world_size())
@@ -140,15 +173,17 @@ def _begin(
                 note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
             note(f"Going on from {checkpoint}")
         elif writes:
-            folder.begin(config, circumstances)
-        return metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
-    raise AssertionError("the block returns or raises")
+            folder.begin(config, circumstances, skipped, packed_tokens)
+        before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
+    return before
 
 
-def _finish(folder: RunFolder, trainer: Any, steps: Steps, summary: Summary) -> None:
+def _finish(folder: RunFolder, trainer: Any, tokenizer: Any, steps: Steps, summary: Summary) -> None:
     """Put the results into the run folder, each file whole, the summary last; remove the checkpoints."""
     part = folder.path / ".adapter"
     trainer.save_model(str(part))
+    if distributed.is_first():
+        save_stops(trainer.model, tokenizer, stop_ids(tokenizer), part)
     with distributed.first_writes() as writes:
         if writes:
             for file in part.iterdir():

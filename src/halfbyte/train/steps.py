@@ -68,5 +68,4 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.tell(Checkpoint(step=state.global_step, folder=f"{folder.parent.name}/{folder.name}"))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
-        figures = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
-        self.tell(Evaluation(step=state.global_step, figures=figures))
+        self.tell(Evaluation(step=state.global_step, figures={"loss": metrics["eval_loss"]}))

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
 import halfbyte
+from halfbyte.data import Packer
 from halfbyte.errors import InputError
 from halfbyte.hf.trainers import SFTConfig, SFTTrainer, distributed
 
@@ -31,8 +32,18 @@ class Watch(TrainerCallback):
         self.options = options
         self.stop = False
         self.steps = 0
+        self.passes: list[int] = []
+        self.wishes: list[int] = []
         if options.get("sigterm"):
             signal.signal(signal.SIGTERM, self.ask)
+
+    def pack(self, batches: Any, agree: Any) -> Any:
+        def wish(number: int) -> int:
+            self.wishes.append(number)
+            agreed: int = agree(number)
+            return agreed
+
+        return Packer(self.options["packed"])(batches, wish)
 
     def ask(self, *_: Any) -> None:
         self.stop = True
@@ -79,16 +90,19 @@ def main() -> None:
             processing_class=AutoTokenizer.from_pretrained(folder),
             peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[watch],
+            packer=watch.pack if "packed" in options else None,
         )
         if options.get("infinite") == distributed.rank():
             name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.default.weight"
             trainer.model.get_parameter(name).register_hook(lambda gradient: gradient * torch.inf)
+        trainer.model.register_forward_hook(lambda *_: watch.passes.append(trainer.state.global_step))
         trainer.train(resume_from_checkpoint=options.get("resume"))
         trainer.save_model(str(output / "adapter"))
         seen = {"losses": [line["loss"] for line in trainer.state.log_history if "loss" in line]}
         seen["tokens"] = trainer.trained_tokens
     except InputError as error:
         seen = {"error": str(error), "kind": type(error).__name__}
+    seen |= {"passes": watch.passes, "wishes": watch.wishes}
     seen |= {"steps": watch.steps, "threads": torch.get_num_threads(), "processes": distributed.world_size()}
     Path(f"{output}.{distributed.rank()}.json").write_text(json.dumps(seen))
     distributed.leave()

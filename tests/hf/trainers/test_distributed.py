@@ -52,6 +52,22 @@ def test_two_processes_train_as_one_with_twice_the_batch(order: str, tiny_model_
 
 
 @pytest.mark.slow
+def test_processes_that_pack_their_shares_train_as_one_that_does_not(tiny_model_folder: Path, tmp_path: Path) -> None:
+    options = {"steps": 5, "accumulation": 3, "batch": 2}  # 16 rows: the second step of an epoch is smaller
+    plain = run(tiny_model_folder, tmp_path / "plain", 2, **options)
+    packed = run(tiny_model_folder, tmp_path / "packed", 2, packed=160, **options)
+    for process in packed:
+        assert process["losses"] == pytest.approx(plain[0]["losses"], rel=1e-4)
+        assert process["tokens"] == plain[0]["tokens"]
+    assert packed[0]["wishes"] != packed[1]["wishes"]  # one's samples would go into fewer passes
+    assert packed[0]["passes"] == packed[1]["passes"] and len(packed[0]["passes"]) < len(plain[0]["passes"])
+    ours, theirs = adapter(tmp_path / "packed/adapter"), adapter(tmp_path / "plain/adapter")
+    for name, tensor in theirs.items():
+        if "lora_B" in name:  # zero at first
+            assert (ours[name] - tensor).norm() < 1e-2 * tensor.norm(), name
+
+
+@pytest.mark.slow
 def test_one_process_writes_and_the_group_goes_on_from_what_it_wrote(tiny_model_folder: Path, tmp_path: Path) -> None:
     whole, first = tmp_path / "whole", tmp_path / "first"
     two = run(tiny_model_folder, whole, 2, batch=2, steps=4)

@@ -11,9 +11,10 @@ What ranges cannot say, and what the kernel does not do, goes the usual way, wit
 would leave something out (soft caps, attention sinks) to the model's own eager function.
 """
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,6 +44,28 @@ NEUTRAL = {
 }  # fmt: skip
 
 
+_BUILT: list[list[tuple[int, ...]]] = []
+"""Lists that hear of each mask that is built from ranges."""
+
+
+@contextlib.contextmanager
+def masks_built() -> Iterator[list[tuple[int, ...]]]:
+    """Yield a list that gets the shape of each whole mask that is built meanwhile because a layer cannot do without."""
+    built: list[tuple[int, ...]] = []
+    _BUILT.append(built)
+    try:
+        yield built
+    finally:
+        _BUILT.remove(built)
+
+
+def _whole_mask(ranges: Tensor, keys: int) -> Tensor:
+    mask = mask_of(ranges, keys)
+    for built in _BUILT:
+        built.append(tuple(mask.shape))
+    return mask
+
+
 class RangedMask(Tensor):
     """The mask ``[B, 1, L, S]`` that says the same as ``ranges``, bool, built when something is computed with it.
 
@@ -66,7 +89,7 @@ class RangedMask(Tensor):
     def built(self) -> Tensor:
         """Return the mask as an ordinary tensor."""
         if self._built is None:
-            self._built = mask_of(self.ranges, self.shape[-1])
+            self._built = _whole_mask(self.ranges, self.shape[-1])
         return self._built
 
     @classmethod
@@ -171,14 +194,14 @@ def attention_forward(
         ranges = within_segments(ranges, bounds)
     if ranges is not None and not dropout and _supported(query, key, value, kwargs):
         return attention(query, key, value, ranges, scale=scaling, softcap=softcap).transpose(1, 2), None
-    mask = _ordinary(attention_mask) if ranges is None else mask_of(ranges, key.shape[2])
+    mask = _ordinary(attention_mask) if ranges is None else _whole_mask(ranges, key.shape[2])
     if softcap is None and kwargs.get("s_aux") is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
     if mask is None and (unmasked := _unmasked(module, query, key, kwargs)) is not None:
-        mask = mask_of(unmasked, key.shape[2]).to(query.device)
+        mask = _whole_mask(unmasked, key.shape[2]).to(query.device)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     eager = _eager(module)

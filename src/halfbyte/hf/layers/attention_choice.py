@@ -40,7 +40,7 @@ def choose_attention(model: PreTrainedModel) -> None:
 
     A part that is eager because SDPA has no soft caps (Gemma 2) need not be.
     """
-    for part in _parts(model):
+    for part in parts_of(model):
         capped = hasattr(part.config, "attn_logit_softcapping") and part._supports_flash_attn
         if part.config._attn_implementation in (("sdpa", "eager") if capped else ("sdpa",)) and not _obstacle(part):
             # what set_attn_implementation does for one part, without its warnings about others
@@ -53,7 +53,7 @@ def describe_attention(model: nn.Module) -> str:
     For example ``over key ranges`` or ``sdpa: FalconForCausalLM does not take its attention from the registry``.
     """
     ways = []
-    for part in _parts(model):
+    for part in parts_of(model):
         name = part.config._attn_implementation
         if name == attention.NAME:
             ways.append("over key ranges")
@@ -63,7 +63,7 @@ def describe_attention(model: nn.Module) -> str:
     return "; ".join(dict.fromkeys(ways)) or "there is none"
 
 
-def _parts(model: nn.Module) -> list[PreTrainedModel]:
+def parts_of(model: nn.Module) -> list[PreTrainedModel]:
     """Return the models within ``model`` that have a configuration of their own, outermost first."""
     parts: dict[int, PreTrainedModel] = {}
     for module in model.modules():

@@ -82,8 +82,10 @@ def _samples(batch: Mapping[str, Any], rows: Any) -> str:
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor):
         return "on its batch"
-    mask = batch.get("attention_mask")
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     kept = [row[mask[i].bool()] if isinstance(mask, Tensor) else row for i, row in enumerate(ids)]
+    if mask is None and isinstance(positions, Tensor) and len(ids) == 1:  # packed
+        kept = list(ids[0].tensor_split((positions[0] == 0).nonzero()[1:, 0].cpu()))
     samples = [row.tolist() for row in kept]
     lengths = f"of {_listed([len(sample) for sample in samples])} tokens"
     if "input_ids" in (getattr(rows, "column_names", None) or ()):

@@ -1,19 +1,31 @@
 """TRL's SFT, DPO and KTO trainers and their configurations, as ours: see :mod:`halfbyte.hf.trainers.base`."""
 
 import logging
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import trl
+from torch import Tensor
+from transformers.trainer_utils import has_length
 
+from halfbyte import tables
 from halfbyte.choices import IGNORED
 from halfbyte.errors import InputError
+from halfbyte.hf.layers import separation
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
 
 logger = logging.getLogger(__name__)
+
+Packer = Callable[[Sequence[dict[str, Tensor]], Callable[[int], int]], list[dict[str, Tensor]]]
+"""Makes of a step's padded batches as many packed ones or fewer, as :class:`halfbyte.data.Packer` does."""
+
+LEFT_OUT: dict[str, Any] = {}
+"""Stands for a micro-batch whose samples are in others."""
 
 
 class _Joined:
@@ -75,6 +87,10 @@ class KTOConfig(_Joined, trl.KTOConfig):
 class SFTTrainer(BaseTrainer, trl.SFTTrainer):
     """``trl.SFTTrainer`` for a PEFT model: same arguments, see :mod:`halfbyte.hf.trainers.base` for what differs.
 
+    And one more, ``packer``. TRL's ``packing=True`` joins samples before the run, so that a step trains on more of
+    them; a packer joins those of one step, which stays the same but for rounding and for the random numbers of dropout.
+    What TRL logs beside the loss (entropy, accuracy) is the mean over the micro-batches, so it is weighted otherwise.
+
     Attributes:
         trained_tokens: tokens with a label that all processes together have trained on.
     """
@@ -82,8 +98,9 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
     _config = SFTConfig
     aux_loss_enabled: bool
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, packer: Packer | None = None, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        self.packer = packer
         self.trained_tokens = 0
         # Trainer counts a step's trained tokens only for classes that accept loss arguments (Gemma 4 says no), and
         # leaves the first position out only where the class's name tells its loss (GPT2LMHeadModel does not). The
@@ -91,6 +108,21 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._check_balance()
+        if packer and (obstacle := self.packing_obstacle()):
+            raise InputError(f"The samples of a step cannot be packed: {obstacle}; leave packing out.")
+
+    def packing_obstacle(self) -> str | None:
+        """Return why a step's samples cannot be packed without changing what is trained, as a clause, or None."""
+        if self.args.neftune_noise_alpha:
+            return "neftune_noise_alpha makes noise that depends on the length of a row"
+        if self.aux_loss_enabled:
+            return separation.BALANCE
+        if self.padding_free:
+            return "packing and padding_free of TRL's configuration have packed the rows already"
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        sized = has_length(self.train_dataset) and "input_ids" in columns
+        longest = int(tables.lengths(self.train_dataset).max()) if sized else sys.maxsize
+        return separation.obstacle(self.model, longest)
 
     def _check_balance(self) -> None:
         """Do without the loss that balances experts where TRL (1.16) cannot compute it from the configuration."""
@@ -112,7 +144,52 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         own = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         self.trained_tokens += distributed.total(own)
+        if self.packer and batches:
+            packed = self.packer(batches, lambda number: self._agreed(number, batches))
+            # Trainer counts its steps in batches. The last one is where processes exchange gradients.
+            batches = [LEFT_OUT] * (len(batches) - len(packed)) + packed
         return batches, count
+
+    def _agreed(self, number: int, batches: Sequence[dict[str, Tensor]]) -> int:
+        """Return how many micro-batches all processes make of this step: TRL exchanges metrics in each of them."""
+        samples = sum(len(batch["labels"]) for batch in batches)
+        most, fewest = distributed.largest([number, -samples])
+        if most > -fewest:
+            raise InputError(
+                f"A process has {-fewest} samples in a step that another one packs into {most} rows: set even_batches, "
+                "or leave packing out."
+            )
+        return most
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Make the gradients of a micro-batch, as Trainer does."""
+        if inputs is LEFT_OUT:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if inputs is not LEFT_OUT:
+            super()._track_num_input_tokens(inputs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch; in evaluation it is kept with the number of tokens that it is the mean of."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            loss = result[0] if return_outputs else result
+            self._evaluated.append((loss.item(), int((inputs["labels"][:, 1:] != IGNORED).sum())))
+        return result
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate; the loss is the mean over tokens, where Trainer takes that over the batches' means."""
+        self._evaluated: list[tuple[float, int]] = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        parts = [part for parts in distributed.gather(self._evaluated) for part in parts if part[1]]
+        if parts:
+            tokens = sum(count for _, count in parts)
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in parts) / tokens
+        return output
 
 
 class DPOTrainer(BaseTrainer, trl.DPOTrainer):

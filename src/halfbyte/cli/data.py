@@ -1,0 +1,150 @@
+"""``data``: what will be trained, as a table and samples in the terminal, a page, a picture, or numbers."""
+
+import dataclasses
+import functools
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfbyte.cli.console import bar
+from halfbyte.cli.data_page import page
+from halfbyte.cli.data_terminal import show
+from halfbyte.cli.options import flags_of
+from halfbyte.data.options import DataOptions
+from halfbyte.errors import InputError, check_writable
+from halfbyte.files import absolute, whole_file, write_text
+from halfbyte.quiet import quiet
+from halfbyte.runs.config import TrainConfig
+
+if TYPE_CHECKING:
+    from halfbyte.data.samples import Sample
+    from halfbyte.data.survey import Survey
+
+PAGE_SAMPLES = 20
+
+Files = Annotated[
+    list[str] | None, typer.Argument(help="Training data: files, folders, globs, hub ids; see docs/data.md.")
+]
+Samples = Annotated[
+    int, typer.Option(min=0, help="Rows to show: the first, one of median length, the longest, then any.")
+]
+Row = Annotated[list[int] | None, typer.Option(min=1, help="Show this row, from 1, instead; may be given again.")]
+Borders = Annotated[bool, typer.Option("--tokens", help="Show the borders of tokens.")]
+Html = Annotated[Path | None, typer.Option(dir_okay=False, help="Write all of it as one page.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", allow_dash=True, dir_okay=False, help="Write the numbers as JSON; - prints only them."),
+]
+Picture = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw how long the rows are: a .png or .svg file.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Rows, evaluation rows if there are any, the tokenizer, and what told of their preparation."""
+
+    train: Any
+    evaluation: Any
+    tokenizer: Any
+    prepared: Any
+    notes: list[str]
+
+
+def _opened(options: DataOptions) -> Opened:
+    """Make the tables that ``train`` would make of the same options."""
+    from halfbyte.data import equip, prepare
+    from halfbyte.hf import load_tokenizer
+    from halfbyte.train.methods import METHODS
+
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    notes = equip(tokenizer, options)
+    with bar("Reading") as reading:
+        task = reading.add_task("")
+        prepared = prepare(
+            options,
+            tokenizer,
+            take=functools.partial(METHODS["sft"].take, "sft"),
+            progress=lambda _, done, total: reading.update(task, completed=done, total=total),
+        )
+    return Opened(prepared.train, prepared.evaluation, tokenizer, prepared, notes)
+
+
+def data(
+    files: Files = None,
+    samples: Samples = 3,
+    row: Row = None,
+    tokens: Borders = False,
+    html: Html = None,
+    json_file: Json = None,
+    picture: Picture = None,
+    **options: Any,
+) -> None:
+    """Show what will be trained: counts, lengths, duplicates, what is odd, and rows with their trained tokens marked.
+
+    Trained text is coloured, or stands between ⟦ and ⟧ where there are no colours. Fails if nothing would be learnt.
+    """
+    if picture and picture.suffix.lower() not in (".png", ".svg"):
+        raise InputError(f"{picture}: a picture is a .png or a .svg file; name it so.")
+    only_json = str(json_file) == "-"
+    for target in (html, picture, None if only_json else json_file):
+        if target:
+            check_writable(absolute(target).parent)
+    given = {name: value for name, value in options.items() if value is not None} | ({"data": files} if files else {})
+    settings = DataOptions.from_yaml(given.pop("config", None), given, besides=TrainConfig.model_fields)
+    names = [source.path for source in settings.data]
+    with quiet():
+        opened = _opened(settings)
+        for number in row or []:
+            if number > len(opened.train.rows):
+                raise InputError(f"There is no row {number:,}; the data has {len(opened.train.rows):,}.")
+        found = _survey(opened, settings.max_length)
+        chosen = [] if only_json else _samples(opened, row, samples)
+        if html:
+            write_text(absolute(html), page(found, opened, _samples(opened, row, PAGE_SAMPLES), names, settings.model))
+        if picture:
+            from halfbyte.data.picture import draw_lengths
+
+            with whole_file(absolute(picture)) as part:
+                draw_lengths(found, str(part), form=picture.suffix.lower()[1:])
+        numbers = json.dumps(dataclasses.asdict(found), indent=1, allow_nan=False) + "\n"
+        if json_file and not only_json:
+            write_text(absolute(json_file), numbers)
+    if only_json:
+        typer.echo(numbers, nl=False)
+    else:
+        show(found, chosen, borders=tokens)
+
+
+def _survey(opened: Opened, max_length: int) -> "Survey":
+    from halfbyte.data.survey import survey, told
+
+    with bar("Counting") as progress:
+        task = progress.add_task("")
+        found = survey(
+            opened.train,
+            opened.tokenizer,
+            against=opened.evaluation,
+            max_length=max_length,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    facts = told(opened.prepared)
+    return dataclasses.replace(found, **facts | {"said": [*opened.notes, *facts["said"]]})
+
+
+def _samples(opened: Opened, numbers: list[int] | None, count: int) -> list["Sample"]:
+    from halfbyte.data.samples import choose, row_lengths, sample
+
+    rows = opened.train.rows
+    return [sample(rows, number, opened.tokenizer) for number in numbers or choose(row_lengths(rows), count)]
+
+
+def _signature() -> inspect.Signature:
+    """Return the command's own parameters, and a flag for each option of the data."""
+    own = [p for p in inspect.signature(data).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    flags = [flag for flag in flags_of(DataOptions).parameters.values() if flag.name != "data"]
+    return inspect.Signature([*own, *flags])
+
+
+data.__signature__ = _signature()  # type: ignore[attr-defined]

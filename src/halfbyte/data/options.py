@@ -1,0 +1,102 @@
+"""The options that say what is trained on: of ``halfbyte train`` and ``halfbyte data`` alike. Imports no torch."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from halfbyte.data.sources import Source, resolve
+from halfbyte.files import model_path
+from halfbyte.options import Options, not_empty
+
+
+class DataOptions(Options):
+    """Where the data is, how it is read, and what of it is trained. Part of a run's configuration."""
+
+    model: str = Field(description="Folder or hub id of the base model, in 16 or in 4 bits.")
+    data: list[Source] = Field(
+        description="Training data: files, folders, globs, hub ids (user/name:config@split), names of the paper's data "
+        "sets, or - for standard input; behind @ a weight, such as a.jsonl@0.3."
+    )
+    eval_data: list[Source] | None = Field(default=None, description="Evaluation data, named like the training data.")
+    eval_share: float | None = Field(
+        default=None, gt=0, lt=1, description="Share of the training data that is held out for evaluation."
+    )
+    format: str | None = Field(
+        default=None, description="Shape of all rows, such as alpaca or sharegpt; without it each row tells its own."
+    )
+    columns: dict[str, str] | None = Field(
+        default=None, description="Columns of one's own: prompt=question,completion=answer."
+    )
+    template: str | None = Field(
+        default=None, description="Text made of a row's columns: 'Translate {source}:'; with a completion, its prompt."
+    )
+    encoding: str | None = Field(default=None, description="Encoding of text files; without it it is found.")
+    split_text: int | Literal["document"] = Field(
+        default="document", description="How plain text is divided: a row a file, or pieces of so many characters."
+    )
+    max_length: int = Field(default=512, ge=2, description="Tokens per sequence; longer ones are cut at the end.")
+    chat_template: str | None = Field(
+        default=None, description="Chat template in the place of the model's own: a Jinja file, or the name of one of "
+        "TRL's, such as qwen3."
+    )  # fmt: skip
+    thinking: Literal["on", "off"] | None = Field(
+        default=None, description="For models that think before they answer: have the template ask for it, or not."
+    )
+    train_on: Literal["all", "last"] = Field(
+        default="all", description="Which answers of a conversation are trained; a turn's own train or weight wins."
+    )
+    parse_special_tokens: bool = Field(
+        default=False, description="Take control tokens that are written out in the data's texts for such."
+    )
+    skip_bad_rows: bool | Literal["all"] = Field(
+        default=False,
+        description="Train without rows that cannot be trained on, up to a tenth of them; all: however many.",
+    )
+
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the adapter's first values, data order, dropout, and of what is held out.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named(cls, name: Any) -> Any:
+        return not_empty(name)
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _absolute_model(cls, name: str) -> str:
+        return model_path(name)
+
+    @field_validator("data", "eval_data", mode="before")
+    @classmethod
+    def _resolved(cls, given: Any) -> Any:
+        return None if given is None else resolve(given)
+
+    @field_serializer("data", "eval_data")
+    def _short(self, sources: list[Source] | None) -> Any:
+        """Write a source of which only the name was given as that name."""
+        if sources is None:
+            return None
+        dumped = [source.model_dump(mode="json", exclude_defaults=True) for source in sources]
+        words = [source["path"] if source.keys() == {"path"} else source for source in dumped]
+        return words[0] if len(words) == 1 else words
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _paired(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        pairs = [pair.split("=", 1) for pair in given.split(",")]
+        if not all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs):
+            raise ValueError("must be pairs such as prompt=question,completion=answer")
+        return {name.strip(): column.strip() for name, column in pairs}
+
+    @model_validator(mode="after")
+    def _one_evaluation(self) -> "DataOptions":
+        if self.eval_data and self.eval_share:
+            raise ValueError("eval_data and eval_share exclude each other; choose one")
+        return self

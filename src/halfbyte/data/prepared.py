@@ -1,0 +1,260 @@
+"""The whole way of the data: from what a user names to tables of tokens to train on and to evaluate on.
+
+A table is made once and kept (:mod:`halfbyte.data.cache`). Rows that are held out for evaluation are chosen by a hash
+of their tokens, so that equal rows are on one side, and the choice does not depend on the order of the data.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.data import cache
+from halfbyte.data.bad_rows import BadRows, SkippedFile
+from halfbyte.data.examples import BadRow, Example
+from halfbyte.data.formats import read_examples as examples_of
+from halfbyte.data.options import DataOptions
+from halfbyte.data.readers import Progress
+from halfbyte.data.sources import Source, fingerprint, read_source, resolve
+from halfbyte.data.stops import choose_pad
+from halfbyte.data.table import ABOUT, Counts, Table, Tokenized, last_answer, open_table
+from halfbyte.data.template import chat_template
+from halfbyte.data.tokens import encode_examples
+from halfbyte.errors import InputError, named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEPENDS = {*DataOptions.model_fields} - {"model", "data", "eval_data", "seed", "skip_bad_rows", "trust_remote_code"}
+"""Options that a table depends on, beside the data and the tokenizer."""
+TRAIN, EVALUATION, SKIPPED = "train", "evaluation", "skipped.jsonl"
+
+Take = Callable[[Example | BadRow], Example | BadRow]
+"""What a method makes of an example: the same, another, or a bad row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run trains on.
+
+    Attributes:
+        train: its rows.
+        evaluation: rows for evaluation, with the column ``reference``, if any were asked for.
+        bad: rows that were left out.
+        skipped: the file that lists them, if there are any.
+        shapes: how many rows had which shape.
+        said: what was found out about files, a sentence each.
+    """
+
+    train: Tokenized
+    evaluation: Tokenized | None
+    bad: BadRows
+    skipped: Path | None
+    shapes: dict[str, int]
+    said: list[str]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of all."""
+        return max(rows.counts.longest for rows in (self.train, self.evaluation) if rows)
+
+    @property
+    def largest_id(self) -> int:
+        """The greatest token id of all."""
+        return max(rows.counts.largest_id for rows in (self.train, self.evaluation) if rows)
+
+    def told(self) -> list[str]:
+        """What somebody should know of it before it is trained on, a sentence each."""
+        lines = [*self.said, _counted(self.train.counts, "examples", "trained")]
+        if self.evaluation:
+            lines.append(_counted(self.evaluation.counts, "examples for evaluation", "evaluated"))
+        if len(self.shapes) > 1:
+            lines.append("Shapes of the rows: " + ", ".join(f"{shape} {n:,}" for shape, n in self.shapes.items()))
+        for note, count in self.train.counts.notes.items():
+            lines.append(f"In {count:,} of the examples: {note}")
+        if self.train.counts.unused:
+            lines.append(f"Columns not used: {named(self.train.counts.unused)}")
+        if self.bad.total:
+            lines.append(f"Left out, {self.bad.total:,} rows:\n{self.bad.told()}")
+        return lines
+
+
+def equip(tokenizer: "PreTrainedTokenizerBase", options: DataOptions) -> list[str]:
+    """Give a tokenizer the chat template and the pad token that the run uses, and return sentences that say so.
+
+    What is trained with is saved with the adapter, so that it is used with it.
+    """
+    if options.chat_template or options.thinking:
+        tokenizer.chat_template = chat_template(tokenizer, options.chat_template, options.thinking)
+    said = choose_pad(tokenizer)
+    return [] if said is None else [said]
+
+
+def read_examples(data: Any, progress: Progress | None = None, **options: Any) -> Iterator[Example | BadRow]:
+    """Yield the examples of what a user names, in a script.
+
+    Args:
+        data: a file, a folder, a hub id ..., or several: see :class:`halfbyte.data.Source`.
+        progress: as in :func:`prepare`.
+        options: ``format``, ``columns``, ``template`` of all of them.
+
+    Raises:
+        InputError: a source is not there (at once), or cannot be read (when it comes to that).
+    """
+    sources = resolve(data)
+    return (row for source in sources for row in examples_of(read_source(source, progress), **options))
+
+
+def _counted(counts: Counts, what: str, labelled: str) -> str:
+    cut = f", {counts.truncated:,} of them cut" if counts.truncated else ""
+    return f"{counts.examples:,} {what}{cut}: {counts.tokens:,} tokens, {counts.trained_tokens:,} of them {labelled}"
+
+
+def prepare(
+    options: DataOptions,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    method: str = "sft",
+    take: Take | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read, check and tokenize what ``options`` name, or take it from the cache.
+
+    Args:
+        options: of the data.
+        tokenizer: the model's.
+        method: decides with ``take`` what an example is.
+        take: what a training method makes of an example.
+        progress: called now and then with the rows read, the bytes read, and the bytes of the source.
+
+    Raises:
+        InputError: a source cannot be read, or rows cannot be trained on and may not be skipped.
+    """
+    before = _fingerprints(options)
+    about = options.model_dump(mode="json", include=DEPENDS)
+    drawn = options.eval_share or any(source.weight != 1 for source in (*options.data, *(options.eval_data or ())))
+    name = cache.key(options.seed if drawn else None, before, about, cache.tokenizer_key(tokenizer), method)
+
+    def make(folder: Path) -> None:
+        _Maker(options, tokenizer, take, progress, folder).make()
+        if _fingerprints(options) != before:
+            raise InputError("The data changed while it was read; start again when it is whole.")
+
+    folder, is_temporary = cache.kept(name, make)
+    temporary = folder if is_temporary else None
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    bad = BadRows(**about["bad"])
+    bad.check(bad.total + about["examples"], options.skip_bad_rows)
+    skipped = folder / SKIPPED
+    evaluation = open_table(folder / EVALUATION, temporary=temporary) if (folder / EVALUATION).is_dir() else None
+    return Prepared(
+        train=open_table(folder / TRAIN, temporary=temporary),
+        evaluation=evaluation,
+        bad=bad,
+        skipped=skipped if skipped.is_file() else None,
+        shapes=about["shapes"],
+        said=about["said"],
+    )
+
+
+def _fingerprints(options: DataOptions) -> list[list[str]]:
+    return [[fingerprint(source) for source in sources or ()] for sources in (options.data, options.eval_data)]
+
+
+class _Maker:
+    """Makes the tables of training and evaluation in one folder."""
+
+    def __init__(
+        self,
+        options: DataOptions,
+        tokenizer: "PreTrainedTokenizerBase",
+        take: Take | None,
+        progress: Progress | None,
+        folder: Path,
+    ) -> None:
+        self.options = options
+        self.tokenizer = tokenizer
+        self.take = take
+        self.progress = progress
+        self.folder = folder
+        self.bad = BadRows()
+        self.shapes: Counter[str] = Counter()
+        self.said: list[str] = []
+
+    def make(self) -> None:
+        options = self.options
+        with contextlib.ExitStack() as stack:
+            skipped = stack.enter_context(contextlib.closing(SkippedFile(self.folder / SKIPPED)))
+            train = stack.enter_context(self._table(TRAIN))
+            evaluated = options.eval_data or options.eval_share
+            evaluation = stack.enter_context(self._table(EVALUATION)) if evaluated else train
+            held_out = int((options.eval_share or 0) * 2**64)
+            for sources, table in ((options.data, train), (options.eval_data or [], evaluation)):
+                for encoded in self._encoded(sources):
+                    if encoded.bad:
+                        self.bad.add(encoded.bad)
+                        skipped.add(encoded.bad)
+                    elif held_out and self._draw(encoded.rows) < held_out:
+                        evaluation.add(encoded)
+                    else:
+                        table.add(encoded)
+        examples = train.counts.examples + (evaluation.counts.examples if evaluation is not train else 0)
+        for table, what in ((train, "train on"), (evaluation, "evaluate on")):
+            if examples and not table.counts.rows:
+                told = f":\n{self.bad.told()}" if self.bad.total else "; name more data, or another eval_share."
+                raise InputError(f"There is nothing to {what}{told}")
+        about = {
+            "examples": examples,
+            "bad": dataclasses.asdict(self.bad),
+            "shapes": self.shapes,
+            "said": self.said,
+        }
+        (self.folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+
+    def _table(self, name: str) -> Table:
+        folder = self.folder / name
+        folder.mkdir()
+        return Table(folder, last_answer(self.tokenizer) if name == EVALUATION else None)
+
+    def _encoded(self, sources: Iterable[Source]) -> Iterator[Any]:
+        options = self.options
+        return encode_examples(
+            self._examples(sources),
+            self.tokenizer,
+            options.max_length,
+            chat_template=options.chat_template,
+            thinking=options.thinking,
+            train_on=options.train_on,
+            parse_special_tokens=options.parse_special_tokens,
+        )
+
+    def _examples(self, sources: Iterable[Source]) -> Iterator[Example | BadRow]:
+        options = self.options
+        for source in sources:
+            rows = read_source(
+                source,
+                self.progress,
+                seed=options.seed,
+                said=self.said,
+                encoding=source.encoding or options.encoding,
+                split_text=source.split_text or options.split_text,
+            )
+            examples = examples_of(
+                rows,
+                format=source.format or options.format,
+                columns=source.columns or options.columns,
+                template=source.template or options.template,
+                counts=self.shapes,
+            )
+            yield from map(self.take, examples) if self.take else examples
+
+    def _draw(self, rows: Iterable[Any]) -> int:
+        """Return a number below 2**64 that depends on the tokens and the seed alone."""
+        digest = hashlib.blake2b(str(self.options.seed).encode(), digest_size=8)
+        for row in rows:
+            digest.update(row["input_ids"].tobytes())
+        return int.from_bytes(digest.digest(), "little")
