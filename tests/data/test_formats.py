@@ -51,7 +51,8 @@ def share(*pairs: tuple[str, str]) -> list[dict[str, str]]:
         ({"messages": HI}, Chat("row", HI)),
         ({"messages": json.dumps(HI)}, Chat("row", HI)),  # as in a field of CSV
         ({"messages": HI, "system": "Be kind."}, Chat("row", turns("Hi", "Hello", system="Be kind."))),
-        ({"messages": turns("Hi", "Hello", system="a"), "system": "b"}, Chat("row", turns("Hi", "Hello", system="a"))),
+        ({"messages": turns("Hi", "Hello", system="a"), "system": "b"},
+         Chat("row", [{"role": "system", "content": "b"}, *turns("Hi", "Hello", system="a")])),
         ({"conversations": share(("human", "Hi"), ("gpt", "Hello"))}, Chat("row", HI)),
         ({"conversations": HI}, Chat("row", HI)),
         ({"conversation": share(("User", "Hi"), ("ChatGPT", "Hello"))}, Chat("row", HI)),
@@ -269,7 +270,7 @@ def test_a_format_can_be_named() -> None:
         ({"text": "\ud800"}, ["surrogate"]),
         ({"prompt": "a", "completion": None}, ["completion is null"]),
         ({"prompt": "a", "completion": ""}, ["completion is empty"]),
-        ({"instruction": "", "output": "b"}, ["instruction and input are empty"]),
+        ({"instruction": "", "output": "b"}, ["instruction is empty"]),
         ({"instruction": "a", "output": " "}, ["output is empty"]),
         ({"instruction": "a", "output": float("nan")}, ["output is null"]),
         ({"instruction": "a", "output": "b", "history": "c"}, ["history"]),

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,16 @@ def test_no_more_of_a_json_file_is_held_than_a_row_and_a_piece(tmp_path: Path, m
     source = json_text.Json(path, io.StringIO(path.read_text()))
     longest = max(len(source._piece) for _ in source.elements())
     assert longest < 3000
+
+
+def test_no_more_of_a_parquet_file_is_held_than_a_few_of_its_groups(tmp_path: Path) -> None:
+    rows = pa.table({"text": [random.Random(n).randbytes(500).hex() for n in range(1000)]})
+    with pq.ParquetWriter(tmp_path / "d.parquet", rows.schema) as file:
+        for _ in range(40):  # a group of 1 MB each
+            file.write_table(rows)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read_rows(tmp_path / "d.parquet")]
+    assert len(held) == 40_000 and max(held) < 12 << 20
 
 
 def test_a_row_knows_its_number_and_line(tmp_path: Path) -> None:

@@ -142,3 +142,37 @@ def test_a_file_without_a_header_is_told(tmp_path: Path) -> None:
         read(tmp_path, "I liked it,positive\nIt was dull,negative\n" + "Good,positive\nBad,negative\n" * 5)
     with pytest.raises(InputError, match="where the names of columns should be"):
         read(tmp_path, f"{'word ' * 30},An apple\nx,y\n")
+
+
+TABLE = "question\tanswer\nWho?\tI.\nWhat, then?\tNothing.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("d", TABLE, "CSV with tabs between its fields"),
+        ("d.dat", TABLE.replace("\t", ";"), "CSV with ';' between its fields"),
+        ("d.txt", TABLE, "CSV with tabs between its fields"),
+        ("d", 'a,b\n"x\ny",2\n', "CSV"),
+        ("d.txt", '{"a": "x", "b": "y"}\n{"a": "z", "b": ""}\n', "JSON"),
+        ("d.csv", '{"a": "x", "b": "y"}\n', "JSON"),
+        ("d.csv", '[\n {"a": "x", "b": "y"}]', "JSON"),
+        ("d.txt", '{\n  "a": "x",\n "b": "y"}\n', "JSON"),
+        ("d.txt", "[1] A note.\n", None),
+        ("d.txt", "One, two;\nthree, four;\nfive, six.\n", None),
+        ("d.txt", "\tOne\n\ttwo\n\tthree\n", None),
+        ("d.md", TABLE, None),
+        ("d.md", '{"a": "x"}\n', None),
+        ("d.txt", "{x} is not JSON\n", None),
+    ],
+)
+def test_what_a_file_holds_counts_and_then_its_name(tmp_path: Path, name: str, content: str, kind: str | None) -> None:
+    found, said = read(tmp_path, content, name)
+    assert said == ([f"{name} is read as {kind}"] if kind else [])
+    assert (found == [[content.strip("\n")]]) == (kind is None) and len(found[0]) == (2 if kind else 1)
+
+
+def test_a_text_of_no_kind_is_told(tmp_path: Path) -> None:
+    for content in ("Hello, world\n", "a,b\n1,2,3\n4\n", "text\nhello\n"):
+        with pytest.raises(InputError, match="holds JSON or a table"):
+            read(tmp_path, content, "d")

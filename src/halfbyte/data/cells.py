@@ -1,5 +1,8 @@
 """The cells of a row, by the names of their columns, as text or as what they are."""
 
+import ast
+import datetime
+import decimal
 import json
 import math
 import re
@@ -13,41 +16,87 @@ from halfbyte.errors import named, nearest
 
 NUMBER = "a number became text"
 BOOLEAN = "true or false became text"
+DATE = "a date became text"
 RENAMED = "columns were found by names that are written otherwise"
 FIRST = "the first of several answers was taken"
 PARSED = "JSON that was written as text was read"
+PYTHON = "a Python list that was written as text was read"
+
+LITERAL = 1 << 20
+"""Characters of Python text that are read; it takes some hundred bytes of memory for each."""
 
 
 class Cells:
     """One row; keeps which of its columns were used and what was made of them.
 
+    Args:
+        where: file and row.
+        row: the columns.
+        names: the columns by the names they are asked for; without them by their own, however those are written.
+        made: values that stand in no column, by such names; they win.
+
     Attributes:
         where: file and row.
         row: the columns.
         notes: what was made of it.
+        used: the columns, by their exact names, that had a part in it.
     """
 
-    def __init__(self, where: str, row: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        where: str,
+        row: Mapping[str, Any],
+        names: Mapping[str, str] | None = None,
+        made: Mapping[str, Any] | None = None,
+    ) -> None:
         self.where = where
         self.row = row
         self.notes: dict[str, None] = {}  # in their order
-        self._names = _by_plain_name(tuple(row))
-        self._used: set[str] = set()
+        self._given = names is not None
+        self._names = plain_names(tuple(row)) if names is None else names
+        self._made = made or {}
+        self.used: set[str] = set()
 
     def find(self, *names: str) -> str | None:
-        """Return the first of ``names`` that the row has, by exact name or as :func:`plain` has it."""
-        return next((name for name in names if name in self._names), None)
+        """Return the first of ``names`` that the row has, by exact name or as :func:`plain` has it.
+
+        One that holds something goes before one that does not: rows of different shapes in one table have the columns
+        of all of them, most of them null.
+        """
+        first = None
+        for name in names:
+            if name in self._made:
+                return name
+            column = self._names.get(name)
+            if column is not None:
+                if not is_blank(self.row[column]):
+                    return name
+                first = first or name
+        return first
+
+    def filled(self, *names: str) -> str | None:
+        """Return the first of ``names`` that the row has with something in it."""
+        name = self.find(*names)
+        return None if name is None or is_blank(self.peek(name)) else name
+
+    def peek(self, name: str) -> Any:
+        """Return the value of a column, which does not count as used by that; None where it is missing."""
+        if name in self._made:
+            return self._made[name]
+        column = self._names.get(name)
+        return None if column is None else self.row[column]
 
     def get(self, *names: str) -> Any:
         """Return the value of the first of these columns that is there, which is used then; None if none is."""
         name = self.find(*names)
         if name is None:
             return None
-        column = self._names[name]
-        self._used.add(column)
-        if column != name:
-            self.note(RENAMED)
-        value = self.row[column]
+        if name not in self._made:
+            column = self._names[name]
+            self.used.add(column)
+            if column != name and not self._given:
+                self.note(RENAMED)
+        value = self.peek(name)
         return None if isinstance(value, float) and math.isnan(value) else value
 
     def text(self, *names: str, missing: str | None = None) -> str:
@@ -60,15 +109,21 @@ class Cells:
         return self.as_text(self.find(*names) or names[0], self.get(*names), missing)
 
     def answer(self, *names: str) -> str:
-        """Return a value as a text that holds something."""
+        """Return a value as a text that holds something; of a list of them the first."""
         name = self.find(*names) or names[0]
         value = self.get(*names)
-        if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-            value = value["text"]  # SQuAD's form
-        if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            if len(value) > 1:
-                self.note(FIRST)
-            value = value[0]
+        if isinstance(value, Mapping) and "text" in value:
+            value = value["text"]  # SQuAD's form, published
+        if isinstance(value, list | tuple):
+            found = [item["text"] if isinstance(item, Mapping) and "text" in item else item for item in value]
+            if not found:
+                raise self.bad("answer is missing", f": {name} is an empty list; fill it in, or remove the row.")
+            if all(isinstance(item, str | int | float) for item in found):
+                if len(found) > 1:
+                    self.note(FIRST)
+                value = found[0]
+        if value is None:
+            raise self.bad("answer is missing", f": {name} is null; fill it in, or remove the row.")
         text = self.as_text(name, value)
         if not text.strip():
             raise self.bad("answer is empty", f": {name} is empty, so there is nothing to learn; remove the row.")
@@ -86,12 +141,20 @@ class Cells:
             case bool():
                 self.note(BOOLEAN)
                 return "true" if value else "false"
-            case int() | float():
+            case int() | float() | decimal.Decimal():
                 self.note(NUMBER)
+                try:
+                    return str(value)
+                except ValueError:  # Python writes no number of over 4300 digits
+                    raise self.bad(
+                        "number too long", f": {name} is a number of thousands of digits; write it as text."
+                    ) from None
+            case datetime.date() | datetime.time():
+                self.note(DATE)
                 return str(value)
             case _:
                 raise self.bad(
-                    f"{name} is no text", f": {name} must be text, but it is {reprlib.repr(value)}; write it as text."
+                    f"{name} is no text", f": {name} must be text, but it is {shown(value)}; write it as text."
                 )
         if not text.isascii():
             try:
@@ -103,38 +166,59 @@ class Cells:
         return text
 
     def parsed(self, name: str, value: Any) -> Any:
-        """Return ``value``, or if it is text that looks like a JSON list or object what that says."""
+        """Return ``value``, or if it is text that looks like a list or an object what that says.
+
+        JSON is read, and what Python writes for a list: pandas puts that into CSV.
+        """
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-            try:
-                read = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise self.bad(f"{name} is no JSON", f": {name} is neither a list nor JSON text ({error}).") from None
-            self.note(PARSED)
+            read, error = self._read(value)
+            if error:
+                raise self.bad(f"{name} is no JSON", f": {name} is neither a list nor JSON text ({error}).")
             return read
         return value
 
     def parsed_turns(self, *names: str) -> Any:
-        """Return a value that is a list of turns, or JSON text of one, as that list; any other as it is."""
+        """Return a value that is a list of turns, or text of one, as that list; any other as it is."""
         value = self.get(*names)
-        if isinstance(value, str) and value.lstrip().startswith("[{"):
-            try:
-                read = json.loads(value)
-            except (ValueError, RecursionError):
-                return value
-            if isinstance(read, list) and all(
-                isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in read
+        if isinstance(value, Mapping) and {"role", "from"} & value.keys():
+            return [value]
+        if isinstance(value, str) and value.lstrip().startswith(("[{", '{"role"', '{"from"')):
+            notes = dict(self.notes)
+            read, _ = self._read(value)
+            turns = [read] if isinstance(read, Mapping) else read
+            if isinstance(turns, list) and all(
+                isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns
             ):
-                self.note(PARSED)
-                return read
+                return turns
+            self.notes = notes
         return value
 
-    def use(self, *columns: str) -> None:
-        """Count columns, by their exact names, as used."""
-        self._used.update(columns)
+    def _read(self, text: str) -> tuple[Any, str]:
+        """Return what a text says as JSON or as Python, and why it says nothing if so."""
+        try:
+            read = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            why = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        else:
+            self.note(PARSED)
+            return read, ""
+        if len(text) <= LITERAL and "'" in text:
+            try:
+                read = ast.literal_eval(text.strip())
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                pass
+            else:
+                self.note(PYTHON)
+                return read, ""
+        return None, why
 
     def note(self, text: str) -> None:
         """Remember what was made of the row."""
         self.notes[text] = None
+
+    def use(self, *columns: str) -> None:
+        """Count columns, by their exact names, as used."""
+        self.used.update(columns)
 
     def bad(self, kind: str, sentence: str) -> BadRow:
         """Return the error that this row cannot be trained on."""
@@ -144,14 +228,43 @@ class Cells:
         """Return the error that a column is not there that somebody named."""
         return self.bad(
             f"no column {column}",
-            f"has no column {column!r}{nearest(column, self.row)}, which {what}; it has {named(self.row) or 'none'}.",
+            f"has no column {column!r}{nearest(column, map(str, self.row))}, which {what}; it has "
+            f"{named(self.row) or 'none'}.",
         )
+
+    @property
+    def names(self) -> set[str]:
+        """The plain names of all columns."""
+        return {*self._made, *map(plain, self._names)} if self._given else {plain(str(column)) for column in self.row}
+
+    @property
+    def shown_names(self) -> list[str]:
+        """The columns as somebody should be told them."""
+        return [*self._made, *self._names] if self._given else [str(column) for column in self.row]
+
+    @property
+    def unused_names(self) -> list[str]:
+        """The names under which columns were given that were not asked for."""
+        return [name for name, column in self._names.items() if column not in self.used] if self._given else []
 
     @property
     def rest(self) -> dict[str, Any]:
         """What an example takes over from the row."""
-        unused = tuple(column for column in self.row if column not in self._used)
+        unused = tuple(str(column) for column in self.row if column not in self.used)
         return {"unused": unused, "notes": tuple(self.notes)}
+
+
+def is_blank(value: Any) -> bool:
+    """Tell whether a cell holds nothing: null, NaN as pandas has it, or no text."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def shown(value: Any) -> str:
+    """Return any value as a short text on one line."""
+    try:
+        return reprlib.repr(dict(value) if isinstance(value, Mapping) else value)
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def plain(name: str) -> str:
@@ -160,7 +273,7 @@ def plain(name: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _by_plain_name(columns: tuple[str, ...]) -> dict[str, str]:
+def plain_names(columns: tuple[str, ...]) -> dict[str, str]:
     """Return the columns by their plain names and, what wins, by their own."""
     names = {plain(column): column for column in reversed(columns) if isinstance(column, str)}
     return names | {column: column for column in columns}

@@ -1,15 +1,20 @@
 """Turns of a conversation, as data sets write them, to messages as chat templates read them.
 
-Two forms: ``{"role", "content"}`` (OpenAI's, and what templates take) and ``{"from", "value"}`` (ShareGPT's).
+    {"role", "content"}                        OpenAI's form, and what templates take
+    {"from", "value"}                          ShareGPT's
+    {"input", "output"}, {"human", "assistant"}   two turns in one (Capybara, MOSS)
+    "a text"                                   user and assistant in turn (UltraChat, LIMA)
+    "\\n\\nHuman: ...\\n\\nAssistant: ..."         a whole conversation as one text (HH-RLHF, OIG, Guanaco)
+
+Turns stay as they are, also several of one role in a row; what a chat template cannot write is its affair.
 """
 
-import json
 import re
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from halfbyte.data.cells import Cells
+from halfbyte.data.calls import calls_of
+from halfbyte.data.cells import Cells, plain, shown
 from halfbyte.data.examples import Message
 from halfbyte.errors import named
 
@@ -26,15 +31,27 @@ ROLES = {
 
 SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = ("history",)
-TOOLS = ("tools", "functions")
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
 """Columns that hold a conversation."""
+PAIRS = (
+    ("input", "output"), ("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("prompt", "response"),
+    ("query", "response"), ("instruction", "output"), ("human", "gpt"), ("prompt", "completion"), ("user", "bot"),
+)  # fmt: skip
+"""Keys of turns that hold a question and its answer."""
 KEPT = ("name", "tool_call_id")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+TEXTS = ("text", "input_text", "output_text")
+"""Types of parts that are text: of OpenAI's chats and of its responses."""
+_KNOWN = {"role", "from", "content", "value", "text", "tool_calls", "function_call", "train", "weight"}
+_KNOWN.update(THOUGHTS, KEPT)
+
 UNANSWERED = "the last turn is no answer, and is not trained"
 EMPTY = "an empty answer is read, not trained"
+EMPTY_ASKED = "a turn that is no answer is empty"
 WEIGHTS = "weights other than 0 count as 1"
 DEVELOPER = "developer turns became system turns"
+IN_TURN = "texts without roles were taken for user and assistant in turn"
+TRANSCRIPT = "a transcript was parted into its turns"
 
 
 def is_turns(value: Any) -> bool:
@@ -48,13 +65,12 @@ def messages(cells: Cells, name: str, turns: Any) -> list[Message]:
     Raises:
         BadRow: it holds no turns, or one has a role or content that is not known.
     """
-    turns = cells.parsed(name, turns)
+    turns = _listed(cells, name, turns)
     if not is_turns(turns):
-        raise cells.bad(f"{name} is no conversation", f": {name} must be a list of turns, but it is {_shown(turns)}.")
-    found = [_message(cells, number, turn) for number, turn in enumerate(turns, start=1)]
-    unknown = {f"{name}[].{key}": None for turn in turns for key in turn if key not in _KNOWN}
-    if unknown:
-        cells.note(f"of the turns not used: {named(unknown)}")
+        raise cells.bad(f"{name} is no conversation", f": {name} must be a list of turns, but it is {shown(turns)}.")
+    found = [message for number, turn in enumerate(turns, start=1) for message in _messages(cells, name, number, turn)]
+    if any(not (message["content"].strip() or message["role"] == "assistant") for message in found):
+        cells.note(EMPTY_ASKED)
     return found
 
 
@@ -70,13 +86,13 @@ def conversation(cells: Cells, turns: list[Message]) -> list[Message]:
             "no answer",
             "has no assistant turn that answers something, so there is nothing to learn from it; remove it.",
         )
-    full = [turn for turn in answers if turn["content"].strip() or turn.get("tool_calls")]
+    full = [turn for turn in answers if holds_something(turn)]
     if not full:
         raise cells.bad("answer is empty", "has empty answers only, so there is nothing to learn from it; remove it.")
     if len(full) < len(answers):
         cells.note(EMPTY)
         for turn in answers:
-            if not turn["content"].strip() and not turn.get("tool_calls"):
+            if not holds_something(turn):
                 turn["train"] = False
     if all(turn.get("train") is False for turn in full):
         raise cells.bad("no turn to train", "says of every answer that it is not to be trained; remove it.")
@@ -85,17 +101,33 @@ def conversation(cells: Cells, turns: list[Message]) -> list[Message]:
     return turns
 
 
-def opening(cells: Cells) -> list[Message]:
-    """Return the system turn and the earlier questions and answers of a row that has such columns."""
-    turns: list[Message] = []
+def holds_something(turn: Message) -> bool:
+    """Tell whether a turn says or calls anything."""
+    return bool(turn["content"].strip() or turn.get("tool_calls"))
+
+
+def system_of(cells: Cells) -> list[Message]:
+    """Return the turn of a row's column for it, if that says anything."""
     system = cells.text(*SYSTEM, missing="") if cells.find(*SYSTEM) else ""
-    if system.strip():
-        turns.append({"role": "system", "content": system})
-    history = cells.parsed("history", cells.get(*HISTORY)) if cells.find(*HISTORY) else None
-    for pair in history or []:
+    return [{"role": "system", "content": system}] if system.strip() else []
+
+
+def opening(cells: Cells) -> list[Message]:
+    """Return the system turn and the earlier questions and answers of a row that has such columns.
+
+    Raises:
+        BadRow: the history is neither pairs nor turns.
+    """
+    turns = system_of(cells)
+    given = cells.parsed("history", cells.get(*HISTORY)) if cells.find(*HISTORY) else None
+    if is_turns(given):
+        return turns + messages(cells, "history", given)
+    listed = given or []
+    for pair in listed if isinstance(listed, list | tuple) else [listed]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise cells.bad(
-                "history is no list of pairs", f": history must hold pairs of a question and its answer, not {pair!r}."
+                "history is no list of pairs",
+                f": history must hold pairs of a question and its answer, not {shown(pair)}.",
             )
         turns.append({"role": "user", "content": cells.as_text("history", pair[0])})
         turns.append({"role": "assistant", "content": cells.as_text("history", pair[1])})
@@ -109,109 +141,106 @@ def as_turns(cells: Cells, name: str, value: Any, role: str) -> list[Message]:
     return [{"role": role, "content": cells.as_text(name, value)}]
 
 
-def tools_of(cells: Cells) -> list[dict[str, Any]] | None:
-    """Return the functions that a row describes, as templates take them."""
-    name = cells.find(*TOOLS)
-    found = cells.parsed(name or "", cells.get(*TOOLS))
-    if not found:
-        return None
-    if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
-        raise cells.bad("tools are no list", f": {name} must be a list of functions, but it is {_shown(found)}.")
-    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in found]
-
-
 def transcript(text: str, marks: Mapping[str, str]) -> list[Message]:
-    """Return the turns of a text in which marks such as ``\\n\\nHuman:`` begin them; none if it does not begin so."""
-    parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", text)
+    """Return the turns of a text in which marks such as ``\\n\\nHuman:`` begin them; none if it does not begin so.
+
+    A newline in a mark is also fulfilled by the text's beginning. Of a turn, one blank behind its mark and the
+    newlines at its end are part of the layout.
+    """
+    words = {mark.strip(): role for mark, role in marks.items()}
+    beginnings = (
+        f"(?:^|{re.escape(mark[: -len(word)])}){re.escape(word)}" for mark, word in zip(marks, words, strict=True)
+    )
+    parts = re.split("(" + "|".join(beginnings) + ")", text.lstrip())
     if parts[0].strip() or len(parts) < 3:
         return []
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": marks[mark], "content": content.strip()} for mark, content in pairs]
+    return [{"role": words[mark.strip()], "content": said.removeprefix(" ").rstrip("\n")} for mark, said in pairs]
+
+
+def _listed(cells: Cells, name: str, turns: Any) -> Any:
+    """Return turns as a list of objects, where they are that in another way."""
+    turns = cells.parsed(name, turns)
+    if isinstance(turns, Mapping):
+        keys = [key for key in ("role", "from", "content", "value") if isinstance(turns.get(key), list)]
+        if len(keys) == 2 and len(turns[keys[0]]) == len(turns[keys[1]]):  # datasets' form of a list of objects
+            return [dict(zip(keys, values, strict=True)) for values in zip(*(turns[key] for key in keys), strict=True)]
+        return turns
+    if isinstance(turns, list) and len(turns) > 1 and all(isinstance(turn, str) for turn in turns):
+        cells.note(IN_TURN)
+        return [{"role": ("user", "assistant")[at % 2], "content": turn} for at, turn in enumerate(turns)]
+    return turns
+
+
+def _messages(cells: Cells, name: str, number: int, turn: Mapping[str, Any]) -> Iterator[Message]:
+    """Yield the message of a turn, or both of one that holds a question and its answer."""
+    pair = None if "role" in turn or "from" in turn else next((pair for pair in PAIRS if turn.keys() >= {*pair}), None)
+    if pair is None:
+        yield _message(cells, number, turn)
+        known = _KNOWN
+    else:
+        for role, key in zip(("user", "assistant"), pair, strict=True):
+            yield _message(cells, number, {"role": role, "content": turn[key]})
+        known = {*pair}
+    unknown = {f"{name}[].{key}": None for key, value in turn.items() if key not in known and value is not None}
+    if unknown:
+        cells.note(f"of the turns not used: {named(unknown)}")
 
 
 def _message(cells: Cells, number: int, turn: Mapping[str, Any]) -> Message:
     place = f"turn {number}"
-    given = next((turn[key] for key in ("role", "from") if key in turn), None)
-    role = ROLES.get(str(given).strip().casefold())
+    given = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+    role = ROLES.get(plain(given)) if isinstance(given, str) else None
     if role is None:
         raise cells.bad(
             "role not known",
-            f", {place} has the role {_shown(given)}; known are {', '.join(ROLES)}. Rename it, or leave the turn out.",
+            f", {place} has the role {shown(given)}; known are {', '.join(ROLES)}. Rename it, or leave the turn out.",
         )
     if str(given).strip().casefold() == "developer":
         cells.note(DEVELOPER)
-    content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
+    content = next((turn[key] for key in ("content", "value", "text") if turn.get(key) is not None), None)
     message: Message = {"role": role}
+    thoughts: list[str] = []
     if role == "call":
-        message = {"role": "assistant", "content": "", "tool_calls": _calls(cells, place, cells.parsed(place, content))}
+        message = {"role": "assistant", "content": "", "tool_calls": calls_of(cells, place, content)}
     else:
         calls = turn.get("tool_calls") or turn.get("function_call")
-        message["content"] = _content(cells, place, content, may_lack=bool(calls))
+        message["content"] = _content(cells, place, content, bool(calls), thoughts)
         if calls:
-            message["tool_calls"] = _calls(cells, place, cells.parsed(place, calls))
+            message["tool_calls"] = calls_of(cells, place, calls)
     thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
     if thought is not None:
-        message["reasoning_content"] = cells.as_text(f"the thought of {place}", thought)
-    message |= {key: turn[key] for key in KEPT if turn.get(key) is not None}
+        thoughts.insert(0, cells.as_text(f"the thought of {place}", thought))
+    if thoughts:
+        message["reasoning_content"] = "\n\n".join(thoughts)
+    for key in KEPT:
+        if turn.get(key) is not None:
+            message[key] = cells.as_text(f"the {key} of {place}", turn[key])
     if role in ("assistant", "call") and (train := _trained(cells, place, turn)) is not None:
         message["train"] = train
     return message
 
 
-_KNOWN = {
-    "role",
-    "from",
-    "content",
-    "value",
-    "text",
-    "tool_calls",
-    "function_call",
-    "train",
-    "weight",
-    *THOUGHTS,
-    *KEPT,
-}
-
-
-def _content(cells: Cells, place: str, content: Any, may_lack: bool) -> str:
+def _content(cells: Cells, place: str, content: Any, may_lack: bool, thoughts: list[str]) -> str:
+    """Return content as one text; parts that are thoughts are put aside."""
+    if isinstance(content, Mapping):
+        content = [content]
     if isinstance(content, list):
         texts = []
         for part in content:
+            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
             text = part.get("text") if isinstance(part, Mapping) else part
-            if not isinstance(text, str) or (isinstance(part, Mapping) and part.get("type", "text") != "text"):
+            if kind == "thinking" and isinstance(part.get("thinking"), str):
+                thoughts.append(part["thinking"])
+            elif kind in TEXTS and isinstance(text, str):
+                texts.append(text)
+            else:
                 raise cells.bad(
                     "content is no text",
-                    f", {place} holds {_shown(part)}; only text can be trained on, so leave it out.",
+                    f", {place} holds {shown(part)}; only text can be trained on, so leave it out.",
                 )
-            texts.append(text)
         content = "".join(texts)
     return cells.as_text(f"the content of {place}", content, "" if may_lack else None)
-
-
-def _calls(cells: Cells, place: str, calls: Any) -> list[dict[str, Any]]:
-    """Return calls as OpenAI writes them, but the arguments as an object, which is what templates take."""
-    made = []
-    for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str) else [calls]:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise cells.bad(
-                "tool call not understood",
-                f", {place} calls {_shown(call)}; a call needs a name and arguments: write "
-                '{"name": ..., "arguments": {...}}.',
-            )
-        arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError as error:
-                raise cells.bad(
-                    "tool call not understood", f", {place} has arguments that are no JSON ({error})."
-                ) from None
-        made.append(
-            {key: call[key] for key in ("id",) if call.get(key)}
-            | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
-    return made
 
 
 def _trained(cells: Cells, place: str, turn: Mapping[str, Any]) -> bool | None:
@@ -219,11 +248,7 @@ def _trained(cells: Cells, place: str, turn: Mapping[str, Any]) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     if not isinstance(value, int | float):
-        raise cells.bad("weight is no number", f", {place} has the weight {_shown(value)}; write 0 or 1.")
+        raise cells.bad("weight is no number", f", {place} has the weight {shown(value)}; write 0 or 1.")
     if value not in (0, 1):
         cells.note(WEIGHTS)
     return bool(value)
-
-
-def _shown(value: Any) -> str:
-    return reprlib.repr(dict(value) if isinstance(value, Mapping) else value)

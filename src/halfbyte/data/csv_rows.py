@@ -10,12 +10,12 @@ import dataclasses
 import itertools
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from halfbyte.data.examples import BadRow
-from halfbyte.data.texts import checked_lines, nul_bytes
+from halfbyte.data.texts import check, nul_bytes, undecodable
 from halfbyte.errors import InputError
 
 DELIMITERS = {",": "commas", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -66,15 +66,12 @@ def dialect_of(text: TextIO, usual: str = ",") -> Dialect:
     The delimiter is the one that gives most rows the same number of fields. Tabs do without quotation marks, and marks
     with backslashes, where more of the rows fit then.
     """
-    csv.field_size_limit(sys.maxsize)  # Python's own bound, for the whole process, is 131,072 characters
-    first = text.readline()
-    if (named := _named_delimiter(first)) is not None:
+    return _dialect(*_sample(text), usual)
+
+
+def _dialect(lines: list[str], is_cut: bool, usual: str) -> Dialect:
+    if lines and (named := _named_delimiter(lines[0])) is not None:
         return Dialect(named)
-    lines, length = [first], len(first)
-    while length < SNIFFED_CHARACTERS and len(lines) < 4 * SNIFFED and (line := text.readline(SNIFFED_CHARACTERS)):
-        lines.append(line)
-        length += len(line)
-    is_cut = bool(text.readline(1))
 
     def score(delimiter: str) -> tuple[float, int, bool]:
         try:
@@ -93,6 +90,35 @@ def dialect_of(text: TextIO, usual: str = ",") -> Dialect:
     if any('\\"' in line for line in lines):
         dialects.append(Dialect(delimiter, backslash=True))
     return max(dialects, key=lambda dialect: _fitting(lines, dialect, is_cut))  # of equals the first
+
+
+def is_table(text: TextIO, usual: str = ",", least: int = 2) -> bool:
+    """Tell whether the text that comes next is a table beyond doubt.
+
+    It has ``least`` rows or more, each of as many fields as the first, which has two or more and no empty one. If the
+    delimiter ``usual`` is a tab, it has to be one.
+    """
+    lines, is_cut = _sample(text)
+    dialect = _dialect(lines, is_cut, usual)
+    first = next(csv.reader(lines, **dialect.options | {"strict": False}), [])
+    return (
+        len(lines) >= least
+        and len(first) > 1
+        and all(first)
+        and (usual != "\t" or dialect.delimiter == usual)
+        and _fitting(lines, dialect, is_cut) == 1
+    )
+
+
+def _sample(text: TextIO) -> tuple[list[str], bool]:
+    """Return the first lines of a text, and whether there are more."""
+    csv.field_size_limit(sys.maxsize)  # Python's own bound, for the whole process, is 131,072 characters
+    lines: list[str] = []
+    length = 0
+    while length < SNIFFED_CHARACTERS and len(lines) < 4 * SNIFFED and (line := text.readline(SNIFFED_CHARACTERS)):
+        lines.append(line)
+        length += len(line)
+    return lines, bool(text.readline(1))
 
 
 def _fitting(lines: list[str], dialect: Dialect, is_cut: bool) -> float:
@@ -120,7 +146,7 @@ def read_csv(path: Path, text: TextIO, dialect: Dialect) -> Iterator[tuple[str, 
     out.
     """
     csv.field_size_limit(sys.maxsize)  # again, for somebody may have set it
-    lines = _Lines(checked_lines(path, text))
+    lines = _Lines(path, text)
     reader = csv.reader(lines, **dialect.options)
     header: list[str] | None = None
     row, alike = 0, 0
@@ -159,10 +185,11 @@ def read_csv(path: Path, text: TextIO, dialect: Dialect) -> Iterator[tuple[str, 
             )  # fmt: skip
         elif values == header:
             yield where, BadRow(where, "header again", "is the header once more; remove the line.")
-        elif any("\0" in value for value in values):
+        elif lines.has_nul:
             yield where, nul_bytes(where)
         else:
-            alike += row <= SNIFFED and any(value and value == name for value, name in zip(values, header, strict=True))
+            if row <= SNIFFED:
+                alike += any(value and value == name for value, name in zip(values, header, strict=True))
             if alike > 2:
                 raise InputError(
                     f"{path} seems to have no header: its first line is like the rows below it; put a line with the "
@@ -180,11 +207,14 @@ class _Lines:
 
     Attributes:
         taken: the lines of the row that is being read.
+        has_nul: whether there are NUL bytes in them.
     """
 
-    def __init__(self, lines: Iterable[str]) -> None:
+    def __init__(self, path: Path, text: TextIO) -> None:
         self.taken: list[str] = []
-        self._lines = iter(lines)
+        self.has_nul = False
+        self._path = path
+        self._text = text
         self._again: deque[str] = deque()
         self._size = 0
         self._number = 1
@@ -195,9 +225,16 @@ class _Lines:
     def __next__(self) -> str:
         if self._size > LONGEST_ROW:
             raise StopIteration
-        line = self._again.popleft() if self._again else next(self._lines)
+        try:
+            line = self._again.popleft() if self._again else next(self._text)
+        except UnicodeDecodeError as error:
+            raise undecodable(self._path, self._number + len(self.taken), error) from None
         self.taken.append(line)
         self._size += len(line)
+        if not line.isascii():
+            check(self._path, self._number + len(self.taken) - 1, line)
+        if "\0" in line:
+            self.has_nul = True
         return line
 
     def begin(self) -> int:
@@ -205,6 +242,7 @@ class _Lines:
         self._number += len(self.taken)
         self.taken.clear()
         self._size = 0
+        self.has_nul = False
         return self._number
 
     def give_back(self, dialect: Dialect, fields: int) -> None:

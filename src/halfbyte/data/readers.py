@@ -10,8 +10,10 @@ and may be bad by itself (:class:`halfbyte.data.examples.BadRow`); what is wrong
 JSON, CSV and text are read by the standard library, because it knows the line that an error is in.
 """
 
+import difflib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +37,8 @@ FOREIGN = {
 }
 """First bytes of files that are no data to be read here, and what to do."""
 LONGEST_PATH = 300
+LOOKED_AT = 1 << 16
+"""Characters that tell whether a file is JSON."""
 TELL_EVERY = 1000
 """Rows from one call of ``progress`` to the next."""
 
@@ -150,9 +154,9 @@ def _rows(
 ) -> Iterator[tuple[str, Any]]:
     head = file.read(8)
     if head.startswith(b"PAR1"):
-        return tabular.read_parquet(file_path, path)
+        return tabular.read_parquet(file_path, path, file)
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return tabular.read_arrow(file_path, path)
+        return tabular.read_arrow(file_path, path, file)
     by_name = kind_of(path)
     if what := next((what for mark, what in FOREIGN.items() if head.startswith(mark)), None):
         raise InputError(f"{path} is {what}.")
@@ -163,9 +167,8 @@ def _rows(
     def open_again() -> TextIO:
         return texts.open_text(path, file, found, newline="" if kind == CSV else None)
 
-    kind = PLAIN  # whose newlines any look needs
-    with_words = open_again().read(4096)
-    kind = _kind(path, with_words, by_name)
+    kind = CSV  # so that newlines stay as they are where the beginning is looked at
+    kind = _kind(path, by_name, open_again)
     facts = []
     if encoding is None and found != "utf-8-sig":
         facts.append(f"in {texts.shown(found)}")
@@ -173,8 +176,8 @@ def _rows(
         usual = "\t" if ".tsv" in path.name.casefold() else ","
         dialect = csv_rows.dialect_of(open_again(), usual)
         facts += dialect.unusual(usual)
-    if facts:
-        said.append(f"{path.name} is read as {kind} {' and '.join(facts)}")
+    if facts or (kind != by_name and (by_name or kind == CSV)):
+        said.append(" ".join([f"{path.name} is read as {kind}", " and ".join(facts)]).rstrip())
     match kind:
         case "JSON":
             return json_rows.read_json(path, open_again)
@@ -184,25 +187,35 @@ def _rows(
             return _plain(path, open_again(), longest)
 
 
-def _kind(path: Path, head: str, by_name: str | None) -> str:
-    """Return what a file of text is; JSON under the name of CSV begins with a line that is JSON."""
-    words = head.lstrip("\ufeff \t\r\n")
-    if by_name == PLAIN:
-        return PLAIN
-    if by_name != CSV:
-        if words[:1] in ("", "{", "[") or by_name == JSON:
+def _kind(path: Path, by_name: str | None, open_again: Callable[[], TextIO]) -> str:
+    """Return what a file of text is: JSON or a table also under the name of another kind, or of none."""
+    words = open_again().read(LOOKED_AT).lstrip("\ufeff \t\r\n")
+    if by_name == JSON or not words:
+        return JSON if by_name is None else by_name
+    if by_name is None and words[0] in "{[":
+        return JSON
+    if words[0] in "{[" and path.suffix.casefold() not in (".md", ".markdown"):
+        if _OVER_LINES.match(words):
             return JSON
+        try:
+            if isinstance(json.loads(words.split("\n", 1)[0], strict=False), dict):
+                return JSON
+        except (ValueError, RecursionError):
+            pass
+    if by_name is None:
+        if csv_rows.is_table(open_again()):
+            return CSV
         raise InputError(
             f"{path} is no kind of data file that can be read here; name a file that ends in {', '.join(KINDS)}, or "
-            "one that holds JSON."
+            "one that holds JSON or a table."
         )
-    if words[:1] == "{":
-        try:
-            json.loads(words.split("\n", 1)[0], strict=False)
-        except (ValueError, RecursionError):
-            return CSV
-        return JSON
-    return CSV
+    if by_name == PLAIN and ".txt" in path.name.casefold() and csv_rows.is_table(open_again(), "\t", least=3):
+        return CSV
+    return by_name
+
+
+_OVER_LINES = re.compile(r'\[\s*\{\s*"|\{\s*\n\s*"')
+"""How an array of objects begins, and an object over several lines."""
 
 
 def _plain(path: Path, text: TextIO, longest: int | None) -> Iterator[tuple[str, Any]]:
@@ -247,7 +260,8 @@ def near(path: Path) -> str:
         names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]
     except OSError:
         return ""
-    return nearest(path.name, names)
+    stems = set(difflib.get_close_matches(path.stem, {Path(name).stem for name in names}, n=10))
+    return nearest(path.name, [name for name in names if Path(name).stem in stems])  # the endings alone are no likeness
 
 
 def is_there(path: Path) -> bool:

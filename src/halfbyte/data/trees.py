@@ -8,15 +8,19 @@ does for its OASST1 data (section 5).
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from halfbyte.data.cells import Cells
+from halfbyte.data.cells import Cells, is_blank, shown
 from halfbyte.data.examples import BadRow, Message
 
-ROLES = {"prompter": "user", "assistant": "assistant"}
+ROLES = {"prompter": "user", "assistant": "assistant", "user": "user", "human": "user"}
+BEST = "of a tree of messages the best ranked reply to each was taken, and the others left out"
+KEYS = ("message_id", "parent_id", "text", "role")
+LARGEST = 10_000
+"""Messages of one tree in rows; the largest that was published has some hundreds."""
 
 
 def is_tree(cells: Cells) -> bool:
     """Tell whether a row is a tree."""
-    prompt = cells.row.get("prompt")
+    prompt = cells.peek("prompt")
     return isinstance(prompt, Mapping) and "replies" in prompt
 
 
@@ -24,9 +28,9 @@ def gathered(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Yield ``rows``, those that are messages of one tree as a tree in the place of its first."""
     where, messages = "", list[Mapping[str, Any]]()
     for place, row in rows:
-        is_message = isinstance(row, Mapping) and {"message_id", "parent_id", "text", "role"} <= row.keys()
-        if messages and not (is_message and _belongs(row, messages)):
-            yield _tree(where, messages)
+        is_message = isinstance(row, Mapping) and "parent_id" in row and all(key in row for key in KEYS)
+        if messages and not (is_message and _belongs(row, messages) and len(messages) < LARGEST):
+            yield where, _tree(where, messages)
             messages = []
         if not is_message:
             yield place, row
@@ -35,22 +39,33 @@ def gathered(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             where = place
         messages.append(row)
     if messages:
-        yield _tree(where, messages)
+        yield where, _tree(where, messages)
 
 
 def best_path(cells: Cells) -> list[Message]:
-    """Return the turns from the root of a tree along its best replies, up to the last answer."""
+    """Return the turns from the root of a tree along its best replies, up to the last answer.
+
+    Raises:
+        BadRow: there is no answer, or the tree is none.
+    """
     node = cells.get("prompt")
     turns: list[Message] = []
-    while node:
-        role = ROLES.get(node.get("role"))
+    while node is not None:
+        role = ROLES.get(str(node.get("role")))
         if role is None:
             raise cells.bad(
-                "role not known", f"has a message of the role {node.get('role')!r}; known are {', '.join(ROLES)}."
+                "role not known", f"has a message of the role {shown(node.get('role'))}; known are {', '.join(ROLES)}."
             )
         turns.append({"role": role, "content": cells.as_text("text", node.get("text"))})
-        replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
-        node = min(replies, key=_rank, default=None)
+        replies = node.get("replies") or []
+        if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+            raise cells.bad(
+                "replies are no messages", f": replies must be a list of messages, but they are {shown(replies)}."
+            )
+        replies = [reply for reply in replies if reply.get("deleted") not in (True, "true", "True")]
+        if len(replies) > 1:
+            cells.note(BEST)
+        node = min(replies, key=lambda reply: _rank(cells, reply), default=None)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if len(turns) < 2:
@@ -58,31 +73,41 @@ def best_path(cells: Cells) -> list[Message]:
     return turns
 
 
-def _rank(reply: Mapping[str, Any]) -> float:
+def _rank(cells: Cells, reply: Mapping[str, Any]) -> float:
     rank = reply.get("rank")
-    return float("inf") if rank is None else float(rank)
+    if is_blank(rank):
+        return float("inf")
+    try:
+        return float(rank)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise cells.bad("rank is no number", f"has a reply of the rank {shown(rank)}; write a number.") from None
 
 
 def _belongs(row: Mapping[str, Any], messages: list[Mapping[str, Any]]) -> bool:
     if "message_tree_id" in row:
         return bool(row["message_tree_id"] == messages[0].get("message_tree_id"))
-    return row["parent_id"] is not None
+    return not is_blank(row["parent_id"])
 
 
-def _tree(where: str, messages: list[Mapping[str, Any]]) -> tuple[str, Any]:
-    nodes = {message["message_id"]: dict(message) | {"replies": []} for message in messages}
+def _tree(where: str, messages: list[Mapping[str, Any]]) -> Any:
+    nodes = {str(message["message_id"]): dict(message) | {"replies": []} for message in messages}
+    if len(nodes) < len(messages):
+        return BadRow(
+            where, "tree is torn", "begins a tree in which two messages have the same message_id; give each its own."
+        )
     roots = []
     for node in nodes.values():
-        if node["parent_id"] is None:
+        parent = node["parent_id"]
+        if is_blank(parent):
             roots.append(node)
-        elif node["parent_id"] in nodes:
-            nodes[node["parent_id"]]["replies"].append(node)
+        elif str(parent) in nodes:
+            nodes[str(parent)]["replies"].append(node)
         else:
-            return where, BadRow(
+            return BadRow(
                 where, "tree is torn",
-                f"begins a tree whose message {node['message_id']} answers {node['parent_id']}, which is not beside "
+                f"begins a tree whose message {shown(node['message_id'])} answers {shown(parent)}, which is not beside "
                 "it; put the rows of a tree next to each other.",
             )  # fmt: skip
     if len(roots) != 1:
-        return where, BadRow(where, "tree is torn", f"begins a tree with {len(roots)} first messages; a tree has one.")
-    return where, {"prompt": roots[0]}
+        return BadRow(where, "tree is torn", f"begins a tree with {len(roots)} first messages; a tree has one.")
+    return {"prompt": roots[0]}
