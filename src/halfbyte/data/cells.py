@@ -233,9 +233,10 @@ class Cells:
         )
 
     @property
-    def names(self) -> set[str]:
-        """The plain names of all columns."""
-        return {*self._made, *map(plain, self._names)} if self._given else {plain(str(column)) for column in self.row}
+    def filled_names(self) -> set[str]:
+        """The plain names of the columns that hold something."""
+        names = self._names if self._given else plain_names(tuple(self.row))
+        return {*self._made, *(plain(str(name)) for name, column in names.items() if not is_blank(self.row[column]))}
 
     @property
     def shown_names(self) -> list[str]:
@@ -249,8 +250,8 @@ class Cells:
 
     @property
     def rest(self) -> dict[str, Any]:
-        """What an example takes over from the row."""
-        unused = tuple(str(column) for column in self.row if column not in self.used)
+        """What an example takes over from the row; an empty cell is none that was not used."""
+        unused = tuple(str(name) for name, value in self.row.items() if name not in self.used and not is_blank(value))
         return {"unused": unused, "notes": tuple(self.notes)}
 
 

@@ -1,9 +1,9 @@
 """Rows to examples: which shape a row has, and what its columns mean in it.
 
 Every row tells its shape by its columns, so a file may mix them; of several shapes that fit, the first one of
-:data:`halfbyte.data.shapes.FORMATS` counts whose columns hold anything, unless the user names one. Columns are found
-whatever their case, blanks and ``-``; columns of the user's own are named first (:mod:`halfbyte.data.columns`). An
-example says which columns of its row were not used and what was made of the others.
+:data:`halfbyte.data.shapes.FORMATS` counts whose first column holds anything, unless the user names one. Columns are
+found whatever their case, blanks and ``-``; columns of the user's own are named first (:mod:`halfbyte.data.columns`).
+An example says which columns of its row were not used and what was made of the others.
 """
 
 import dataclasses
@@ -87,11 +87,11 @@ def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter
 
 
 def _format_of(cells: Cells) -> str:
-    """Return the first shape that a row has; one whose columns hold something goes before one of empty columns."""
+    """Return the first shape that a row has; one whose first column holds something goes before others."""
     empty = None
     for name, form in FORMATS.items():
         if form.fits(cells):
-            if not form.needs or any(cells.filled(*names) for names in form.needs):
+            if form.leads(cells):
                 return name
             empty = empty or name
     if empty:

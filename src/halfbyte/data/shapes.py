@@ -27,7 +27,7 @@ PAIRS = (
     (("article", "document", "dialogue", "dialog"), ("highlights", "summary")),
     (("q",), ("a",)),
 )
-"""Columns of a question, and of its answer by their likeliness; of the pairs that a row has, the first counts."""
+"""Columns of a question, and of its answer by their likeliness; of a row's pairs the first full one counts."""
 PASSAGES = ("context", "passage")
 """Columns that a question is about."""
 MORE = ("input", *PASSAGES, "question", "query", "problem")
@@ -64,8 +64,12 @@ class Format:
     also: Callable[[Cells], bool] | None = None
 
     def fits(self, cells: Cells) -> bool:
-        """Tell whether a row has this shape."""
+        """Tell whether a row has the columns of this shape."""
         return all(cells.find(*names) for names in self.needs) and (self.also is None or self.also(cells))
+
+    def leads(self, cells: Cells) -> bool:
+        """Tell whether the first of these columns holds anything: many shapes may have columns in one table."""
+        return cells.filled(*self.needs[0]) is not None if self.needs else _pair_leads(cells)
 
 
 def _turns(cells: Cells) -> Chat:
@@ -111,14 +115,19 @@ def _question(cells: Cells) -> Chat:
 
 def _pair(cells: Cells) -> tuple[str, tuple[str, ...]] | None:
     """Return the column of a row's question, and those that may hold the answer."""
-    found = None
+    best, found = -1, None
     for questions, answers in PAIRS:
         asked = cells.find(*questions)
         if asked is not None and cells.find(*answers):
-            if cells.filled(asked):
-                return asked, answers
-            found = found or (asked, answers)
+            filled = 2 * (cells.filled(asked) is not None) + (cells.filled(*answers) is not None)
+            if filled > best:
+                best, found = filled, (asked, answers)
     return found
+
+
+def _pair_leads(cells: Cells) -> bool:
+    found = _pair(cells)
+    return found is not None and cells.filled(found[0]) is not None
 
 
 def _joined(cells: Cells, names: list[str]) -> str:
@@ -153,6 +162,8 @@ def _spoken(cells: Cells) -> Chat:
     if turns is None:
         raise cells.bad("no transcript", f": text does not begin with {' or '.join((*OIG, *GUANACO))!r}.")
     cells.note(conversations.TRANSCRIPT)
+    if turns[-1] == {"role": "user", "content": ""}:  # a mark that some data sets put behind the last answer
+        turns.pop()
     return Chat(cells.where, conversations.conversation(cells, conversations.system_of(cells) + turns))
 
 
@@ -186,9 +197,10 @@ def _is_text(cells: Cells) -> bool:
     """Tell whether a row is a text; a message a row, without its conversation, is none."""
     if is_message(cells):
         return False
-    if cells.find("text"):
+    full = [name for name in DOCUMENTS if cells.filled(name)]
+    if "text" in full or (not full and cells.find("text")):
         return True
-    return len([name for name in DOCUMENTS if cells.find(name)]) == 1 and cells.names <= {*DOCUMENTS, *ABOUT_TEXT}
+    return len(full) == 1 and cells.filled_names <= {*full, *ABOUT_TEXT}
 
 
 FORMATS: dict[str, Format] = {
