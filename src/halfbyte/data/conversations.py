@@ -65,6 +65,8 @@ def messages(cells: Cells, name: str, turns: Any) -> list[Message]:
     Raises:
         BadRow: it holds no turns, or one has a role or content that is not known.
     """
+    if turns is None:
+        raise cells.bad(f"{name} is missing", f": {name} is null; fill it in, or remove the row.")
     turns = _listed(cells, name, turns)
     if not is_turns(turns):
         raise cells.bad(f"{name} is no conversation", f": {name} must be a list of turns, but it is {shown(turns)}.")
