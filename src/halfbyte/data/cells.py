@@ -26,18 +26,40 @@ LITERAL = 1 << 20
 """Characters of Python text that are read; it takes some hundred bytes of memory for each."""
 
 
+class Names:
+    """Which of a row's columns is meant by a name; rows with the same columns share one.
+
+    Attributes:
+        columns: the columns, by their exact names, by the names they are asked for.
+    """
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self.columns = columns
+        self._present: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of ``names`` that are there."""
+        try:
+            return self._present[names]
+        except KeyError:
+            there = self._present[names] = tuple(name for name in names if name in self.columns)
+            return there
+
+
 class Cells:
     """One row; keeps which of its columns were used and what was made of them.
 
     Args:
         where: file and row.
         row: the columns.
-        names: the columns by the names they are asked for; without them by their own, however those are written.
+        names: of the columns; without them their own, however those are written.
         made: values that stand in no column, by such names; they win.
 
     Attributes:
         where: file and row.
         row: the columns.
+        names: of the columns.
+        made: values that stand in no column.
         notes: what was made of it.
         used: the columns, by their exact names, that had a part in it.
     """
@@ -46,15 +68,16 @@ class Cells:
         self,
         where: str,
         row: Mapping[str, Any],
-        names: Mapping[str, str] | None = None,
+        names: Names | None = None,
         made: Mapping[str, Any] | None = None,
     ) -> None:
         self.where = where
         self.row = row
         self.notes: dict[str, None] = {}  # in their order
         self._given = names is not None
-        self._names = plain_names(tuple(row)) if names is None else names
-        self._made = made or {}
+        self.names = plain_names(tuple(row)) if names is None else names
+        self._columns = self.names.columns
+        self.made = made or {}
         self.used: set[str] = set()
 
     def find(self, *names: str) -> str | None:
@@ -63,16 +86,16 @@ class Cells:
         One that holds something goes before one that does not: rows of different shapes in one table have the columns
         of all of them, most of them null.
         """
-        first = None
-        for name in names:
-            if name in self._made:
-                return name
-            column = self._names.get(name)
-            if column is not None:
-                if not is_blank(self.row[column]):
+        if self.made and (made := next((name for name in names if name in self.made), None)):
+            return made
+        present = self.names.present(names)
+        if not present:
+            return None
+        if len(present) > 1:
+            for name in present:
+                if not is_blank(self.row[self._columns[name]]):
                     return name
-                first = first or name
-        return first
+        return present[0]
 
     def filled(self, *names: str) -> str | None:
         """Return the first of ``names`` that the row has with something in it."""
@@ -81,9 +104,9 @@ class Cells:
 
     def peek(self, name: str) -> Any:
         """Return the value of a column, which does not count as used by that; None where it is missing."""
-        if name in self._made:
-            return self._made[name]
-        column = self._names.get(name)
+        if name in self.made:
+            return self.made[name]
+        column = self._columns.get(name)
         return None if column is None else self.row[column]
 
     def get(self, *names: str) -> Any:
@@ -91,8 +114,8 @@ class Cells:
         name = self.find(*names)
         if name is None:
             return None
-        if name not in self._made:
-            column = self._names[name]
+        if name not in self.made:
+            column = self._columns[name]
             self.used.add(column)
             if column != name and not self._given:
                 self.note(RENAMED)
@@ -235,18 +258,18 @@ class Cells:
     @property
     def filled_names(self) -> set[str]:
         """The plain names of the columns that hold something."""
-        names = self._names if self._given else plain_names(tuple(self.row))
-        return {*self._made, *(plain(str(name)) for name, column in names.items() if not is_blank(self.row[column]))}
+        full = (plain(str(name)) for name, column in self._columns.items() if not is_blank(self.row[column]))
+        return {*self.made, *full}
 
     @property
     def shown_names(self) -> list[str]:
         """The columns as somebody should be told them."""
-        return [*self._made, *self._names] if self._given else [str(column) for column in self.row]
+        return [*self.made, *self._columns] if self._given else [str(column) for column in self.row]
 
     @property
     def unused_names(self) -> list[str]:
         """The names under which columns were given that were not asked for."""
-        return [name for name, column in self._names.items() if column not in self.used] if self._given else []
+        return [name for name, column in self._columns.items() if column not in self.used] if self._given else []
 
     @property
     def rest(self) -> dict[str, Any]:
@@ -274,7 +297,7 @@ def plain(name: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def plain_names(columns: tuple[str, ...]) -> dict[str, str]:
+def plain_names(columns: tuple[str, ...]) -> Names:
     """Return the columns by their plain names and, what wins, by their own."""
     names = {plain(column): column for column in reversed(columns) if isinstance(column, str)}
-    return names | {column: column for column in columns}
+    return Names(names | {column: column for column in columns})

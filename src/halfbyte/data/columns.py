@@ -10,11 +10,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from halfbyte.data.cells import Cells, plain, plain_names
+from halfbyte.data.cells import Cells, Names, plain, plain_names
 from halfbyte.errors import InputError, named, nearest
 
 ANSWERED = {"completion", "chosen", "rejected", "label"}
 """Columns beside which a template makes the prompt."""
+
+
+KINDS = 1000
+"""Kinds of rows, by the columns they have, that are remembered."""
 
 
 class Own:
@@ -38,6 +42,7 @@ class Own:
         self._columns = {plain(name): column for name, column in columns.items()}
         self._optional = {name for name, optional in known.items() if optional}
         self._pieces = [] if template is None else pieces(template)
+        self._known: dict[tuple[tuple[str, str], ...], Names] = {}
         self._made = "prompt" if ANSWERED & self._columns.keys() else "text"
 
     def __bool__(self) -> bool:
@@ -49,9 +54,9 @@ class Own:
         Raises:
             BadRow: it lacks a column that is named.
         """
-        there = plain_names(tuple(row))
+        there = plain_names(tuple(row)).columns
         names: dict[str, str] = {}
-        bare = Cells(where, row, {})
+        bare = Cells(where, row, Names({}))
         for name, column in self._columns.items():
             found = there.get(column) or there.get(plain(column))
             if found is not None:
@@ -70,10 +75,17 @@ class Own:
                 bare.use(found)
                 value = row[found]
                 text += bare.as_text(column, None if isinstance(value, float) and value != value else value, "")
-        cells = Cells(where, row, names, {self._made: text} if self._pieces else None)
+        cells = Cells(where, row, self._shared(names), {self._made: text} if self._pieces else None)
         cells.notes = bare.notes
         cells.use(*bare.used)
         return cells
+
+    def _shared(self, names: dict[str, str]) -> Names:
+        """Return names that all rows with these columns share; there are but a few kinds of rows."""
+        key = tuple(names.items())
+        if key not in self._known and len(self._known) >= KINDS:
+            self._known.clear()
+        return self._known.setdefault(key, Names(names))
 
 
 def check_used(cells: Cells, shape: str) -> None:

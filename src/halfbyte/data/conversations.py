@@ -28,6 +28,9 @@ ROLES = {
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
 """What a role is called, and which of a template's it is; ``call``: an assistant's turn that is a call, as JSON."""
+PLAIN_ROLES = [
+    role for role, meant in ROLES.items() if meant in ("system", "user", "assistant") and role != "developer"
+]
 
 SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = ("history",)
@@ -184,13 +187,18 @@ def _messages(cells: Cells, name: str, number: int, turn: Mapping[str, Any]) -> 
         for role, key in zip(("user", "assistant"), pair, strict=True):
             yield _message(cells, number, {"role": role, "content": turn[key]})
         known = {*pair}
-    unknown = {f"{name}[].{key}": None for key, value in turn.items() if key not in known and value is not None}
-    if unknown:
-        cells.note(f"of the turns not used: {named(unknown)}")
+    if not turn.keys() <= known:
+        unknown = [f"{name}[].{key}" for key, value in turn.items() if key not in known and value is not None]
+        if unknown:
+            cells.note(f"of the turns not used: {named(unknown)}")
 
 
 def _message(cells: Cells, number: int, turn: Mapping[str, Any]) -> Message:
     place = f"turn {number}"
+    content = turn.get("content", turn.get("value"))
+    given = turn.get("role", turn.get("from"))
+    if len(turn) == 2 and isinstance(content, str) and given in PLAIN_ROLES:  # most are
+        return {"role": ROLES[given], "content": cells.as_text(f"the content of {place}", content)}
     given = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
     role = ROLES.get(plain(given)) if isinstance(given, str) else None
     if role is None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from halfbyte.data import trees
-from halfbyte.data.cells import Cells, plain, shown
+from halfbyte.data.cells import Cells, Names, plain, shown
 from halfbyte.data.columns import Own, check_used
 from halfbyte.data.examples import BadRow, Example
 from halfbyte.data.shapes import FORMATS, NAMES, OWN, Format, is_message
@@ -89,9 +89,10 @@ def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter
 def _format_of(cells: Cells) -> str:
     """Return the first shape that a row has; one whose first column holds something goes before others."""
     empty = None
-    for name, form in FORMATS.items():
+    candidates = FORMATS if cells.made else _candidates(cells.names)
+    for name, form in candidates.items():
         if form.fits(cells):
-            if form.leads(cells):
+            if len(candidates) == 1 or form.leads(cells):
                 return name
             empty = empty or name
     if empty:
@@ -108,6 +109,11 @@ def _format_of(cells: Cells) -> str:
         f"has the columns {named(columns) or '(none)'}, which make no known shape{_nearest_shape(columns)}; say which "
         "is which (--columns prompt=...,completion=..., or --columns text=...).",
     )
+
+
+@lru_cache(maxsize=4096)
+def _candidates(names: Names) -> dict[str, Format]:
+    return {name: form for name, form in FORMATS.items() if form.may_fit(names)}
 
 
 def _checked(name: str, cells: Cells) -> str:

@@ -5,10 +5,11 @@ Of several shapes that fit a row the first one of ``FORMATS`` counts. A new shap
 
 import dataclasses
 from collections.abc import Callable
+from functools import lru_cache
 
 from halfbyte.data import conversations, preferences, trees
 from halfbyte.data.calls import calls_in, tools_of
-from halfbyte.data.cells import Cells, plain
+from halfbyte.data.cells import Cells, Names, plain
 from halfbyte.data.conversations import TURNS, as_turns, opening
 from halfbyte.data.examples import Chat, Completion, Example, Message, Text
 from halfbyte.errors import named
@@ -67,6 +68,10 @@ class Format:
         """Tell whether a row has the columns of this shape."""
         return all(cells.find(*names) for names in self.needs) and (self.also is None or self.also(cells))
 
+    def may_fit(self, names: Names) -> bool:
+        """Tell whether rows with such columns can have this shape."""
+        return all(map(names.present, self.needs)) and (bool(self.needs) or bool(_pairs(names)))
+
     def leads(self, cells: Cells) -> bool:
         """Tell whether the first of these columns holds anything: many shapes may have columns in one table."""
         return cells.filled(*self.needs[0]) is not None if self.needs else _pair_leads(cells)
@@ -116,13 +121,20 @@ def _question(cells: Cells) -> Chat:
 def _pair(cells: Cells) -> tuple[str, tuple[str, ...]] | None:
     """Return the column of a row's question, and those that may hold the answer."""
     best, found = -1, None
-    for questions, answers in PAIRS:
+    pairs = _pairs(cells.names)
+    for questions, answers in pairs:
         asked = cells.find(*questions)
-        if asked is not None and cells.find(*answers):
-            filled = 2 * (cells.filled(asked) is not None) + (cells.filled(*answers) is not None)
-            if filled > best:
-                best, found = filled, (asked, answers)
+        if asked is not None and len(pairs) == 1:
+            return asked, answers
+        filled = 2 * (cells.filled(*questions) is not None) + (cells.filled(*answers) is not None)
+        if asked is not None and filled > best:
+            best, found = filled, (asked, answers)
     return found
+
+
+@lru_cache(maxsize=4096)
+def _pairs(names: Names) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+    return tuple(pair for pair in PAIRS if all(map(names.present, pair)))
 
 
 def _pair_leads(cells: Cells) -> bool:
@@ -142,8 +154,10 @@ def _joined(cells: Cells, names: list[str]) -> str:
 def _answer(cells: Cells, names: tuple[str, ...]) -> str:
     name = cells.find(*names) or names[0]
     answer = cells.answer(name)
-    others = [other for other in dict.fromkeys(names) if other != name and other in ANSWERS and cells.filled(other)]
-    if others:
+    there = cells.names.present(names)
+    if len(there) > 1 and (
+        others := [other for other in dict.fromkeys(there) if other != name and cells.filled(other)]
+    ):
         cells.note(f"the answer was taken from the column {name}, not from {named(others)}")
     return answer
 
