@@ -140,7 +140,6 @@ def test_an_example_tells_what_it_does_not_use() -> None:
         ({"messages": json.dumps(HI)}, cells.PARSED),
         ({"question": "a", "answers": ["b", "c"]}, cells.FIRST),
         ({"messages": [{"role": "developer", "content": "s"}, *HI]}, conversations.DEVELOPER),
-        ({"messages": [*HI, {"role": "user", "content": "Bye"}]}, conversations.UNANSWERED),
         ({"messages": [*HI, *turns("Bye", "")]}, conversations.EMPTY),
         ({"messages": [HI[0], HI[1] | {"weight": 0.5}]}, conversations.WEIGHTS),
     ],

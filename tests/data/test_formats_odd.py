@@ -70,7 +70,7 @@ def chat(*texts: str, system: str | None = None) -> Chat:
         ({"messages": None, "text": "once"}, Text("row", "once"), None),
         ({"messages": [A, Q, A]}, Chat("row", [A, Q, A]), None),
         ({"messages": [Q, Q, A, A]}, Chat("row", [Q, Q, A, A]), None),
-        ({"messages": [Q, A, Q]}, Chat("row", [Q, A, Q]), conversations.UNANSWERED),
+        ({"messages": [Q, A, Q]}, Chat("row", [Q, A, Q]), None),
         ({"messages": [Q | {"content": ""}, A]}, Chat("row", [Q | {"content": ""}, A]), conversations.EMPTY_ASKED),
         ({"messages": [Q | {"extra": None}, A]}, Chat("row", [Q, A]), None),
         ({"messages": {"role": ["user", "assistant"], "content": ["Hi", "Hello"]}}, Chat("row", [Q, A]), None),
@@ -78,6 +78,13 @@ def chat(*texts: str, system: str | None = None) -> Chat:
         ({"messages": [Q, {"role": "assistant", "content": [
             {"type": "thinking", "thinking": "Greet.", "signature": "x"}, {"type": "output_text", "text": "Hello"}]}]},
          Chat("row", [Q, A | {"reasoning_content": "Greet."}]), None),
+        ({"messages": [Q, A], "images": []}, Chat("row", [Q, A]), None),
+        ({"messages": [Q, A | {"loss_weight": 1.0}]}, Chat("row", [Q, A | {"train": True}]), None),
+        ({"messages": [Q, {"role": "assistant", "content": [
+            {"type": "reasoning", "value": "Greet."}, {"type": "text", "value": "Hello"}]}]},
+         Chat("row", [Q, A | {"reasoning_content": "Greet."}]), None),
+        ({"chosen_messages": [Q, A], "rejected_messages": [Q, A | {"content": "No"}]},
+         Preference("row", [Q], [A], [A | {"content": "No"}]), None),
         ({"messages": str([Q, A])}, Chat("row", [Q, A]), cells.PYTHON),
         ({"prompt": [Q], "completion": A}, Chat("row", [Q, A]), None),
         ({"prompt": "Hi", "completion": [A]}, Chat("row", [Q, A]), None),
@@ -101,6 +108,25 @@ def test_odd_rows_are_read_as_what_they_are(row: Any, example: Example, note: st
     found = read(row)
     assert found == example
     assert isinstance(found, Example) and found.notes == ((note,) if note else ())
+
+
+def test_calls_and_results_in_parts_are_calls_and_results() -> None:
+    """Anthropic's form and OpenAI's of one conversation give one example."""
+    call = {"name": "weather", "arguments": {"city": "Bonn"}}
+    result = {"role": "tool", "content": "12 C", "tool_call_id": "t1"}
+    use = {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Bonn"}}
+    back = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "12 C"}]}
+    parts = [
+        Q, {"role": "assistant", "content": [{"type": "text", "text": "I look."}, use]},
+        {"role": "user", "content": [back]}, A, {"role": "user", "content": [back, {"type": "text", "text": "Hi"}]}, A,
+    ]  # fmt: skip
+    said = {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": [{"id": "t1", "type": "function", "function": call}],
+    }
+    plain = [Q, said, result, A, result, Q, A]
+    assert read({"messages": parts}) == read({"messages": plain}) == Chat("row", plain)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +153,10 @@ def test_odd_rows_are_read_as_what_they_are(row: Any, example: Example, note: st
         ({"messages": "[" * 5000}, "messages is no JSON", []),
         ({"role": "user", "content": "Hi"}, "a message, not a conversation", ["messages"]),
         ({"from": "human", "text": "Hi"}, "a message, not a conversation", ["messages"]),
+        ({"messages": [{"role": "user", "content": "<image>What is it?"}, A], "images": ["a.png"]},
+         "content is no text", ["row has images for <image>"]),
+        ({"messages": [Q, A | {"content": [{"type": "tool_use", "input": {}}]}]}, "tool call not understood",
+         ["row, turn 2"]),
         ({"title": "a", "content": "b", "summary_of_all": "c"}, "columns not recognised", ["--columns"]),
         ({"instrution": "a", "output": "b"}, "columns not recognised",
          ["instruction, input and output", "is 'instrution' its 'instruction'?", "--columns"]),
@@ -235,13 +265,14 @@ NAMES_OF_COLUMNS = sorted(
     | {name for pair in PAIRS for names in pair for name in names}
 )  # fmt: skip
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.binary(max_size=3)
+    st.none() | st.sampled_from(["text", "thinking", "tool_use", "tool_result", "<image>"]) | st.integers()
+    | st.booleans() | st.none().map(lambda _: 10**5000) | st.floats() | st.text(st.characters()) | st.binary(max_size=3)
     | st.sampled_from(["user", "assistant", "gpt", "true", "[{", '{"role": "user"}', "\n\nHuman: a\n\nAssistant:",
                        "<human>: a\n<bot>:", "### Human: a### Assistant: b", '[{"name": "f", "arguments": {}}]'])
 )  # fmt: skip
 KEYS = st.sampled_from(
     ["role", "from", "content", "value", "text", "type", "tool_calls", "function", "name", "arguments", "weight",
-     "train", "thinking", "replies", "rank", "input", "output", "deleted", "message_id"]
+     "train", "thinking", "replies", "tool_use_id", "images", "rank", "input", "output", "deleted", "message_id"]
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS,

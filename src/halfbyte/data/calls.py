@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from halfbyte.data.cells import Cells, shown
+from halfbyte.data.cells import Cells, shown, words
 
 TOOLS = ("tools", "functions")
 """Columns that describe functions."""
@@ -76,7 +76,9 @@ def _call(cells: Cells, place: str, call: Any) -> dict[str, Any]:
             f", {place} calls {shown(call)}; a call needs a name and arguments: write "
             '{"name": ..., "arguments": {...}}.',
         )
-    arguments: Any = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
+    arguments: Any = next(
+        (function[key] for key in ("arguments", "parameters", "input") if function.get(key) is not None), {}
+    )
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
@@ -88,5 +90,5 @@ def _call(cells: Cells, place: str, call: Any) -> dict[str, Any]:
             "tool call not understood",
             f", {place} calls {function['name']} with {shown(arguments)}; arguments must be an object.",
         )
-    kept = {"id": str(call["id"])} if call.get("id") else {}
+    kept = {"id": words(call["id"])} if call.get("id") else {}
     return kept | {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}

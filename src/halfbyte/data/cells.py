@@ -279,8 +279,18 @@ class Cells:
 
 
 def is_blank(value: Any) -> bool:
-    """Tell whether a cell holds nothing: null, NaN as pandas has it, or no text."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    """Tell whether a cell holds nothing: null, NaN as pandas has it, an empty text, list or object."""
+    if isinstance(value, str | list | dict):
+        return not value
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def words(value: Any) -> str:
+    """Return any value as text to compare; a number of thousands of digits, which Python does not write, is none."""
+    try:
+        return str(value)
+    except ValueError:
+        return ""
 
 
 def shown(value: Any) -> str:

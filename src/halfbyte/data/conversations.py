@@ -15,6 +15,7 @@ from typing import Any
 
 from halfbyte.data.calls import calls_of
 from halfbyte.data.cells import Cells, plain, shown
+from halfbyte.data.contents import Content, content_of
 from halfbyte.data.examples import Message
 from halfbyte.errors import named
 
@@ -43,12 +44,9 @@ PAIRS = (
 """Keys of turns that hold a question and its answer."""
 KEPT = ("name", "tool_call_id")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
-TEXTS = ("text", "input_text", "output_text")
-"""Types of parts that are text: of OpenAI's chats and of its responses."""
-_KNOWN = {"role", "from", "content", "value", "text", "tool_calls", "function_call", "train", "weight"}
+_KNOWN = {"role", "from", "content", "value", "text", "tool_calls", "function_call", "train", "weight", "loss_weight"}
 _KNOWN.update(THOUGHTS, KEPT)
 
-UNANSWERED = "the last turn is no answer, and is not trained"
 EMPTY = "an empty answer is read, not trained"
 EMPTY_ASKED = "a turn that is no answer is empty"
 WEIGHTS = "weights other than 0 count as 1"
@@ -80,7 +78,7 @@ def messages(cells: Cells, name: str, turns: Any) -> list[Message]:
 
 
 def conversation(cells: Cells, turns: list[Message]) -> list[Message]:
-    """Return ``turns``, which are seen to hold an answer to learn from.
+    """Return ``turns``, which are seen to hold an answer to learn from; what follows the last is for the template.
 
     Raises:
         BadRow: there is none.
@@ -101,8 +99,6 @@ def conversation(cells: Cells, turns: list[Message]) -> list[Message]:
                 turn["train"] = False
     if all(turn.get("train") is False for turn in full):
         raise cells.bad("no turn to train", "says of every answer that it is not to be trained; remove it.")
-    if turns[-1]["role"] != "assistant":
-        cells.note(UNANSWERED)
     return turns
 
 
@@ -181,11 +177,11 @@ def _messages(cells: Cells, name: str, number: int, turn: Mapping[str, Any]) -> 
     """Yield the message of a turn, or both of one that holds a question and its answer."""
     pair = None if "role" in turn or "from" in turn else next((pair for pair in PAIRS if turn.keys() >= {*pair}), None)
     if pair is None:
-        yield _message(cells, number, turn)
+        yield from _message(cells, number, turn)
         known = _KNOWN
     else:
         for role, key in zip(("user", "assistant"), pair, strict=True):
-            yield _message(cells, number, {"role": role, "content": turn[key]})
+            yield from _message(cells, number, {"role": role, "content": turn[key]})
         known = {*pair}
     if not turn.keys() <= known:
         unknown = [f"{name}[].{key}" for key, value in turn.items() if key not in known and value is not None]
@@ -193,12 +189,14 @@ def _messages(cells: Cells, name: str, number: int, turn: Mapping[str, Any]) -> 
             cells.note(f"of the turns not used: {named(unknown)}")
 
 
-def _message(cells: Cells, number: int, turn: Mapping[str, Any]) -> Message:
+def _message(cells: Cells, number: int, turn: Mapping[str, Any]) -> Iterator[Message]:
+    """Yield the message of a turn; behind the results of tools that it brings along."""
     place = f"turn {number}"
-    content = turn.get("content", turn.get("value"))
+    text = turn.get("content", turn.get("value"))
     given = turn.get("role", turn.get("from"))
-    if len(turn) == 2 and isinstance(content, str) and given in PLAIN_ROLES:  # most are
-        return {"role": ROLES[given], "content": cells.as_text(f"the content of {place}", content)}
+    if len(turn) == 2 and isinstance(text, str) and given in PLAIN_ROLES:  # most are
+        yield {"role": ROLES[given], "content": cells.as_text(f"the content of {place}", text)}
+        return
     given = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
     role = ROLES.get(plain(given)) if isinstance(given, str) else None
     if role is None:
@@ -208,53 +206,36 @@ def _message(cells: Cells, number: int, turn: Mapping[str, Any]) -> Message:
         )
     if str(given).strip().casefold() == "developer":
         cells.note(DEVELOPER)
-    content = next((turn[key] for key in ("content", "value", "text") if turn.get(key) is not None), None)
-    message: Message = {"role": role}
-    thoughts: list[str] = []
+    said = next((turn[key] for key in ("content", "value", "text") if turn.get(key) is not None), None)
     if role == "call":
-        message = {"role": "assistant", "content": "", "tool_calls": calls_of(cells, place, content)}
+        content = Content(calls=calls_of(cells, place, said))
+        role = "assistant"
     else:
         calls = turn.get("tool_calls") or turn.get("function_call")
-        message["content"] = _content(cells, place, content, bool(calls), thoughts)
+        content = content_of(cells, place, said, may_lack=bool(calls))
         if calls:
-            message["tool_calls"] = calls_of(cells, place, calls)
+            content.calls += calls_of(cells, place, calls)
+    yield from content.results
+    if content.results and not content.text:
+        return
+    message: Message = {"role": role, "content": content.text}
+    if content.calls:
+        message["tool_calls"] = content.calls
     thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
     if thought is not None:
-        thoughts.insert(0, cells.as_text(f"the thought of {place}", thought))
-    if thoughts:
-        message["reasoning_content"] = "\n\n".join(thoughts)
+        content.thoughts.insert(0, cells.as_text(f"the thought of {place}", thought))
+    if content.thoughts:
+        message["reasoning_content"] = "\n\n".join(content.thoughts)
     for key in KEPT:
         if turn.get(key) is not None:
             message[key] = cells.as_text(f"the {key} of {place}", turn[key])
-    if role in ("assistant", "call") and (train := _trained(cells, place, turn)) is not None:
+    if role == "assistant" and (train := _trained(cells, place, turn)) is not None:
         message["train"] = train
-    return message
-
-
-def _content(cells: Cells, place: str, content: Any, may_lack: bool, thoughts: list[str]) -> str:
-    """Return content as one text; parts that are thoughts are put aside."""
-    if isinstance(content, Mapping):
-        content = [content]
-    if isinstance(content, list):
-        texts = []
-        for part in content:
-            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-            text = part.get("text") if isinstance(part, Mapping) else part
-            if kind == "thinking" and isinstance(part.get("thinking"), str):
-                thoughts.append(part["thinking"])
-            elif kind in TEXTS and isinstance(text, str):
-                texts.append(text)
-            else:
-                raise cells.bad(
-                    "content is no text",
-                    f", {place} holds {shown(part)}; only text can be trained on, so leave it out.",
-                )
-        content = "".join(texts)
-    return cells.as_text(f"the content of {place}", content, "" if may_lack else None)
+    yield message
 
 
 def _trained(cells: Cells, place: str, turn: Mapping[str, Any]) -> bool | None:
-    value = next((turn[key] for key in ("train", "weight") if turn.get(key) is not None), None)
+    value = next((turn[key] for key in ("train", "weight", "loss_weight") if turn.get(key) is not None), None)
     if value is None or isinstance(value, bool):
         return value
     if not isinstance(value, int | float):

@@ -22,8 +22,8 @@ class BadRow(InputError):
     """
 
     def __init__(self, where: str, kind: str, sentence: str) -> None:
-        """Make an error that reads ``where``, a colon or a blank as the sentence needs, and ``sentence``."""
-        super().__init__(f"{where}{'' if sentence.startswith(':') else ' '}{sentence}")
+        """Make an error that reads ``where`` and ``sentence``, which may begin with a colon or a comma."""
+        super().__init__(f"{where}{'' if sentence.startswith((':', ',')) else ' '}{sentence}")
         self.where = where
         self.kind = kind
 

@@ -16,13 +16,24 @@ from typing import Any
 from halfbyte.data import trees
 from halfbyte.data.cells import Cells, Names, plain, shown
 from halfbyte.data.columns import Own, check_used
+from halfbyte.data.contents import check_media
 from halfbyte.data.examples import BadRow, Example
-from halfbyte.data.shapes import FORMATS, NAMES, OWN, Format, is_message
-from halfbyte.errors import InputError, named, nearest
+from halfbyte.data.shapes import FORMATS, NAMES, OWN, PAIRS, Format, is_message
+from halfbyte.errors import LONGEST_NAME, NAMES_SHOWN, InputError, named, nearest
 
 __all__ = ["FORMATS", "Row", "read_examples"]
 
 Row = tuple[str, Any]
+Groups = tuple[tuple[str, ...], ...]
+TOLD: list[tuple[str, Groups]] = [
+    *(
+        (FORMATS[name].about, FORMATS[name].needs)
+        for name in ("preference", "messages", "alpaca", "completion", "text")
+    ),
+    *((" and ".join(names[0] for names in pair), pair) for pair in PAIRS),
+]
+"""Shapes that rows of other columns may have been meant to have; of the others, their values say more."""
+TOLD_NAMES = {name for _, groups in TOLD for names in groups for name in names}
 LIKELY = 0.7
 """How alike two names must be for one to be taken for the other, misspelt."""
 
@@ -74,6 +85,7 @@ def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter
         try:
             cells = own.cells(where, value) if own else Cells(where, value)
             name = _format_of(cells) if format is None else _checked(format, cells)
+            check_media(cells)
             example = FORMATS[name].read(cells)
             if own:
                 check_used(cells, f"a row of {FORMATS[name].about}")
@@ -146,25 +158,25 @@ def _close(column: str, names: tuple[str, ...]) -> str:
 
 
 def _nearest_shape(columns: Iterable[str]) -> str:
-    return _nearest(tuple(columns)[:50])
+    return _nearest(tuple(column[:LONGEST_NAME] for column in columns)[:NAMES_SHOWN])
 
 
 @lru_cache(maxsize=256)
 def _nearest(columns: tuple[str, ...]) -> str:
     """Return the shape that columns come nearest to, and what is missing or misspelt."""
     known = [plain(column) for column in columns]
+    likely = {name: LIKELY for column in known for name in difflib.get_close_matches(column, TOLD_NAMES, cutoff=LIKELY)}
 
-    def likeness(name: str) -> float:
-        return max((difflib.SequenceMatcher(None, name, column).ratio() for column in known), default=0)
+    def likeness(names: tuple[str, ...]) -> float:
+        return 1.0 if {*names} & {*known} else max(likely.get(name, 0.0) for name in names)
 
-    def score(form: Format) -> float:
-        groups = [max(map(likeness, names)) for names in form.needs]
-        return sum(value for value in groups if value >= LIKELY) / len(groups)
+    def score(groups: Groups) -> float:
+        return sum(map(likeness, groups)) / len(groups)
 
-    best = max((form for form in FORMATS.values() if form.needs), key=score)
-    if not score(best):
+    about, groups = max(TOLD, key=lambda shape: score(shape[1]))
+    if not score(groups):
         return f"; such are {'; '.join(form.about for form in FORMATS.values())}"
-    missing = [names[0] for names in best.needs if not {*names} & {*known}]
-    hints = "".join(_misspelt(names, columns) for names in best.needs if not {*names} & {*known})
-    without = f" without {' and '.join(missing)}" if missing else ""
-    return f"; the nearest is {best.about},{without}{hints}" if without else f"; the nearest is {best.about}"
+    lacking = [names for names in groups if not {*names} & {*known}]
+    hints = "".join(_misspelt(names, columns) for names in lacking)
+    without = f", without {' and '.join(names[0] for names in lacking)}" if lacking else ""
+    return f"; the nearest is {about}{without}{hints}"

@@ -11,7 +11,7 @@ import itertools
 from typing import Any
 
 from halfbyte.data.calls import tools_of
-from halfbyte.data.cells import Cells
+from halfbyte.data.cells import Cells, words
 from halfbyte.data.conversations import (
     TRANSCRIPT,
     TURNS,
@@ -26,6 +26,8 @@ from halfbyte.data.examples import Judged, Message, Preference
 
 PROMPTS = ("prompt", "question", "query", "problem", "instruction", "input", "user", "request")
 COMPLETIONS = ("completion", "response", "output", "answer")
+CHOSEN = ("chosen", "chosen_messages")
+REJECTED = ("rejected", "rejected_messages")
 LABELS = ("label", "kto_tag")
 HUMAN = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 JUDGED = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
@@ -37,7 +39,7 @@ def is_judged(cells: Cells) -> bool:
 
     Numbers are classes more often than judgements, so 0 and 1 count beside a prompt and its completion only.
     """
-    label = str(cells.peek(cells.find(*LABELS) or "")).strip().casefold()
+    label = words(cells.peek(cells.find(*LABELS) or "")).strip().casefold()
     if label not in JUDGED:
         return False
     if label in ("true", "false"):
@@ -53,10 +55,10 @@ def judged(cells: Cells) -> Judged:
     """
     name = cells.find(*LABELS) or LABELS[0]
     label = cells.get(*LABELS)
-    good = JUDGED.get(str(label).strip().casefold())
+    good = JUDGED.get(words(label).strip().casefold())
     if good is None:
         raise cells.bad(f"{name} is no judgement", f": {name} must be true or false; write that.")
-    if not isinstance(label, bool) and str(label).strip()[:1] in "01":
+    if not isinstance(label, bool) and words(label).strip()[:1] in "01":
         cells.note(NUMBERED)
     if not (cells.find(*PROMPTS) and cells.find(*COMPLETIONS)):
         turns = system_of(cells) + messages(cells, cells.find(*TURNS) or "", cells.get(*TURNS))
@@ -82,16 +84,17 @@ def preference(cells: Cells) -> Preference:
     """
     tools = tools_of(cells)
     prompt = _prompt(cells)
-    answers = [cells.parsed_turns(name) for name in ("chosen", "rejected")]
+    names = cells.find(*CHOSEN) or "", cells.find(*REJECTED) or ""
+    answers = [cells.parsed_turns(name) for name in names]
     if isinstance(answers[0], list) or isinstance(answers[1], list):
-        pair = [as_turns(cells, *named, "assistant") for named in zip(("chosen", "rejected"), answers, strict=True)]
+        pair = [as_turns(cells, *named, "assistant") for named in zip(names, answers, strict=True)]
         if not all(turns[0]["role"] == "assistant" for turns in pair):  # whole conversations
             return _parted(cells, [[*_missing(cells, turns), *turns] for turns in pair], tools)
         if prompt is None:
             raise _promptless(cells)
         turns = as_turns(cells, "prompt", prompt, "user")
         return _pair(cells, turns, [_checked(cells, answer) for answer in pair], tools)
-    texts = [cells.answer(name) for name in ("chosen", "rejected")]
+    texts = [cells.answer(name) for name in names]
     if prompt is None:
         spoken = [transcript(text, HUMAN) for text in texts]
         if not all(len(turns) > 1 and turns[-1]["role"] == "assistant" for turns in spoken):

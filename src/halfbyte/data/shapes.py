@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from halfbyte.data import conversations, preferences, trees
 from halfbyte.data.calls import calls_in, tools_of
-from halfbyte.data.cells import Cells, Names, plain
+from halfbyte.data.cells import Cells, Names, plain, words
 from halfbyte.data.conversations import TURNS, as_turns, opening
 from halfbyte.data.examples import Chat, Completion, Example, Message, Text
 from halfbyte.errors import named
@@ -204,7 +204,7 @@ _BEGINNINGS = tuple(mark.strip() for mark in (*OIG, *GUANACO))
 
 def is_message(cells: Cells) -> bool:
     """Tell whether a row is one message of a conversation: it says who spoke."""
-    return any(plain(str(cells.peek(name))) in conversations.ROLES for name in ("role", "from"))
+    return any(plain(words(cells.peek(name))) in conversations.ROLES for name in ("role", "from"))
 
 
 def _is_text(cells: Cells) -> bool:
@@ -218,7 +218,9 @@ def _is_text(cells: Cells) -> bool:
 
 
 FORMATS: dict[str, Format] = {
-    "preference": Format("prompt, chosen and rejected", (("chosen",), ("rejected",)), preferences.preference),
+    "preference": Format(
+        "prompt, chosen and rejected", (preferences.CHOSEN, preferences.REJECTED), preferences.preference
+    ),
     "unpaired": Format(
         "prompt, completion and label (true or false)", (preferences.LABELS,), preferences.judged, preferences.is_judged
     ),

@@ -8,7 +8,7 @@ does for its OASST1 data (section 5).
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from halfbyte.data.cells import Cells, is_blank, shown
+from halfbyte.data.cells import Cells, is_blank, shown, words
 from halfbyte.data.examples import BadRow, Message
 
 ROLES = {"prompter": "user", "assistant": "assistant", "user": "user", "human": "user"}
@@ -51,7 +51,7 @@ def best_path(cells: Cells) -> list[Message]:
     node = cells.get("prompt")
     turns: list[Message] = []
     while node is not None:
-        role = ROLES.get(str(node.get("role")))
+        role = ROLES.get(words(node.get("role")))
         if role is None:
             raise cells.bad(
                 "role not known", f"has a message of the role {shown(node.get('role'))}; known are {', '.join(ROLES)}."
@@ -90,7 +90,7 @@ def _belongs(row: Mapping[str, Any], messages: list[Mapping[str, Any]]) -> bool:
 
 
 def _tree(where: str, messages: list[Mapping[str, Any]]) -> Any:
-    nodes = {str(message["message_id"]): dict(message) | {"replies": []} for message in messages}
+    nodes = {words(message["message_id"]): dict(message) | {"replies": []} for message in messages}
     if len(nodes) < len(messages):
         return BadRow(
             where, "tree is torn", "begins a tree in which two messages have the same message_id; give each its own."
@@ -100,8 +100,8 @@ def _tree(where: str, messages: list[Mapping[str, Any]]) -> Any:
         parent = node["parent_id"]
         if is_blank(parent):
             roots.append(node)
-        elif str(parent) in nodes:
-            nodes[str(parent)]["replies"].append(node)
+        elif words(parent) in nodes:
+            nodes[words(parent)]["replies"].append(node)
         else:
             return BadRow(
                 where, "tree is torn",
