@@ -337,7 +337,7 @@ def test_halfbyte_is_measured_alone_at_several_lengths(model: Path, tmp_path: Pa
 def test_a_side_that_dies_is_told_and_another_way_taken(model: Path, tmp_path: Path) -> None:
     job = Job(str(model), "", str(tmp_path / "run"), 2, 24, RANK, 4)
     broken = dataclasses.replace(job, data="/no/such.jsonl")
-    with pytest.raises(InputError, match=r"no data file '/no/such\.jsonl'"):
+    with pytest.raises(InputError, match=r"data file '/no/such\.jsonl' is not there"):
         train._fastest("halfbyte", [OURS], broken, lambda _: None)
     job = dataclasses.replace(job, data=str(train._write_rows(tmp_path / "rows.jsonl", job)))
     failing: Any = SimpleNamespace(setting="", run=int)  # int takes no job

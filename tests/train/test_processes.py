@@ -94,5 +94,5 @@ def test_an_error_is_told_once_and_nothing_is_left(tiny_model_folder: Path, tmp_
     run = start(2, tiny_model_folder, tmp_path / "none.jsonl", tmp_path / "run")
     _, err = run.communicate()
     assert run.returncode != 0
-    assert err.count("Error: There is no data file") == 1
+    assert err.count("Error: The data file") == 1
     assert not (tmp_path / "run").exists()

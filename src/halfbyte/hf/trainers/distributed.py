@@ -25,6 +25,9 @@ LOST = ("Connection closed", "Connection reset", "Broken pipe", "Connection refu
 """How gloo (torch 2.13) says that another process is gone."""
 
 
+_AGREED = "The other processes of the run know of this error."
+
+
 class ElsewhereError(InputError):
     """Another process of the run failed, with this sentence; that process tells it, so nobody else needs to."""
 
@@ -139,8 +142,8 @@ def agreed_errors() -> Iterator[None]:
     try:
         yield
     except Exception as raised:
-        if world_size() == 1 or isinstance(raised, ElsewhereError):
-            raise
+        if world_size() == 1 or isinstance(raised, ElsewhereError) or _AGREED in getattr(raised, "__notes__", ()):
+            raise  # a block within this one has told the others
         error = raised
     if world_size() == 1:
         return
@@ -150,6 +153,7 @@ def agreed_errors() -> Iterator[None]:
     if failed is None:
         return
     if error is not None and failed == rank():
+        error.add_note(_AGREED)
         raise error
     raise ElsewhereError(sentences[failed]) from error
 
