@@ -13,37 +13,20 @@ the clock's and of the processor's (all threads together), the medians over the 
 import argparse
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data import topics
 
 from transformers import AutoTokenizer
 
+from data import write_rows  # beside this file
 from halfbyte.data import Chat, encode_examples
 from halfbyte.data.template import Writer
 
 MAX_LENGTH = 1024
 CHUNK = 1 << 20
-
-
-def write_rows(file: Path, rows: int) -> None:
-    """Write so many conversations of the text in ``pydoc_data``, drawn with the same seed each time."""
-    text = " ".join(" ".join(topics.topics.values()).split())
-    draw = random.Random(0)
-
-    def some(least: int, most: int) -> str:
-        length = draw.randrange(least, most)
-        start = draw.randrange(len(text) - length)
-        return text[start : start + length]
-
-    with file.open("w", encoding="utf-8") as lines:
-        for _ in range(rows):
-            turns = [{"role": "user", "content": some(200, 900)}, {"role": "assistant", "content": some(100, 650)}]
-            lines.write(json.dumps({"messages": turns}) + "\n")
 
 
 def timed(work: Callable[[], int]) -> tuple[float, float, int]:

@@ -20,8 +20,8 @@ from halfbyte.data import (
     conversations,
     read_examples,
 )
-from halfbyte.data.formats import FORMATS
-from halfbyte.data.formats import read_examples as examples_of
+from halfbyte.data.formats import examples_of
+from halfbyte.data.shapes import FORMATS
 from halfbyte.errors import InputError
 
 Turns = list[Message]

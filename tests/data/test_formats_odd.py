@@ -25,8 +25,7 @@ from halfbyte.data import (
     preferences,
     read_examples,
 )
-from halfbyte.data.formats import FORMATS
-from halfbyte.data.formats import read_examples as examples_of
+from halfbyte.data.formats import FORMATS, examples_of
 from halfbyte.data.shapes import ANSWERS, DOCUMENTS, NAMES, OWN, PAIRS
 from halfbyte.errors import InputError
 

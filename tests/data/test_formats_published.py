@@ -31,11 +31,11 @@ from halfbyte.data import (
     shapes,
     trees,
 )
-from halfbyte.data.formats import read_examples
+from halfbyte.data.formats import examples_of
 
 
 def read(row: Any, **options: Any) -> Example | BadRow:
-    [example] = read_examples([("row", row)], **options)
+    [example] = examples_of([("row", row)], **options)
     return example
 
 
@@ -290,8 +290,8 @@ def test_open_assistants_messages_are_read_as_the_hub_has_them() -> None:
     expected = chat(Q, A, "Sure?", "Yes.")
     texts = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     for written in (rows, texts):
-        [example] = read_examples([(f"row {n}", row) for n, row in enumerate(written)])
+        [example] = examples_of([(f"row {n}", row) for n, row in enumerate(written)])
         assert isinstance(example, Chat) and example.messages == expected.messages and example.where == "row 0"
         assert trees.BEST in example.notes
-    named = list(read_examples([(f"row {n}", row) for n, row in enumerate(rows)], format="text"))
+    named = list(examples_of([(f"row {n}", row) for n, row in enumerate(rows)], format="text"))
     assert named == [Text(f"row {n}", row["text"]) for n, row in enumerate(rows)]

@@ -260,7 +260,7 @@ def test_a_data_set_of_the_hub_that_is_damaged_is_told(monkeypatch: pytest.Monke
         raise datasets.exceptions.DatasetGenerationError("An error occurred") from ValueError("no such column\nx")
 
     monkeypatch.setattr(hub, "_opened", {})
-    monkeypatch.setattr(hub, "_asked", lambda _: None)
+    monkeypatch.setattr(hub, "reason_without", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", broken)
     with pytest.raises(InputError, match="The data set user/name cannot be read: no such column"):
         texts("user/name")

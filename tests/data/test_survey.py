@@ -405,24 +405,22 @@ def test_a_survey_is_json(tokenizer: Any) -> None:
 
 
 def test_what_the_preparation_said_is_told(tokenizer: Any) -> None:
-    class Prepared:
-        def __init__(self, bad: Any) -> None:
-            self.counts = Counts(unused={"id": 3}, notes={"a number became text": 4})
-            self.shapes, self.bad, self.said = {"alpaca": 5}, bad, ["a.csv is read as UTF-16"]
-
-    class Bad:
-        counts, first = {"answer is empty": 2}, {"answer is empty": "a.csv, row 3: output is empty."}
-
-    found = dataclasses.replace(survey.survey(table(drawn(50)), tokenizer), **survey.told(Prepared(Bad())))
-    lines = hints(found)
-    assert lines[:4] == [
+    made = table(drawn(50))
+    made.counts.notes["a number became text"], made.counts.unused["id"] = 4, 3
+    found = dataclasses.replace(
+        survey.survey(made, tokenizer),
+        shapes={"alpaca": 5},
+        bad={"answer is empty": 2},
+        first_bad={"answer is empty": "a.csv, row 3: output is empty."},
+        said=["a.csv is read as UTF-16"],
+    )
+    assert hints(found)[:4] == [
         "a.csv is read as UTF-16",
         "In 4 of the examples: a number became text.",
         "Left out, 2 rows: answer is empty. The first: a.csv, row 3: output is empty.",
         "Columns not used: id.",
     ]
     assert dict(figures(found))["left out"] == "2 rows" and dict(figures(found))["shapes"] == "alpaca 5"
-    assert survey.told(Prepared(Counter({"answer is empty": 2})))["bad"] == {"answer is empty": 2}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from halfbyte.quiet import quiet
 from halfbyte.runs.config import TrainConfig
 
 if TYPE_CHECKING:
+    from halfbyte.data.prepared import Prepared
     from halfbyte.data.samples import Sample
     from halfbyte.data.survey import Survey
 
@@ -43,12 +44,10 @@ Picture = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw how lon
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """Rows, evaluation rows if there are any, the tokenizer, and what told of their preparation."""
+    """The data as it is trained on, its tokenizer, and what was made of that."""
 
-    train: Any
-    evaluation: Any
+    data: "Prepared"
     tokenizer: Any
-    prepared: Any
     notes: list[str]
 
 
@@ -68,7 +67,7 @@ def _opened(options: DataOptions) -> Opened:
             take=functools.partial(METHODS["sft"].take, "sft"),
             progress=lambda _, done, total: reading.update(task, completed=done, total=total),
         )
-    return Opened(prepared.train, prepared.evaluation, tokenizer, prepared, notes)
+    return Opened(prepared, tokenizer, notes)
 
 
 def data(
@@ -97,8 +96,8 @@ def data(
     with quiet():
         opened = _opened(settings)
         for number in row or []:
-            if number > len(opened.train.rows):
-                raise InputError(f"There is no row {number:,}; the data has {len(opened.train.rows):,}.")
+            if number > len(opened.data.train.rows):
+                raise InputError(f"There is no row {number:,}; the data has {len(opened.data.train.rows):,}.")
         found = _survey(opened, settings.max_length)
         chosen = [] if only_json else _samples(opened, row, samples)
         if html:
@@ -118,25 +117,26 @@ def data(
 
 
 def _survey(opened: Opened, max_length: int) -> "Survey":
-    from halfbyte.data.survey import survey, told
+    from halfbyte.data.survey import survey
 
     with bar("Counting") as progress:
         task = progress.add_task("")
         found = survey(
-            opened.train,
+            opened.data.train,
             opened.tokenizer,
-            against=opened.evaluation,
+            against=opened.data.evaluation,
             max_length=max_length,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    facts = told(opened.prepared)
-    return dataclasses.replace(found, **facts | {"said": [*opened.notes, *facts["said"]]})
+    shapes, bad = opened.data.shapes, opened.data.bad
+    said = [*opened.notes, *opened.data.said]
+    return dataclasses.replace(found, shapes=shapes, bad=bad.counts, first_bad=bad.first, said=said)
 
 
 def _samples(opened: Opened, numbers: list[int] | None, count: int) -> list["Sample"]:
     from halfbyte.data.samples import choose, row_lengths, sample
 
-    rows = opened.train.rows
+    rows = opened.data.train.rows
     return [sample(rows, number, opened.tokenizer) for number in numbers or choose(row_lengths(rows), count)]
 
 

@@ -77,7 +77,7 @@ class _Shower:
     def row(self, number: int, *, evaluation: bool = False) -> list[tuple[str, str]]:
         from halfbyte.data.samples import sample
 
-        table = self._opened.evaluation if evaluation else self._opened.train
+        table = self._opened.data.evaluation if evaluation else self._opened.data.train
         return _spans(sample(table.rows, number, self._opened.tokenizer, SHORT_TOKENS))
 
     def pair(self, pair: "Pair", *, evaluation: bool = False) -> tuple["Pair", list[Any], list[Any]]:

@@ -51,7 +51,8 @@ def tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
     words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     about = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map]
     kinds = sorted((token, repr(added)) for token, added in tokenizer.added_tokens_encoder.items())
-    return key(hashlib.sha256(words.encode()).hexdigest(), about, kinds, repr(sorted(tokenizer.init_kwargs)))
+    switches = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)}
+    return key(hashlib.sha256(words.encode()).hexdigest(), about, kinds, switches)
 
 
 def kept(name: str, make: Callable[[Path], None]) -> tuple[Path, bool]:

@@ -21,8 +21,6 @@ from halfbyte.data.examples import BadRow, Example
 from halfbyte.data.shapes import FORMATS, NAMES, OWN, PAIRS, Format, is_message
 from halfbyte.errors import LONGEST_NAME, NAMES_SHOWN, InputError, named, nearest
 
-__all__ = ["FORMATS", "Row", "read_examples"]
-
 Row = tuple[str, Any]
 Groups = tuple[tuple[str, ...], ...]
 TOLD: list[tuple[str, Groups]] = [
@@ -38,7 +36,7 @@ LIKELY = 0.7
 """How alike two names must be for one to be taken for the other, misspelt."""
 
 
-def read_examples(
+def examples_of(
     rows: Iterable[Row],
     *,
     format: str | None = None,

@@ -1,15 +1,13 @@
 """Data sets of the Hugging Face hub, and folders that ``datasets`` saved; ``datasets`` reads both."""
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import InputError, nearest
+from halfbyte.hub import PATIENCE, first_line, reason_without
 
-PATIENCE = 2.0
-"""Seconds that the hub has to answer in."""
 GIVE = "give a file, or a folder of files"
 
 
@@ -29,7 +27,7 @@ def read_saved(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged folder makes datasets and Arrow raise
-        raise InputError(f"{path} is no whole folder of datasets ({_first_line(error)}); save it again.") from error
+        raise InputError(f"{path} is no whole folder of datasets ({first_line(error)}); save it again.") from error
     yield from _rows(str(path), _split(str(path), found, split))
 
 
@@ -62,25 +60,28 @@ _opened: dict[tuple[str, str | None], Any] = {}
 def _loaded(repository: str, config: str | None) -> Any:
     if (repository, config) not in _opened:
         import datasets
+        from huggingface_hub import is_offline_mode
 
-        reason = _asked(repository)
+        reason: str | None = "the hub is not asked, since HF_HUB_OFFLINE is set"
+        if not is_offline_mode():
+            reason = reason_without(lambda api: api.dataset_info(repository, timeout=PATIENCE), "data set")
         options: dict[str, Any] = {"data_files": config} if config and "." in config else {"name": config}
         try:
             with _offline(reason is not None):  # what was downloaded before is opened without the hub
                 _opened[repository, config] = datasets.load_dataset(repository, **options)
         except ValueError as error:
             if "BuilderConfig" not in str(error):
-                raise InputError(f"The data set {repository} cannot be read: {_first_line(error)}.") from error
+                raise InputError(f"The data set {repository} cannot be read: {first_line(error)}.") from error
             known = datasets.get_dataset_config_names(repository)
             raise InputError(
                 f"The data set {repository} has no configuration {config!r}{nearest(str(config), known)}; it has "
                 f"{', '.join(known)}."
             ) from None
         except (OSError, RuntimeError) as error:
-            why = reason or _first_line(error)
+            why = reason or first_line(error)
             raise InputError(f"There is no file or folder {repository}, and {why}; {GIVE}.") from error
         except datasets.exceptions.DatasetsError as error:
-            why = _first_line(error.__cause__ or error)
+            why = first_line(error.__cause__ or error)
             raise InputError(f"The data set {repository} cannot be read: {why}.") from error
     return _opened[repository, config]
 
@@ -116,40 +117,3 @@ def _split(name: str, found: Any, split: str | None) -> Any:
 def _rows(name: str, rows: Any) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
-
-
-def _asked(repository: str) -> str | None:
-    """Ask the hub for ``repository``; return why it cannot be had, or None."""
-    from huggingface_hub import HfApi, is_offline_mode
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-    if is_offline_mode():
-        return "the hub is not asked, since HF_HUB_OFFLINE is set"
-    outcome: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().dataset_info(repository, timeout=PATIENCE)
-            outcome.append(None)
-        except Exception as error:  # told below
-            outcome.append(error)
-
-    # In a thread, since looking up a host's name heeds no time limit.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE + 0.5)
-    if not outcome:
-        return f"the hub did not answer within {PATIENCE:.0f} s"
-    match outcome[0]:
-        case None:
-            return None
-        case RepositoryNotFoundError():
-            return "the hub has no such data set, or none that you may see (hf auth login)"
-        case HfHubHTTPError() as error:
-            return f"the hub refuses to say whether it has such a data set ({_first_line(error)})"
-        case error:
-            return f"the hub cannot be reached ({_first_line(error)})"
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().split("\n")[0].strip().rstrip(".")

@@ -115,9 +115,9 @@ def _rest(path: Path, row: int, source: Json, error: InputError) -> tuple[str, B
     where = f"{path}, row {row + 1} (line {source.line})"
     if source.cut:
         return where, BadRow(where, "cut off", f": the file is cut off here; {row:,} rows before it are whole.")
-    problem = str(error).removeprefix(f"{path}, ").rstrip(".")
+    why = str(error).removeprefix(f"{path}, ").rstrip(".")
     return where, BadRow(
-        where, "not JSON", f": from here on it cannot be read ({problem}); {row:,} rows before it are whole."
+        where, "not JSON", f": from here on it cannot be read ({why}); {row:,} rows before it are whole."
     )
 
 

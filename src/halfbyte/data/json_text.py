@@ -144,6 +144,7 @@ def not_json(path: Path, line: int, error: Exception) -> InputError:
 
 
 def problem(error: Exception) -> str:
+    """Return what Python's parser complains of, as the end of a sentence."""
     match error:
         case json.JSONDecodeError():
             return f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"

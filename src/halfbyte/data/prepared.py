@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.data import cache
 from halfbyte.data.bad_rows import BadRows, SkippedFile
 from halfbyte.data.examples import BadRow, Example
-from halfbyte.data.formats import read_examples as examples_of
+from halfbyte.data.formats import examples_of
 from halfbyte.data.options import DataOptions
 from halfbyte.data.readers import Progress
 from halfbyte.data.sources import Source, fingerprint, read_source, resolve
@@ -134,14 +134,14 @@ def prepare(
     Raises:
         InputError: a source cannot be read, or rows cannot be trained on and may not be skipped.
     """
-    before = _fingerprints(options)
+    contents, before = _fingerprints(options), _fingerprints(options, contents=False)
     about = options.model_dump(mode="json", include=DEPENDS)
     drawn = options.eval_share or any(source.weight != 1 for source in (*options.data, *(options.eval_data or ())))
-    name = cache.key(options.seed if drawn else None, before, about, cache.tokenizer_key(tokenizer), method)
+    name = cache.key(options.seed if drawn else None, contents, about, cache.tokenizer_key(tokenizer), method)
 
     def make(folder: Path) -> None:
         _Maker(options, tokenizer, take, progress, folder).make()
-        if _fingerprints(options) != before:
+        if _fingerprints(options, contents=False) != before:
             raise InputError("The data changed while it was read; start again when it is whole.")
 
     folder, is_temporary = cache.kept(name, make)
@@ -161,8 +161,9 @@ def prepare(
     )
 
 
-def _fingerprints(options: DataOptions) -> list[list[str]]:
-    return [[fingerprint(source) for source in sources or ()] for sources in (options.data, options.eval_data)]
+def _fingerprints(options: DataOptions, *, contents: bool = True) -> list[list[str]]:
+    both = (options.data, options.eval_data)
+    return [[fingerprint(source, contents=contents) for source in sources or ()] for sources in both]
 
 
 class _Maker:

@@ -97,7 +97,7 @@ def _source(given: Any) -> Source:
         return Source(path=str(before), split=behind)
     if name and os.path.isfile(before):
         raise InputError(f"{word}: what stands behind @ is how often a row is taken, such as 0.3 or 2.")
-    if known := catalog.DATASETS.get(word):
+    if known := catalog.find(word):
         return Source(**known.source)
     found = HUB_ID.fullmatch(word)
     if found and not word.startswith((".", "~")) and kind_of(Path(word)) is None and not _is_mistyped(path):

@@ -119,8 +119,9 @@ class Survey:
         texts: of a sample.
         openings: with which many answers begin.
         answers: how they end.
-        shapes: how many examples had which; notes: what was made of them; bad: kinds of rows that are left out, and
-            first of each; unused: columns; said: about files. What the preparation counted.
+        notes, unused: what was made of examples, and columns that had no part in them.
+        shapes, bad, first_bad, said: how many examples had which shape; kinds of rows that are left out, and the first
+            of each; what was said of files. Of :class:`halfbyte.data.Prepared`, for whoever has one to put in.
     """
 
     rows: int
@@ -208,22 +209,9 @@ def survey(
         texts=scripts.look_at(table, tokenizer, seed),
         openings=_openings(measured, table, tokenizer),
         answers=_answers(measured, tokenizer),
-        **told(rows),
+        notes=dict(counts.notes),
+        unused=dict(counts.unused),
     )
-
-
-def told(prepared: Any) -> dict[str, Any]:
-    """Return what the preparation of rows counted and said, as fields of a survey; empty where it did not."""
-    counts = getattr(prepared, "counts", None) or prepared.train.counts
-    bad = getattr(prepared, "bad", None)
-    return {
-        "shapes": dict(getattr(prepared, "shapes", {})),
-        "notes": dict(getattr(prepared, "notes", counts.notes)),
-        "bad": dict(getattr(bad, "counts", bad) or {}),
-        "first_bad": dict(getattr(bad, "first", {})),
-        "unused": dict(counts.unused),
-        "said": list(getattr(prepared, "said", [])),
-    }
 
 
 def edges(limit: int) -> list[int]:

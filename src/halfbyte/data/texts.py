@@ -8,7 +8,6 @@ not another encoding. UTF-16 without a mark shows in zeros and control character
 """
 
 import codecs
-import dataclasses
 import io
 import lzma
 import re
@@ -36,42 +35,23 @@ SHOWN = {"cp1252": "Windows-1252", "utf_16_le": "UTF-16", "utf_16_be": "UTF-16",
          "gb18030": "GB18030"}  # fmt: skip
 
 
-@dataclasses.dataclass
-class Bytes:
-    """A file that is read from its beginning, unpacked.
-
-    Attributes:
-        path: of the file.
-        packing: how it is packed, or None.
-        file: the file itself, whose position tells how far reading has come.
-        stream: its bytes, unpacked.
-    """
-
-    path: Path
-    packing: str | None
-    file: BinaryIO
-    stream: BinaryIO
-
-
-def open_bytes(path: Path, file: BinaryIO) -> Bytes:
+def open_bytes(path: Path, file: BinaryIO) -> BinaryIO:
     """Return the unpacked bytes of ``file`` from its beginning."""
     file.seek(0)
     head = file.read(5)
     file.seek(0)
     packing = next((name for mark, name in PACKINGS.items() if head.startswith(mark)), None)
     if packing is None:
-        return Bytes(path, None, file, file)
-    if packing == "xz":  # the one that Arrow does not know
-        return Bytes(
-            path,
-            packing,
-            file,
-            io.BufferedReader(_Unpacked(path, packing, lzma.LZMAFile(cast(IO[bytes], _Kept(file)))), BLOCK),
-        )
+        return file
+    kept = cast(IO[bytes], _Kept(file))
+    unpacked = lzma.LZMAFile(kept) if packing == "xz" else _by_arrow(kept, packing)  # noqa: SIM115 read by the caller
+    return io.BufferedReader(_Unpacked(path, packing, unpacked), BLOCK)
+
+
+def _by_arrow(file: IO[bytes], packing: str) -> "pa.CompressedInputStream":
     import pyarrow as pa  # takes a while to import
 
-    unpacked = pa.CompressedInputStream(pa.PythonFile(_Kept(file), mode="r"), packing)
-    return Bytes(path, packing, file, io.BufferedReader(_Unpacked(path, packing, unpacked), BLOCK))
+    return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), packing)
 
 
 class _Unpacked(io.RawIOBase):
@@ -101,7 +81,7 @@ def find_encoding(path: Path, file: BinaryIO, given: str | None = None) -> str:
     Raises:
         InputError: there is no encoding of the given name, or none is found.
     """
-    stream = open_bytes(path, file).stream
+    stream = open_bytes(path, file)
     head = stream.read(BLOCK)
     marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if given is not None:
@@ -132,7 +112,7 @@ def find_encoding(path: Path, file: BinaryIO, given: str | None = None) -> str:
 def open_text(path: Path, file: BinaryIO, encoding: str, newline: str | None = None) -> TextIO:
     """Return the text of a file from its beginning; an invalid byte of UTF-8 becomes a lone surrogate."""
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-    stream = open_bytes(path, file).stream
+    stream = open_bytes(path, file)
     return io.TextIOWrapper(io.BufferedReader(_Kept(stream), BLOCK), encoding, errors, newline)
 
 

@@ -1,23 +1,19 @@
 """Where a model is: a folder, or an id of the hub. What is neither is told at once, with the name that is near.
 
-The hub is asked once whether it has the model, with a time limit, before anything is downloaded: huggingface_hub (2.4)
-itself goes on trying for half a minute where there is no network. Without one a model that was downloaded before is
-opened as it is.
+The hub is asked once whether it has the model (:mod:`halfbyte.hub`). Without a network a model that was downloaded
+before is opened as it is.
 """
 
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from halfbyte.errors import InputError, nearest
-
-PATIENCE = 2.0
-"""Seconds that the hub has to answer in."""
+from halfbyte.hub import PATIENCE, reason_without
 
 GIVE = "give the folder of a model, an adapter or a run, or a hub id"
 
@@ -63,7 +59,7 @@ def locate(path: str | Path) -> Place:
             f"There is no folder {text}{near}, and the hub is not asked, since HF_HUB_OFFLINE is set; {GIVE} that was "
             "downloaded before."
         )
-    reason = _asked(text)
+    reason = reason_without(lambda api: api.model_info(text, timeout=PATIENCE), "model")
     if reason is None:
         return Place(text, False, {})
     if cached:
@@ -91,34 +87,3 @@ def _near(folder: Path) -> str:
     except OSError:
         return ""
     return nearest(str(folder), [str(parent / name) for name in names]) if nearest(folder.name, names) else ""
-
-
-def _asked(repository: str) -> str | None:
-    """Ask the hub for ``repository``; return why it cannot be had, or None."""
-    outcome: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().model_info(repository, timeout=PATIENCE)
-            outcome.append(None)
-        except Exception as error:  # carried to the caller, who raises what is not known
-            outcome.append(error)
-
-    # In a thread, since looking up a host's name heeds no time limit.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE + 0.5)
-    error = outcome[0] if outcome else httpx.TimeoutException(f"no answer within {PATIENCE:.0f} s")
-    if error is None:
-        return None
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such model, or none that you may see (hf auth login)"
-    if isinstance(error, HfHubHTTPError):
-        return f"the hub refuses to say whether it has such a model ({_first_line(error)})"
-    if isinstance(error, httpx.TransportError | OSError):
-        return f"the hub cannot be reached ({_first_line(error)})"
-    raise error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].strip().rstrip(".")

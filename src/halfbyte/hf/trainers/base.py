@@ -14,6 +14,7 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 - bf16 autocast and gradient checkpointing are off unless asked for: see :class:`SFTConfig` and its sisters.
 - The loss of a step is the sum over its trained tokens divided by their count, for every model. Transformers goes by
   what the model's class declares: some get the mean of the micro-batches' means, some a count that is too large.
+- The loss of an evaluation is the mean over tokens too (SFT), and evaluating changes no bit of the training.
 - A step whose loss or gradient is not finite stops the run before it touches the weights, and is run again to name the
   samples and the module.
 - Of several processes (torchrun) the first writes; a stop or an error of one is a stop or an error of all

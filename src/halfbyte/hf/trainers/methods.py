@@ -102,6 +102,7 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
         super().__init__(model, *args, **kwargs)
         self.packer = packer
         self.trained_tokens = 0
+        self._evaluated: list[tuple[float, int]] = []  # loss of each batch, and the tokens that it is the mean of
         # Trainer counts a step's trained tokens only for classes that accept loss arguments (Gemma 4 says no), and
         # leaves the first position out only where the class's name tells its loss (GPT2LMHeadModel does not). The
         # loss is computed by the head, which takes the count and shifts the labels for any class.
@@ -183,7 +184,7 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate; the loss is the mean over tokens, where Trainer takes that over the batches' means."""
-        self._evaluated: list[tuple[float, int]] = []
+        self._evaluated = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         parts = [part for parts in distributed.gather(self._evaluated) for part in parts if part[1]]
         if parts:
