@@ -71,6 +71,7 @@ def test_packed_and_padded_sides_take_the_same_steps(tmp_path: Path, monkeypatch
         packed, padded = row.sides["packed"], row.sides["padded"]
         assert packed.losses == pytest.approx(padded.losses, rel=2e-3)  # bf16
         assert len(packed.losses) == packing.WARM_UP + 2 and len(packed.seconds) == 2
+        assert all(each > 0 for each in packed.processor_seconds)
         assert sum(packed.passes) < sum(padded.passes) == 4
         assert all(tokens <= more for tokens, more in zip(row.tokens, row.padded_tokens, strict=True))
     report.write(tmp_path)

@@ -3,7 +3,7 @@
 The rows have lengths like those of instruction data (log-normal, median 90, up to the full length) or 20 tokens each,
 and random ids, all trained. The order is the trainer's own with ``group_by_length``, over an epoch in which it sorts as
 in a large data set; the steps that are measured are spread over it, from its longest rows to its shortest. Each side is
-a process of its own (:mod:`halfbyte.bench.train`), and every step goes through the whole trainer.
+a process of its own (:mod:`halfbyte.bench.process`), and every step goes through the whole trainer.
 """
 
 import contextlib
@@ -18,15 +18,16 @@ import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from halfbyte.bench.packing_report import FULL, PackedSide, PackingReport, PackingRow
+from halfbyte.bench.process import SideProcess, cpu_only, model_folder
 from halfbyte.bench.run import LIBRARIES, circumstances, forced, peak
 from halfbyte.bench.stacks import LEARNING_RATE, MAX_GRAD_NORM, SEED, Job, Pace
-from halfbyte.bench.train import WARM_UP, _environment, _model_folder, _Process
+from halfbyte.bench.train import WARM_UP
 from halfbyte.data.packing import best_fit_decreasing, plan_packing
 
 MEDIAN, SIGMA, LEAST, SHORT = 90, 0.8, 8, 20
 EPOCH = 50
 """Steps of an epoch, as many as transformers (5.23) sorts together."""
-FIELDS = {"seconds", "losses", "peak_bytes"}
+FIELDS = {"seconds", "processor_seconds", "losses", "peak_bytes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def bench_packing(
         f"instructions, {LEAST} to {length}": spread_steps(instruction_lengths(count, length), group, steps),
         f"{SHORT} tokens": [min(SHORT, length)] * (group * taken),
     }
-    with forced(None, threads), _environment(), _model_folder(model, progress) as folder:
+    with forced(None, threads), cpu_only(), model_folder(model, progress) as folder:
         arithmetic, *_ = peak()
         job = Job(folder, "none.jsonl", "", batch, length, rank, taken)
         found = circumstances(arithmetic, (*LIBRARIES, "transformers", "peft"))
@@ -176,7 +177,7 @@ def _measure(
 ) -> list[PackingRow]:
     """Let the sides of all kinds take turns."""
     group = job.batch * accumulation
-    sides: dict[tuple[str, str], _Process] = {}
+    sides: dict[tuple[str, str], SideProcess] = {}
     with contextlib.ExitStack() as stack:
         job = dataclasses.replace(
             job, folder=stack.enter_context(tempfile.TemporaryDirectory(prefix="halfbyte-bench-"))
@@ -186,22 +187,18 @@ def _measure(
             for packed in [None] if name == FULL else [tokens, None]:
                 side = Stepping(tuple(lengths), accumulation, packed)
                 progress(f"loading {name}, {side.setting}")
-                process = sides[name, side.setting] = _Process(side, job)
+                process = sides[name, side.setting] = SideProcess(side, job)
                 stack.callback(process.end)
                 process.load()
-        taken: dict[tuple[str, str], list[float]] = {key: [] for key in sides}
         for step in range(job.steps):
             for (name, setting), process in sides.items():
                 progress(f"step {step + 1} of {job.steps}, {name}, {setting}")
-                before = process.processor_seconds()
                 process.step()
-                taken[name, setting].append(process.processor_seconds() - before)
         rows = []
         for name, lengths in kinds.items():
             counted = [lengths[first : first + group] for first in range(WARM_UP * group, len(lengths), group)]
             own = {
                 setting: PackedSide(
-                    processor_seconds=taken[kind, setting][WARM_UP:],
                     passes=_stepping(process).passes(counted, job.batch),
                     **process.result(WARM_UP).model_dump(include=FIELDS),
                 )
@@ -216,6 +213,6 @@ def _measure(
     return rows
 
 
-def _stepping(process: _Process) -> Stepping:
+def _stepping(process: SideProcess) -> Stepping:
     assert isinstance(process.side, Stepping)
     return process.side

@@ -50,9 +50,17 @@ class Loaded(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The side has taken a step: its seconds, its loss before the update, and where a profiled one's time went."""
+    """The side has taken a step.
+
+    Attributes:
+        seconds: that it took.
+        processor_seconds: that all its threads together took.
+        loss: before the update.
+        parts: where the time of a profiled step went.
+    """
 
     seconds: float
+    processor_seconds: float
     loss: float
     parts: dict[str, float] | None
 
@@ -98,6 +106,7 @@ class Pace:
         self._connection = connection
         self._rank = rank
         self._begun = self._loaded = time.perf_counter()
+        self._processor = time.process_time()
         self._profile: Profile | None = None
 
     def loading(self) -> None:
@@ -115,18 +124,18 @@ class Pace:
 
     def stepped(self, loss: float) -> None:
         """A step is done; wait for the next."""
-        seconds = time.perf_counter() - self._begun
+        seconds, processor = time.perf_counter() - self._begun, time.process_time() - self._processor
         parts = None
         if self._profile is not None:
             parts = self._profile.stop(self._rank)
             self._profile = None
-        self._connection.send(Step(seconds, loss, parts))
+        self._connection.send(Step(seconds, processor, loss, parts))
         self._wait()
 
     def _wait(self) -> None:
         if self._connection.recv() == "profile":
             self._profile = Profile()
-        self._begun = time.perf_counter()
+        self._begun, self._processor = time.perf_counter(), time.process_time()
 
 
 class Side(Protocol):

@@ -6,8 +6,8 @@ round by round. While one side takes a step the others wait, their threads aslee
 - Of a peer's settings each takes a step that is not counted and one that is; the fastest stays, the others end.
 - Every side's first :data:`WARM_UP` steps are not counted. After the last round halfbyte takes one more step, profiled.
 - Memory is the anonymous memory of a side's process (RssAnon in ``/proc/<pid>/status``; pages of mapped files are not
-  the process's own), read every :data:`SAMPLING` seconds from loading to the last round; its highest, less what it was
-  after the imports. A rise that is shorter can be missed.
+  the process's own), read every :data:`~halfbyte.bench.process.SAMPLING` seconds from loading to the last round; its
+  highest, less what it was after the imports. A rise that is shorter can be missed.
 - The floor of a step is its matrix work (:func:`matrix_flop`) at the machine's peak, timed in every round; the highest
   counts.
 """
@@ -17,24 +17,21 @@ import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
-import os
 import random
-import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from halfbyte.bench.process import SideProcess, cpu_only, model_folder
 from halfbyte.bench.run import LIBRARIES, circumstances, forced, peak
-from halfbyte.bench.shapes import SHAPES, write_model
-from halfbyte.bench.stacks import OURS, PEERS, Failed, Imported, Job, Loaded, Peer, Side, Step, serve
+from halfbyte.bench.shapes import SHAPES
+from halfbyte.bench.stacks import OURS, PEERS, Job, Peer, Side
 from halfbyte.bench.training_report import SideResult, TrainingReport, TrainingRow
 from halfbyte.bench.works import has_bitsandbytes
 from halfbyte.errors import InputError, nearest
@@ -43,7 +40,6 @@ from halfbyte.hf.models.loader import read_config
 WARM_UP = 3
 PEAK_CALLS = 20
 """Of which the fastest counts: the first ones wake the threads."""
-SAMPLING = 0.02
 WORDS = (
     "the",
     "small",
@@ -60,8 +56,6 @@ WORDS = (
     "nobody",
     "writes",
 )
-
-Message = TypeVar("Message")
 
 
 def bench_train(
@@ -101,7 +95,7 @@ def bench_train(
             )
     if "bitsandbytes" in versus and not has_bitsandbytes():
         raise InputError("bitsandbytes is not installed: install it, or compare with lora16 alone.")
-    with forced(None, threads), _environment():
+    with forced(None, threads), cpu_only():
         arithmetic, flop, ceiling = peak()
         found = circumstances(arithmetic, (*LIBRARIES, "transformers", "peft"))
 
@@ -115,7 +109,7 @@ def bench_train(
         rows = []
         for model in models:
             name = model if model in SHAPES else Path(model).name
-            with _model_folder(model, progress) as folder:
+            with model_folder(model, progress) as folder:
                 config = read_config(folder, trust_remote_code=False)
                 for length in lengths:
                     job = Job(folder, "", "", batch, length, rank, WARM_UP + steps + 1)
@@ -177,7 +171,7 @@ def _measure(
         their results by name, where the time of halfbyte's step goes, and the machine's ``rate`` in each round.
     """
     rates = []
-    sides: dict[str, _Process] = {}
+    sides: dict[str, SideProcess] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="halfbyte-bench-")))
         data = _write_rows(folder / "rows.jsonl", job)
@@ -195,18 +189,18 @@ def _measure(
         return {name: side.result(WARM_UP) for name, side in sides.items()}, parts, rates
 
 
-def _fastest(name: str, ways: Sequence[Side], job: Job, progress: Callable[[str], None]) -> "_Process":
+def _fastest(name: str, ways: Sequence[Side], job: Job, progress: Callable[[str], None]) -> "SideProcess":
     """Start each of ``ways``, take the first steps with it, and return the fastest, the others ended.
 
     Raises:
         InputError: a side refuses its input.
         RuntimeError: none of them comes through its first steps.
     """
-    best: _Process | None = None
+    best: SideProcess | None = None
     trials: dict[str, float | None] = {}
     for way in ways:
         progress(" ".join(filter(None, ["loading", name, way.setting])))
-        process = _Process(way, job)
+        process = SideProcess(way, job)
         try:
             process.load()
             for _ in range(WARM_UP):
@@ -231,101 +225,8 @@ def _fastest(name: str, ways: Sequence[Side], job: Job, progress: Callable[[str]
     return best
 
 
-class _Process:
-    """A side in its process, seen from here."""
-
-    def __init__(self, side: Side, job: Job) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._connection.send((side, job))
-        self.side = side
-        self.trials: dict[str, float | None] = {}
-        self.steps: list[Step] = []
-        self._imports = self._peak = 0
-        self._load_seconds = 0.0
-
-    def load(self) -> None:
-        """Have the side import, then load."""
-        self._receive(Imported)
-        self._imports = self._peak = _anonymous(self._process.pid)
-        self._load_seconds = self._ask("load", Loaded).seconds
-
-    def step(self) -> None:
-        """Have the side take a step."""
-        self.steps.append(self._ask("step", Step))
-
-    def profile(self) -> dict[str, float]:
-        """Have the side take a step of which the parts are told."""
-        peak = self._peak
-        parts = self._ask("profile", Step).parts
-        self._peak = peak  # a profile takes memory of its own
-        assert parts is not None
-        return parts
-
-    def processor_seconds(self) -> float:
-        """Return the processor time that the side has taken so far, all threads together."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
-
-    def result(self, warm_up: int) -> SideResult:
-        """Return what was measured, the first ``warm_up`` steps apart."""
-        return SideResult(
-            setting=self.side.setting,
-            trials=self.trials,
-            seconds=[step.seconds for step in self.steps[warm_up:]],
-            losses=[step.loss for step in self.steps],
-            load_seconds=self._load_seconds,
-            peak_bytes=self._peak - self._imports if self._imports else None,
-        )
-
-    def end(self) -> None:
-        """End the process; what it would still write is not wanted."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
-    def _ask(self, command: str, kind: type[Message]) -> Message:
-        with contextlib.suppress(OSError):  # a process that has ended is found out by what it does not answer
-            self._connection.send(command)
-        return self._receive(kind)
-
-    def _receive(self, kind: type[Message]) -> Message:
-        """Wait for a message, watching the side's memory.
-
-        Raises:
-            ChildProcessError: the side failed, or was ended from outside.
-            InputError: it refused its input.
-        """
-        while not self._connection.poll(SAMPLING):
-            self._peak = max(self._peak, _anonymous(self._process.pid))
-        try:
-            message = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            raise ChildProcessError(
-                f"its process ended with exit code {self._process.exitcode}, perhaps for want of memory"
-            ) from None
-        if isinstance(message, Failed):
-            raise (InputError if message.user else ChildProcessError)(message.text)
-        assert isinstance(message, kind), message
-        return message
-
-
 def _tell(progress: Callable[[str], None], work: str, text: str) -> None:
     progress(f"{work}: {text}")
-
-
-def _anonymous(pid: int | None) -> int:
-    """Return the anonymous memory of a process in bytes, or 0 where the system does not tell or the process is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
 
 
 def _write_rows(file: Path, job: Job) -> Path:
@@ -333,27 +234,3 @@ def _write_rows(file: Path, job: Job) -> Path:
     rows = [random.Random(row).choices(WORDS, k=2 * job.length) for row in range(job.batch)]
     file.write_text("".join(json.dumps({"text": " ".join(row)}) + "\n" for row in rows), encoding="utf-8")
     return file
-
-
-@contextlib.contextmanager
-def _model_folder(model: str, progress: Callable[[str], None]) -> Iterator[str]:
-    """Yield what to load: the model itself, or the folder of a temporary one of the shape that it names."""
-    if model not in SHAPES:
-        yield model
-        return
-    with tempfile.TemporaryDirectory(prefix="halfbyte-bench-") as folder:
-        progress(f"writing random weights of the shape {model}")
-        write_model(model, Path(folder))
-        yield folder
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Keep the processes that are started meanwhile on the CPU, and torch's profiler from printing."""
-    before = dict(os.environ)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "KINETO_LOG_LEVEL": "99"}
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

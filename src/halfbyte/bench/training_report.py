@@ -23,6 +23,7 @@ class SideResult(BaseModel):
         setting: which of its ways was the fastest; empty if it has one.
         trials: seconds of the shortest of its first steps in each of its ways, None where it did not come through.
         seconds: of a step, in each round.
+        processor_seconds: that all threads together took in it, which others on the machine disturb less.
         losses: of each step, before its update, those that are not counted included.
         load_seconds: from the files to a model with an adapter.
         peak_bytes: highest anonymous memory above that after the imports; None where the system does not tell.
@@ -31,6 +32,7 @@ class SideResult(BaseModel):
     setting: str
     trials: dict[str, float | None]
     seconds: list[float]
+    processor_seconds: list[float]
     losses: list[float]
     load_seconds: float
     peak_bytes: int | None
