@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute
@@ -74,6 +75,13 @@ def _sentence(error: ValidationError, place: Mapping[str, str], options: type[Ba
         return f"option {key!r} is missing: {options.model_fields[key].description}"
     if isinstance(told := first.get("ctx", {}).get("error"), InputError):
         return f"{place.get(key, '')}option {key!r}: {told}"
-    name = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
-    problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    same = [each for each in error.errors() if each["loc"][0] == key and each["input"] == first["input"]]
+    if len(same) > 1:  # the members of a union, each with its own reason
+        name, problem = key, "should " + " or ".join(_problem(each).removeprefix("should ") for each in same)
+    else:
+        name, problem = ".".join(str(part) for part in first["loc"] if isinstance(part, str)), _problem(first)
     return f"{place.get(key, '')}option {name!r}: {first['input']!r} is wrong, it {problem}."
+
+
+def _problem(error: ErrorDetails) -> str:
+    return error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to ")[0]

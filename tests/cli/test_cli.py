@@ -96,6 +96,7 @@ BAD = {
     "flag of another type": (["train", "--rank", "many"], r"'--rank'"),
     "flag out of bounds": (["train", "--model", "m", "--data", "d", "--output", "o", "--rank", "0"], r"'rank'.* 0 "),
     "unknown choice": (["quantize", "m", "o", "--quant-type", "nf5"], r"'--quant-type'.*'nf4', 'fp4'"),
+    "option with another value": (["train", "--model", "m", "--data", "d", "--skip-bad-rows", "al"], r"'al'.* 'all'"),
     "missing option": (["train"], r"'model' is missing"),
     "missing argument": (["chat"], r"'\{?model\}?'"),
     "missing configuration": (["train", "--config", "{tmp}/no.yaml"], r"no\.yaml: cannot read"),

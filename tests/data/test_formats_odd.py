@@ -161,6 +161,7 @@ def test_calls_and_results_in_parts_are_calls_and_results() -> None:
          ["instruction, input and output", "is 'instrution' its 'instruction'?", "--columns"]),
         ({"Frage": "a", "Antwort": "b"}, "columns not recognised", ["Frage and Antwort", "question and answer"]),
         ({"source": "web", "answer": "b"}, "columns not recognised", ["source and answer"]),
+        ({"Who are you?": "a", "Nobody.": "b"}, "columns not recognised", ["not names but a row, put a line"]),
         ({"chosen": [A], "rejected": [A | {"content": "No"}]}, "no prompt", []),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "answers alike", []),
         ({"prompt": "a", "chosen": "b", "rejected": None}, "answer is missing", ["rejected"]),
@@ -178,6 +179,11 @@ def test_odd_rows_that_cannot_be_used_say_why(row: Any, kind: str, told: list[st
     bad = read(row)
     assert isinstance(bad, BadRow) and bad.kind == kind
     assert [words for words in told if words not in str(bad)] == []
+
+
+@pytest.mark.parametrize("columns", [["Frage", "Antwort"], ["问题", "答案"], ["doc_id", "a.b", "c-1"]])
+def test_columns_with_names_are_not_taken_for_a_row(columns: list[str]) -> None:
+    assert "not names" not in str(read(dict.fromkeys(columns, "x")))
 
 
 @pytest.mark.parametrize("format", [*FORMATS, *NAMES])

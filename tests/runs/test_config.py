@@ -60,6 +60,8 @@ def test_a_saved_configuration_reads_back_the_same_without_run_options(tmp_path:
         ({"learning_rate": float("inf")}, "option 'learning_rate': inf is wrong"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"model": None}, "option 'model'"),
+        ({"skip_bad_rows": "al"}, "option 'skip_bad_rows': 'al' is wrong, it should be a valid boolean or be 'all'"),
+        ({"split_text": "lines"}, "option 'split_text': 'lines' is wrong, it should be a valid integer or be 'docu"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_that_names_it(values: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -56,10 +56,17 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def complete(arguments: list[str]) -> list[str]:
-    """Give each option of ``OPTIONAL_VALUES`` that stands alone the value ``yes``."""
+    """Give each option of ``OPTIONAL_VALUES`` that stands alone the value ``yes``.
+
+    A word behind it is its value, unless it begins with a dash or names something that is there.
+    """
     whole = []
     for place, argument in enumerate(arguments):
         following = arguments[place + 1 : place + 2]
-        alone = argument in OPTIONAL_VALUES and (not following or following[0] not in OPTIONAL_VALUES[argument])
+        alone = argument in OPTIONAL_VALUES and not (following and _is_value(following[0], OPTIONAL_VALUES[argument]))
         whole.append(f"{argument}=yes" if alone else argument)
     return whole
+
+
+def _is_value(word: str, values: tuple[str, ...]) -> bool:
+    return word in values or (word.isalnum() and not Path(word).exists())

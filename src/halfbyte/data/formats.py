@@ -8,8 +8,9 @@ An example says which columns of its row were not used and what was made of the 
 
 import dataclasses
 import difflib
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +33,7 @@ TOLD: list[tuple[str, Groups]] = [
 ]
 """Shapes that rows of other columns may have been meant to have; of the others, their values say more."""
 TOLD_NAMES = {name for _, groups in TOLD for names in groups for name in names}
+_NAME = re.compile(r"[^\W\d][\w.:/-]*")
 LIKELY = 0.7
 """How alike two names must be for one to be taken for the other, misspelt."""
 
@@ -117,8 +119,15 @@ def _format_of(cells: Cells) -> str:
     raise cells.bad(
         "columns not recognised",
         f"has the columns {named(columns) or '(none)'}, which make no known shape{_nearest_shape(columns)}; say which "
-        "is which (--columns prompt=...,completion=..., or --columns text=...).",
+        "is which (--columns prompt=...,completion=..., or --columns text=...)" + _no_names(columns) + ".",
     )
+
+
+def _no_names(columns: Sequence[str]) -> str:
+    """Return the hint that a table lacks its header, where what stands for names are words or numbers of a row."""
+    if all(_NAME.fullmatch(column) for column in columns):
+        return ""
+    return "; if these are not names but a row, put a line with the names of the columns above it"
 
 
 @lru_cache(maxsize=4096)
