@@ -19,8 +19,17 @@ Schedule = Literal["constant", "linear", "cosine"]
 Preset = Literal["paper", "quick"]
 """Which defaults of a run apply: the paper's, or quick ones for small models and data."""
 
-Method = Literal["sft"]
+Method = Literal["sft", "text", "dpo", "kto", "orpo"]
 """A method of training; see :mod:`halfbyte.train.methods`."""
+DpoLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+"""What DPO makes of a pair's log-ratios, by TRL's (1.16) names."""
+KtoLoss = Literal["kto", "apo_zero_unpaired"]
+"""The same for KTO."""
+SMOOTHED: tuple[DpoLoss, ...] = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""The losses of DPO that smooth labels."""
 
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)

@@ -54,11 +54,14 @@ def build_model(config: TrainConfig) -> Any:
     return hf.prepare_for_training(model)
 
 
-def plan_activations(config: TrainConfig, model: Any, longest: int, tokens: int | None = None) -> activations.Policy:
+def plan_activations(
+    config: TrainConfig, model: Any, longest: int, tokens: int | None = None, sequences: int = 1
+) -> activations.Policy:
     """Choose which layers' activations are kept, as the memory allows, for rows of at most ``longest`` tokens.
 
     Of several processes, as the one with the least memory allows: all keep the same. Of a pass that is packed,
-    ``tokens`` are the most that it may hold; padded batches, which are evaluated too, have ``batch_size`` rows.
+    ``tokens`` are the most that it may hold; padded batches, which are evaluated too, have ``batch_size`` rows, each of
+    so many ``sequences``.
 
     Raises:
         InputError: nothing fits.
@@ -70,7 +73,7 @@ def plan_activations(config: TrainConfig, model: Any, longest: int, tokens: int 
     )
     [lacking] = distributed.largest([-free])
     recompute = config.gradient_checkpointing
-    rows = max(config.batch_size, -(-(tokens or 0) // longest))
+    rows = max(config.batch_size * sequences, -(-(tokens or 0) // longest))
     return activations.plan(model, length=longest, batch_size=rows, free=-lacking, recompute=recompute)
 
 
@@ -120,7 +123,7 @@ def build_trainer(
         args=method.arguments(config, common),
         train_dataset=rows.train.rows,
         eval_dataset=rows.evaluation.rows if rows.evaluation else None,
-        data_collator=data.Collator(tokenizer.pad_token_id),
+        data_collator=method.collator(config, tokenizer.pad_token_id),
         processing_class=tokenizer,
         optimizers=(build_optimizer(config, model, config.output), None),
         **({"packer": packer} if packer else {}),

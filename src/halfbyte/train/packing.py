@@ -8,10 +8,11 @@ from halfbyte.errors import InputError
 from halfbyte.hf.layers.activations import Policy
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train.build import plan_activations
+from halfbyte.train.methods import Method
 
 
 def plan_step(
-    config: TrainConfig, model: Any, rows: data.Prepared, note: Callable[[str], None]
+    config: TrainConfig, method: Method, model: Any, rows: data.Prepared, note: Callable[[str], None]
 ) -> tuple[Policy, int | None]:
     """Choose whether a step is packed, and which layers' activations are kept.
 
@@ -20,6 +21,7 @@ def plan_step(
 
     Args:
         config: of the run.
+        method: of the run.
         model: ready to train.
         rows: what it trains on.
         note: is told what was chosen.
@@ -31,6 +33,10 @@ def plan_step(
         InputError: packing was asked for and cannot be done, or nothing fits into memory.
     """
     longest = rows.longest
+    if not method.packs:
+        if config.packing:
+            raise InputError(f"packing is not for method {config.method}, whose rows are compared; leave it out.")
+        return plan_activations(config, model, longest, sequences=method.sequences), None
     plan = _packed(config, model, rows, config.max_length, note)
     policy = None
     if plan:

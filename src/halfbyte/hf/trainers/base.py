@@ -56,6 +56,9 @@ BITSANDBYTES_NAMES = {"adamw_bnb_8bit": KINDS["adamw_8bit"]} | {
     name: kind for name, kind in KINDS.items() if name != "adamw_torch"
 }
 
+REJECTED = "rejected_ids"
+"""The column of a pair's other sequence, beside ``input_ids``."""
+
 
 class BaseTrainer(Checkpoints):
     """What our trainers share; stands before TRL's class in theirs."""
@@ -222,7 +225,12 @@ class BaseTrainer(Checkpoints):
 
     @functools.cached_property
     def _data_digest(self) -> str:
-        return tables.digest(self.train_dataset)
+        return tables.digest(self._digested_rows)
+
+    @property
+    def _digested_rows(self) -> Any:
+        """The rows that a resumed run must have again."""
+        return self.train_dataset
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -234,7 +242,15 @@ class BaseTrainer(Checkpoints):
         if self.args.train_sampling_strategy != "group_by_length":
             return EpochSampler(np.ones(len(rows), np.int8), None, seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
-        return EpochSampler(tables.lengths(rows), batch, seed)
+        return EpochSampler(_lengths(rows), batch, seed)
+
+
+def _lengths(rows: Any) -> Any:
+    """Return the tokens of each row's longest sequence."""
+    lengths = tables.lengths(rows)
+    if REJECTED not in (getattr(rows, "column_names", None) or ()):
+        return lengths
+    return np.maximum(lengths, tables.lengths(rows, REJECTED))
 
 
 @contextlib.contextmanager
