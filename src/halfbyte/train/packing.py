@@ -8,11 +8,11 @@ from halfbyte.errors import InputError
 from halfbyte.hf.layers.activations import Policy
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train.build import plan_activations
-from halfbyte.train.methods import Method
+from halfbyte.train.methods import METHODS
 
 
 def plan_step(
-    config: TrainConfig, method: Method, model: Any, rows: data.Prepared, note: Callable[[str], None]
+    config: TrainConfig, model: Any, rows: data.Prepared, note: Callable[[str], None]
 ) -> tuple[Policy, int | None]:
     """Choose whether a step is packed, and which layers' activations are kept.
 
@@ -21,7 +21,6 @@ def plan_step(
 
     Args:
         config: of the run.
-        method: of the run.
         model: ready to train.
         rows: what it trains on.
         note: is told what was chosen.
@@ -32,7 +31,7 @@ def plan_step(
     Raises:
         InputError: packing was asked for and cannot be done, or nothing fits into memory.
     """
-    longest = rows.longest
+    longest, method = rows.longest, METHODS[config.method]
     if not method.packs:
         if config.packing:
             raise InputError(f"packing is not for method {config.method}, whose rows are compared; leave it out.")

@@ -88,7 +88,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             tokens = folder.packed_tokens()
             policy = plan_activations(config, model, rows.longest, tokens, method.sequences)
         else:
-            policy, tokens = plan_step(config, method, model, rows, note)
+            policy, tokens = plan_step(config, model, rows, note)
         note(str(policy))
         before = _begin(folder, config, checkpoint, rows.skipped, tokens, metrics, note)
 

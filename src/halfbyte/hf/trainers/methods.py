@@ -217,3 +217,11 @@ class KTOTrainer(Preferences, trl.KTOTrainer):
         super().__init__(model, *args, **kwargs)
         if wanted is not None:
             self.args.train_sampling_strategy = wanted
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as TRL does, but the margin of what is logged beside it: TRL's leaves out batches of one kind alone."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        chosen, rejected = metrics.get("rewards/chosen"), metrics.get("rewards/rejected")
+        if chosen and rejected:
+            metrics["rewards/margins"] = [sum(chosen) / len(chosen) - sum(rejected) / len(rejected)]
+        super().log(logs, *args, **kwargs)
