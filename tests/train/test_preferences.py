@@ -237,7 +237,7 @@ def test_a_run_learns_what_is_preferred_and_tells_it(method: str, options: dict[
 
     before = margins(base)
     after = margins(PeftModel.from_pretrained(base, run.output))
-    assert (after > before).float().mean() > 0.8 and after.mean() > before.mean()
+    assert (after > before).float().mean() > 0.7 and after.mean() > before.mean()
 
 
 def test_the_reference_may_be_computed_once_and_is_the_base_without_a_copy(

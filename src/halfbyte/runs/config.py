@@ -10,7 +10,7 @@ Command-line flags and documentation are made from the fields below. Importing t
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import ByteSize, Field, field_validator, model_validator
@@ -22,6 +22,7 @@ from halfbyte.choices import (
     DOUBLE_QUANT,
     QUANT_TYPE,
     SMOOTHED,
+    TRANSFORMERS_OPTIMIZERS,
     DpoLoss,
     FloatType,
     KtoLoss,
@@ -109,7 +110,10 @@ class TrainConfig(DataOptions):
 
     epochs: float = Field(default=3, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; takes the place of epochs.")
-    batch_size: int = Field(default=4, ge=1, description="Sequences per forward pass.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=4,
+        description="Rows per forward pass; auto: as many as memory allows, with as many rows a step as without it.",
+    )
     gradient_accumulation_steps: int = Field(default=4, ge=1, description="Forward passes per optimizer step.")
     group_by_length: bool = Field(default=True, description="Put sequences of similar length into one batch.")
     packing: bool | None = Field(
@@ -130,18 +134,23 @@ class TrainConfig(DataOptions):
     )
 
     optimizer: Optimizer = Field(
-        default="paged_adamw_8bit", description="AdamW by the bits of its state and whether that can be paged to disk."
+        default="paged_adamw_8bit",
+        description="AdamW or Lion by the bits of its state and whether that can be paged to disk (adamw_torch: with "
+        "torch's own bits), or one of transformers'.",
     )
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Schedule = Field(
         default="constant", description="Course of the learning rate after the warm-up; linear and cosine fall to zero."
     )
+    lr_scheduler_kwargs: dict[str, int | float | str | bool] | None = Field(
+        default=None, description="What the schedule is told besides: num_cycles=2, or min_lr_rate=0.1."
+    )
     warmup_ratio: float = Field(
         default=0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises."
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay, not of norms and biases.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's and Lion's first beta.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's and Lion's second beta.")
     max_grad_norm: float = Field(
         default=0.3, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
@@ -205,6 +214,22 @@ class TrainConfig(DataOptions):
             values = dict(values) | {name: METHOD_DEFAULTS[recipe][name] for name in own}
         return values
 
+    @field_validator("lr_scheduler_kwargs", mode="before")
+    @classmethod
+    def _paired_kwargs(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        pairs = [pair.split("=", 1) for pair in given.split(",")]
+        if not all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs):
+            raise ValueError("must be pairs such as num_cycles=2")
+        return {name.strip(): yaml.safe_load(f"[{value.strip()}]")[0] for name, value in pairs}
+
+    @field_validator("lr_scheduler_kwargs", mode="after")
+    @classmethod
+    def _numbers(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Read 1e-5 as a number, which YAML (1.1) takes for a word."""
+        return given and {name: _number(value) for name, value in given.items()}
+
     @field_validator("output", mode="before")
     @classmethod
     def _named_folder(cls, name: Any) -> Any:
@@ -219,6 +244,14 @@ class TrainConfig(DataOptions):
     def _resume_or_overwrite(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _with_betas(self) -> Self:
+        for name in ("adam_beta1", "adam_beta2"):
+            changed = getattr(self, name) != type(self).model_fields[name].default
+            if changed and self.optimizer in TRANSFORMERS_OPTIMIZERS:
+                raise ValueError(f"{name} is AdamW's and Lion's, but the optimizer is {self.optimizer}; leave it away")
         return self
 
     @model_validator(mode="after")
@@ -238,6 +271,20 @@ class TrainConfig(DataOptions):
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0, such as 0.001 (arXiv 2402.00856)")
         return self
 
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of an optimizer step; those of the preset in a pass where ``batch_size`` is ``auto``."""
+        usual = PRESETS[self.preset].get("batch_size", type(self).model_fields["batch_size"].default)
+        rows = usual if self.batch_size == "auto" else self.batch_size
+        return int(rows) * self.gradient_accumulation_steps
+
+    @property
+    def rows_a_pass(self) -> int:
+        """Rows of a forward pass, once they are known."""
+        if self.batch_size == "auto":
+            raise ValueError("batch_size is still auto")
+        return self.batch_size
+
     @classmethod
     def fixed_options(cls) -> list[str]:
         """Return the options that have to stay as they were when a run goes on."""
@@ -248,6 +295,13 @@ class TrainConfig(DataOptions):
         others = {name for name, methods in _owners().items() if self.method not in methods}
         values = self.model_dump(mode="json", exclude=_marked(OF_THE_CALL) | others)
         write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _marked(mark: Any) -> set[str]:

@@ -123,6 +123,7 @@ class RunFolder:
         circumstances: "Circumstances",
         skipped: Path | None = None,
         packed_tokens: int | None = None,
+        rows_a_pass: int | None = None,
     ) -> None:
         """Remove what an earlier run left and begin this one; a model that the folder does not belong to stays.
 
@@ -131,11 +132,13 @@ class RunFolder:
             circumstances: in which it begins.
             skipped: a file that lists the rows that are left out.
             packed_tokens: the most that a packed pass may hold; None for padded batches.
+            rows_a_pass: the batch size, which ``auto`` does not say.
         """
         for file in self._own_files:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}
+        about["rows_a_pass"] = rows_a_pass
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")
         if skipped:
             with files.whole_file(self.skipped) as part:
@@ -146,6 +149,11 @@ class RunFolder:
         """Return what :meth:`begin` was told of packing."""
         tokens: int | None = self._read_about().get("packed_tokens")
         return tokens
+
+    def rows_a_pass(self) -> int | None:
+        """Return what :meth:`begin` was told of the batch size."""
+        rows: int | None = self._read_about().get("rows_a_pass")
+        return rows
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

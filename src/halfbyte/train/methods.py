@@ -197,7 +197,7 @@ def check_rows(config: TrainConfig, rows: data.Tokenized) -> list[str]:
     """
     if config.method != "kto":
         return []
-    if config.batch_size < 2 and config.loss_type != "apo_zero_unpaired":
+    if config.batch_size == 1 and config.loss_type != "apo_zero_unpaired":
         raise InputError(
             "batch_size is 1, but method kto compares each answer with another one of its batch; set it to 2 or more, "
             "or loss_type to apo_zero_unpaired."

@@ -62,7 +62,7 @@ def _packed(
         return None
     lengths = tables.lengths(rows.train.rows)
     plan = data.plan_packing(
-        lengths, config.batch_size, config.gradient_accumulation_steps, max_length, config.group_by_length
+        lengths, config.rows_a_pass, config.gradient_accumulation_steps, max_length, config.group_by_length
     )
     if config.packing is None and not plan.pays:
         return None
