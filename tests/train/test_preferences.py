@@ -172,9 +172,9 @@ def interrupted(config: dict[str, Any], after: int) -> None:
     ("method", "own"),
     [
         ("dpo", {"precompute_ref_log_probs": True}),
-        ("dpo", {"lora_dropout": 0.1}),
+        pytest.param("dpo", {"lora_dropout": 0.1}, marks=pytest.mark.slow),
         ("kto", {"optimizer": "paged_adamw_8bit", "rank": 64}),
-        ("orpo", {"lora_dropout": 0.1}),
+        pytest.param("orpo", {"lora_dropout": 0.1}, marks=pytest.mark.slow),
         ("text", {"lora_dropout": 0.1, "max_length": 16}),
     ],
 )

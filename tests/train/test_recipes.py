@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.optimization import get_scheduler
 
 from halfbyte.choices import WATCHING, Schedule
+from halfbyte.cli.options import flags_of
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.optim import AdamW
@@ -60,9 +61,14 @@ def same_when_resumed(options: dict[str, Any], after: int, folder: Path) -> Path
     return whole.output
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["adamw_32bit", "paged_lion_8bit", "lion_32bit", "adafactor", "sgd", "rmsprop", "adagrad"]
-)
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+OPTIMIZERS = ["paged_lion_8bit", "adafactor", *map(slow, ("adamw_32bit", "lion_32bit", "sgd", "rmsprop", "adagrad"))]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_optimizer_of_any_kind_learns_and_is_resumed_bit_for_bit(
     optimizer: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -98,7 +104,7 @@ def test_the_learning_rates_of_a_run_are_transformers(name: Schedule, options: d
     assert rates == pytest.approx(expected) and len(set(rates)) > 2
 
 
-@pytest.mark.parametrize("name", WATCHING)
+@pytest.mark.parametrize("name", [WATCHING[0], *map(slow, WATCHING[1:])])
 def test_a_schedule_that_watches_evaluations_falls_and_is_resumed(
     name: Schedule, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -108,6 +114,13 @@ def test_a_schedule_that_watches_evaluations_falls_and_is_resumed(
     options |= {"lr_scheduler_kwargs": never}
     rates = [step.learning_rate for step in steps_of(same_when_resumed(options, 3, tmp_path / "whole"))]
     assert rates[0] <= 1e-3 and rates[-1] <= rates[0] / (8 if name == "reduce_lr_on_plateau" else 1)
+
+
+def test_a_run_that_watches_evaluations_goes_on_with_as_many(options: dict[str, Any]) -> None:
+    options |= {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_data": options["data"], "eval_steps": 1, "rank": 2}
+    interrupted(options, 2)
+    with pytest.raises(InputError, match="begun with eval_steps 1 and cannot go on with 2"):
+        fine_tune(TrainConfig(**(options | {"eval_steps": 2, "resume": True})))
 
 
 def test_schedules_that_cannot_be_followed_are_told(options: dict[str, Any]) -> None:
@@ -219,6 +232,8 @@ def test_the_batch_size_may_be_left_to_memory_and_the_step_stays(
 
 
 def test_a_batch_size_is_a_number_or_auto(options: dict[str, Any]) -> None:
+    flag = flags_of(TrainConfig).parameters["batch_size"].annotation
+    assert get_args(flag)[0] == str | None  # typer's int has no auto
     given = {**options, "output": "o"}
     assert TrainConfig.from_yaml(None, given | {"batch_size": "8"}).batch_size == 8
     for wrong in ("0", "many"):

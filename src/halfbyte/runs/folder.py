@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from halfbyte import files, locks
+from halfbyte.choices import WATCHING
 from halfbyte.errors import InputError, check_writable
 from halfbyte.runs.config import TrainConfig
 
@@ -86,7 +87,8 @@ class RunFolder:
             raise InputError(f"{path} holds a finished run; set overwrite, or name another folder.")
         self._read_about()
         before = TrainConfig.from_yaml(self.config, {"output": path})
-        for name in TrainConfig.fixed_options():
+        watched = ["eval_steps", "save_steps"] if config.lr_scheduler_type in WATCHING else []
+        for name in [*TrainConfig.fixed_options(), *watched]:
             old, new = getattr(before, name), getattr(config, name)
             if old != new:
                 raise InputError(
