@@ -12,15 +12,34 @@ SaveableType = Literal["nf4", "fp4"]
 """Those that bitsandbytes' file format has a name for."""
 FloatType = Literal["float32", "bfloat16", "float16"]
 """A dtype of torch in which can be computed."""
-Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
-"""AdamW by the bits of its state and whether that can be paged to disk."""
-Schedule = Literal["constant", "linear", "cosine"]
-"""The course of the learning rate after the warm-up; linear and cosine fall to zero."""
+Optimizer = Literal[
+    "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit", "adamw_torch", "paged_lion_8bit",
+    "paged_lion_32bit", "lion_8bit", "lion_32bit", "adafactor", "sgd", "rmsprop", "adagrad",
+]  # fmt: skip
+"""AdamW or Lion by the bits of its state and whether that can be paged to disk, or one of transformers'."""
+TRANSFORMERS_OPTIMIZERS: tuple[Optimizer, ...] = ("adafactor", "sgd", "rmsprop", "adagrad")
+"""Those that transformers' trainer makes."""
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy",
+]  # fmt: skip
+"""The course of the learning rate after the warm-up, by transformers' names; linear and cosine fall to zero."""
+WATCHING: tuple[Schedule, ...] = ("reduce_lr_on_plateau", "greedy")
+"""Those that go by the loss of evaluations."""
 Preset = Literal["paper", "quick"]
 """Which defaults of a run apply: the paper's, or quick ones for small models and data."""
 
-Method = Literal["sft"]
+Method = Literal["sft", "text", "dpo", "kto", "orpo"]
 """A method of training; see :mod:`halfbyte.train.methods`."""
+DpoLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+"""What DPO makes of a pair's log-ratios, by TRL's (1.16) names."""
+KtoLoss = Literal["kto", "apo_zero_unpaired"]
+"""The same for KTO."""
+SMOOTHED: tuple[DpoLoss, ...] = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""The losses of DPO that smooth labels."""
 
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)

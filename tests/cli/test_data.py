@@ -288,3 +288,23 @@ def test_the_scale_stands_under_its_blocks(width: int) -> None:
     for label in re.finditer(r"\d+", labels):
         assert label.start() % wide == 0 and int(label[0]) == 10 * (label.start() // wide + 1)
     assert labels.startswith("10") and len(labels) <= width - 13
+
+
+def test_pairs_are_shown_with_both_answers_also_by_the_method_of_a_run(
+    run: Run, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "say", "chosen": "good", "rejected": "not so good"}))
+    config = tmp_path / "train.yaml"
+    config.write_text(f"method: dpo\nmodel: {tiny_model_folder}\ndata: {file}\noutput: o\nbeta: 0.2\n")
+    page = tmp_path / "page.html"
+    for arguments in ([file, "--model", tiny_model_folder, "--method", "dpo"], ["--config", config, "--html", page]):
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        assert (
+            "chosen:" in out and "⟦good<|im_end|>⟧" in out and "rejected:" in out and "⟦not so good<|im_end|>⟧" in out
+        )
+    written = page.read_text()
+    assert written.index(">chosen<") < written.index(">rejected<")
+    code, _, err = run(file, "--model", tiny_model_folder, "--method", "text")
+    assert code == 2 and "is a Preference, but method text learns from Text rows" in err

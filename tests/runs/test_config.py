@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 import halfbyte.optim
+from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
 from halfbyte.errors import InputError
 from halfbyte.quant.codebooks import CODEBOOKS, codebook
 from halfbyte.train import TrainConfig
@@ -104,7 +107,10 @@ def test_every_option_says_what_it_is() -> None:
 
 def test_the_choices_are_those_that_the_layers_below_offer() -> None:
     choices = {name: typing.get_args(field.annotation) for name, field in TrainConfig.model_fields.items()}
-    assert set(choices["optimizer"]) == set(halfbyte.optim.KINDS)
+    ours = {*halfbyte.optim.KINDS, *halfbyte.optim.LIONS}
+    assert set(choices["optimizer"]) == ours | set(TRANSFORMERS_OPTIMIZERS)
+    assert set(TRANSFORMERS_OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    assert set(choices["lr_scheduler_type"]) == {name.value for name in SchedulerType}
     assert set(choices["quant_type"]) == {name for name in CODEBOOKS if len(codebook(name, torch.device("cpu"))) == 16}
     assert set(choices["method"]) == set(METHODS)
 

@@ -28,6 +28,9 @@ TABLE_WIDTH = 160
 PLAIN_INTERVAL = 15.0
 """Seconds between two lines of a run where the output is not a terminal."""
 
+FIGURES = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+"""What of a step's figures is shown, and under which name."""
+
 notes = Console(stderr=True, highlight=False)
 
 
@@ -137,7 +140,8 @@ class TerminalDisplay:
             self._progress.start()
 
     def _step(self, step: events.StepMetrics) -> None:
-        figures = f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} trained tokens/s"
+        shown = [f"{name} {step.figures[key]:.3g}" for key, name in FIGURES.items() if key in step.figures]
+        figures = "  ".join([f"loss {step.loss:.3f}", *shown, f"{step.tokens_per_second:,.0f} trained tokens/s"])
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=step.step, figures=figures)
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL or step.step == self._total:

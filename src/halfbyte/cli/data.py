@@ -59,12 +59,15 @@ def _opened(options: DataOptions) -> Opened:
 
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     notes = equip(tokenizer, options)
+    method = METHODS[options.method]
     with bar("Reading") as reading:
         task = reading.add_task("")
         prepared = prepare(
             options,
             tokenizer,
-            take=functools.partial(METHODS["sft"].take, "sft"),
+            method=options.method,
+            form=method.form,
+            take=functools.partial(method.take, options.method),
             progress=lambda _, done, total: reading.update(task, completed=done, total=total),
         )
     return Opened(prepared, tokenizer, notes)

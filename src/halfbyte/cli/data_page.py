@@ -15,7 +15,7 @@ from halfbyte import __version__
 
 if TYPE_CHECKING:
     from halfbyte.data.duplicates import Pair
-    from halfbyte.data.samples import Sample
+    from halfbyte.data.samples import Piece, Sample
     from halfbyte.data.survey import Survey
 
 TEMPLATE = "data_page.html"
@@ -62,7 +62,7 @@ def page(survey: "Survey", opened: Any, samples: Sequence["Sample"], files: Sequ
             ("One prompt, other answers", [show.pair(pair) for pair in survey.contradictions.pairs]),
             ("Evaluation rows and the training rows that they are like", show.overlap(survey)),
         ],
-        samples=[(one, _spans(one)) for one in samples],
+        samples=[(one, [(name, _spans(pieces)) for name, pieces in one.parts()]) for one in samples],
         percent=percent,
         one_line=one_line,
     )
@@ -78,7 +78,7 @@ class _Shower:
         from halfbyte.data.samples import sample
 
         table = self._opened.data.evaluation if evaluation else self._opened.data.train
-        return _spans(sample(table.rows, number, self._opened.tokenizer, SHORT_TOKENS))
+        return _spans(sample(table.rows, number, self._opened.tokenizer, SHORT_TOKENS).pieces)
 
     def pair(self, pair: "Pair", *, evaluation: bool = False) -> tuple["Pair", list[Any], list[Any]]:
         return pair, self.row(pair.row, evaluation=evaluation), self.row(pair.other)
@@ -87,12 +87,12 @@ class _Shower:
         return [self.pair(pair, evaluation=True) for pair in survey.overlap.pairs] if survey.overlap else []
 
 
-def _spans(sample: "Sample") -> list[tuple[str, str]]:
+def _spans(pieces: Sequence["Piece"]) -> list[tuple[str, str]]:
     """Return a row as pairs of a style's classes and a text."""
     from halfbyte.data.samples import gap, joined, visible
 
     spans = []
-    for piece in joined(sample.pieces):
+    for piece in joined(pieces):
         classes = [name for name, holds in (("gap", piece.is_gap), ("t", piece.trained), ("s", piece.special)) if holds]
         spans.append((" ".join(classes), gap(piece) if piece.is_gap else visible(piece.text)))
     return spans

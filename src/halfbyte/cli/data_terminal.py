@@ -80,11 +80,14 @@ def _print_sample(console: Console, sample: "Sample", rows: int, borders: bool) 
     about = f"row {sample.row:,} of {rows:,}{where}: {sample.tokens:,} tokens, {sample.trained:,} of them trained"
     console.print(Text(about, style="bold"), soft_wrap=True)
     border = BORDER if borders else ""
-    pieces = sample.pieces if borders else list(joined(sample.pieces))
-    if console.color_system is None or console.no_color:
-        console.print(Text(plain(pieces, border)), soft_wrap=True)
-    else:
-        console.print(_coloured(pieces, border), soft_wrap=True)
+    for name, all_pieces in sample.parts():
+        pieces = all_pieces if borders else list(joined(all_pieces))
+        if name:
+            console.print(Text(f"{name}:", style="bold"))
+        if console.color_system is None or console.no_color:
+            console.print(Text(plain(pieces, border)), soft_wrap=True)
+        else:
+            console.print(_coloured(pieces, border), soft_wrap=True)
 
 
 def _coloured(pieces: Sequence["Piece"], border: str) -> Text:

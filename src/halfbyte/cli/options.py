@@ -46,7 +46,8 @@ def flags_of(model: type[BaseModel]) -> inspect.Signature:
 def _flag_type(annotation: Any) -> Any:
     """Return the type of a field's flag: that of the field, but text for what the field itself reads from text."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        members = [member for member in typing.get_args(annotation) if member is not type(None)]
+        bare = (typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in typing.get_args(annotation))
+        members = [member for member in bare if member is not type(None)]
         if len(members) > 1 and members[0] in (bool, int):
             return str
         return _flag_type(members[0])

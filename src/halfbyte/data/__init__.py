@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halfbyte.data.collate import Collator, Packer
+    from halfbyte.data.collate_answers import JudgedCollator, PairCollator
     from halfbyte.data.examples import BadRow, Chat, Completion, Example, Judged, Message, Preference, Text
     from halfbyte.data.options import DataOptions
     from halfbyte.data.packing import PackingPlan, plan_packing
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Collator": "collate", "Packer": "collate",
+    "JudgedCollator": "collate_answers", "PairCollator": "collate_answers",
     "BadRow": "examples", "Chat": "examples", "Completion": "examples", "Example": "examples",
     "Judged": "examples", "Message": "examples", "Preference": "examples", "Text": "examples",
     "DataOptions": "options",
@@ -44,9 +46,11 @@ __all__ = [
     "DataOptions",
     "Example",
     "Judged",
+    "JudgedCollator",
     "Message",
     "Packer",
     "PackingPlan",
+    "PairCollator",
     "Preference",
     "Prepared",
     "Row",

@@ -21,7 +21,7 @@ import jinja2
 import numpy as np
 
 from halfbyte.data.encoders import Encoder, Source, encoder_for
-from halfbyte.data.examples import BadRow, Completion, Example, Text
+from halfbyte.data.examples import BadRow, Completion, Example, Judged, Preference, Text
 from halfbyte.data.template import Draft
 from halfbyte.errors import InputError
 
@@ -158,6 +158,13 @@ class ControlTokens:
             case Completion(_, prompt, completion):
                 prompt, completion = prompt.removeprefix(self._begin), completion.removesuffix(self._end)
                 return dataclasses.replace(example, prompt=prompt, completion=completion)
+            case Judged(_, str(prompt), str(completion)):
+                prompt, completion = prompt.removeprefix(self._begin), completion.removesuffix(self._end)
+                return dataclasses.replace(example, prompt=prompt, completion=completion)
+            case Preference(_, str(prompt), str(chosen), str(rejected)):
+                one, other = chosen.removesuffix(self._end), rejected.removesuffix(self._end)
+                prompt = prompt.removeprefix(self._begin)
+                return dataclasses.replace(example, prompt=prompt, chosen=one, rejected=other)
         return example
 
 

@@ -36,6 +36,10 @@ def figures(survey: Survey) -> list[tuple[str, str]]:
         ("bytes that were no text", f"{texts.replaced:,} of {texts.sampled:,} rows{_of(texts.sampled, survey)}"),
         ("wrong encoding, by its looks", f"{texts.mojibake:,} of {texts.sampled:,} rows{_of(texts.sampled, survey)}"),
     ]
+    if survey.rejected_lengths:
+        lines.append(("tokens a rejected row", _spread(survey.rejected_lengths)))
+    if survey.good is not None:
+        lines.append(("answers judged good", f"{survey.good:,} ({percent(survey.good, survey.rows)})"))
     if overlap := survey.overlap:
         lines += [
             ("evaluation rows", f"{overlap.rows:,}"),

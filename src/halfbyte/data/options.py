@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
+from halfbyte.choices import Method
 from halfbyte.data.sources import Source, resolve
 from halfbyte.files import model_path
 from halfbyte.options import Options, not_empty
@@ -12,6 +13,11 @@ from halfbyte.options import Options, not_empty
 class DataOptions(Options):
     """Where the data is, how it is read, and what of it is trained. Part of a run's configuration."""
 
+    method: Method = Field(
+        default="sft",
+        description="What is learned: sft, from answers; text, from texts; dpo and orpo, from pairs of answers; kto, "
+        "from answers judged good or bad.",
+    )
     model: str = Field(description="Folder or hub id of the base model, in 16 or in 4 bits.")
     data: list[Source] = Field(
         description="Training data: files, folders, globs, hub ids (user/name:config@split), names of the paper's data "

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from halfbyte.data import cache
 from halfbyte.data.bad_rows import BadRows, SkippedFile
 from halfbyte.data.examples import BadRow, Example
 from halfbyte.data.formats import examples_of
+from halfbyte.data.forms import Form
 from halfbyte.data.options import DataOptions
 from halfbyte.data.readers import Progress
 from halfbyte.data.sources import Source, fingerprint, read_source, resolve
@@ -29,7 +31,8 @@ from halfbyte.errors import InputError, named
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEPENDS = {*DataOptions.model_fields} - {"model", "data", "eval_data", "seed", "skip_bad_rows", "trust_remote_code"}
+APART = {"method", "model", "data", "eval_data", "seed", "skip_bad_rows", "trust_remote_code"}
+DEPENDS = {*DataOptions.model_fields} - APART
 """Options that a table depends on, beside the data and the tokenizer."""
 TRAIN, EVALUATION, SKIPPED = "train", "evaluation", "skipped.jsonl"
 
@@ -119,6 +122,7 @@ def prepare(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     method: str = "sft",
+    form: Form = "answers",
     take: Take | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
@@ -128,6 +132,7 @@ def prepare(
         options: of the data.
         tokenizer: the model's.
         method: decides with ``take`` what an example is.
+        form: of the method's rows: see :mod:`halfbyte.data.forms`.
         take: what a training method makes of an example.
         progress: called now and then with the rows read, the bytes read, and the bytes of the source.
 
@@ -140,7 +145,7 @@ def prepare(
     name = cache.key(options.seed if drawn else None, contents, about, cache.tokenizer_key(tokenizer), method)
 
     def make(folder: Path) -> None:
-        _Maker(options, tokenizer, take, progress, folder).make()
+        _Maker(options, tokenizer, form, take, progress, folder).make()
         if _fingerprints(options, contents=False) != before:
             raise InputError("The data changed while it was read; start again when it is whole.")
 
@@ -173,12 +178,14 @@ class _Maker:
         self,
         options: DataOptions,
         tokenizer: "PreTrainedTokenizerBase",
+        form: Form,
         take: Take | None,
         progress: Progress | None,
         folder: Path,
     ) -> None:
         self.options = options
         self.tokenizer = tokenizer
+        self.form: Form = form
         self.take = take
         self.progress = progress
         self.folder = folder
@@ -205,7 +212,7 @@ class _Maker:
                         table.add(encoded)
         examples = train.counts.examples + (evaluation.counts.examples if evaluation is not train else 0)
         for table, what in ((train, "train on"), (evaluation, "evaluate on")):
-            if examples and not table.counts.rows:
+            if examples and not table.counts.examples:
                 told = f":\n{self.bad.told()}" if self.bad.total else "; name more data, or another eval_share."
                 raise InputError(f"There is nothing to {what}{told}")
         about = {
@@ -219,14 +226,15 @@ class _Maker:
     def _table(self, name: str) -> Table:
         folder = self.folder / name
         folder.mkdir()
-        return Table(folder, last_answer(self.tokenizer) if name == EVALUATION else None)
+        reference = last_answer(self.tokenizer) if name == EVALUATION else None
+        return Table(folder, reference, form=self.form, length=self.options.max_length)
 
     def _encoded(self, sources: Iterable[Source]) -> Iterator[Any]:
         options = self.options
         return encode_examples(
             self._examples(sources),
             self.tokenizer,
-            options.max_length,
+            sys.maxsize if self.form == "blocks" else options.max_length,
             chat_template=options.chat_template,
             thinking=options.thinking,
             train_on=options.train_on,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from halfbyte import tables
 from halfbyte.choices import IGNORED
+from halfbyte.data.forms import GOOD, sides
 
 if TYPE_CHECKING:
     import datasets
@@ -49,13 +50,27 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A row to show: its number from 1, where it comes from, its tokens, those of them that are trained, its text."""
+    """A row to show: its number from 1, where it comes from, its tokens, those of them that are trained, its text.
+
+    Attributes:
+        rejected: of a pair of answers, prompt and answer of the one that is not preferred.
+        good: of a judged answer, the judgement.
+    """
 
     row: int
     where: str
     tokens: int
     trained: int
     pieces: list[Piece]
+    rejected: list[Piece] = dataclasses.field(default_factory=list)
+    good: bool | None = None
+
+    def parts(self) -> Iterator[tuple[str, list[Piece]]]:
+        """Yield what stands in the row, each under its name; a single answer has none."""
+        names = {None: "chosen" if self.rejected else "", True: "good", False: "bad"}
+        yield names[self.good], self.pieces
+        if self.rejected:
+            yield "rejected", self.rejected
 
 
 def sample(
@@ -63,20 +78,24 @@ def sample(
 ) -> Sample:
     """Return row ``number``, from 1; of one with more than ``limit`` tokens the middle is left out."""
     row = rows[number - 1]
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    trained = [label != IGNORED for label in labels]
+    both = [(list(ids), [label != IGNORED for label in labels]) for ids, labels in sides(row)]
+    pieces = [_shortened(ids, trained, tokenizer, limit) for ids, trained in both]
+    tokens, trained = sum(len(ids) for ids, _ in both), sum(sum(labelled) for _, labelled in both)
+    where = str(row.get("where", ""))
+    return Sample(number, where, tokens, trained, pieces[0], pieces[1] if len(pieces) > 1 else [], row.get(GOOD))
+
+
+def _shortened(ids: list[int], trained: list[bool], tokenizer: "PreTrainedTokenizerBase", limit: int) -> list[Piece]:
     left_out = len(ids) - limit
     if left_out <= 0:
-        pieces = list(_pieces(ids, trained, tokenizer))
-    else:
-        head = limit // 2
-        tail = len(ids) - (limit - head)
-        pieces = [
-            *_pieces(ids[:head], trained[:head], tokenizer),
-            Piece("", tokens=left_out, is_gap=True),
-            *_pieces(ids[tail:], trained[tail:], tokenizer),
-        ]
-    return Sample(number, str(row.get("where", "")), len(ids), sum(trained), pieces)
+        return list(_pieces(ids, trained, tokenizer))
+    head = limit // 2
+    tail = len(ids) - (limit - head)
+    return [
+        *_pieces(ids[:head], trained[:head], tokenizer),
+        Piece("", tokens=left_out, is_gap=True),
+        *_pieces(ids[tail:], trained[tail:], tokenizer),
+    ]
 
 
 def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Piece]:
@@ -208,8 +227,10 @@ def preview_lines(tokenized: "Tokenized", tokenizer: "PreTrainedTokenizerBase", 
     middle = f"half have {int(lengths[number - 1]):,} or less"
     lines.append(f"tokens a row: {least:,} {blocks(heights.tolist())} {most:,}, {middle}")
     shown = sample(tokenized.rows, number, tokenizer, SHORT_TOKENS)
-    return [*lines, f"row {number:,} ({one_line(shown.where)}), trained is what stands in {OPEN} {CLOSE}:",
-            plain(joined(shown.pieces))]  # fmt: skip
+    lines.append(f"row {number:,} ({one_line(shown.where)}), trained is what stands in {OPEN} {CLOSE}:")
+    for name, pieces in shown.parts():
+        lines += [f"{name}:"] * bool(name) + [plain(joined(pieces))]
+    return lines
 
 
 def row_lengths(rows: "datasets.Dataset") -> NDArray[Any]:

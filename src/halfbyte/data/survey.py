@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte import tables
 from halfbyte.choices import IGNORED
 from halfbyte.data import duplicates, scripts
 from halfbyte.data.duplicates import Contradictions, Duplicates, Near, Pair
+from halfbyte.data.forms import GOOD, REJECTED_IDS
 from halfbyte.data.measure import OPENING, Measured, Progress, measure
 from halfbyte.data.scripts import Texts
 from halfbyte.errors import InputError
@@ -120,6 +122,8 @@ class Survey:
         openings: with which many answers begin.
         answers: how they end.
         notes, unused: what was made of examples, and columns that had no part in them.
+        rejected_lengths: of the rejected answers with their prompts, where rows are pairs; all else is of the chosen.
+        good: rows whose answer was judged good, where they are judged.
         shapes, bad, first_bad, said: how many examples had which shape; kinds of rows that are left out, and the first
             of each; what was said of files. Of :class:`halfbyte.data.Prepared`, for whoever has one to put in.
     """
@@ -142,6 +146,8 @@ class Survey:
     texts: Texts
     openings: list[Opening]
     answers: Answers
+    rejected_lengths: Spread | None = None
+    good: int | None = None
     shapes: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
     bad: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -209,6 +215,8 @@ def survey(
         texts=scripts.look_at(table, tokenizer, seed),
         openings=_openings(measured, table, tokenizer),
         answers=_answers(measured, tokenizer),
+        rejected_lengths=_spread(tables.lengths(table, REJECTED_IDS)) if REJECTED_IDS in table.column_names else None,
+        good=int(sum(table[GOOD])) if GOOD in table.column_names else None,
         notes=dict(counts.notes),
         unused=dict(counts.unused),
     )
@@ -232,7 +240,7 @@ def histogram(lengths: NDArray[np.int32], trained: NDArray[np.int32], limit: int
     ]
 
 
-def _spread(values: NDArray[np.int32]) -> Spread:
+def _spread(values: NDArray[Any]) -> Spread:
     found = np.percentile(values, QUANTILES, method="inverted_cdf")
     return Spread(float(values.mean()), {str(share): int(value) for share, value in zip(QUANTILES, found, strict=True)})
 

@@ -8,6 +8,8 @@ rows at a time, and are counted in passing. The file is then mapped as a ``datas
     where       text: the file and the row that it comes from
     reference   text, for evaluation only: what the last answer of the row should be
 
+and what else the form of the rows has (:mod:`halfbyte.data.forms`).
+
 Beside the file (``rows.arrow``) stands what was counted (``about.json``). Labels are stored whole. As stretches they
 would make the file of a long answer half as large, but nothing else could read it as it stands.
 """
@@ -17,6 +19,7 @@ import json
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable
@@ -29,6 +32,7 @@ import pyarrow as pa
 from halfbyte.choices import IGNORED
 from halfbyte.data.bad_rows import BadRows, Skip
 from halfbyte.data.examples import BadRow, Chat, Example
+from halfbyte.data.forms import GOOD, LISTS, Form, Former, Placed, sides
 from halfbyte.data.tokens import Encoded, Row, decode_trained, encode_examples
 from halfbyte.tables import WHERE, Digest
 
@@ -78,7 +82,7 @@ class Counts:
     def add(self, encoded: Encoded) -> None:
         """Count an example."""
         self.examples += 1
-        self.chats += isinstance(encoded.example, Chat)
+        self.chats += isinstance(encoded.example, Chat) or isinstance(getattr(encoded.example, "prompt", None), list)
         self.truncated += encoded.truncated
         for names, counts in ((encoded.example.unused, self.unused), (encoded.notes, self.notes)):
             for name in names:
@@ -106,6 +110,7 @@ def tokenize(
     max_length: int,
     *,
     skip_bad_rows: Skip = False,
+    form: Form = "answers",
     **settings: Any,
 ) -> Tokenized:
     """Turn examples into rows of token ids and labels, cut off at the right after ``max_length`` tokens.
@@ -118,6 +123,7 @@ def tokenize(
         tokenizer: of the model.
         max_length: tokens.
         skip_bad_rows: go on without rows that cannot be trained on.
+        form: of the rows: see :mod:`halfbyte.data.forms`.
         settings: further ones of :func:`halfbyte.data.encode_examples`.
 
     Raises:
@@ -126,8 +132,9 @@ def tokenize(
     temporary = Path(tempfile.mkdtemp(prefix="halfbyte-rows-"))
     try:
         bad = BadRows()
-        with Table(temporary) as table:
-            for encoded in encode_examples(examples, tokenizer, max_length, **settings):
+        most = sys.maxsize if form == "blocks" else max_length
+        with Table(temporary, form=form, length=max_length) as table:
+            for encoded in encode_examples(examples, tokenizer, most, **settings):
                 if encoded.bad:
                     bad.add(encoded.bad)
                 else:
@@ -145,15 +152,27 @@ class Table:
     Args:
         folder: is there.
         reference: writes the column ``reference``; the text of a row's last answer.
+        form: of the rows.
+        length: tokens of a block, where the form is that.
     """
 
-    def __init__(self, folder: Path, reference: Callable[[Row], str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        reference: Callable[[Row], str] | None = None,
+        *,
+        form: Form = "answers",
+        length: int = 0,
+    ) -> None:
         self.folder = folder
         self.counts = Counts()
         self._reference = reference
-        ids = pa.list_(pa.int32())
+        self._former = Former(form, length)
+        self._lists = LISTS[form]
+        verdicts = [(GOOD, pa.bool_())] if form == "judged" else []
         texts = [(WHERE, pa.string()), *([(REFERENCE, pa.string())] if reference else [])]
-        self._schema = pa.schema([("input_ids", ids), ("labels", ids), *texts])
+        self._trained_on = [*self._lists, *(name for name, _ in verdicts)]
+        self._schema = pa.schema([*((name, pa.list_(pa.int32())) for name in self._lists), *verdicts, *texts])
         self._sink = pa.OSFile(str(folder / ROWS), "wb")
         self._stream = pa.ipc.new_stream(self._sink, self._schema)
         self._rows: list[Row] = []
@@ -164,43 +183,46 @@ class Table:
     def add(self, encoded: Encoded) -> None:
         """Write the rows of an example."""
         self.counts.add(encoded)
-        for row in encoded.rows:
-            self._add(row, encoded.example.where)
+        for placed in self._former.rows(encoded):
+            self._add(placed)
 
-    def _add(self, row: Row, where: str) -> None:
-        length, counts = len(row["labels"]), self.counts
+    def _add(self, placed: Placed) -> None:
+        row, counts = placed.row, self.counts
         self._rows.append(row)
-        self._places.append(where)
+        self._places.append(placed.where)
         counts.rows += 1
-        counts.tokens += length
-        counts.trained_tokens += int((row["labels"] != IGNORED).sum())
-        counts.longest = max(counts.longest, length)
-        counts.largest_id = max(counts.largest_id, int(row["input_ids"].max()))
-        self._waiting += length
+        for ids, labels in sides(row):
+            counts.tokens += len(labels)
+            counts.trained_tokens += int((labels != IGNORED).sum())
+            counts.longest = max(counts.longest, len(labels))
+            counts.largest_id = max(counts.largest_id, int(ids.max()))
+            self._waiting += len(labels)
         if self._waiting >= BATCH:
             self._flush()
 
     def _flush(self) -> None:
-        offsets = np.cumsum([0, *(len(row["labels"]) for row in self._rows)], dtype=np.int32)
-        columns = [
-            pa.ListArray.from_arrays(
-                offsets, np.concatenate([np.zeros(0, np.int32), *(row[name] for row in self._rows)])
-            )
-            for name in ("input_ids", "labels")
-        ]
+        columns = [self._list(name) for name in self._lists]
+        columns += [pa.array([row[name] for row in self._rows]) for name in self._trained_on if name == GOOD]
         columns.append(pa.array(self._places, pa.string()))
         if self._reference:
             columns.append(pa.array([self._reference(row) for row in self._rows], pa.string()))
         batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
-        self._digest.update(batch.select(["input_ids", "labels"]))
+        self._digest.update(batch.select(self._trained_on))
         self._stream.write_batch(batch)
         self._rows, self._places, self._waiting = [], [], 0
+
+    def _list(self, name: str) -> Any:
+        offsets = np.cumsum([0, *(len(row[name]) for row in self._rows)], dtype=np.int32)
+        values = np.concatenate([np.zeros(0, np.int32), *(row[name] for row in self._rows)])
+        return pa.ListArray.from_arrays(offsets, values)
 
     def __enter__(self) -> "Table":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
+            for placed in self._former.rest():
+                self._add(placed)
             self._flush()
             self._stream.close()
         self._sink.close()

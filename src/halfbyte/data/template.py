@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from halfbyte.data.dialect import Dialect
-from halfbyte.data.examples import BadRow, Chat, Completion, Example, Message, Preference, Text
+from halfbyte.data.examples import BadRow, Chat, Completion, Example, Judged, Message, Preference, Text
 from halfbyte.data.fitting import THOUGHTS_DROPPED, UNANSWERED, fit
 from halfbyte.data.messages import holds, text_of, words_of
 from halfbyte.data.rendering import NO_END, Refused, Renderer, Thinking, TooLong, with_thinking
@@ -181,6 +181,10 @@ class Writer:
                 return [self.plain(prompt, completion)]
             case Text(_, text):
                 return [self.plain("", text)]
+            case Preference():
+                return list(self.preference(example)[1:])
+            case Judged(_, prompt, completion):
+                return [self._behind(example, prompt, completion, None)]
             case _:
                 raise TypeError(f"{type(example).__name__} is not written as one text")
 
@@ -209,23 +213,31 @@ class Writer:
             BadRow: the template cannot write one of them, or not as one row behind one prompt.
             InputError: as when called.
         """
-        pair = []
-        for answer in (example.chosen, example.rejected):
-            if isinstance(example.prompt, str) and isinstance(answer, str):
-                drafts = self(Completion(example.where, example.prompt, answer))
-            else:
-                turns = [{**message, "train": False} for message in example.prompt if isinstance(message, dict)]
-                turns += [{**message, "train": True} for message in answer if isinstance(message, dict)]
-                drafts = self.chat(example.where, turns, example.tools)
-            pair.append(drafts)
-        prompts = {draft.text[: draft.spans[0][0]] for drafts in pair for draft in drafts}
-        if len(prompts) != 1 or any(len(drafts) != 1 for drafts in pair):
-            raise BadRow(
-                example.where,
-                "answers without a prompt in common",
-                ": the model's chat template does not write both answers behind one prompt; make each one turn.",
-            )
-        return prompts.pop(), pair[0][0], pair[1][0]
+        answers = (example.chosen, example.rejected)
+        chosen, rejected = (self._behind(example, example.prompt, answer, example.tools) for answer in answers)
+        prompt, other = (draft.text[: draft.spans[0][0]] for draft in (chosen, rejected))
+        if prompt != other:
+            raise _scattered(example)
+        return prompt, chosen, rejected
+
+    def _behind(
+        self,
+        example: Example,
+        prompt: str | list[Message],
+        answer: str | list[Message],
+        tools: list[dict[str, Any]] | None,
+    ) -> Draft:
+        """Return an answer behind its prompt, trained alone."""
+        if isinstance(prompt, str) and isinstance(answer, str):
+            drafts = self(Completion(example.where, prompt, answer))
+        else:
+            before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            behind = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            turns = [{**message, "train": False} for message in before]
+            drafts = self.chat(example.where, turns + [{**message, "train": True} for message in behind], tools)
+        if len(drafts) != 1:
+            raise _scattered(example)
+        return drafts[0]
 
     def plain(self, prompt: str, answer: str) -> Draft:
         """Return a prompt and an answer as they are, with a stop."""
@@ -316,6 +328,13 @@ class Writer:
             )
         token: str = self.tokenizer.eos_token
         return token
+
+
+def _scattered(example: Example) -> BadRow:
+    both = isinstance(example, Preference)
+    what = "both answers behind one prompt; make each" if both else "the answer behind its prompt in one row; make it"
+    kind = "answers without a prompt in common" if both else "answer without a prompt of its own"
+    return BadRow(example.where, kind, f": the model's chat template does not write {what} one turn.")
 
 
 _chat_template = chat_template

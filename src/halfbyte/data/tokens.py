@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from halfbyte.choices import IGNORED
 from halfbyte.data.control import ControlTokens, tools_for
 from halfbyte.data.encoders import Encoder
-from halfbyte.data.examples import BadRow, Example
+from halfbyte.data.examples import BadRow, Example, Judged, Preference
+from halfbyte.data.forms import alike
 from halfbyte.data.labels import Whole, label_drafts
 from halfbyte.data.template import Draft, Writer
 
@@ -160,6 +163,10 @@ def _encode_chunk(chunk: list[_Written], encode: Encoder, control: ControlTokens
             for row in whole
             if row.prompt < min(len(row.ids), max_length)
         ]
+        if isinstance(example, Preference | Judged) and 0 < len(rows) < len(whole):
+            rows, whole = [], [row for row in whole if row.prompt >= min(len(row.ids), max_length)]
+        if isinstance(example, Preference) and len(rows) == 2 and _equal(*rows):
+            bad, rows = alike(example.where), []
         if not rows and not bad:
             bad = _untrained(example.where, whole, max_length, clipped)
         if any(row.leaks for row in whole):
@@ -167,6 +174,10 @@ def _encode_chunk(chunk: list[_Written], encode: Encoder, control: ControlTokens
         truncated = clipped or any(length > max_length for length in lengths)
         encoded.append(Encoded(example, rows, truncated, bad, notes, lengths))
     return encoded
+
+
+def _equal(one: Row, other: Row) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in ("input_ids", "labels"))
 
 
 def _leak(where: str) -> BadRow:

@@ -1,8 +1,8 @@
 """AdamW (arXiv 1711.05101) whose moments take 32 bits or block-wise 8 bits (arXiv 2110.02861), in memory or paged.
 
 32 bits: the moments are fp32 whatever the parameter's dtype; over fp32 parameters each step is bitwise
-that of ``torch.optim.AdamW``, by torch's own operations (not by :func:`halfbyte.kernels.native.adamw_32bit`, which
-rounds the square root otherwise). 8 bits: bitsandbytes' format (0.50.2): blocks of 256,
+that of ``torch.optim.AdamW``, by torch's own operations; or, not ``exact``, that of the native kernel, which is
+faster and rounds the square root correctly, as torch does not. 8 bits: bitsandbytes' format (0.50.2): blocks of 256,
 its signed dynamic map for the first moment and its unsigned one for the second, and 32 bits for tensors under 4096
 elements, which cost little and need it most; 2.03 bytes a parameter instead of 8. The formulas are in
 :mod:`halfbyte.kernels.reference`.
@@ -79,6 +79,7 @@ class AdamW(torch.optim.Optimizer):
         state_bits: 32 or 8.
         paged: whether the state may be evicted: by the operating system from a mapped file, or on a CUDA device, with
             bitsandbytes, by its driver from managed memory (:mod:`halfbyte.optim.paged`).
+        exact: whether a step over 32 bits has torch's bits.
         page_dir: the folder of that file; where it lies in memory (tmpfs), or none is given, the temporary folder or
             ``/var/tmp``. The attribute ``page_dir`` tells which was taken.
 
@@ -96,10 +97,12 @@ class AdamW(torch.optim.Optimizer):
         state_bits: int = 32,
         paged: bool = False,
         page_dir: Path | str | None = None,
+        exact: bool = True,
     ) -> None:
         if state_bits not in (8, 32):
             raise InputError(f"state_bits is {state_bits}; it must be 8 or 32.")
         self.state_bits = state_bits
+        self.exact = exact
         self.page_dir = paging.choose_folder(Path(page_dir) if page_dir is not None else None) if paged else None
         self._divisions: dict[int, _Division] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -192,7 +195,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept: dict[str, Any] = super().__getstate__()
-        return kept | {"state_bits": self.state_bits, "page_dir": self.page_dir}
+        return kept | {"state_bits": self.state_bits, "page_dir": self.page_dir, "exact": self.exact}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be what was copied or pickled; paged state is paged again. (torch's ``load_state_dict`` comes here too.)"""
@@ -218,8 +221,8 @@ class AdamW(torch.optim.Optimizer):
         options = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
         for indices, batch in division.batches:
             own = [grads[i] for i in indices]
-            # The native 32-bit step rounds the square root otherwise than torch, whose bits are promised here.
-            exact = isinstance(batch, kernels.Adamw32bit)
+            # The native 32-bit step rounds the square root otherwise than torch.
+            exact = self.exact and isinstance(batch, kernels.Adamw32bit)
             with kernels.use_provider("reference") if exact else contextlib.nullcontext():
                 batch.step(own, kernels.AdamwStep(steps[indices[0]], *options))
 

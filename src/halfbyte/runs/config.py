@@ -10,7 +10,7 @@ Command-line flags and documentation are made from the fields below. Importing t
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import ByteSize, Field, field_validator, model_validator
@@ -21,14 +21,18 @@ from halfbyte.choices import (
     COMPUTE_DTYPE,
     DOUBLE_QUANT,
     QUANT_TYPE,
+    SMOOTHED,
+    TRANSFORMERS_OPTIMIZERS,
+    DpoLoss,
     FloatType,
-    Method,
+    KtoLoss,
     Optimizer,
     Preset,
     QuantType,
     Schedule,
 )
 from halfbyte.data.options import DataOptions
+from halfbyte.errors import nearest
 from halfbyte.files import absolute, write_text
 from halfbyte.options import not_empty
 
@@ -46,17 +50,44 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+METHOD_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("dpo", "paper"): {"learning_rate": 5e-6, "lora_dropout": 0.0},
+    ("kto", "paper"): {"learning_rate": 5e-6, "lora_dropout": 0.0},
+    ("orpo", "paper"): {"learning_rate": 8e-5, "lora_dropout": 0.0},
+    ("dpo", "quick"): {"learning_rate": 5e-5},
+    ("kto", "quick"): {"learning_rate": 5e-5},
+    ("orpo", "quick"): {"learning_rate": 2e-4},
+}
+"""What a method changes of a preset. DPO's rate is that of alignment-handbook's zephyr-7b-dpo-qlora and of TRL's LoRA
+example; KTO's is the same, as TRL advises (its documentation: 5e-7 to 5e-6 for beta 0.1); ORPO's is that of TRL's LoRA
+example (examples/scripts/orpo.py). The quick ones are for models of some hundred million parameters. Dropout is off, as
+TRL's trainers have it: the log-ratios would be of two different models."""
+
 # Marks of fields: what may change when a run goes on, since its result does not depend on it; and what says how to
 # begin, not what to do, and is not written down.
 CHANGEABLE: Any = {"on_resume": "may change"}
 OF_THE_CALL: Any = {"on_resume": "of the call"}
 
 
+def _of(*methods: str) -> Any:
+    """Mark an option that belongs to these methods alone."""
+    return {"methods": methods}
+
+
+def options_of(method: str) -> frozenset[str]:
+    """Return the options that belong to ``method`` and not to every method."""
+    return frozenset(name for name, methods in _owners().items() if method in methods)
+
+
+def _owners() -> dict[str, tuple[str, ...]]:
+    extras: dict[str, Any] = {name: field.json_schema_extra or {} for name, field in TrainConfig.model_fields.items()}
+    return {name: extra["methods"] for name, extra in extras.items() if "methods" in extra}
+
+
 class TrainConfig(DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
-    method: Method = Field(default="sft", description="What is learned: sft, from answers.")
     preset: Preset = Field(
         default="paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
     )
@@ -79,7 +110,10 @@ class TrainConfig(DataOptions):
 
     epochs: float = Field(default=3, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; takes the place of epochs.")
-    batch_size: int = Field(default=4, ge=1, description="Sequences per forward pass.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=4,
+        description="Rows per forward pass; auto: as many as memory allows, with as many rows a step as without it.",
+    )
     gradient_accumulation_steps: int = Field(default=4, ge=1, description="Forward passes per optimizer step.")
     group_by_length: bool = Field(default=True, description="Put sequences of similar length into one batch.")
     packing: bool | None = Field(
@@ -100,20 +134,56 @@ class TrainConfig(DataOptions):
     )
 
     optimizer: Optimizer = Field(
-        default="paged_adamw_8bit", description="AdamW by the bits of its state and whether that can be paged to disk."
+        default="paged_adamw_8bit",
+        description="AdamW or Lion by the bits of its state and whether that can be paged to disk (adamw_torch: with "
+        "torch's own bits), or one of transformers'.",
     )
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Schedule = Field(
         default="constant", description="Course of the learning rate after the warm-up; linear and cosine fall to zero."
     )
+    lr_scheduler_kwargs: dict[str, int | float | str | bool] | None = Field(
+        default=None, description="What the schedule is told besides: num_cycles=2, or min_lr_rate=0.1."
+    )
     warmup_ratio: float = Field(
         default=0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises."
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay, not of norms and biases.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's and Lion's first beta.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's and Lion's second beta.")
     max_grad_norm: float = Field(
         default=0.3, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
+    )
+
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        json_schema_extra=_of("dpo", "kto", "orpo"),
+        description="dpo, kto: how much the model is held to the one before training. orpo: weight of the odds ratio.",
+    )
+    loss_type: DpoLoss | KtoLoss | None = Field(
+        default=None,
+        json_schema_extra=_of("dpo", "kto"),
+        description="Loss, by TRL's names; without it sigmoid for dpo, kto for kto.",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        json_schema_extra=_of("dpo"),
+        description=f"Share of the pairs taken to be the wrong way round, of the losses {', '.join(SMOOTHED)}.",
+    )
+    precompute_ref_log_probs: bool = Field(
+        default=False,
+        json_schema_extra=_of("dpo"),
+        description="Compute the untrained model's log-probabilities once, before training, and not in each step; pays "
+        "from two passes over the data on.",
+    )
+    desirable_weight: float = Field(
+        default=1.0, gt=0, json_schema_extra=_of("kto"), description="Weight of answers that are good."
+    )
+    undesirable_weight: float = Field(
+        default=1.0, gt=0, json_schema_extra=_of("kto"), description="Weight of answers that are bad."
     )
 
     save_steps: int = Field(
@@ -135,9 +205,30 @@ class TrainConfig(DataOptions):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
+        given = set(values) if isinstance(values, Mapping) else set()
         if isinstance(values, Mapping) and isinstance(values.get("preset"), str):
-            return PRESETS.get(values["preset"], {}) | dict(values)
+            values = PRESETS.get(values["preset"], {}) | dict(values)
+        if isinstance(values, Mapping):
+            recipe = (str(values.get("method")), str(values.get("preset", "paper")))
+            own = {name for name in METHOD_DEFAULTS.get(recipe, {}) if name not in given}
+            values = dict(values) | {name: METHOD_DEFAULTS[recipe][name] for name in own}
         return values
+
+    @field_validator("lr_scheduler_kwargs", mode="before")
+    @classmethod
+    def _paired_kwargs(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        pairs = [pair.split("=", 1) for pair in given.split(",")]
+        if not all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs):
+            raise ValueError("must be pairs such as num_cycles=2")
+        return {name.strip(): yaml.safe_load(f"[{value.strip()}]")[0] for name, value in pairs}
+
+    @field_validator("lr_scheduler_kwargs", mode="after")
+    @classmethod
+    def _numbers(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Read 1e-5 as a number, which YAML (1.1) takes for a word."""
+        return given and {name: _number(value) for name, value in given.items()}
 
     @field_validator("output", mode="before")
     @classmethod
@@ -155,15 +246,62 @@ class TrainConfig(DataOptions):
             raise ValueError("resume and overwrite exclude each other; choose one")
         return self
 
+    @model_validator(mode="after")
+    def _with_betas(self) -> Self:
+        for name in ("adam_beta1", "adam_beta2"):
+            changed = getattr(self, name) != type(self).model_fields[name].default
+            if changed and self.optimizer in TRANSFORMERS_OPTIMIZERS:
+                raise ValueError(f"{name} is AdamW's and Lion's, but the optimizer is {self.optimizer}; leave it away")
+        return self
+
+    @model_validator(mode="after")
+    def _fitting_loss(self) -> Self:
+        words = {"dpo": get_args(DpoLoss), "kto": get_args(KtoLoss)}.get(self.method, ())
+        if self.loss_type and words and self.loss_type not in words:
+            raise ValueError(
+                f"method {self.method} has no loss_type {self.loss_type}{nearest(self.loss_type, words)}; it has "
+                f"{', '.join(words)}"
+            )
+        if self.label_smoothing and self.method == "dpo" and self.loss_type not in SMOOTHED:
+            raise ValueError(
+                f"label_smoothing belongs to loss_type {', '.join(SMOOTHED)}, but the loss is "
+                f"{self.loss_type or 'sigmoid'}; leave it away or change the loss"
+            )
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("loss_type exo_pair needs a label_smoothing above 0, such as 0.001 (arXiv 2402.00856)")
+        return self
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of an optimizer step; those of the preset in a pass where ``batch_size`` is ``auto``."""
+        usual = PRESETS[self.preset].get("batch_size", type(self).model_fields["batch_size"].default)
+        rows = usual if self.batch_size == "auto" else self.batch_size
+        return int(rows) * self.gradient_accumulation_steps
+
+    @property
+    def rows_a_pass(self) -> int:
+        """Rows of a forward pass, once they are known."""
+        if self.batch_size == "auto":
+            raise ValueError("batch_size is still auto")
+        return self.batch_size
+
     @classmethod
     def fixed_options(cls) -> list[str]:
         """Return the options that have to stay as they were when a run goes on."""
         return [name for name in cls.model_fields if name not in _marked(OF_THE_CALL) | _marked(CHANGEABLE)]
 
     def save(self, path: Path) -> None:
-        """Write every option but ``resume`` and ``overwrite`` to ``path``, as :meth:`from_yaml` reads it."""
-        values = self.model_dump(mode="json", exclude=_marked(OF_THE_CALL))
+        """Write every option of the run but ``resume`` and ``overwrite`` to ``path``, as :meth:`from_yaml` reads it."""
+        others = {name for name, methods in _owners().items() if self.method not in methods}
+        values = self.model_dump(mode="json", exclude=_marked(OF_THE_CALL) | others)
         write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _marked(mark: Any) -> set[str]:

@@ -80,6 +80,7 @@ class StepMetrics(Event):
         trained_tokens: tokens with a label, since the start of the run.
         tokens_per_second: trained tokens of this step over its seconds.
         elapsed: seconds of training since the start of the run, the time between an interruption and resuming apart.
+        figures: what the method tells beside the loss, by TRL's names, such as ``rewards/accuracies``.
     """
 
     kind: Literal["step"] = "step"
@@ -91,6 +92,7 @@ class StepMetrics(Event):
     trained_tokens: int
     tokens_per_second: float
     elapsed: float
+    figures: dict[str, float] = Field(default_factory=dict)
 
 
 class Evaluation(Event):

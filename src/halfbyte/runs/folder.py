@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from halfbyte import files, locks
+from halfbyte.choices import WATCHING
 from halfbyte.errors import InputError, check_writable
 from halfbyte.runs.config import TrainConfig
 
@@ -86,7 +87,8 @@ class RunFolder:
             raise InputError(f"{path} holds a finished run; set overwrite, or name another folder.")
         self._read_about()
         before = TrainConfig.from_yaml(self.config, {"output": path})
-        for name in TrainConfig.fixed_options():
+        watched = ["eval_steps", "save_steps"] if config.lr_scheduler_type in WATCHING else []
+        for name in [*TrainConfig.fixed_options(), *watched]:
             old, new = getattr(before, name), getattr(config, name)
             if old != new:
                 raise InputError(
@@ -123,6 +125,7 @@ class RunFolder:
         circumstances: "Circumstances",
         skipped: Path | None = None,
         packed_tokens: int | None = None,
+        rows_a_pass: int | None = None,
     ) -> None:
         """Remove what an earlier run left and begin this one; a model that the folder does not belong to stays.
 
@@ -131,11 +134,13 @@ class RunFolder:
             circumstances: in which it begins.
             skipped: a file that lists the rows that are left out.
             packed_tokens: the most that a packed pass may hold; None for padded batches.
+            rows_a_pass: the batch size, which ``auto`` does not say.
         """
         for file in self._own_files:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}
+        about["rows_a_pass"] = rows_a_pass
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")
         if skipped:
             with files.whole_file(self.skipped) as part:
@@ -146,6 +151,11 @@ class RunFolder:
         """Return what :meth:`begin` was told of packing."""
         tokens: int | None = self._read_about().get("packed_tokens")
         return tokens
+
+    def rows_a_pass(self) -> int | None:
+        """Return what :meth:`begin` was told of the batch size."""
+        rows: int | None = self._read_about().get("rows_a_pass")
+        return rows
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

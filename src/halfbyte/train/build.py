@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from halfbyte import data, hf, optim
+from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.hf.layers.targets import check_targets
 from halfbyte.hf.trainers import distributed
 from halfbyte.plan.machine import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
+from halfbyte.train import schedules
 from halfbyte.train.methods import Method
 
 FREE_SHARE = 0.9
@@ -54,11 +56,14 @@ def build_model(config: TrainConfig) -> Any:
     return hf.prepare_for_training(model)
 
 
-def plan_activations(config: TrainConfig, model: Any, longest: int, tokens: int | None = None) -> activations.Policy:
+def plan_activations(
+    config: TrainConfig, model: Any, longest: int, tokens: int | None = None, sequences: int = 1
+) -> activations.Policy:
     """Choose which layers' activations are kept, as the memory allows, for rows of at most ``longest`` tokens.
 
     Of several processes, as the one with the least memory allows: all keep the same. Of a pass that is packed,
-    ``tokens`` are the most that it may hold; padded batches, which are evaluated too, have ``batch_size`` rows.
+    ``tokens`` are the most that it may hold; padded batches, which are evaluated too, have ``batch_size`` rows, each of
+    so many ``sequences``.
 
     Raises:
         InputError: nothing fits.
@@ -70,7 +75,7 @@ def plan_activations(config: TrainConfig, model: Any, longest: int, tokens: int 
     )
     [lacking] = distributed.largest([-free])
     recompute = config.gradient_checkpointing
-    rows = max(config.batch_size, -(-(tokens or 0) // longest))
+    rows = max(config.rows_a_pass * sequences, -(-(tokens or 0) // longest))
     return activations.plan(model, length=longest, batch_size=rows, free=-lacking, recompute=recompute)
 
 
@@ -89,22 +94,22 @@ def build_trainer(
     It evaluates, if there is data for that, every ``eval_steps``, and first of all where the run is to ``begin``. A
     ``packer`` packs the samples of each step.
     """
-    warm_constant = config.lr_scheduler_type == "constant" and config.warmup_ratio > 0
     common = {
         "output_dir": str(config.output),
-        "per_device_train_batch_size": config.batch_size,
+        "per_device_train_batch_size": config.rows_a_pass,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
         "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if warm_constant else config.lr_scheduler_type,
+        "lr_scheduler_type": schedules.name_of(config),
+        "lr_scheduler_kwargs": config.lr_scheduler_kwargs,
         "warmup_steps": config.warmup_ratio,
         "max_grad_norm": config.max_grad_norm,
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
         "seed": config.seed,
         "save_steps": config.save_steps,
-        "per_device_eval_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.rows_a_pass,
         "eval_strategy": "steps" if rows.evaluation else "no",
         "eval_steps": config.eval_steps or config.save_steps,
         "eval_on_start": begin and rows.evaluation is not None,
@@ -115,23 +120,40 @@ def build_trainer(
         "disable_tqdm": True,
         "log_level": "error",
     }
+    optimizer = None
+    if config.optimizer in TRANSFORMERS_OPTIMIZERS:
+        common |= {"optim": config.optimizer, "weight_decay": config.weight_decay}
+    else:
+        optimizer = build_optimizer(config, model, config.output)
     return method.trainer(
         model=model,
         args=method.arguments(config, common),
         train_dataset=rows.train.rows,
         eval_dataset=rows.evaluation.rows if rows.evaluation else None,
-        data_collator=data.Collator(tokenizer.pad_token_id),
+        data_collator=method.collator(config, tokenizer.pad_token_id),
         processing_class=tokenizer,
-        optimizers=(build_optimizer(config, model, config.output), None),
+        optimizers=(optimizer, None),
         **({"packer": packer} if packer else {}),
     )
+
+
+def _groups(config: TrainConfig, model: Any) -> list[dict[str, Any]]:
+    """Return the trained parameters, in two groups where some do not decay: those of norms, and biases."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # a function of the model alone, though it is a method
+    decaying = set(Trainer.get_decay_parameter_names(None, model)) if config.weight_decay else set(trained)
+    groups = [
+        {"params": [p for name, p in trained.items() if name in decaying], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in trained.items() if name not in decaying], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(config: TrainConfig, model: Any, page_dir: Path) -> optim.AdamW:
     """Return the optimizer over the trained parameters; paged state lies in ``page_dir``."""
     return optim.create(
         config.optimizer,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        _groups(config, model),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=1e-8,

@@ -8,6 +8,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf.layers.activations import Policy
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train.build import plan_activations
+from halfbyte.train.methods import METHODS
 
 
 def plan_step(
@@ -30,7 +31,11 @@ def plan_step(
     Raises:
         InputError: packing was asked for and cannot be done, or nothing fits into memory.
     """
-    longest = rows.longest
+    longest, method = rows.longest, METHODS[config.method]
+    if not method.packs:
+        if config.packing:
+            raise InputError(f"packing is not for method {config.method}, whose rows are compared; leave it out.")
+        return plan_activations(config, model, longest, sequences=method.sequences), None
     plan = _packed(config, model, rows, config.max_length, note)
     policy = None
     if plan:
@@ -57,7 +62,7 @@ def _packed(
         return None
     lengths = tables.lengths(rows.train.rows)
     plan = data.plan_packing(
-        lengths, config.batch_size, config.gradient_accumulation_steps, max_length, config.group_by_length
+        lengths, config.rows_a_pass, config.gradient_accumulation_steps, max_length, config.group_by_length
     )
     if config.packing is None and not plan.pays:
         return None

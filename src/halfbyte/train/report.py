@@ -3,7 +3,7 @@
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class Summary:
         seconds: of training, loading apart.
         trained_tokens_per_second: over those seconds.
         peak_memory_bytes: the largest resident set of this process so far, mapped files included.
+        figures: what the method tells beside the loss, likewise means over the last ten steps.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class Summary:
     seconds: float
     trained_tokens_per_second: float
     peak_memory_bytes: int
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def summarize(steps: Sequence[StepMetrics], rows: Counts, trained_parameters: int) -> Summary:
@@ -56,7 +58,13 @@ def summarize(steps: Sequence[StepMetrics], rows: Counts, trained_parameters: in
         seconds=last.elapsed,
         trained_tokens_per_second=last.trained_tokens / last.elapsed,
         peak_memory_bytes=_peak_memory(),
+        figures={name: _mean(ending, name) for name in dict.fromkeys(name for step in ending for name in step.figures)},
     )
+
+
+def _mean(steps: Sequence[StepMetrics], name: str) -> float:
+    values = [step.figures[name] for step in steps if name in step.figures]
+    return sum(values) / len(values)
 
 
 def plot_loss(steps: Sequence[StepMetrics], path: Path) -> None:

@@ -34,8 +34,10 @@ from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
+from halfbyte.train import schedules
+from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.build import build_model, build_trainer, plan_activations
-from halfbyte.train.methods import Method, method_of
+from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, plot_loss, summarize
 from halfbyte.train.steps import Steps
@@ -74,6 +76,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         tell(Note(text=text))
 
     method = method_of(config)
+    schedules.check(config)
     folder = RunFolder(config.output)
     with quiet(), distributed.joined(), _full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
@@ -86,17 +89,19 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         tell(Stage(name="plan", text="Planning the memory of a step"))
         if checkpoint:  # what a pass holds decides about bits
             tokens = folder.packed_tokens()
-            policy = plan_activations(config, model, rows.longest, tokens)
+            fitted = with_batch(config, folder.rows_a_pass() or config.rows_a_pass)
+            policy = plan_activations(fitted, model, rows.longest, tokens, method.sequences)
         else:
-            policy, tokens = plan_step(config, model, rows, note)
+            fitted = fit_batch(config, model, rows, note)
+            policy, tokens = plan_step(fitted, model, rows, note)
         note(str(policy))
-        before = _begin(folder, config, checkpoint, rows.skipped, tokens, metrics, note)
+        before = _begin(folder, config, checkpoint, rows.skipped, (tokens, fitted.rows_a_pass), metrics, note)
 
         activations.apply(model, policy, folder.path)
         packer = None if tokens is None else data.Packer(tokens)
-        trainer = build_trainer(config, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
+        trainer = build_trainer(fitted, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
         stop = Stop()
-        steps = Steps(trainer, before, stop, tell)
+        steps = Steps(trainer, before, stop, tell, method.figures)
         trainer.add_callback(steps)
         with _end_told(trainer, tell), stop.listening(note):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -120,12 +125,13 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, dat
     take = functools.partial(method.take, config.method)
 
     def prepared() -> data.Prepared:
-        return data.prepare(config, tokenizer, method=config.method, take=take, progress=progress)
+        return data.prepare(config, tokenizer, method=config.method, form=method.form, take=take, progress=progress)
 
     with distributed.first_writes() as writes:
         rows = prepared() if writes else None
     rows = rows or prepared()  # found in the cache
-    for line in [*rows.told(), *preview_lines(rows.train, tokenizer)[1:]]:
+    found = check_rows(config, rows.train)
+    for line in [*rows.told(), *found, *preview_lines(rows.train, tokenizer)[1:]]:
         tell(Note(text=line))
     if rows.train.counts.chats and not tokenizer.chat_template:
         tokenizer.chat_template = data.chat_template(tokenizer)
@@ -161,7 +167,7 @@ def _begin(
     config: TrainConfig,
     checkpoint: Path | None,
     skipped: Path | None,
-    packed_tokens: int | None,
+    passes: tuple[int | None, int],
     metrics: MetricsFile,
     note: Callable[[str], None],
 ) -> list[StepMetrics]:
@@ -173,7 +179,7 @@ def _begin(
                 note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
             note(f"Going on from {checkpoint}")
         elif writes:
-            folder.begin(config, circumstances, skipped, packed_tokens)
+            folder.begin(config, circumstances, skipped, *passes)
         before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
     return before
 

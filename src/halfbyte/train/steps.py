@@ -1,10 +1,10 @@
 """What transformers' trainer calls back, told as events, and the stop that was asked for, handed to it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 
 from halfbyte.hf.trainers.state import state_folder
 from halfbyte.runs.events import Begin, Checkpoint, Evaluation, Event, StepMetrics
@@ -19,16 +19,25 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         before: the steps that were made before the run was resumed.
         stop: is looked at after each step.
         tell: hears of everything.
+        figures: what else is taken from the trainer's log, by name.
 
     Attributes:
         made: all steps of the run so far.
     """
 
-    def __init__(self, trainer: Any, before: list[StepMetrics], stop: Stop, tell: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        before: list[StepMetrics],
+        stop: Stop,
+        tell: Callable[[Event], None],
+        figures: Sequence[str] = (),
+    ) -> None:
         self.trainer = trainer
         self.made = before
         self.stop = stop
         self.tell = tell
+        self.figures = figures
         self.tokens_before = before[-1].trained_tokens if before else 0
         self.seconds_before = before[-1].elapsed if before else 0.0
         self.begun = self.step_begun = 0.0  # time.monotonic()
@@ -55,11 +64,14 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             trained_tokens=tokens,
             tokens_per_second=new_tokens / (now - self.step_begun),
             elapsed=self.seconds_before + now - self.begun,
+            figures={name: logs[name] for name in self.figures if name in logs},
         )
         self.made.append(step)
         self.tell(step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps and str(args.eval_strategy) != str(IntervalStrategy.NO):
+            control.should_evaluate = True  # what it came to
         if self.stop.asked:
             control.should_save = control.should_training_stop = True
 
@@ -68,4 +80,6 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.tell(Checkpoint(step=state.global_step, folder=f"{folder.parent.name}/{folder.name}"))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
-        self.tell(Evaluation(step=state.global_step, figures={"loss": metrics["eval_loss"]}))
+        known = ((name, f"eval_{name}") for name in ("loss", *self.figures))
+        figures = {name: metrics[key] for name, key in known if key in metrics}
+        self.tell(Evaluation(step=state.global_step, figures=figures))

@@ -47,7 +47,7 @@ from halfbyte.hf.trainers.checkpoints import Checkpoints, unsaved
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
 from halfbyte.nn import Linear4bit
-from halfbyte.optim import KINDS, AdamW
+from halfbyte.optim import KINDS, LIONS, AdamW, Lion
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -55,6 +55,10 @@ WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 BITSANDBYTES_NAMES = {"adamw_bnb_8bit": KINDS["adamw_8bit"]} | {
     name: kind for name, kind in KINDS.items() if name != "adamw_torch"
 }
+LION_NAMES: dict[str, dict[str, Any]] = dict(LIONS.items())
+
+REJECTED = "rejected_ids"
+"""The column of a pair's other sequence, beside ``input_ids``."""
 
 
 class BaseTrainer(Checkpoints):
@@ -126,16 +130,18 @@ class BaseTrainer(Checkpoints):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Return Trainer's optimizers, but our AdamW under the names of bitsandbytes' (same state, no GPU needed)."""
-        kind = BITSANDBYTES_NAMES.get(args.optim.value)
+        """Return Trainer's optimizers, but our AdamW and Lion under bitsandbytes' names (same state, no GPU needed)."""
+        name = args.optim.value
+        kind = LION_NAMES.get(name, BITSANDBYTES_NAMES.get(name))
         if kind is None:
             theirs: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
             return theirs
         if args.optim_args:
             raise InputError(f"optim={args.optim.value!r} takes no optim_args, and there is {args.optim_args!r}.")
         folder = Path(args.output_dir)
-        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        return AdamW, options | kind | {"page_dir": folder if folder.is_dir() else None}
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)} | kind
+        options |= {"page_dir": folder if folder.is_dir() else None}
+        return (Lion, options) if name in LION_NAMES else (AdamW, options | {"eps": args.adam_epsilon})
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; arguments and result are Trainer's, ``True`` being the newest checkpoint of ``output_dir``."""
@@ -222,7 +228,12 @@ class BaseTrainer(Checkpoints):
 
     @functools.cached_property
     def _data_digest(self) -> str:
-        return tables.digest(self.train_dataset)
+        return tables.digest(self._digested_rows)
+
+    @property
+    def _digested_rows(self) -> Any:
+        """The rows that a resumed run must have again."""
+        return self.train_dataset
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -234,7 +245,15 @@ class BaseTrainer(Checkpoints):
         if self.args.train_sampling_strategy != "group_by_length":
             return EpochSampler(np.ones(len(rows), np.int8), None, seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
-        return EpochSampler(tables.lengths(rows), batch, seed)
+        return EpochSampler(_lengths(rows), batch, seed)
+
+
+def _lengths(rows: Any) -> Any:
+    """Return the tokens of each row's longest sequence."""
+    lengths = tables.lengths(rows)
+    if REJECTED not in (getattr(rows, "column_names", None) or ()):
+        return lengths
+    return np.maximum(lengths, tables.lengths(rows, REJECTED))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from halfbyte.hf.layers import separation
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
+from halfbyte.hf.trainers.preference import Preferences
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +194,34 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
         return output
 
 
-class DPOTrainer(BaseTrainer, trl.DPOTrainer):
+class DPOTrainer(Preferences, trl.DPOTrainer):
     """``trl.DPOTrainer`` for a PEFT model: same arguments, see :mod:`halfbyte.hf.trainers.base` for what differs."""
 
     _config = DPOConfig
 
 
-class KTOTrainer(BaseTrainer, trl.KTOTrainer):
-    """``trl.KTOTrainer`` for a PEFT model: same arguments, see :mod:`halfbyte.hf.trainers.base` for what differs."""
+class KTOTrainer(Preferences, trl.KTOTrainer):
+    """``trl.KTOTrainer`` for a PEFT model: same arguments, see :mod:`halfbyte.hf.trainers.base` for what differs.
+
+    With a collator that makes the mismatched answers of a batch itself (it has the attribute ``mismatches``), rows may
+    come in any order; TRL's are made beforehand, for one order.
+    """
 
     _config = KTOConfig
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        own, arguments = hasattr(kwargs.get("data_collator"), "mismatches"), kwargs.get("args")
+        wanted = arguments.train_sampling_strategy if own and arguments else None
+        if own and arguments:
+            arguments.train_sampling_strategy = "sequential"
+        super().__init__(model, *args, **kwargs)
+        if wanted is not None:
+            self.args.train_sampling_strategy = wanted
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as TRL does, but the margin of what is logged beside it: TRL's leaves out batches of one kind alone."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        chosen, rejected = metrics.get("rewards/chosen"), metrics.get("rewards/rejected")
+        if chosen and rejected:
+            metrics["rewards/margins"] = [sum(chosen) / len(chosen) - sum(rejected) / len(rejected)]
+        super().log(logs, *args, **kwargs)
