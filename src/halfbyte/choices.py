@@ -22,6 +22,9 @@ Preset = Literal["paper", "quick"]
 Method = Literal["sft"]
 """A method of training; see :mod:`halfbyte.train.methods`."""
 
+Task = Literal["lm", "classify", "seq2seq"]
+"""What a model is trained to do: go on with text, name the class of a text, turn one text into another."""
+
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)
 FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)

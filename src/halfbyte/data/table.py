@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 ROWS = "rows.arrow"
 ABOUT = "about.json"
 REFERENCE = "reference"
+COLUMNS = ("input_ids", "labels")
 BATCH = 1 << 18
 """Tokens that are written at once; a row more at the most."""
 NAMES = 1000
@@ -145,15 +146,19 @@ class Table:
     Args:
         folder: is there.
         reference: writes the column ``reference``; the text of a row's last answer.
+        columns: the lists of integers of a row; the first two are ``input_ids`` and ``labels``.
     """
 
-    def __init__(self, folder: Path, reference: Callable[[Row], str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, reference: Callable[[Row], str] | None = None, columns: Sequence[str] = COLUMNS
+    ) -> None:
         self.folder = folder
         self.counts = Counts()
         self._reference = reference
+        self._columns = columns
         ids = pa.list_(pa.int32())
         texts = [(WHERE, pa.string()), *([(REFERENCE, pa.string())] if reference else [])]
-        self._schema = pa.schema([("input_ids", ids), ("labels", ids), *texts])
+        self._schema = pa.schema([*((name, ids) for name in columns), *texts])
         self._sink = pa.OSFile(str(folder / ROWS), "wb")
         self._stream = pa.ipc.new_stream(self._sink, self._schema)
         self._rows: list[Row] = []
@@ -168,31 +173,31 @@ class Table:
             self._add(row, encoded.example.where)
 
     def _add(self, row: Row, where: str) -> None:
-        length, counts = len(row["labels"]), self.counts
+        length, counts = len(row["input_ids"]), self.counts
         self._rows.append(row)
         self._places.append(where)
         counts.rows += 1
         counts.tokens += length
         counts.trained_tokens += int((row["labels"] != IGNORED).sum())
-        counts.longest = max(counts.longest, length)
+        counts.longest = max(counts.longest, length, len(row["labels"]))
         counts.largest_id = max(counts.largest_id, int(row["input_ids"].max()))
         self._waiting += length
         if self._waiting >= BATCH:
             self._flush()
 
     def _flush(self) -> None:
-        offsets = np.cumsum([0, *(len(row["labels"]) for row in self._rows)], dtype=np.int32)
         columns = [
             pa.ListArray.from_arrays(
-                offsets, np.concatenate([np.zeros(0, np.int32), *(row[name] for row in self._rows)])
+                np.cumsum([0, *(len(row[name]) for row in self._rows)], dtype=np.int32),
+                np.concatenate([np.zeros(0, np.int32), *(row[name] for row in self._rows)]),
             )
-            for name in ("input_ids", "labels")
+            for name in self._columns
         ]
         columns.append(pa.array(self._places, pa.string()))
         if self._reference:
             columns.append(pa.array([self._reference(row) for row in self._rows], pa.string()))
         batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
-        self._digest.update(batch.select(["input_ids", "labels"]))
+        self._digest.update(batch.select(list(self._columns)))
         self._stream.write_batch(batch)
         self._rows, self._places, self._waiting = [], [], 0
 

@@ -22,11 +22,13 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     Attributes:
         made: all steps of the run so far.
+        evaluated: the figures of the last evaluation, and the step after which it was; of this process.
     """
 
     def __init__(self, trainer: Any, before: list[StepMetrics], stop: Stop, tell: Callable[[Event], None]) -> None:
         self.trainer = trainer
         self.made = before
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.stop = stop
         self.tell = tell
         self.tokens_before = before[-1].trained_tokens if before else 0
@@ -68,4 +70,6 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.tell(Checkpoint(step=state.global_step, folder=f"{folder.parent.name}/{folder.name}"))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
-        self.tell(Evaluation(step=state.global_step, figures={"loss": metrics["eval_loss"]}))
+        names = ("loss", *getattr(self.trainer, "figures", ()))
+        self.evaluated = state.global_step, {name: metrics[f"eval_{name}"] for name in names}
+        self.tell(Evaluation(step=state.global_step, figures=self.evaluated[1]))
