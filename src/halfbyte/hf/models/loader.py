@@ -79,7 +79,8 @@ def load(
         base = _base_of(place)
         if (task := adapter_task(_json_of(folder / ADAPTER))) == "classify" and auto_class is None:
             classes = adapter_classes(folder)
-        model = _load_at(base, quantization_config, auto_class, trust_remote_code, kwargs, task, classes)
+        follows = task == "classify"
+        model = _load_at(base, quantization_config, auto_class, trust_remote_code, kwargs, task, classes, follows)
         return prepare(put_adapter(model, folder))
     return _load_at(place, quantization_config, auto_class, trust_remote_code, kwargs, task, classes)
 
@@ -92,6 +93,7 @@ def _load_at(
     kwargs: dict[str, Any],
     task: Task = "lm",
     classes: Sequence[str] | None = None,
+    head_follows: bool = False,
 ) -> PreTrainedModel:
     config = config_at(place, trust_remote_code)
     if task != "lm" and auto_class is None:
@@ -114,7 +116,7 @@ def _load_at(
     if place.is_folder and not any(name in kwargs for name in ELSEWHERE):
         files = weight_files(Path(place.path), getattr(config, "transformers_weights", None))
         kwargs.setdefault("use_safetensors", files[0].suffix == ".safetensors")
-    with kept_failures() as failures:
+    with kept_failures(head_follows) as failures:
         try:
             model = (auto_class or model_class(config)).from_pretrained(
                 place.path,
