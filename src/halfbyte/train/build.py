@@ -35,6 +35,8 @@ def build_model(config: TrainConfig, classes: Sequence[str] = ()) -> Any:
         double_quant=config.double_quant,
         compute_dtype=config.compute_dtype,
     )
+    if classes:
+        set_seed(config.seed)  # of the head's first values
     model = hf.load(
         config.model,
         quantization_config=quantization,
