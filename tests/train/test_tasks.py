@@ -78,20 +78,24 @@ def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read if line["kind"] == kind]
 
 
+def without_dropout(model: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "without dropout"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {name: 0.0 for name in config if "dropout" in name and name != "classifier_dropout"}
+    config |= {"attention_probs_dropout_prob": 0.0} if "attention_probs_dropout_prob" in config else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.mark.parametrize(("task", "family"), [("classify", "roberta"), ("classify", "bert"), ("seq2seq", "t5")])
 def test_losses_of_the_first_steps_are_those_of_plain_trainers_on_the_dense_model(
     task: Any, family: str, task_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Micro-batches of the same number of labels, so that transformers' mean of means is the mean."""
-    folder = tmp_path / "model"
-    shutil.copytree(task_folder(family), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {name: 0.0 for name in config if "dropout" in name and name != "classifier_dropout"}
-    (folder / "config.json").write_text(json.dumps(config))
+    """Ours takes two micro-batches a step, theirs one of all rows: of two it would add up the means (5.23)."""
+    folder = without_dropout(task_folder(family), tmp_path)
     tokenizer = hf.load_tokenizer(folder)
     rows = rows_for(task)
-    if task == "seq2seq":
-        rows = [row | {"target": "wau"} for row in rows]
     named = DataOptions(model=str(folder), data=write(tmp_path / "rows.jsonl", rows), task=task)
     table = data.prepare(named, tokenizer)
     base: Any = hf.load(
@@ -103,21 +107,14 @@ def test_losses_of_the_first_steps_are_those_of_plain_trainers_on_the_dense_mode
     base.config.pad_token_id = 0
     dense = copy.deepcopy(base).dequantize(torch.float32).float()
     heads = head_names(base) if task == "classify" else []
-    lora: Any = {
-        "r": 8,
-        "target_modules": "all-linear",
-        "task_type": TASK_TYPES[task],
-        "modules_to_save": heads or None,
-    }
-    lora["exclude_modules"] = modules_within(base, heads) or None
+    lora: Any = {"r": 8, "target_modules": "all-linear", "task_type": TASK_TYPES[task]}
+    lora |= {"modules_to_save": heads or None, "exclude_modules": modules_within(base, heads) or None}
     models = []
     for model in (base, dense):
         torch.manual_seed(0)
         models.append(get_peft_model(model, LoraConfig(**lora)))
     arguments: Any = {
         "output_dir": str(tmp_path / "out"),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
         "max_steps": 5,
         "learning_rate": 1e-2,
         "logging_steps": 1,
@@ -142,7 +139,7 @@ def test_losses_of_the_first_steps_are_those_of_plain_trainers_on_the_dense_mode
     trainer, settings, their_trainer, their_settings = kinds[task]
     ours = trainer(
         model=models[0],
-        args=settings(**arguments),
+        args=settings(**arguments, per_device_train_batch_size=2, gradient_accumulation_steps=2),
         train_dataset=table.train.rows,
         data_collator=TaskCollator(models[0], 0),
         processing_class=tokenizer,
@@ -154,7 +151,7 @@ def test_losses_of_the_first_steps_are_those_of_plain_trainers_on_the_dense_mode
         collator = DataCollatorWithPadding(tokenizer)
     theirs = their_trainer(
         model=models[1],
-        args=their_settings(**arguments),
+        args=their_settings(**arguments, per_device_train_batch_size=4),
         train_dataset=plain,
         data_collator=collator,
         processing_class=tokenizer,
@@ -167,11 +164,11 @@ def test_losses_of_the_first_steps_are_those_of_plain_trainers_on_the_dense_mode
     assert found[0] == pytest.approx(found[1], rel=0.01)
 
 
-@pytest.mark.parametrize("task", ["classify", "seq2seq"])
+@pytest.mark.parametrize("task", ["classify", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     task: str, options: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
-    given = options(task) | {"lora_dropout": 0.1, "epochs": 2, "eval_share": 0.3, "eval_steps": 2}
+    given = options(task) | {"lora_dropout": 0.1, "epochs": 2, "eval_share": 0.3, "eval_steps": 4}
     whole = fine_tune(TrainConfig(**(given | {"output": tmp_path / "whole"})))
     torch.manual_seed(99)
     with pytest.raises(Interrupted):
@@ -189,11 +186,13 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     assert not (resumed.output / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_its_rows_and_its_figures_are_those_of_its_answers(
     options: Callable[[str], dict[str, Any]],
 ) -> None:
     given = options("classify")
-    given |= {"epochs": 25, "eval_data": given["data"], "eval_steps": 1000, "rank": 32}
+    given |= {"max_steps": 60, "eval_data": given["data"], "eval_steps": 1000, "rank": 32, "batch_size": 11}
+    given |= {"gradient_accumulation_steps": 1}
     result = fine_tune(TrainConfig(**given))
     figures = result.summary.evaluation
     before, *_, last = lines(result.output, "evaluation")
@@ -208,15 +207,17 @@ def test_a_classifier_learns_its_rows_and_its_figures_are_those_of_its_answers(
     assert sum(right) / len(right) == pytest.approx(figures["accuracy"])
     surprise = [-torch.tensor(one.probabilities[row["label"]]).log() for one, row in zip(named, rows, strict=True)]
     assert float(sum(surprise)) / len(rows) == pytest.approx(figures["loss"], rel=0.03, abs=2e-3)
-    assert result.summary.trained_tokens == 25 * len(rows)
+    assert result.summary.trained_tokens == 30 * len(rows)
     assert (result.output / "loss.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_sequence_to_sequence_model_learns_to_answer_and_generates_in_evaluation(
-    options: Callable[[str], dict[str, Any]],
+    options: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
     given = options("seq2seq")
-    given |= {"epochs": 40, "eval_data": given["data"], "eval_steps": 1000, "rank": 32}
+    given |= {"max_steps": 100, "eval_data": given["data"], "eval_steps": 1000, "rank": 32, "batch_size": 11}
+    given |= {"gradient_accumulation_steps": 1, "model": str(without_dropout(Path(given["model"]), tmp_path))}
     result = fine_tune(TrainConfig(**given))
     figures = result.summary.evaluation
     assert lines(result.output, "evaluation")[0]["figures"]["exact_match"] == 0.0
@@ -239,6 +240,7 @@ def test_a_step_s_loss_is_the_mean_over_its_rows_however_they_are_divided(
 ) -> None:
     """Seven rows in micro-batches of two and of seven: the last micro-batch of the first run holds one row."""
     given = options("classify")
+    given["model"] = str(without_dropout(Path(given["model"]), tmp_path))
     given["data"] = write(tmp_path / "seven.jsonl", rows_for("classify")[:7])
     given |= {"compute_dtype": "float32", "max_steps": 1, "overwrite": True}
     losses = []
@@ -246,7 +248,7 @@ def test_a_step_s_loss_is_the_mean_over_its_rows_however_they_are_divided(
         fine_tune(TrainConfig(**(given | {"batch_size": size, "gradient_accumulation_steps": passes})))
         losses.append(lines(given["output"], "step")[0])
     assert losses[0]["trained_tokens"] == losses[1]["trained_tokens"] == 7
-    torch.testing.assert_close(losses[0]["loss"], losses[1]["loss"], rtol=0.2, atol=0.2)  # dropout of the base differs
+    torch.testing.assert_close(losses[0]["loss"], losses[1]["loss"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_classifier_s_run_folder_can_be_overwritten_and_a_model_s_folder_cannot(

@@ -1,5 +1,6 @@
 """``classify``."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,9 @@ def classify(
     if text_pair is not None and (text is None or len(text) > 1):
         raise InputError("--text-pair belongs to one --text; for more pairs give a file with two columns.")
     texts = iter([(one, text_pair) for one in text]) if text else _texts_of(file or "")
+    if (first := next(texts, None)) is None:
+        raise InputError(f"{file} holds no text; write one a line.")
+    texts = itertools.chain([first], texts)
     with opened(model, None, trust_remote_code) as (loaded, tokenizer):
         from halfbyte.generate import classify_texts
 

@@ -175,6 +175,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_whole_and_one_that_it_has
     assert known.classifier.weight.shape == (3, 32)  # made anew: the checkpoint's told two classes apart
 
 
+@pytest.mark.slow
 def test_activations_of_encoders_and_of_encoders_with_decoders_are_planned_and_recomputed_alike(
     task_folder: Callable[[str], Path],
 ) -> None:
