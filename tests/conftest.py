@@ -2,11 +2,14 @@
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
@@ -56,3 +59,74 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved small models of two layers by family, with a byte-level tokenizer: encoders as trained on masked words."""
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 259, "max_position_embeddings": 130, "pad_token_id": 0,
+    }  # fmt: skip
+    ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "cls_token_id": 2, "sep_token_id": 1}
+    t5: dict[str, Any] = {
+        "vocab_size": 259, "d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 2, "num_heads": 4, "pad_token_id": 0,
+        "eos_token_id": 1, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    bart: dict[str, Any] = {
+        "vocab_size": 259, "d_model": 32, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "encoder_layers": 2,
+        "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0,
+        "max_position_embeddings": 130, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+    }  # fmt: skip
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "bert": ("BertForMaskedLM", shape),
+        "roberta": ("RobertaForMaskedLM", shape),
+        "distilbert": (
+            "DistilBertForMaskedLM",
+            {"dim": 32, "hidden_dim": 80, "n_layers": 2, "n_heads": 4, **shape},
+        ),
+        "deberta": (
+            "DebertaV2ForMaskedLM",
+            shape | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_hidden_size": 32},
+        ),
+        "modernbert": ("ModernBertForMaskedLM", shape | ends),
+        "t5": ("T5ForConditionalGeneration", t5),
+        "gated t5": ("T5ForConditionalGeneration", t5 | {"feed_forward_proj": "gated-gelu"}),
+        "mt5": ("MT5ForConditionalGeneration", t5),
+        "bart": ("BartForConditionalGeneration", bart),
+    }
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            name, options = kinds[family]
+            kind = getattr(transformers, name)
+            made[family] = tmp_path_factory.mktemp("tasks") / family.replace(" ", "-")
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = kind(kind.config_class(**options))
+                for parameter in model.parameters():  # wide enough that an adapter can sway what comes out
+                    if parameter.ndim > 1 and "T5" not in name:
+                        torch.nn.init.normal_(parameter, std=0.2)
+                model.save_pretrained(made[family])
+            _task_tokenizer(is_pair=name.startswith(("Bert", "Deberta"))).save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+def _task_tokenizer(is_pair: bool) -> PreTrainedTokenizerFast:
+    special = {"<pad>": 0, "</s>": 1, "<s>": 2}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = special | {character: i for i, character in enumerate(alphabet, start=len(special))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B:1 </s>:1", special_tokens=[("</s>", 1)]
+    )
+    names = ["input_ids", *(["token_type_ids"] if is_pair else []), "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", bos_token="<s>", model_input_names=names
+    )

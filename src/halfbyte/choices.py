@@ -41,6 +41,9 @@ KtoLoss = Literal["kto", "apo_zero_unpaired"]
 SMOOTHED: tuple[DpoLoss, ...] = ("robust", "exo_pair", "aot", "aot_unpaired")
 """The losses of DPO that smooth labels."""
 
+Task = Literal["lm", "classify", "seq2seq"]
+"""What a model is trained to do: go on with text, name the class of a text, turn one text into another."""
+
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)
 FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)

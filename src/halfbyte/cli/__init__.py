@@ -24,7 +24,7 @@ import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, data, machine, models, talk, train
+from halfbyte.cli import bench, classify, data, machine, models, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import complete
 from halfbyte.errors import InputError
@@ -45,6 +45,7 @@ app.command()(train.train)
 app.command()(data.data)
 app.command()(talk.chat)
 app.command()(talk.generate)
+app.command()(classify.classify)
 app.command()(models.quantize)
 app.command()(machine.doctor)
 app.add_typer(benchmarks, name="bench")

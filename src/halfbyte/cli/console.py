@@ -77,10 +77,16 @@ def bar(*columns: str) -> Iterator[Progress]:
 
 
 class TerminalDisplay:
-    """A listener of a run: a bar with step, loss, rate, elapsed and remaining time; plain lines without a terminal."""
+    """A listener of a run: a bar with step, loss, rate, elapsed and remaining time; plain lines without a terminal.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        console: where it shows; None: standard error.
+        unit: what the rate counts.
+    """
+
+    def __init__(self, console: Console | None = None, unit: str = "trained tokens") -> None:
         self._console = console or notes
+        self._unit = unit
         self._progress: Progress | None = None
         self._total = 0
         self._last_line = 0.0
@@ -141,7 +147,7 @@ class TerminalDisplay:
 
     def _step(self, step: events.StepMetrics) -> None:
         shown = [f"{name} {step.figures[key]:.3g}" for key, name in FIGURES.items() if key in step.figures]
-        figures = "  ".join([f"loss {step.loss:.3f}", *shown, f"{step.tokens_per_second:,.0f} trained tokens/s"])
+        figures = "  ".join([f"loss {step.loss:.3f}", *shown, f"{step.tokens_per_second:,.0f} {self._unit}/s"])
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=step.step, figures=figures)
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL or step.step == self._total:

@@ -11,6 +11,7 @@ import typer
 
 from halfbyte.cli.console import bar
 from halfbyte.cli.data_page import page
+from halfbyte.cli.data_tasks import show_task
 from halfbyte.cli.data_terminal import show
 from halfbyte.cli.options import flags_of
 from halfbyte.data.options import DataOptions
@@ -101,6 +102,13 @@ def data(
         for number in row or []:
             if number > len(opened.data.train.rows):
                 raise InputError(f"There is no row {number:,}; the data has {len(opened.data.train.rows):,}.")
+        if settings.task != "lm":
+            if html or picture or tokens:
+                raise InputError(
+                    f"--html, --picture and --tokens are for language models; with task {settings.task} leave them out."
+                )
+            show_task(opened, row, samples, json_file)
+            return
         found = _survey(opened, settings.max_length)
         chosen = [] if only_json else _samples(opened, row, samples)
         if html:

@@ -23,12 +23,14 @@ def chat(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
-    with _opened(model, seed, trust_remote_code) as (loaded, tokenizer):
+    with opened(model, seed, trust_remote_code) as (loaded, tokenizer):
         from halfbyte.generate import stream_reply
 
+        if loaded.config.is_encoder_decoder:
+            raise InputError(f"{model} turns one text into another and has no conversation; use generate --prompt.")
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and history)
-        opening = _opening(tokenizer, system)
+        opening = _opening(loaded, tokenizer, system)
         messages = list(opening)
         notes.print("Ctrl-C stops an answer; /reset forgets the conversation; /quit or Ctrl-D ends.", style="dim")
         while (line := _read_line()) not in (None, "/quit"):
@@ -74,13 +76,13 @@ def generate(
     if raw and system is not None:
         raise InputError("--raw takes the prompt as it stands, without --system; give one of the two.")
     text = _standard_input() if prompt == "-" else prompt
-    with _opened(model, seed, trust_remote_code) as (loaded, tokenizer):
+    with opened(model, seed, trust_remote_code) as (loaded, tokenizer):
         from halfbyte.generate import stream_reply
 
         for piece in stream_reply(
             loaded,
             tokenizer,
-            text if raw else [*_opening(tokenizer, system), {"role": "user", "content": text}],
+            text if raw else [*_opening(loaded, tokenizer, system), {"role": "user", "content": text}],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -90,7 +92,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _opened(path: str, seed: int | None, trust_remote_code: bool) -> Iterator[tuple[Any, Any]]:
+def opened(path: str, seed: int | None, trust_remote_code: bool) -> Iterator[tuple[Any, Any]]:
     """Yield a model and its tokenizer, the libraries silent meanwhile."""
     with quiet():
         with status(f"Loading {path}"):
@@ -125,9 +127,9 @@ def _read_line() -> str | None:
     return None
 
 
-def _opening(tokenizer: Any, system: str | None) -> list[dict[str, str]]:
+def _opening(model: Any, tokenizer: Any, system: str | None) -> list[dict[str, str]]:
     """Return what a conversation begins with."""
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and not model.config.is_encoder_decoder:
         notes.print("The model has no chat template; a plain one is used.", style="dim")
     return [] if system is None else [{"role": "system", "content": system}]
 

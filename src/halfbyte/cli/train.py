@@ -23,7 +23,8 @@ def train(**options: Any) -> None:
     with quiet():
         from halfbyte.hf.trainers.distributed import ElsewhereError, is_first
         from halfbyte.train import fine_tune
-    display = TerminalDisplay(notes)
+    unit = "rows" if config.task == "classify" else "trained tokens"
+    display = TerminalDisplay(notes, unit)
     try:
         summary = fine_tune(config, display).summary
     except ElsewhereError:
@@ -43,11 +44,15 @@ def train(**options: Any) -> None:
     folder = shown(config.output)
     typer.echo(
         f"Trained {summary.steps} steps in {summary.seconds:.0f} s: loss {summary.loss:.3f}, "
-        f"{summary.trained_tokens_per_second:,.0f} trained tokens/s, "
+        f"{summary.trained_tokens_per_second:,.0f} {unit}/s, "
         f"{size_text(summary.peak_memory_bytes)} peak memory."
     )
     typer.echo(f"The adapter is in {folder}. Next:")
-    typer.echo(f"  {command('chat', folder)}")
+    if config.task == "classify":
+        typer.echo(f"  {command('classify', folder, '--text', 'your text')}")
+        return
+    if config.task == "lm":
+        typer.echo(f"  {command('chat', folder)}")
     typer.echo(f"  {command('generate', folder, '--prompt', 'your question')}")
 
 

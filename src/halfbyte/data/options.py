@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from halfbyte.choices import Method
+from halfbyte.choices import Method, Task
 from halfbyte.data.sources import Source, resolve
 from halfbyte.files import model_path
 from halfbyte.options import Options, not_empty
@@ -19,6 +19,11 @@ class DataOptions(Options):
         "from answers judged good or bad.",
     )
     model: str = Field(description="Folder or hub id of the base model, in 16 or in 4 bits.")
+    task: Task = Field(
+        default="lm",
+        description="What the model learns: lm, to write answers; classify, to name the class of a text (encoders and "
+        "decoders); seq2seq, to turn a text into another (T5, BART).",
+    )
     data: list[Source] = Field(
         description="Training data: files, folders, globs, hub ids (user/name:config@split), names of the paper's data "
         "sets, or - for standard input; behind @ a weight, such as a.jsonl@0.3."

@@ -10,17 +10,20 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.choices import Task
 from halfbyte.data import cache
 from halfbyte.data.bad_rows import BadRows, SkippedFile
+from halfbyte.data.classes import Classes, Labelled, LabelledRows, labelled_of
 from halfbyte.data.examples import BadRow, Example
 from halfbyte.data.formats import examples_of
 from halfbyte.data.forms import Form
 from halfbyte.data.options import DataOptions
 from halfbyte.data.readers import Progress
+from halfbyte.data.sequences import SequenceRows, sequences_of
 from halfbyte.data.sources import Source, fingerprint, read_source, resolve
 from halfbyte.data.stops import choose_pad
 from halfbyte.data.table import ABOUT, Counts, Table, Tokenized, last_answer, open_table
@@ -51,6 +54,8 @@ class Prepared:
         skipped: the file that lists them, if there are any.
         shapes: how many rows had which shape.
         said: what was found out about files, a sentence each.
+        task: what the model learns from them.
+        classes: of classification: the examples of each class, in the order of their numbers.
     """
 
     train: Tokenized
@@ -59,6 +64,8 @@ class Prepared:
     skipped: Path | None
     shapes: dict[str, int]
     said: list[str]
+    task: Task = "lm"
+    classes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -72,9 +79,11 @@ class Prepared:
 
     def told(self) -> list[str]:
         """What somebody should know of it before it is trained on, a sentence each."""
-        lines = [*self.said, _counted(self.train.counts, "examples", "trained")]
+        lines = [*self.said, _counted(self.train.counts, "examples", "trained", self.task)]
         if self.evaluation:
-            lines.append(_counted(self.evaluation.counts, "examples for evaluation", "evaluated"))
+            lines.append(_counted(self.evaluation.counts, "examples for evaluation", "evaluated", self.task))
+        if self.classes:
+            lines.append("Classes: " + ", ".join(f"{name} {count:,}" for name, count in self.classes.items()))
         if len(self.shapes) > 1:
             lines.append("Shapes of the rows: " + ", ".join(f"{shape} {n:,}" for shape, n in self.shapes.items()))
         for note, count in self.train.counts.notes.items():
@@ -112,9 +121,15 @@ def read_examples(data: Any, progress: Progress | None = None, **options: Any) -
     return (row for source in sources for row in examples_of(read_source(source, progress), **options))
 
 
-def _counted(counts: Counts, what: str, labelled: str) -> str:
+def _counted(counts: Counts, what: str, labelled: str, task: str) -> str:
     cut = f", {counts.truncated:,} of them cut" if counts.truncated else ""
-    return f"{counts.examples:,} {what}{cut}: {counts.tokens:,} tokens, {counts.trained_tokens:,} of them {labelled}"
+    tokens = f"{counts.examples:,} {what}{cut}: {counts.tokens:,} tokens"
+    match task:
+        case "classify":
+            return tokens
+        case "seq2seq":
+            return f"{tokens} to read, {counts.trained_tokens:,} to write"
+    return f"{tokens}, {counts.trained_tokens:,} of them {labelled}"
 
 
 def prepare(
@@ -125,6 +140,7 @@ def prepare(
     form: Form = "answers",
     take: Take | None = None,
     progress: Progress | None = None,
+    known_classes: Sequence[str] | None = None,
 ) -> Prepared:
     """Read, check and tokenize what ``options`` name, or take it from the cache.
 
@@ -135,17 +151,19 @@ def prepare(
         form: of the method's rows: see :mod:`halfbyte.data.forms`.
         take: what a training method makes of an example.
         progress: called now and then with the rows read, the bytes read, and the bytes of the source.
+        known_classes: the names of the classes that the model knows, whose order wins if the data has just these.
 
     Raises:
         InputError: a source cannot be read, or rows cannot be trained on and may not be skipped.
     """
     contents, before = _fingerprints(options), _fingerprints(options, contents=False)
     about = options.model_dump(mode="json", include=DEPENDS)
+    known = [known_classes] if options.task == "classify" and known_classes else []
     drawn = options.eval_share or any(source.weight != 1 for source in (*options.data, *(options.eval_data or ())))
-    name = cache.key(options.seed if drawn else None, contents, about, cache.tokenizer_key(tokenizer), method)
+    name = cache.key(options.seed if drawn else None, contents, about, cache.tokenizer_key(tokenizer), method, *known)
 
     def make(folder: Path) -> None:
-        _Maker(options, tokenizer, form, take, progress, folder).make()
+        _Maker(options, tokenizer, form, take, progress, folder, known_classes).make()
         if _fingerprints(options, contents=False) != before:
             raise InputError("The data changed while it was read; start again when it is whole.")
 
@@ -163,6 +181,8 @@ def prepare(
         skipped=skipped if skipped.is_file() else None,
         shapes=about["shapes"],
         said=about["said"],
+        task=options.task,
+        classes=about["classes"],
     )
 
 
@@ -182,6 +202,7 @@ class _Maker:
         take: Take | None,
         progress: Progress | None,
         folder: Path,
+        known_classes: Sequence[str] | None = None,
     ) -> None:
         self.options = options
         self.tokenizer = tokenizer
@@ -192,9 +213,15 @@ class _Maker:
         self.bad = BadRows()
         self.shapes: Counter[str] = Counter()
         self.said: list[str] = []
+        self.known_classes = known_classes
+        self.classes = Classes()
+        kinds: dict[str, type[LabelledRows] | type[SequenceRows]] = {"classify": LabelledRows, "seq2seq": SequenceRows}
+        kind = kinds.get(options.task)
+        self.pairs = kind(tokenizer, options.max_length, options.parse_special_tokens) if kind else None
 
     def make(self) -> None:
         options = self.options
+        names = self._name_classes() if isinstance(self.pairs, LabelledRows) else []
         with contextlib.ExitStack() as stack:
             skipped = stack.enter_context(contextlib.closing(SkippedFile(self.folder / SKIPPED)))
             train = stack.enter_context(self._table(TRAIN))
@@ -220,17 +247,33 @@ class _Maker:
             "bad": dataclasses.asdict(self.bad),
             "shapes": self.shapes,
             "said": self.said,
+            "classes": {name: self.classes.by_name[name] for name in names},
         }
         (self.folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
 
     def _table(self, name: str) -> Table:
         folder = self.folder / name
         folder.mkdir()
-        reference = last_answer(self.tokenizer) if name == EVALUATION else None
-        return Table(folder, reference, form=self.form, length=self.options.max_length)
+        reference = (
+            (self.pairs.reference if self.pairs else last_answer(self.tokenizer)) if name == EVALUATION else None
+        )
+        columns = self.pairs.columns if self.pairs else None
+
+    def _name_classes(self) -> list[str]:
+        """Go through the training data for its classes, before any row becomes tokens."""
+        assert isinstance(self.pairs, LabelledRows)
+        for example in self._examples(self.options.data):
+            if isinstance(example, Labelled):
+                self.classes.add(example)
+        self.said.clear()  # it is said again
+        self.shapes.clear()
+        self.pairs.names = self.classes.names(self.known_classes) if self.classes.counts else []
+        return self.pairs.names
 
     def _encoded(self, sources: Iterable[Source]) -> Iterator[Any]:
         options = self.options
+        if self.pairs:
+            return self.pairs.encode(self._examples(sources))
         return encode_examples(
             self._examples(sources),
             self.tokenizer,
@@ -252,7 +295,11 @@ class _Maker:
                 encoding=source.encoding or options.encoding,
                 split_text=source.split_text or options.split_text,
             )
-            examples = examples_of(
+            if options.task == "classify":
+                columns, template = source.columns or options.columns, source.template or options.template
+                yield from labelled_of(rows, columns=columns, template=template)
+                continue
+            examples = (sequences_of if options.task == "seq2seq" else examples_of)(
                 rows,
                 format=source.format or options.format,
                 columns=source.columns or options.columns,

@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,8 @@ class Table:
         reference: writes the column ``reference``; the text of a row's last answer.
         form: of the rows.
         length: tokens of a block, where the form is that.
+        columns: in the place of the form's, the lists of integers of a row; the first two are ``input_ids`` and
+            ``labels``.
     """
 
     def __init__(
@@ -163,12 +165,13 @@ class Table:
         *,
         form: Form = "answers",
         length: int = 0,
+        columns: Sequence[str] | None = None,
     ) -> None:
         self.folder = folder
         self.counts = Counts()
         self._reference = reference
         self._former = Former(form, length)
-        self._lists = LISTS[form]
+        self._lists = tuple(columns or LISTS[form])
         verdicts = [(GOOD, pa.bool_())] if form == "judged" else []
         texts = [(WHERE, pa.string()), *([(REFERENCE, pa.string())] if reference else [])]
         self._trained_on = [*self._lists, *(name for name, _ in verdicts)]
@@ -192,11 +195,11 @@ class Table:
         self._places.append(placed.where)
         counts.rows += 1
         for ids, labels in sides(row):
-            counts.tokens += len(labels)
+            counts.tokens += len(ids)
             counts.trained_tokens += int((labels != IGNORED).sum())
-            counts.longest = max(counts.longest, len(labels))
+            counts.longest = max(counts.longest, len(ids), len(labels))
             counts.largest_id = max(counts.largest_id, int(ids.max()))
-            self._waiting += len(labels)
+            self._waiting += len(ids)
         if self._waiting >= BATCH:
             self._flush()
 

@@ -52,6 +52,30 @@ def encode(
     return [int(token) for token in tokens.ids]
 
 
+def encode_source(prompt: list[Message] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of what a sequence-to-sequence model reads, as in training: one text, without a template.
+
+    Args:
+        prompt: a text, or a conversation of one question, whose system prompt comes before it.
+        tokenizer: of the model.
+
+    Raises:
+        InputError: there was an answer already, or the text is empty.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if any(turn["role"] not in ("system", "user") for turn in turns):
+        raise InputError("A sequence-to-sequence model answers one text and has no conversation; use generate.")
+    text = "\n\n".join(turn["content"] for turn in turns if turn["content"].strip())
+    if not text:
+        raise InputError("The prompt is empty, so there is nothing to read; give at least one character.")
+    ids: list[int] = tokenizer(text, split_special_tokens=True)["input_ids"]
+    return ids
+
+
 def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the stop tokens of the model, of its tokenizer, and the one that an answer in training ends with."""
-    return stop_ids(tokenizer, model.generation_config.eos_token_id)
+    own = model.generation_config.eos_token_id
+    if model.config.is_encoder_decoder:
+        named = [tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or ())]
+        return sorted({token for token in named if token is not None})
+    return stop_ids(tokenizer, own)

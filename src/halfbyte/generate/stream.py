@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from halfbyte.errors import InputError
-from halfbyte.generate.conversation import encode, stop_tokens
+from halfbyte.generate.conversation import encode, encode_source, stop_tokens
 from halfbyte.hf.models.limits import check_tokens, most_positions
 
 COLDEST = 1e-5
@@ -55,10 +55,15 @@ def stream_reply(
             to, or holds a token that the model has no embedding for.
     """
     if not model.can_generate():
-        raise InputError(f"{type(model).__name__} does not generate text; give a causal language model.")
-    ids = encode(prompt, tokenizer)
+        raise InputError(
+            f"{type(model).__name__} does not generate text; give a causal language model, or a sequence-to-sequence "
+            "model, or use classify for a classifier."
+        )
+    reads_apart = model.config.is_encoder_decoder  # what is written then takes none of its positions
+    ids = encode_source(prompt, tokenizer) if reads_apart else encode(prompt, tokenizer)
     check_tokens(model, tokenizer, max(ids), "The prompt")
     limit = most_positions(model)
+    taken = 0 if reads_apart else len(ids)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"The prompt is {len(ids)} tokens long, but the model attends to {limit}: shorten it.")
     listener = _Listener()
@@ -68,7 +73,7 @@ def stream_reply(
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         streamer=listener,
         stopping_criteria=StoppingCriteriaList([listener]),
-        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)),
+        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - taken),
         num_beams=1,
         eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,

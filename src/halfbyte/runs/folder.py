@@ -6,6 +6,7 @@
     metrics.jsonl                 one line per event (``runs/events.py``), written as it happens
     checkpoints/step-000123/      while training; what ``resume`` goes on from (``hf/trainers/state.py``)
     adapter_model.safetensors     the result, a plain PEFT folder, with adapter_config.json and the tokenizer
+    config.json                   of a classifier: the base model's configuration with the names of the classes
     loss.png
     summary.json                  what the run came to; written last, so a folder that has it holds a finished run
 
@@ -44,6 +45,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter_model.safetensors"
         self.adapter_config = path / "adapter_config.json"
+        self.model_config = path / "config.json"
         self.skipped = path / "skipped.jsonl"
         self.curve = path / "loss.png"
         self.summary = path / "summary.json"
@@ -76,7 +78,7 @@ class RunFolder:
         path = self.path
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; name a folder for the run.")
-        if (path / "config.json").exists():
+        if self.model_config.exists() and not self.about.exists():
             raise InputError(f"{path} holds a model; name another folder for the run.")
         check_writable(path)
         if config.overwrite or not self.begun:
@@ -136,7 +138,8 @@ class RunFolder:
             packed_tokens: the most that a packed pass may hold; None for padded batches.
             rows_a_pass: the batch size, which ``auto`` does not say.
         """
-        for file in self._own_files:
+        # a configuration beside run.json is that of a classifier's adapter
+        for file in [*([self.model_config] if self.about.exists() else []), *self._own_files]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}

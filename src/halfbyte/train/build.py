@@ -1,5 +1,6 @@
 """From the options of a run to its model, its optimizer and its trainer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,23 @@ from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.hf.layers.targets import check_targets
+from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed
 from halfbyte.plan.machine import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train import schedules
 from halfbyte.train.methods import Method
+from halfbyte.train.tasks import build_task_trainer, logits_bytes
 
 FREE_SHARE = 0.9
 """Of the memory that is free, what a run takes where no budget was given."""
 
 
-def build_model(config: TrainConfig) -> Any:
-    """Load the base model in 4 bits and put a new adapter on it, ready to train.
+def build_model(config: TrainConfig, classes: Sequence[str] = ()) -> Any:
+    """Load the base model in 4 bits and put a new adapter on it, ready to train; a classifier tells ``classes`` apart.
 
     Raises:
-        InputError: it cannot be loaded, is no causal language model, or has no layers by that name.
+        InputError: it cannot be loaded, is no model for the task, or has no layers by that name.
     """
     quantization = hf.HalfbyteConfig(
         quant_type=config.quant_type,
@@ -34,18 +37,31 @@ def build_model(config: TrainConfig) -> Any:
         double_quant=config.double_quant,
         compute_dtype=config.compute_dtype,
     )
-    model = hf.load(config.model, quantization_config=quantization, trust_remote_code=config.trust_remote_code)
+    if classes:
+        set_seed(config.seed)  # of the head's first values
+    model = hf.load(
+        config.model,
+        quantization_config=quantization,
+        trust_remote_code=config.trust_remote_code,
+        task=config.task,
+        classes=classes or None,
+    )
     if hasattr(model, "peft_config"):
         raise InputError(f"{config.model} is an adapter; train on its base model, or merge it first.")
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise InputError(f"{config.model} ({type(model).__name__}) is not a causal language model.")
+    if config.task == "lm" and (model.config.is_encoder_decoder or not model.can_generate()):
+        raise InputError(
+            f"{config.model} ({type(model).__name__}) is not a causal language model; set task to "
+            f"{'seq2seq or classify' if model.config.is_encoder_decoder else 'classify'}, or name another model."
+        )
+    heads = head_names(model) if config.task == "classify" else []
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=check_targets(model, config.target_modules),
-        exclude_modules=hf.not_linear(model) or None,
-        task_type="CAUSAL_LM",
+        exclude_modules=[*hf.not_linear(model), *modules_within(model, heads)] or None,
+        modules_to_save=heads or None,
+        task_type=TASK_TYPES[config.task],
     )
     set_seed(config.seed)
     try:
@@ -68,12 +84,13 @@ def plan_activations(
     Raises:
         InputError: nothing fits.
     """
+    logits = logits_bytes(config, model, longest)
     free = (
         int(FREE_SHARE * free_memory()) // distributed.on_this_machine()
         if config.memory is None
         else config.memory - anonymous_memory()
     )
-    [lacking] = distributed.largest([-free])
+    [lacking] = distributed.largest([logits - free])
     recompute = config.gradient_checkpointing
     rows = max(config.rows_a_pass * sequences, -(-(tokens or 0) // longest))
     return activations.plan(model, length=longest, batch_size=rows, free=-lacking, recompute=recompute)
@@ -125,6 +142,8 @@ def build_trainer(
         common |= {"optim": config.optimizer, "weight_decay": config.weight_decay}
     else:
         optimizer = build_optimizer(config, model, config.output)
+    if config.task != "lm":
+        return build_task_trainer(config, common, model, tokenizer, rows, optimizer)
     return method.trainer(
         model=model,
         args=method.arguments(config, common),

@@ -58,7 +58,7 @@ def _packed(
     max_length: int,
     note: Callable[[str], None] | None,
 ) -> data.PackingPlan | None:
-    if config.packing is False:
+    if config.packing is False or config.task != "lm":
         return None
     lengths = tables.lengths(rows.train.rows)
     plan = data.plan_packing(

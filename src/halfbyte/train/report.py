@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class Summary:
         trained_tokens_per_second: over those seconds.
         peak_memory_bytes: the largest resident set of this process so far, mapped files included.
         figures: what the method tells beside the loss, likewise means over the last ten steps.
+        evaluation: what the last evaluation has measured, such as ``loss`` and ``accuracy``; empty without one.
     """
 
     steps: int
@@ -43,10 +44,16 @@ class Summary:
     trained_tokens_per_second: float
     peak_memory_bytes: int
     figures: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
 
 
-def summarize(steps: Sequence[StepMetrics], rows: Counts, trained_parameters: int) -> Summary:
-    """Return the summary of a run that made ``steps``, one or more, over ``rows``."""
+def summarize(
+    steps: Sequence[StepMetrics],
+    rows: Counts,
+    trained_parameters: int,
+    evaluation: Mapping[str, float] | None = None,
+) -> Summary:
+    """Return the summary of a run that made ``steps``, one or more, over ``rows``, and what was measured at last."""
     last, ending = steps[-1], steps[-LOSS_STEPS:]
     return Summary(
         steps=last.step,
@@ -59,6 +66,7 @@ def summarize(steps: Sequence[StepMetrics], rows: Counts, trained_parameters: in
         trained_tokens_per_second=last.trained_tokens / last.elapsed,
         peak_memory_bytes=_peak_memory(),
         figures={name: _mean(ending, name) for name in dict.fromkeys(name for step in ending for name in step.figures)},
+        evaluation=dict(evaluation or {}),
     )
 
 
@@ -67,7 +75,7 @@ def _mean(steps: Sequence[StepMetrics], name: str) -> float:
     return sum(values) / len(values)
 
 
-def plot_loss(steps: Sequence[StepMetrics], path: Path) -> None:
+def plot_loss(steps: Sequence[StepMetrics], path: Path, unit: str = "trained token") -> None:
     """Draw the loss of each step, and its running mean over a twentieth of them, as a PNG."""
     window = max(1, len(steps) // 20)
     losses = torch.tensor([step.loss for step in steps], dtype=torch.float64)
@@ -78,7 +86,7 @@ def plot_loss(steps: Sequence[StepMetrics], path: Path) -> None:
     axes = figure.subplots()
     axes.plot(numbers, losses, color="tab:blue", alpha=0.3, marker=".", label="step")
     axes.plot(middles, means, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", title="Training loss")
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png", dpi=150)

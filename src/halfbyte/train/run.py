@@ -24,6 +24,7 @@ from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
+from halfbyte.hf.models.heads import set_pad
 from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
 from halfbyte.hf.models.stops import check_stop_token, save_stops
 from halfbyte.hf.trainers import distributed
@@ -42,6 +43,7 @@ from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, plot_loss, summarize
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
+from halfbyte.train.tasks import check_options, known_classes, preview, save_beside
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
 
     method = method_of(config)
     schedules.check(config)
+    check_options(config)
     folder = RunFolder(config.output)
     with quiet(), distributed.joined(), _full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
@@ -101,14 +104,16 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         packer = None if tokens is None else data.Packer(tokens)
         trainer = build_trainer(fitted, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
         stop = Stop()
-        steps = Steps(trainer, before, stop, tell, method.figures)
+        steps = Steps(trainer, before, stop, tell, getattr(trainer, "figures", method.figures))
         trainer.add_callback(steps)
         with _end_told(trainer, tell), stop.listening(note):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < trainer.state.max_steps:
                 raise Interrupted(trainer.state.global_step, folder.path)
-        summary = summarize(steps.made, rows.train.counts, hf.count_parameters(model)[0])
-        _finish(folder, trainer, tokenizer, steps, summary)
+            if config.task != "lm" and rows.evaluation and steps.evaluated[0] != trainer.state.global_step:
+                trainer.evaluate()
+        summary = summarize(steps.made, rows.train.counts, hf.count_parameters(model)[0], steps.evaluated[1])
+        _finish(folder, config, trainer, tokenizer, steps, summary)
     return RunResult(folder.path, summary)
 
 
@@ -125,13 +130,21 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, dat
     take = functools.partial(method.take, config.method)
 
     def prepared() -> data.Prepared:
-        return data.prepare(config, tokenizer, method=config.method, form=method.form, take=take, progress=progress)
+        return data.prepare(
+            config,
+            tokenizer,
+            method=config.method,
+            form=method.form,
+            take=take,
+            progress=progress,
+            known_classes=known_classes(config),
+        )
 
     with distributed.first_writes() as writes:
         rows = prepared() if writes else None
     rows = rows or prepared()  # found in the cache
-    found = check_rows(config, rows.train)
-    for line in [*rows.told(), *found, *preview_lines(rows.train, tokenizer)[1:]]:
+    shown = preview_lines(rows.train, tokenizer)[1:] if config.task == "lm" else preview(rows, tokenizer)
+    for line in [*rows.told(), *check_rows(config, rows.train), *shown]:
         tell(Note(text=line))
     if rows.train.counts.chats and not tokenizer.chat_template:
         tokenizer.chat_template = data.chat_template(tokenizer)
@@ -142,16 +155,18 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, dat
 def _load(config: TrainConfig, tokenizer: Any, rows: data.Prepared, tell: Listener) -> Any:
     """Return the model with a new adapter, held to be one that these rows can be trained on."""
     tell(Stage(name="model", text=f"Loading {config.model}"))
-    model = build_model(config)
+    model = build_model(config, list(rows.classes))
+    if config.task == "classify":
+        set_pad(model, tokenizer)
     name = f"The data ({data.named_sources(config.data)})"
     check_tokens(model, tokenizer, rows.largest_id, name)
     check_length(model, rows.longest, "The longest row of the data", f"set max_length to {most_positions(model)}")
-    for line in _stops_told(model, tokenizer):
+    for line in _stops_told(model, tokenizer) if config.task == "lm" else ():
         tell(Note(text=line))
     trained, parameters = model.get_nb_trainable_parameters()
     share = f"{hf.share_in_4bit(model):.0%} of them in 4 bits"
     tell(Note(text=f"Training {trained:,} parameters over {parameters - trained:,} frozen ones, {share}"))
-    tell(Note(text=f"Decoder layers {hf.describe_layers(model)}"))
+    tell(Note(text=f"{'Decoder layers' if config.task == 'lm' else 'Layers'} {hf.describe_layers(model)}"))
     tell(Note(text=f"Attention {hf.describe_attention(model)}"))
     return model
 
@@ -184,12 +199,16 @@ def _begin(
     return before
 
 
-def _finish(folder: RunFolder, trainer: Any, tokenizer: Any, steps: Steps, summary: Summary) -> None:
+def _finish(
+    folder: RunFolder, config: TrainConfig, trainer: Any, tokenizer: Any, steps: Steps, summary: Summary
+) -> None:
     """Put the results into the run folder, each file whole, the summary last; remove the checkpoints."""
     part = folder.path / ".adapter"
     trainer.save_model(str(part))
     if distributed.is_first():
-        save_stops(trainer.model, tokenizer, stop_ids(tokenizer), part)
+        if config.task == "lm":
+            save_stops(trainer.model, tokenizer, stop_ids(tokenizer), part)
+        save_beside(config, trainer.model, part)
     with distributed.first_writes() as writes:
         if writes:
             for file in part.iterdir():
@@ -197,7 +216,7 @@ def _finish(folder: RunFolder, trainer: Any, tokenizer: Any, steps: Steps, summa
                     os.replace(file, target)
             part.rmdir()
             with whole_file(folder.curve) as target:
-                plot_loss(steps.made, target)
+                plot_loss(steps.made, target, "label" if config.task == "classify" else "trained token")
             write_text(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
 

@@ -23,6 +23,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     Attributes:
         made: all steps of the run so far.
+        evaluated: the figures of the last evaluation, and the step after which it was; of this process.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.trainer = trainer
         self.made = before
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.stop = stop
         self.tell = tell
         self.figures = figures
@@ -81,5 +83,5 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
         known = ((name, f"eval_{name}") for name in ("loss", *self.figures))
-        figures = {name: metrics[key] for name, key in known if key in metrics}
-        self.tell(Evaluation(step=state.global_step, figures=figures))
+        self.evaluated = state.global_step, {name: metrics[key] for name, key in known if key in metrics}
+        self.tell(Evaluation(step=state.global_step, figures=self.evaluated[1]))

@@ -151,8 +151,11 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = count
         device = next(model.parameters()).device
+        ids = torch.zeros(1, length, dtype=torch.long, device=device)
+        config: Any = model.config
+        names = ("input_ids", "decoder_input_ids") if config.is_encoder_decoder else ("input_ids",)
         with torch.random.fork_rng(), torch.enable_grad():
-            _base(model.train())(input_ids=torch.zeros(1, length, dtype=torch.long, device=device), use_cache=False)
+            _base(model.train())(**dict.fromkeys(names, ids), use_cache=False)
     finally:
         model.train(trained)
         for layer, attributes in zip(layers, before, strict=True):

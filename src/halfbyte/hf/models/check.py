@@ -80,13 +80,16 @@ class Fit:
     resized: list[str]
 
 
-def check_weights(model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized: bool) -> Fit:
+def check_weights(
+    model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized: bool, head_follows: bool = False
+) -> Fit:
     """Check that ``checkpoint`` holds the weights of ``model``.
 
     Args:
         model: on the meta device, as its class makes it, all layers dense.
         checkpoint: its.
         pre_quantized: whether the configuration says that the checkpoint is in 4 bits.
+        head_follows: whether an adapter brings what is new, so that nothing is said of it.
 
     Raises:
         InputError: tensors are missing, have no place, or have another shape, and it names them; or the checkpoint is
@@ -137,7 +140,7 @@ def check_weights(model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized:
             ("not to be put together from the checkpoint's", broken, ""),
         ],
     )
-    if new:
+    if new and not head_follows:
         logger.warning(
             "%s is new: the checkpoint has none, so its values are random until it is trained (%s).",
             type(model).__name__, _listed(new),

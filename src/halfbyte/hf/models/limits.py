@@ -10,6 +10,10 @@ from halfbyte.errors import InputError
 def most_positions(model: Any) -> int | None:
     """Return how many tokens the model attends to, or None where its configuration does not say."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None:
+        for name, module in model.named_modules():  # RoBERTa's positions begin behind that of the padding
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                return limit - int(module.padding_idx) - 1
     return limit
 
 

@@ -6,6 +6,7 @@ weights stay views of the mapping, which the operating system pages in and out a
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from halfbyte.choices import Task
 from halfbyte.errors import InputError, nearest
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
+from halfbyte.hf.models.heads import adapter_classes, adapter_task, check_task, hold_in_fp32, set_classes
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import largest_dense, share_in_4bit
 from halfbyte.hf.models.quantizer import kept_failures
@@ -43,6 +46,8 @@ def load(
     quantization_config: HalfbyteConfig | None = None,
     auto_class: Any = None,
     trust_remote_code: bool = False,
+    task: Task = "lm",
+    classes: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
     """Open the model at ``path`` in 4 bits.
@@ -55,6 +60,9 @@ def load(
         auto_class: the transformers class to open it with; None takes the one that the model's architecture names,
             so that encoders and sequence-to-sequence models open too.
         trust_remote_code: run code that comes with the model.
+        task: what it is to do; an adapter's folder says it itself. A classifier's head is in fp32.
+        classes: names of a classifier's classes, in the order of their numbers; None takes the model's own. A head for
+            so many others than these is made anew.
         **kwargs: handed to transformers' ``from_pretrained``.
 
     Returns:
@@ -66,10 +74,15 @@ def load(
             that its configuration describes.
     """
     place = locate(path)
-    if (Path(place.path) / ADAPTER).is_file():
-        base = _load_at(_base_of(place), quantization_config, auto_class, trust_remote_code, kwargs)
-        return prepare(put_adapter(base, Path(place.path)))
-    return _load_at(place, quantization_config, auto_class, trust_remote_code, kwargs)
+    folder = Path(place.path)
+    if (folder / ADAPTER).is_file():
+        base = _base_of(place)
+        if (task := adapter_task(_json_of(folder / ADAPTER))) == "classify" and auto_class is None:
+            classes = adapter_classes(folder)
+        follows = task == "classify"
+        model = _load_at(base, quantization_config, auto_class, trust_remote_code, kwargs, task, classes, follows)
+        return prepare(put_adapter(model, folder))
+    return _load_at(place, quantization_config, auto_class, trust_remote_code, kwargs, task, classes)
 
 
 def _load_at(
@@ -78,8 +91,18 @@ def _load_at(
     auto_class: Any,
     trust_remote_code: bool,
     kwargs: dict[str, Any],
+    task: Task = "lm",
+    classes: Sequence[str] | None = None,
+    head_follows: bool = False,
 ) -> PreTrainedModel:
     config = config_at(place, trust_remote_code)
+    if task != "lm" and auto_class is None:
+        auto_class = check_task(config, task, place.path)
+    else:
+        task = "lm"
+    if classes:
+        set_classes(config, classes)
+        kwargs = {"ignore_mismatched_sizes": True} | kwargs
     held = getattr(config, "quantization_config", None)
     if held is not None:
         ours = HalfbyteConfig.from_bitsandbytes(held if isinstance(held, dict) else held.to_dict())
@@ -93,7 +116,7 @@ def _load_at(
     if place.is_folder and not any(name in kwargs for name in ELSEWHERE):
         files = weight_files(Path(place.path), getattr(config, "transformers_weights", None))
         kwargs.setdefault("use_safetensors", files[0].suffix == ".safetensors")
-    with kept_failures() as failures:
+    with kept_failures(head_follows) as failures:
         try:
             model = (auto_class or model_class(config)).from_pretrained(
                 place.path,
@@ -116,6 +139,8 @@ def _load_at(
         except ValueError as error:
             _say_remote_code(place.path, error)
             raise
+    if task == "classify":
+        hold_in_fp32(model)
     share = share_in_4bit(model)
     logger.info("%.0f %% of the weights of %s are in 4 bits.", 100 * share, place.path)
     if share < 0.5:

@@ -44,22 +44,24 @@ class Failures:
     Attributes:
         error: the first that an operation of ours raised.
         resized: tensors of a head that have another shape, which is an error or not as the caller chose.
+        head_follows: whether an adapter brings the head that the checkpoint lacks.
     """
 
     error: Exception | None = None
     resized: list[str] = field(default_factory=list)
+    head_follows: bool = False
 
 
 _failures: contextvars.ContextVar[Failures | None] = contextvars.ContextVar("failures", default=None)
 
 
 @contextlib.contextmanager
-def kept_failures() -> Iterator[Failures]:
+def kept_failures(head_follows: bool = False) -> Iterator[Failures]:
     """Keep the reasons of failures meanwhile, of which transformers (5.23) makes text in an error of its own.
 
     Its table of what did not fit is not logged: whoever asks for the failures tells them.
     """
-    failures = Failures()
+    failures = Failures(head_follows=head_follows)
     token = _failures.set(failures)
     report = logging.getLogger("transformers.modeling_utils")
     report.addFilter(_is_no_report)
@@ -159,9 +161,10 @@ class HalfbyteQuantizer(HfQuantizer):
         config, new, packed = self.quantization_config, set(), None
         if checkpoint_files:
             checkpoint = Checkpoint(checkpoint_files)
-            fit = check_weights(model, checkpoint, self.pre_quantized)
+            failures = _failures.get()
+            fit = check_weights(model, checkpoint, self.pre_quantized, bool(failures and failures.head_follows))
             new = {name.rpartition(".")[0] for name in fit.new}  # to be trained
-            if failures := _failures.get():
+            if failures:
                 failures.resized = fit.resized
             if self.pre_quantized:
                 names = Names(model)

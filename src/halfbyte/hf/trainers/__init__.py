@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.hf.trainers.methods import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from halfbyte.hf.trainers.sampler import EpochSampler
+from halfbyte.hf.trainers.tasks import ClassifyConfig, ClassifyTrainer, Seq2SeqConfig, Seq2SeqTrainer
 
 if TYPE_CHECKING:
     from halfbyte.hf.trainers.orpo import ORPOConfig, ORPOTrainer
 
 __all__ = [
+    "ClassifyConfig",
+    "ClassifyTrainer",
     "DPOConfig",
     "DPOTrainer",
     "EpochSampler",
@@ -21,6 +24,8 @@ __all__ = [
     "ORPOTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "Seq2SeqConfig",
+    "Seq2SeqTrainer",
 ]
 
 
