@@ -5,9 +5,9 @@
     %load_ext halfbyte                    in a notebook
 
 :func:`table` has a row for each name that is replaced: where it is, by what, for which versions of its library, and
-why. Nothing is replaced by a mere import. Classes are changed in place (their methods are), so that names which a
-script imported before are served as well; models and trainers that are not over our 4-bit weights go through the
-libraries' own code.
+why. Nothing is replaced by a mere import. Classes and functions are changed in place (a class's methods, a function's
+code), so that names which a script imported before are served as well; models and trainers that are not over our 4-bit
+weights go through the libraries' own code.
 """
 
 import importlib.metadata

@@ -7,8 +7,11 @@ in fp32 here whatever their weights' dtype is.
 """
 
 import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
+import peft
 from torch import nn
 
 from halfbyte.hf.dropin.said import say
@@ -22,29 +25,39 @@ def is_ours(model: Any) -> bool:
     return isinstance(model, nn.Module) and any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def _kbit(old: Any) -> Any:
-    @functools.wraps(old)
-    def prepare_model_for_kbit_training(
-        model: Any,
-        use_gradient_checkpointing: bool = True,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if not is_ours(model):
-            return old(model, use_gradient_checkpointing, gradient_checkpointing_kwargs, *args, **kwargs)
-        model.requires_grad_(False)
-        if use_gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        return model
+def prepare_for_kbit(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Freeze the base and ask for checkpointing, over our weights; over others what PEFT does."""
+    if not is_ours(model):
+        return _theirs[0](model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache)
+    model.requires_grad_(False)
+    if use_gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
 
-    return prepare_model_for_kbit_training
+
+_theirs: list[Callable[..., Any]] = []
+
+
+def _kbit(old: types.CodeType) -> types.CodeType:
+    """The code of PEFT's function, so that the name serves wherever and whenever it was imported."""
+    held = peft.utils.other.prepare_model_for_kbit_training
+    _theirs[:] = [types.FunctionType(old, held.__globals__, held.__name__, held.__defaults__)]
+
+    def code(model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache):  # type: ignore
+        from halfbyte.hf.dropin.adapters import prepare_for_kbit  # it runs in PEFT's module
+
+        return prepare_for_kbit(model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache)
+
+    return code.__code__
 
 
 def _int8(kbit: Any) -> Any:
     def prepare_model_for_int8_training(model: Any, *args: Any, **kwargs: Any) -> Any:
-        import peft
-
         say("prepare_model_for_int8_training is prepare_model_for_kbit_training now.")
         return peft.prepare_model_for_kbit_training(model, *args, **kwargs)
 
@@ -70,10 +83,7 @@ def rows() -> list[Replacement]:
     kbit = "the base is frozen, but stays as it is: nothing is copied to fp32, and memory is planned"
     ready = "an adapter is ready for our kernels when it is made, without halfbyte.prepare"
     return [
-        *(
-            Replacement(f"{module}:prepare_model_for_kbit_training", _kbit, kbit, *library)
-            for module in ("peft", "peft.utils", "peft.utils.other")
-        ),
+        Replacement("peft.utils.other:prepare_model_for_kbit_training.__code__", _kbit, kbit, *library),
         Replacement(
             "peft:prepare_model_for_int8_training",
             _int8,

@@ -16,6 +16,7 @@ What differs from :mod:`halfbyte.hf.trainers`, so that a script finds what it ex
 import dataclasses
 import functools
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,11 +44,15 @@ class FromScript:
 
     sequences: ClassVar[int] = 1
     """How many sequences a row brings to a batch."""
+    mean_of_batches: ClassVar[bool] = False
+    """Whether the script's own loss is the mean of a batch, not the share of a step."""
+    model_accepts_loss_kwargs: bool
 
     def __init__(self, model: Any, **given: Any) -> None:
         args = given.get("args")
         self._recompute = args is not None and settle(args, model)
         super().__init__(model, **given)  # type: ignore[call-arg]
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and not self.mean_of_batches
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         own: Any = self
@@ -72,6 +77,8 @@ class FromScript:
 class FastTrainer(Trainer):
     """transformers' Trainer over our weights: its own checkpoints and order of rows; our head and memory plan."""
 
+    mean_of_batches: ClassVar[bool] = False
+    model_accepts_loss_kwargs: bool
     _is_plain = BaseTrainer._is_plain
     _clip_grad_norm = BaseTrainer._clip_grad_norm
 
@@ -82,6 +89,7 @@ class FastTrainer(Trainer):
         if isinstance(model, PeftModel):
             prepare(model)  # the adapter may be older than install()
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and not self.mean_of_batches
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return nothing: Trainer's estimate walks through all parameters for every batch."""
@@ -143,6 +151,7 @@ def _join(script: Any, ours: Any) -> Any:
         ) -> Any:
             return loss(self, model, inputs, return_outputs)
 
+        own["mean_of_batches"] = True
         own["compute_loss"] = compute_loss
         say(f"{script.__name__}.compute_loss takes no num_items_in_batch: a step's loss is its batches' mean.")
     return type(script.__name__, (script, ours), own)
@@ -170,6 +179,14 @@ def _plain(old: Any) -> Any:
             return
         self.__class__ = joined(type(self), FastTrainer)
         FastTrainer.__init__(self, *args, **kwargs)
+
+    return __init__
+
+
+def _with_tokenizer(old: Any) -> Any:
+    @functools.wraps(old)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        old(self, *args, **_tokenizer(kwargs, type(self).__name__))
 
     return __init__
 
@@ -246,8 +263,10 @@ def _tokenizer_of(old: Any) -> Any:
 def rows() -> list[Replacement]:
     """What trainers replace."""
     import trl
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     theirs = ("trl", ">=1.16,<1.17")
     served = (
         ("SFT", trl.SFTTrainer, trl.SFTConfig, 1),
@@ -261,6 +280,13 @@ def rows() -> list[Replacement]:
             "transformers.trainer:Trainer.__init__",
             _plain,
             "the plain Trainer over our weights: head, optimizer, memory plan; tokenizer=",
+            "transformers",
+            ">=5.23,<5.24",
+        ),
+        Replacement(
+            "transformers.trainer_seq2seq:Seq2SeqTrainer.__init__",
+            _with_tokenizer,
+            "tokenizer=, which is processing_class now",
             "transformers",
             ">=5.23,<5.24",
         ),

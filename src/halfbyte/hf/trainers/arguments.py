@@ -56,7 +56,7 @@ def check(args: TrainingArguments) -> None:
                 f"{kind}(activation_checkpointing_kwargs={{{key!r}: ...}}) is not for halfbyte's trainers: {reason}; "
                 "leave it out."
             )
-    if args.activation_offloading and not torch.accelerator.is_available():
+    if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
         raise InputError(
             f"{kind}(activation_offloading=True) needs a GPU, whose activations go to the CPU's memory; use "
             "activation_checkpointing=True."
