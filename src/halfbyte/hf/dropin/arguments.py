@@ -91,6 +91,9 @@ def _without_gpu(old: Any) -> Any:
             if self.fp16:
                 self.fp16 = False
                 say("fp16=True: a CPU has units for bfloat16, in which a model over 4 bits computes anyway.")
+            if self.tf32:
+                self.tf32 = None
+                say("tf32=True: it is a GPU's way to multiply in float32, and there is none.")
             self.use_cpu = True  # bf16=True is an error without
         if self.report_to is None:
             self.report_to = "none"
