@@ -55,7 +55,9 @@ def test_old_names_are_read_as_those_of_today(
 
 
 def test_bf16_without_a_gpu_is_no_error_and_false_values_stay_false(installed: None, tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), bf16=True, tf32=True, group_by_length=False, warmup_ratio=0.0, report_to=None)
+    args = TrainingArguments(
+        str(tmp_path), bf16=True, tf32=True, group_by_length=False, warmup_ratio=0.0, report_to=None
+    )
     assert args.bf16 and args.use_cpu and args.tf32 is None and args.device.type == "cpu"
     assert args.train_sampling_strategy == "random" and args.warmup_steps == 0
 
