@@ -274,6 +274,40 @@ def test_losses_are_those_of_the_same_script_over_bitsandbytes(
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
+def test_an_adapter_that_is_there_is_trained_whatever_peft_config_says(
+    model: Any, lora: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    adapted = get_peft_model(model, lora(r=3))
+    trainer = SFTTrainer(
+        adapted, args=SFTConfig(**small(tmp_path)), train_dataset=TEXTS, tokenizer=tokenizer, peft_config=lora(r=9)
+    )
+    assert trainer.model is adapted and adapted.peft_config["default"].r == 3
+
+
+def test_a_chat_format_of_2024_is_set_up_and_trained(model: Any, lora: Any, tokenizer: Any, tmp_path: Path) -> None:
+    from trl import setup_chat_format
+    from trl.commands.cli_utils import TrlParser
+
+    assert TrlParser is trl.TrlParser
+    with pytest.raises(ValueError, match="already added"):
+        setup_chat_format(model, tokenizer)
+    tokenizer.chat_template = None
+    model, tokenizer = setup_chat_format(model, tokenizer, resize_to_multiple_of=64)
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]} for i in "12"
+    ]
+    assert model.get_input_embeddings().weight.shape[0] == 320
+    assert tokenizer.apply_chat_template(chats[0]["messages"], tokenize=False) == (
+        "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    )
+    trainer = SFTTrainer(
+        model, args=SFTConfig(**small(tmp_path)), train_dataset=Dataset.from_list(chats), tokenizer=tokenizer,
+        peft_config=lora(),
+    )  # fmt: skip
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
 def test_adapters_that_were_made_before_are_made_ready(
     tiny_model_folder: Path, lora: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:

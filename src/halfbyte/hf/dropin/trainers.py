@@ -211,6 +211,9 @@ def _trl(ours: type, config: type[TrainingArguments]) -> Any:
             given["args"] = _configuration(config, given.get("args"), moved, kind, model)
             if given.get("formatting_func") is not None:
                 given["formatting_func"] = by_example(given["formatting_func"], given.get("train_dataset"))
+            if isinstance(model, PeftModel) and given.get("peft_config") is not None:
+                del given["peft_config"]
+                say(f"{kind}(peft_config=...): the model has its adapter already, which is trained.")
             if is_ours(model) or (isinstance(model, str) and _opens_in_4_bits(model, given)):
                 self.__class__ = joined(type(self), ours)
                 ours.__init__(self, model, **given)  # type: ignore[misc]
