@@ -94,6 +94,21 @@ def test_fields_of_a_script_s_own_class_are_obeyed(installed: None) -> None:
     assert args.eval_strategy.value == "steps" and args.eval_steps == 7 and not args.fp16
 
 
+@dataclasses.dataclass
+class GenerationArguments:
+    """As qlora.py's: a flag that TrainingArguments has got since."""
+
+    use_cache: bool | None = dataclasses.field(default=True)
+    num_beams: int = dataclasses.field(default=1)
+
+
+def test_a_flag_that_two_classes_have_is_the_first_one_s(installed: None, tmp_path: Path) -> None:
+    training, generation = HfArgumentParser((TrainingArguments, GenerationArguments)).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--num_beams", "4"]
+    )
+    assert (training.use_cache, generation.use_cache, generation.num_beams) == (False, True, 4)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -132,6 +132,20 @@ def _parsing_old(old: Any) -> Any:
     return parse_args_into_dataclasses
 
 
+def _once(old: Any) -> Any:
+    """``HfArgumentParser._parse_dataclass_field`` that leaves a flag to the class that had it first."""
+    original = old.__func__
+
+    @functools.wraps(original)
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        if f"--{field.name}" in parser._option_string_actions:
+            say(f"--{field.name} is an argument of transformers' now, and taken for that one.")
+            return
+        original(parser, field)
+
+    return staticmethod(_parse_dataclass_field)
+
+
 def _flags(words: list[str], known: set[str]) -> list[str]:
     """Return the words of a command line with the flags of today."""
     new: list[str] = []
@@ -184,6 +198,12 @@ def rows() -> list[Replacement]:
             "transformers.hf_argparser:HfArgumentParser.parse_args_into_dataclasses",
             _parsing_old,
             "the same names as flags of a script's command line",
+            *transformers,
+        ),
+        Replacement(
+            "transformers.hf_argparser:HfArgumentParser._parse_dataclass_field",
+            _once,
+            "a flag of a script's that TrainingArguments has got since, as --use_cache of qlora.py",
             *transformers,
         ),
         *(

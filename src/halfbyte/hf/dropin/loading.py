@@ -65,7 +65,7 @@ def _in_8_bits(config: BitsAndBytesConfig) -> HalfbyteConfig:
             "BitsAndBytesConfig(llm_int8_has_fp16_weight=True) keeps a 16-bit copy of each weight; leave it out."
         )
     try:
-        return HalfbyteConfig(quant_type="int8", compute_dtype=torch.float32, skip_modules=config.llm_int8_skip_modules)
+        return HalfbyteConfig.from_bitsandbytes(config.to_dict())
     except InputError:
         raise InputError(
             "load_in_8bit=True: halfbyte has no 8-bit base models yet; use load_in_4bit=True, whose adapters train as "
