@@ -4,6 +4,7 @@ Old names are translated when a configuration is made (``__init__``) or read fro
 what an argument means without a GPU, when it is complete (``__post_init__``): scripts derive classes of their own.
 """
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -127,9 +128,25 @@ def _parsing_old(old: Any) -> Any:
     def parse_args_into_dataclasses(self: Any, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         known = {name for action in self._actions for name in action.option_strings}
         words = list(sys.argv[1:] if args is None else args)
-        return old(self, _flags(words, known), *more, **kwargs)
+        parse = self.parse_known_args
+        self.parse_known_args = lambda *args, **kwargs: _shared(*parse(*args, **kwargs))
+        try:
+            return old(self, _flags(words, known), *more, **kwargs)
+        finally:
+            del self.parse_known_args
 
     return parse_args_into_dataclasses
+
+
+class _Shared(argparse.Namespace):
+    """The values of flags, each taken out once, though a second class has a field of that name (see :func:`_once`)."""
+
+    def __delattr__(self, name: str) -> None:
+        vars(self).pop(name, None)
+
+
+def _shared(values: argparse.Namespace, rest: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    return _Shared(**vars(values)), rest
 
 
 def _once(old: Any) -> Any:
