@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 import halfbyte
 from halfbyte.errors import InputError
@@ -77,6 +77,13 @@ def test_old_keyword_arguments_are_as_the_configuration_and_are_said_once(
     said = [record.getMessage() for record in caplog.records if record.name == "halfbyte"]
     assert len(said) == len(set(said)) == 5
     assert any("float16" in line and "bfloat16" in line for line in said)
+
+
+def test_a_tokenizer_with_arguments_of_2023(installed: None, tiny_model_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(
+        tiny_model_folder, padding_side="right", use_fast=False, tokenizer_type="llama", use_auth_token=None
+    )
+    assert tokenizer.padding_side == "right" and len(tokenizer) == 258
 
 
 def test_qlora_py_s_arguments_beside_a_configuration_are_taken_and_a_contradiction_is_not(

@@ -21,6 +21,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -30,7 +31,7 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer
 from halfbyte.hf.replacement import Replacement
 
-OLD_NAMES = {"use_auth_token": "token", "pretrained_model_name_or_path_or_dict": "pretrained_model_name_or_path"}
+OLD_NAMES = {"use_auth_token": "token"}
 """Keyword arguments of ``from_pretrained`` that have another name now."""
 
 
@@ -100,11 +101,7 @@ class BitsAndBytesQuantizer(HalfbyteQuantizer):
 
 def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of ``from_pretrained`` with old ones as what they are now."""
-    kwargs = dict(kwargs)
-    for old, new in OLD_NAMES.items():
-        if old in kwargs:
-            kwargs.setdefault(new, kwargs.pop(old))
-            say(f"from_pretrained({old}=...) is {new}= now.")
+    kwargs = _renamed(kwargs)
     bits = {name: kwargs.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in kwargs}
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("bnb_4bit_", "llm_int8_"))}
     wished = any(bits.values())
@@ -117,6 +114,15 @@ def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
     elif held is not None and (bits or fields):
         _check_agrees(held, bits | fields)
     return _without_gpu(kwargs)
+
+
+def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    kwargs = dict(kwargs)
+    for old, new in OLD_NAMES.items():
+        if old in kwargs:
+            kwargs.setdefault(new, kwargs.pop(old))
+            say(f"from_pretrained({old}=...) is {new}= now.")
+    return kwargs
 
 
 def _check_agrees(config: Any, given: dict[str, Any]) -> None:
@@ -159,6 +165,22 @@ def _translating(old: Any) -> Any:
     return classmethod(from_pretrained)
 
 
+def _tokenizing(old: Any) -> Any:
+    """``AutoTokenizer.from_pretrained`` with arguments of 2023: qlora.py says ``tokenizer_type="llama"``."""
+    original: Callable[..., Any] = old.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = _renamed(kwargs)
+        kind = kwargs.get("tokenizer_type")
+        if kind is not None and kind not in TOKENIZER_MAPPING_NAMES:
+            del kwargs["tokenizer_type"]
+            say(f"AutoTokenizer.from_pretrained(tokenizer_type={kind!r}): the tokenizer's files say what it is.")
+        return original(cls, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
 def rows() -> list[Replacement]:
     """What loading replaces."""
     library = ("transformers", ">=5.23,<5.24")
@@ -174,6 +196,12 @@ def rows() -> list[Replacement]:
             f"{table}[bitsandbytes_8bit]",
             lambda old: BitsAndBytesQuantizer,
             "the same for load_in_8bit=True and 8-bit folders",
+            *library,
+        ),
+        Replacement(
+            "transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained",
+            _tokenizing,
+            "use_auth_token=, and types of tokenizers that are files' business now",
             *library,
         ),
         *(
