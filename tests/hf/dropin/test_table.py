@@ -27,7 +27,7 @@ def test_each_row_names_what_is_there_or_was_once_there(row: Replacement) -> Non
         return
     holder, key, is_item = row._place()
     there = key in holder if is_item else hasattr(holder, key)
-    gone = ("Only", "chat_format", "trl:ORPO", "for_int8_training", "Trainer.tokenizer")
+    gone = ("Only", "chat_format", "trl:ORPO", "for_int8_training", "Trainer.tokenizer", "._pad_token")
     assert there != any(name in row.where for name in gone)
     assert row.why and not row.why.endswith(".")
     assert importlib.import_module(row.library)

@@ -29,7 +29,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer
-from halfbyte.hf.replacement import Replacement
+from halfbyte.hf.replacement import MISSING, Replacement
 
 OLD_NAMES = {"use_auth_token": "token"}
 """Keyword arguments of ``from_pretrained`` that have another name now."""
@@ -181,6 +181,10 @@ def _tokenizing(old: Any) -> Any:
     return classmethod(from_pretrained)
 
 
+def _pad_token(old: Any) -> Any:
+    return property(lambda self: self._special_tokens_map.get("pad_token")) if old is MISSING else old
+
+
 def rows() -> list[Replacement]:
     """What loading replaces."""
     library = ("transformers", ">=5.23,<5.24")
@@ -202,6 +206,12 @@ def rows() -> list[Replacement]:
             "transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained",
             _tokenizing,
             "use_auth_token=, and types of tokenizers that are files' business now",
+            *library,
+        ),
+        Replacement(
+            "transformers.tokenization_utils_base:PreTrainedTokenizerBase._pad_token",
+            _pad_token,
+            "qlora.py and its heirs ask it whether there is a pad token",
             *library,
         ),
         *(
