@@ -84,7 +84,7 @@ def test_a_tokenizer_with_arguments_of_2023(installed: None, tiny_model_folder: 
         tiny_model_folder, padding_side="right", use_fast=False, tokenizer_type="llama", use_auth_token=None
     )
     assert tokenizer.padding_side == "right" and len(tokenizer) == 258
-    assert tokenizer._pad_token == tokenizer.pad_token == "<|im_end|>"
+    assert str(tokenizer._pad_token) == tokenizer.pad_token == "<|im_end|>"
     tokenizer.pad_token = None
     assert tokenizer._pad_token is None
 
