@@ -43,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_it_is_as_python_itself(folder: Path) -> None:
     assert outcome(["-m", "halfbyte", "run", "script.py", "fail", "--flag"], folder) == outcome(
         ["script.py", "fail", "--flag"], folder
