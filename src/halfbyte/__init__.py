@@ -6,7 +6,7 @@
     optimizer = halfbyte.optim.AdamW(model.parameters(), lr=2e-4, state_bits=8, paged=True)
 
 Names are imported when they are first used, so that ``import halfbyte`` costs nothing. Using any name of ``hf``
-registers the quantizer with transformers; nothing else of any library is touched.
+registers the quantizer with transformers; nothing else of any library is touched, until a script calls ``install()``.
 """
 
 import importlib
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halfbyte import optim
     from halfbyte.errors import InputError
     from halfbyte.hf import HalfbyteConfig, load, load_tokenizer, prepare, prepare_for_training, unprepare
+    from halfbyte.hf.install import install, undo
     from halfbyte.nn import Linear4bit
     from halfbyte.quant import QuantizedWeight, quantize_4bit
 
@@ -26,11 +27,13 @@ _HOMES = {
     "InputError": "halfbyte.errors",
     "Linear4bit": "halfbyte.nn",
     "QuantizedWeight": "halfbyte.quant",
+    "install": "halfbyte.hf.install",
     "load": "halfbyte.hf",
     "load_tokenizer": "halfbyte.hf",
     "prepare": "halfbyte.hf",
     "prepare_for_training": "halfbyte.hf",
     "quantize_4bit": "halfbyte.quant",
+    "undo": "halfbyte.hf.install",
     "unprepare": "halfbyte.hf",
 }
 
@@ -39,12 +42,14 @@ __all__ = [
     "InputError",
     "Linear4bit",
     "QuantizedWeight",
+    "install",
     "load",
     "load_tokenizer",
     "optim",
     "prepare",
     "prepare_for_training",
     "quantize_4bit",
+    "undo",
     "unprepare",
 ]
 
@@ -62,3 +67,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Install, as ``%load_ext halfbyte`` asks."""
+    importlib.import_module("halfbyte.hf.install").install()
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """Undo it, as ``%unload_ext halfbyte`` asks."""
+    importlib.import_module("halfbyte.hf.install").undo()

@@ -24,7 +24,7 @@ import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, classify, data, machine, models, talk, train
+from halfbyte.cli import bench, classify, data, machine, models, run, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import complete
 from halfbyte.errors import InputError
@@ -48,6 +48,7 @@ app.command()(talk.generate)
 app.command()(classify.classify)
 app.command()(models.quantize)
 app.command()(machine.doctor)
+app.command(context_settings=run.CONTEXT)(run.run)
 app.add_typer(benchmarks, name="bench")
 benchmarks.command()(bench.kernels)
 benchmarks.command()(bench.train)
@@ -59,11 +60,13 @@ def main() -> None:
     # Read by libgomp when torch loads it. Its threads otherwise spin for milliseconds after each parallel region, and
     # whenever another program wants a core, a training step takes several times as long (LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.argv[1:2] != ["run"]:  # a script finds the process as Python leaves it
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _check_surroundings()
+        if sys.argv[1:2] != ["run"]:
+            _check_surroundings()
         code = _run()
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -80,6 +83,8 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
         code = INTERRUPTED
+    while run.waiting:
+        run.waiting.pop()()
     sys.exit(code)
 
 

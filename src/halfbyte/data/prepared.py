@@ -254,10 +254,14 @@ class _Maker:
     def _table(self, name: str) -> Table:
         folder = self.folder / name
         folder.mkdir()
-        reference = (
-            (self.pairs.reference if self.pairs else last_answer(self.tokenizer)) if name == EVALUATION else None
+        reference = self.pairs.reference if self.pairs else last_answer(self.tokenizer)
+        return Table(
+            folder,
+            reference if name == EVALUATION else None,
+            form=self.form,
+            length=self.options.max_length,
+            columns=self.pairs.columns if self.pairs else None,
         )
-        columns = self.pairs.columns if self.pairs else None
 
     def _name_classes(self) -> list[str]:
         """Go through the training data for its classes, before any row becomes tokens."""

@@ -6,6 +6,7 @@ of a dictionary, ``sys.modules[name]`` a module. What was not there before is ta
 
 import dataclasses
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, MutableMapping
@@ -39,7 +40,8 @@ class Replacement:
         """Replace, and return what undoes it."""
         holder, key, is_item = self._place()
         old = holder.get(key, MISSING) if is_item else vars(holder).get(key, getattr(holder, key, MISSING))
-        own = is_item or key in vars(holder)
+        # what a descriptor keeps, as a function's __code__, is its object's own
+        own = is_item or key in vars(holder) or inspect.isdatadescriptor(getattr(type(holder), key, None))
         new = self.make(old)
         if is_item:
             holder[key] = new
