@@ -1,0 +1,1 @@
+"""What stands in place of other libraries' names while halfbyte is installed: see :mod:`halfbyte.hf.install`."""
