@@ -21,8 +21,13 @@ from halfbyte.hf.dropin.bnb_functional import quantize_4bit
 from halfbyte.hf.dropin.bnb_state import QuantState, as_weight
 from halfbyte.quant import QuantizedWeight
 
-PARSE_TO: Callable[..., Any] = torch._C._nn._parse_to
-"""How torch (2.13) reads the arguments of ``to``."""
+
+def parsed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None, bool]:
+    """Return the device, the dtype and ``non_blocking`` of the arguments of ``to``, read as torch (2.13) reads them."""
+    if args and isinstance(args[0], int):  # the number of a GPU, of which torch would ask whether there is any
+        args = (torch.device("cuda", args[0]), *args[1:])
+    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype, non_blocking
 
 
 class _Packed(type(nn.Parameter)):  # type: ignore[misc]
@@ -120,7 +125,7 @@ class Params4bit(nn.Parameter, metaclass=_Packed):
 
     def to(self, *args: Any, **kwargs: Any) -> "Params4bit":
         """``Tensor.to``; a device other than ``meta`` quantizes what is not."""
-        device, dtype, non_blocking, _ = PARSE_TO(*args, **kwargs)
+        device, dtype, non_blocking = parsed(args, kwargs)
         if device is not None and device.type != "meta" and not self.bnb_quantized:
             return self._quantize(device)
         if self.quant_state is not None and device is not None and device.type != "meta":

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from halfbyte import kernels
 from halfbyte.hf.dropin.bnb_functional import int8_vectorwise_quant
-from halfbyte.hf.dropin.bnb_layers import PARSE_TO, OursToo
+from halfbyte.hf.dropin.bnb_layers import OursToo, parsed
 from halfbyte.hf.dropin.said import say
 from halfbyte.kernels import WeightInt8
 
@@ -53,7 +53,7 @@ class Int8Params(nn.Parameter):
 
     def to(self, *args: Any, **kwargs: Any) -> "Int8Params":
         """``Tensor.to``; a device other than ``meta`` quantizes what is not."""
-        device, dtype, non_blocking, _ = PARSE_TO(*args, **kwargs)
+        device, dtype, non_blocking = parsed(args, kwargs)
         quantized = self.data.dtype == torch.int8
         if not quantized and not self.has_fp16_weights and device is not None and device.type != "meta":
             return self._quantize(device)
