@@ -47,6 +47,30 @@ torch.cuda.manual_seed_all(1)
 first = torch.randn(3)
 torch.cuda.manual_seed(1)
 assert torch.equal(first, torch.randn(3))
+state = torch.cuda.get_rng_state()
+second = torch.randn(3)
+torch.cuda.set_rng_state(state)
+assert torch.equal(second, torch.randn(3)) and len(torch.cuda.get_rng_state_all()) == 1
+generator = torch.Generator(device="cuda").manual_seed(7)
+assert isinstance(generator, torch.Generator) and generator.device.type == "cpu"
+assert torch.equal(
+    torch.randn(2, generator=generator, device="cuda"), torch.randn(2, generator=torch.Generator().manual_seed(7))
+)
+start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+start.record()
+torch.ones(300, 300) @ torch.ones(300, 300)
+end.record()
+assert start.elapsed_time(end) > 0
+with torch.cuda.device(0):
+    assert torch.cuda.current_device() == 0
+
+
+@torch.jit.script
+def scripted(x):
+    return x + torch.tensor([1.0])
+
+
+assert scripted(torch.ones(1)) == 2
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 x = torch.ones(2, 3)
@@ -108,7 +132,7 @@ except RuntimeError as error:
 # a library sees no GPU, and is told so as ever
 assert library.sees() == {"available": False, "count": 0, "bf16": False}, library.sees()
 assert library.fails() == ["AssertionError"] * 3, library.fails()
-assert library.hands_on(x).device.type == "cpu"
+assert library.hands_on(x).to("cuda").device.type == "cpu"
 
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline  # noqa: E402
@@ -119,7 +143,7 @@ for device_map in (None, "auto", {"": 0}, "cuda:0", "cuda", 0, {"": "cuda:0"}, {
     assert model.device.type == "cpu" and all(p.device.type == "cpu" for p in model.parameters())
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-inputs = tokenizer(["one two", "three four"], return_tensors="pt").to("cuda")
+inputs = tokenizer(["one two", "ten two"], return_tensors="pt").to("cuda")
 assert inputs["input_ids"].device.type == "cpu"
 model.to("cuda")
 model.cuda()

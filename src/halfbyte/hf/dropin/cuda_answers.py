@@ -72,6 +72,22 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _states() -> list[torch.Tensor]:
+    return [torch.get_rng_state()]
+
+
+def _state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_state(new_state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _set_states(new_states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(new_states[0])
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -105,6 +121,10 @@ ANSWERS: dict[str, tuple[Callable[..., Any], str]] = {
     "reset_max_memory_allocated": (_reset_peak, "nothing: the process's peak is forgotten"),
     "manual_seed": (_seed, "nothing: the CPU's generator is seeded"),
     "manual_seed_all": (_seed, "nothing: the CPU's generator is seeded"),
+    "get_rng_state": (_state, "the state of the CPU's generator"),
+    "get_rng_state_all": (_states, "the state of the CPU's generator"),
+    "set_rng_state": (_set_state, "nothing: the CPU's generator is set"),
+    "set_rng_state_all": (_set_states, "nothing: the CPU's generator is set"),
     "init": (_nothing, _NOTHING),
     "set_device": (_nothing, _NOTHING),
     "empty_cache": (_nothing, _NOTHING),
