@@ -21,6 +21,7 @@ def held(row):
 
 before = [held(row) for row in rows]
 undos = [row.put() for row in rows]
+during = [held(row) for row in rows]  # to hold a new value keeps nothing in place
 
 # --- the user's script -----------------------------------------------------------------------------------------------
 import library  # noqa: E402  (lies in a folder site-packages)

@@ -76,8 +76,9 @@ def _answering(name: str, answer: Callable[..., Any], told: str) -> Callable[[An
 class Allocating:
     """``torch.cuda._lazy_init`` (torch 2.13), which torch calls before it first makes something on a CUDA device.
 
-    It is where a library is told that there is none. As long as it lives, the dispatcher has kernels that allocate on
-    the CPU what the script wishes on a CUDA device.
+    It is where a library is told that there is none. Until :meth:`end`, the dispatcher has kernels that allocate on the
+    CPU what the script wishes on a CUDA device. (Once one was used, torch does not call it any more, and after that it
+    says in other words that there is no kernel.)
     """
 
     def __init__(self, old: Callable[[], None]) -> None:
@@ -89,6 +90,10 @@ class Allocating:
     def __call__(self) -> None:
         if not is_wish_of_user(sys._getframe(1)):
             self.old()
+
+    def end(self) -> None:
+        """Take the kernels away."""
+        self.library._destroy()  # type: ignore[no-untyped-call]
 
 
 def _check_wish(old: Callable[[], None], depth: int) -> None:
@@ -250,7 +255,6 @@ def rows() -> list[Replacement]:
         for name, (answer, told) in ANSWERS.items()
     ]
     table += [
-        ("torch.cuda:_lazy_init", Allocating, 'torch.zeros(..., device="cuda") and the like'),
         ("torch:Tensor.to", _moving, '.to("cuda") of tensors, models and batches'),
         ("torch.nn:Module.to", _moving, ".to(0) of models, which is read before it comes to their tensors"),
         ("torch:Tensor.cuda", _staying, ".cuda() of tensors, models and batches"),
@@ -271,6 +275,15 @@ def rows() -> list[Replacement]:
     ]
     return [
         *(Replacement(where, make, why, "torch", TORCH, cuda=True) for where, make, why in table),
+        Replacement(
+            "torch.cuda:_lazy_init",
+            Allocating,
+            'torch.zeros(..., device="cuda") and the like',
+            "torch",
+            TORCH,
+            cuda=True,
+            after=Allocating.end,
+        ),
         Replacement(
             "safetensors.torch:load_file",
             _placing("device", 1),
