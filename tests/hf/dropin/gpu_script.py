@@ -163,6 +163,14 @@ trainer = Trainer(model, arguments, train_dataset=data)
 trainer.train()
 assert trainer.state.global_step == 2 and next(model.parameters()).device.type == "cpu"
 
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+
+get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(sys.argv[2])
+for options in ({"torch_device": "cuda"}, {"device_map": "auto"}, {"device_map": {"": 0}}):
+    base = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="auto")
+    adapted = PeftModel.from_pretrained(base, sys.argv[2], **options)
+    assert adapted.device.type == "cpu" and not any(hasattr(module, "_hf_hook") for module in adapted.modules())
+
 import bitsandbytes as bnb  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 

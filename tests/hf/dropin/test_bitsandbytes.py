@@ -20,8 +20,11 @@ from bitsandbytes.nn.modules import Linear4bit as RealLinear4bit
 from bitsandbytes.nn.modules import Linear8bitLt as RealLinear8bitLt
 from bitsandbytes.nn.modules import Params4bit as RealParams4bit
 from bitsandbytes.optim.adamw import AdamW8bit as RealAdamW8bit
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+import halfbyte
 import halfbyte.nn
 from halfbyte.hf.dropin import bitsandbytes, bnb_functional, bnb_layers, bnb_layers_8bit, bnb_optimizers, said
 from halfbyte.hf.dropin.bnb_state import QuantState
@@ -262,6 +265,33 @@ def test_layers_of_a_model_of_ours_count_as_those_of_bitsandbytes() -> None:
     state = copy.deepcopy(layer.weight.quant_state)
     state.dtype = torch.float16  # as scripts do that dequantize a model by hand
     assert torch.equal(F.dequantize_4bit(layer.weight.data, state, quant_type="nf4"), dense.half())
+
+
+def test_an_adapter_over_a_scripts_own_layers_learns_as_over_dense_ones(tiny_model_folder: Path) -> None:
+    def gradients(of_four_bits: bool) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+        for name, dense in list(model.named_modules()):
+            if isinstance(dense, nn.Linear) and name != "lm_head":
+                layer = bnb_layers.LinearNF4(dense.in_features, dense.out_features, bias=False)
+                layer.load_state_dict(dense.state_dict())
+                layer.to("cpu")
+                if of_four_bits:
+                    model.set_submodule(name, layer)
+                else:
+                    dense.weight.data = layer.dequantize()
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+        if of_four_bits:
+            halfbyte.prepare(model)
+        loss = model(input_ids=torch.arange(24).view(2, 12), labels=torch.arange(24).view(2, 12)).loss
+        loss.backward()
+        return loss, [p.grad for p in model.parameters() if p.grad is not None]
+
+    (loss, ours), (wanted, dense) = gradients(True), gradients(False)
+    assert torch.allclose(loss, wanted, rtol=1e-5) and len(ours) == len(dense) == 28
+    for mine, theirs in zip(ours, dense, strict=True):
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 
 
 def test_optimizers_step_as_ours_by_the_names_and_defaults_of_bitsandbytes() -> None:

@@ -20,6 +20,7 @@ stays what it is. Left out: streams, and types such as ``torch.cuda.FloatTensor`
 import functools
 import importlib
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -84,8 +85,10 @@ class Allocating:
     def __init__(self, old: Callable[[], None]) -> None:
         self.old = old
         self.library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-        self.library.impl("empty.memory_format", functools.partial(_empty, old), "CUDA")  # type: ignore[no-untyped-call]
-        self.library.impl("empty_strided", functools.partial(_empty_strided, old), "CUDA")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a torch that is built for CUDA says that it has such kernels already
+            for name, kernel in (("empty.memory_format", _empty), ("empty_strided", _empty_strided)):
+                self.library.impl(name, functools.partial(kernel, old), "CUDA")  # type: ignore[no-untyped-call]
 
     def __call__(self) -> None:
         if not is_wish_of_user(sys._getframe(1)):
@@ -212,17 +215,20 @@ def _mapping(old: Any) -> Any:
     return check
 
 
-def _piping(old: Any) -> Any:
-    """``Pipeline.__init__``, whose device is a keyword."""
+def _keyword(argument: str, told: str) -> Callable[[Any], Any]:
+    """A method whose keyword ``argument`` names a device, whoever calls it: nobody wishes a GPU but the script."""
 
-    @functools.wraps(old)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if is_cuda(kwargs.get("device")):
-            say(f"pipeline(device={kwargs['device']!r}): there is no GPU, so it runs on the CPU.")
-            kwargs["device"] = "cpu"
-        old(self, *args, **kwargs)
+    def make(old: Any) -> Any:
+        @functools.wraps(old)
+        def placed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_cuda(kwargs.get(argument)):
+                say(f"{told}({argument}={kwargs[argument]!r}): there is no GPU, so it runs on the CPU.")
+                kwargs[argument] = "cpu"
+            return old(self, *args, **kwargs)
 
-    return __init__
+        return placed
+
+    return make
 
 
 def _casting(old: Any) -> Any:
@@ -302,10 +308,18 @@ def rows() -> list[Replacement]:
         ),
         Replacement(
             "transformers.pipelines.base:Pipeline.__init__",
-            _piping,
+            _keyword("device", "pipeline"),
             "pipeline(device=0)",
             "transformers",
             TRANSFORMERS,
+            cuda=True,
+        ),
+        Replacement(
+            "peft.peft_model:PeftModel.load_adapter",
+            _keyword("torch_device", "PeftModel"),
+            'PeftModel.from_pretrained(..., torch_device="cuda")',
+            "peft",
+            ">=0.21,<0.22",
             cuda=True,
         ),
     ]
