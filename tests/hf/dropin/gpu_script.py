@@ -48,6 +48,11 @@ torch.cuda.manual_seed_all(1)
 first = torch.randn(3)
 torch.cuda.manual_seed(1)
 assert torch.equal(first, torch.randn(3))
+assert torch.accelerator.is_available() and torch.accelerator.device_count() == 1
+assert torch.ones(2).to(torch.accelerator.current_accelerator().type).device.type == "cpu"
+torch.accelerator.synchronize()
+torch.accelerator.empty_cache()
+assert torch.accelerator.max_memory_allocated() > 2**20 and torch.accelerator.current_device_index() == 0
 state = torch.cuda.get_rng_state()
 second = torch.randn(3)
 torch.cuda.set_rng_state(state)

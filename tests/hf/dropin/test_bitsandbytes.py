@@ -26,7 +26,15 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 import halfbyte.nn
-from halfbyte.hf.dropin import bitsandbytes, bnb_functional, bnb_layers, bnb_layers_8bit, bnb_optimizers, said
+from halfbyte.hf.dropin import (
+    bitsandbytes,
+    bnb_embeddings,
+    bnb_functional,
+    bnb_layers,
+    bnb_layers_8bit,
+    bnb_optimizers,
+    said,
+)
 from halfbyte.hf.dropin.bnb_state import QuantState
 from halfbyte.optim import AdamW
 
@@ -292,6 +300,20 @@ def test_an_adapter_over_a_scripts_own_layers_learns_as_over_dense_ones(tiny_mod
     assert torch.allclose(loss, wanted, rtol=1e-5) and len(ours) == len(dense) == 28
     for mine, theirs in zip(ours, dense, strict=True):
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", ["Embedding", "StableEmbedding"])
+def test_embeddings_begin_and_compute_as_those_of_bitsandbytes(name: str) -> None:
+    layers = []
+    for kind in (getattr(bnb_embeddings, name), getattr(real.nn, name)):
+        torch.manual_seed(0)
+        layers.append(kind(20, 12, padding_idx=3))
+    ids = torch.tensor([[1, 3], [19, 0]])
+    ours, theirs = (layer(ids) for layer in layers)
+    assert torch.equal(ours, theirs) and ours.shape == (2, 2, 12)
+    assert layers[0].state_dict().keys() == layers[1].state_dict().keys()
+    bnb_optimizers.GlobalOptimManager.get_instance().initialize()
+    real.optim.GlobalOptimManager.get_instance().initialize()
 
 
 def test_optimizers_step_as_ours_by_the_names_and_defaults_of_bitsandbytes() -> None:

@@ -67,6 +67,17 @@ for line in ("from bitsandbytes.optim import Lion8bit", "import bitsandbytes.res
     else:
         raise AssertionError(line)
 
+# as bitsandbytes' documentation tells: embeddings keep 32 bits, and parameters that the manager is told of
+net = torch.nn.Sequential(bnb.nn.StableEmbedding(100, 64), torch.nn.Linear(64, 100), torch.nn.Linear(100, 100))
+manager = bnb.optim.GlobalOptimManager.get_instance()
+manager.register_parameters(net.parameters())
+adam = bnb.optim.Adam(net.parameters(), lr=0.001, optim_bits=8)
+manager.override_config(net[1].weight, "optim_bits", 32)
+net(torch.arange(100)).sum().backward()
+adam.step()
+bits = [adam.state[p]["exp_avg"].dtype for p in (net[0].weight, net[1].weight, net[2].weight)]
+assert bits == [torch.float32, torch.float32, torch.uint8], bits
+
 # the libraries see none
 import accelerate.utils  # noqa: E402
 import peft.import_utils  # noqa: E402

@@ -21,7 +21,7 @@ import peft.import_utils
 import transformers.utils
 
 from halfbyte.errors import nearest
-from halfbyte.hf.dropin import bnb_functional, bnb_layers, bnb_layers_8bit, bnb_optimizers, bnb_state
+from halfbyte.hf.dropin import bnb_embeddings, bnb_functional, bnb_layers, bnb_layers_8bit, bnb_optimizers, bnb_state
 from halfbyte.hf.replacement import Replacement
 from halfbyte.kernels import bitsandbytes as provider
 
@@ -49,11 +49,12 @@ LAYERS: dict[str, Any] = {
     "Linear8bitLt": bnb_layers_8bit.Linear8bitLt,
     "Int8Params": bnb_layers_8bit.Int8Params,
 }
+EMBEDDINGS = {"Embedding": bnb_embeddings.Embedding, "StableEmbedding": bnb_embeddings.StableEmbedding}
 MANAGER = {"GlobalOptimManager": bnb_optimizers.GlobalOptimManager}
 MODULES: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"__version__": VERSION, "features": {"multi_backend"}, **MATMUL},
-    "bitsandbytes.nn": LAYERS,
-    "bitsandbytes.nn.modules": LAYERS,
+    "bitsandbytes.nn": LAYERS | EMBEDDINGS,
+    "bitsandbytes.nn.modules": LAYERS | EMBEDDINGS,
     "bitsandbytes.functional": FUNCTIONAL,
     "bitsandbytes.autograd": {},
     "bitsandbytes.autograd._functions": MATMUL,

@@ -56,7 +56,7 @@ def on_cpu(device: Any) -> Any:
 
 
 def _answering(name: str, answer: Callable[..., Any], told: str) -> Callable[[Any], Any]:
-    sentence = f"torch.cuda.{name}: there is no GPU; the script is told {told}."
+    sentence = f"{name}: there is no GPU; the script is told {told}."
 
     def make(old: Any) -> Any:
         @functools.wraps(old)
@@ -257,8 +257,10 @@ def rows() -> list[Replacement]:
     # It remembers torch's own functions, by which `with torch.device("meta")` knows them (torch 2.13).
     importlib.import_module("torch.utils._device")._device_constructors()
     table = [
-        (f"torch.cuda:{name}", _answering(name, answer, told), f"the script is told {told}")
-        for name, (answer, told) in ANSWERS.items()
+        (f"{module}:{name}", _answering(f"{module}.{name}", answer, told), f"the script is told {told}")
+        for module, answers in ANSWERS.items()
+        for name, (answer, told) in answers.items()
+        if hasattr(sys.modules.get(module), name)
     ]
     table += [
         ("torch:Tensor.to", _moving, '.to("cuda") of tensors, models and batches'),

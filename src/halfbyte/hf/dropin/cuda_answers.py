@@ -1,6 +1,6 @@
-"""What a script that asks ``torch.cuda`` is told where there is no GPU: about this CPU, and so that it goes on.
+"""What a script is told that asks ``torch.cuda`` or ``torch.accelerator`` for a GPU that is not there.
 
-Its name says what it is; its memory is the machine's and the process's; its capability is that of the first GPUs with
+It is about this CPU, and so that the script goes on. Its name says what it is; its memory is the machine's and the process's; its capability is that of the first GPUs with
 bfloat16 (8.0), since scripts choose their dtype by it and that is the one to take here.
 """
 
@@ -99,7 +99,7 @@ def _always(value: Any) -> Callable[..., Any]:
 _RESIDENT, _PEAK = "what memory the process has now", "what memory the process had at most"
 _NOTHING = "nothing: there is nothing to do"
 
-ANSWERS: dict[str, tuple[Callable[..., Any], str]] = {
+CUDA: dict[str, tuple[Callable[..., Any], str]] = {
     "is_available": (_always(True), "that there is one, and what it sends there stays on the CPU"),
     "is_initialized": (_always(True), "that it is ready"),
     "device_count": (_always(1), "1"),
@@ -132,4 +132,17 @@ ANSWERS: dict[str, tuple[Callable[..., Any], str]] = {
     "synchronize": (_nothing, _NOTHING),
     "set_per_process_memory_fraction": (_nothing, _NOTHING),
 }
-"""By the name in ``torch.cuda``: what answers, and what the script is told, in words."""
+_SHARED = (
+    *("is_available", "device_count", "empty_cache", "synchronize", "reset_peak_memory_stats", "memory_stats"),
+    *("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"),
+)
+ACCELERATOR: dict[str, tuple[Callable[..., Any], str]] = {
+    **{name: CUDA[name] for name in _SHARED},
+    "current_accelerator": (_always(torch.device("cpu")), "that it is the CPU"),
+    "current_device_index": (_always(0), "0"),
+    "set_device_index": (_nothing, _NOTHING),
+    "get_memory_info": (_free_and_total, "this machine's free and whole memory"),
+}
+
+ANSWERS = {"torch.cuda": CUDA, "torch.accelerator": ACCELERATOR}
+"""By module and name: what answers, and what the script is told, in words. Names that a torch lacks are left out."""
