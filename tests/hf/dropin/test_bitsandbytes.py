@@ -302,6 +302,27 @@ def test_an_adapter_over_a_scripts_own_layers_learns_as_over_dense_ones(tiny_mod
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 
 
+def test_a_model_of_ours_is_dequantized_by_hand_as_scripts_do_and_keeps_its_fast_path(tiny_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, quantization_config=halfbyte.HalfbyteConfig())
+    bnb_layers.show_quant_states(model)
+    count = 0
+    for module in model.modules():
+        if isinstance(module, bnb_layers.Linear4bit):
+            state = copy.deepcopy(module.weight.quant_state)
+            state.dtype = torch.float32
+            dense = bnb_functional.dequantize_4bit(module.weight.data, quant_state=state, quant_type="nf4")
+            assert torch.equal(dense.bfloat16(), module.dequantize()) and dense.shape == (
+                module.out_features,
+                module.in_features,
+            )
+            count += 1
+    assert count == 14
+    model = halfbyte.prepare(get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "LoraLinear4bit"
+    ids = torch.arange(12).view(1, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
 @pytest.mark.parametrize("name", ["Embedding", "StableEmbedding"])
 def test_embeddings_begin_and_compute_as_those_of_bitsandbytes(name: str) -> None:
     layers = []

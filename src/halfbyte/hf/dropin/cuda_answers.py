@@ -1,7 +1,8 @@
 """What a script is told that asks ``torch.cuda`` or ``torch.accelerator`` for a GPU that is not there.
 
-It is about this CPU, and so that the script goes on. Its name says what it is; its memory is the machine's and the process's; its capability is that of the first GPUs with
-bfloat16 (8.0), since scripts choose their dtype by it and that is the one to take here.
+It is about this CPU, and so that the script goes on. Its name says what it is; its memory is the machine's and the
+process's; its capability is that of the first GPUs with bfloat16 (8.0), since scripts choose their dtype by it and that
+is the one to take here.
 """
 
 import os
