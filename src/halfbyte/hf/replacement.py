@@ -27,6 +27,7 @@ class Replacement:
         library: whose name it is, as pip calls it.
         versions: of that library for which this was read and tried, as a PEP 440 specifier.
         cuda: whether it answers for a GPU that is not there (``install(cuda=False)`` leaves it out).
+        after: what else is undone, given the new value, once the old one is back.
     """
 
     where: str
@@ -35,6 +36,7 @@ class Replacement:
     library: str
     versions: str
     cuda: bool = False
+    after: Callable[[Any], None] | None = None
 
     def put(self) -> Callable[[], None]:
         """Replace, and return what undoes it."""
@@ -57,6 +59,8 @@ class Replacement:
                 setattr(holder, key, old)
             else:
                 delattr(holder, key)  # it was inherited, or was not there
+            if self.after is not None:
+                self.after(new)
 
         return undo
 

@@ -259,9 +259,13 @@ class AdamW(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
+    def _bits(self, param: Tensor) -> int:
+        """Return how many bits a moment of ``param`` takes, 32 or 8."""
+        return 32 if param.numel() < SMALLEST_8BIT else self.state_bits
+
     def _layout(self, param: Tensor) -> Layout:
         """Return dtype and shape of each tensor of a parameter's state."""
-        if self.state_bits == 32 or param.numel() < SMALLEST_8BIT:
+        if self._bits(param) == 32:
             return {name: (torch.float32, param.shape) for name in ("exp_avg", "exp_avg_sq")}
         blocks = torch.Size([-(-param.numel() // BLOCKSIZE)])
         return {
