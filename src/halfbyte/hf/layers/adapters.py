@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from halfbyte.errors import InputError
+from halfbyte.hf.layers import dora
 from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
+from halfbyte.nn.dora import rescale
 
 KINDS = (
     *("LORA", "ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "FOURIERFT", "GRALORA", "IA3"),
@@ -42,11 +44,16 @@ def check_kind(kind: Any) -> None:
 
 
 class LoraLinear4bit(LoraLinear):
-    """PEFT's ``lora.Linear`` with our forward for plain LoRA; variants (DoRA and others) run as PEFT wrote them."""
+    """PEFT's ``lora.Linear`` with our forward for plain LoRA and DoRA; other variants run as PEFT wrote them."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``y = x dequant(W)ᵀ + b + Σ s (dropout(x) Aᵀ) Bᵀ`` over the active adapters, ``[..., out]``."""
         projection = None if args or kwargs else _projection(self)
+        if projection is None and not args and not kwargs and (names := _dropped_dora(self)):
+            base, dtype = self.base_layer, self.base_layer.compute_dtype or x.dtype
+            bias = None if base.bias is None else base.bias.to(dtype)
+            dropout = self.lora_dropout[names[0]]
+            return dora.dropped(self, names[0], base.quantized_weight, bias, x.to(dtype), dropout).to(x.dtype)
         if projection is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
             return theirs
@@ -86,16 +93,19 @@ class _Projection(NamedTuple):
     projection: Projection
     compute_dtype: torch.dtype | None
     dropout: float
+    rescaled: tuple[Tensor, Tensor | None] | None = None
+    """For DoRA: what multiplies the rows of the result, and the bias, which is added after it."""
 
 
 def _project(projections: Sequence[_Projection], x: Tensor) -> list[Tensor]:
     compute_dtype, dropout = projections[0].compute_dtype, max(p.dropout for p in projections)
     ys = lora_linear(x.to(compute_dtype or x.dtype), [p.projection for p in projections], dropout)
+    ys = [y if p.rescaled is None else rescale(y, *p.rescaled) for y, p in zip(ys, projections, strict=True)]
     return [y.to(x.dtype) for y in ys]
 
 
 def _projection(layer: nn.Module) -> _Projection | None:
-    """Return what ``layer`` computes, or None where it is anything but a 4-bit layer with plain LoRA or none.
+    """Return what ``layer`` computes, or None where it is anything but a 4-bit layer with plain LoRA, DoRA or none.
 
     Of PEFT 0.21's ``lora.Linear`` this reads what its own forward reads.
     """
@@ -107,7 +117,9 @@ def _projection(layer: nn.Module) -> _Projection | None:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     dropouts = {_probability(layer.lora_dropout[name]) for name in names} or {0.0}
     dropout = dropouts.pop()
-    if any(name in layer.lora_variant for name in names) or dropouts or dropout is None or not untouched(base):
+    is_dora = dora.is_dora(layer, names) and not dropout
+    varied = any(name in layer.lora_variant for name in names) and not is_dora
+    if varied or dropouts or dropout is None or not untouched(base):
         return None
     if type(base) is not Linear4bit:
         return None
@@ -117,7 +129,19 @@ def _projection(layer: nn.Module) -> _Projection | None:
         adapters.append(LowRank(a.weight, b.weight, scaling))
         if b.bias is not None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
+    if is_dora:
+        rescaled = (dora.factors(layer, names[0], base.quantized_weight), bias)
+        return _Projection(Projection(base.quantized_weight, None, adapters), base.compute_dtype, dropout, rescaled)
     return _Projection(Projection(base.quantized_weight, bias, adapters), base.compute_dtype, dropout)
+
+
+def _dropped_dora(layer: LoraLinear4bit) -> list[str] | None:
+    """Return the active adapters if they are a single DoRA whose input loses values now, else None."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = type(layer) is LoraLinear4bit and type(layer.base_layer) is Linear4bit and untouched(layer.base_layer)
+    if not plain or layer.disable_adapters or not dora.is_dora(layer, names):
+        return None
+    return names if _probability(layer.lora_dropout[names[0]]) else None
 
 
 def _probability(dropout: nn.Module) -> float | None:
