@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from halfbyte.errors import InputError
-from halfbyte.hf.layers import dora
+from halfbyte.hf.layers import dora, starts
 from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
 from halfbyte.nn.dora import rescale
 
@@ -56,8 +56,17 @@ class LoraLinear4bit(LoraLinear):
             return dora.dropped(self, names[0], base.quantized_weight, bias, x.to(dtype), dropout).to(x.dtype)
         if projection is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
-            return theirs
+            return theirs if self.disable_adapters else self._less_starts(theirs, x, kwargs)
         return _project([projection], x)[0]
+
+    def _less_starts(self, y: Tensor, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Return ``y``, without what the adapters began with (:mod:`halfbyte.hf.layers.starts`)."""
+        if kwargs.get("adapter_names") and starts.starts_of(self, [*self.lora_A]):
+            raise InputError(
+                "Rows cannot each have their adapter where one subtracts what it began with: save it, open it."
+            )
+        part = starts.subtracted(self, [name for name in self.active_adapters if name in self.lora_A], x)
+        return y if part is None else y + part
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight."""
@@ -129,6 +138,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
         adapters.append(LowRank(a.weight, b.weight, scaling))
         if b.bias is not None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
+    adapters += starts.starts_of(layer, names)
     if is_dora:
         rescaled = (dora.factors(layer, names[0], base.quantized_weight), bias)
         return _Projection(Projection(base.quantized_weight, None, adapters), base.compute_dtype, dropout, rescaled)
