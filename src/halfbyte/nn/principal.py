@@ -42,8 +42,8 @@ def _range(matrix: Tensor, width: int, iterations: int, seed: int) -> Tensor:
     """Return an orthonormal basis, ``[out, width]``, of nearly the space in which M's largest directions end."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
-    basis, _ = torch.linalg.qr(matrix @ start)
+    basis: Tensor = torch.linalg.qr(matrix @ start)[0]
     for _ in range(iterations):
-        back, _ = torch.linalg.qr(matrix.T @ basis)
-        basis, _ = torch.linalg.qr(matrix @ back)
+        back: Tensor = torch.linalg.qr(matrix.T @ basis)[0]
+        basis = torch.linalg.qr(matrix @ back)[0]
     return basis

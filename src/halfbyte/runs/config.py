@@ -31,6 +31,7 @@ from halfbyte.choices import (
 from halfbyte.data.options import DataOptions
 from halfbyte.files import absolute, write_text
 from halfbyte.options import not_empty
+from halfbyte.runs.adapter_options import AdapterOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -52,7 +53,7 @@ CHANGEABLE: Any = {"on_resume": "may change"}
 OF_THE_CALL: Any = {"on_resume": "of the call"}
 
 
-class TrainConfig(DataOptions):
+class TrainConfig(AdapterOptions, DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")

@@ -4,24 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from halfbyte import data, hf, optim
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
-from halfbyte.hf.layers.targets import check_targets
 from halfbyte.hf.trainers import distributed
 from halfbyte.plan.machine import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
+from halfbyte.train.adapters import Beginning, parameter_groups
 from halfbyte.train.methods import Method
 
 FREE_SHARE = 0.9
 """Of the memory that is free, what a run takes where no budget was given."""
 
 
-def build_model(config: TrainConfig) -> Any:
-    """Load the base model in 4 bits and put a new adapter on it, ready to train.
+def build_model(config: TrainConfig, beginning: Beginning | None = None) -> Any:
+    """Load the base model in 4 bits and put an adapter on it, begun as ``beginning`` says, ready to train.
 
     Raises:
         InputError: it cannot be loaded, is no causal language model, or has no layers by that name.
@@ -32,26 +31,14 @@ def build_model(config: TrainConfig) -> Any:
         double_quant=config.double_quant,
         compute_dtype=config.compute_dtype,
     )
-    model = hf.load(config.model, quantization_config=quantization, trust_remote_code=config.trust_remote_code)
+    beginning = beginning or Beginning(config)
+    with beginning.loading():
+        model = hf.load(config.model, quantization_config=quantization, trust_remote_code=config.trust_remote_code)
     if hasattr(model, "peft_config"):
-        raise InputError(f"{config.model} is an adapter; train on its base model, or merge it first.")
+        raise InputError(f"{config.model} is an adapter; name its base model, and it as the adapter to train on from.")
     if model.config.is_encoder_decoder or not model.can_generate():
         raise InputError(f"{config.model} ({type(model).__name__}) is not a causal language model.")
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=check_targets(model, config.target_modules),
-        exclude_modules=hf.not_linear(model) or None,
-        task_type="CAUSAL_LM",
-    )
-    set_seed(config.seed)
-    try:
-        model = get_peft_model(model, lora)
-    except ValueError as error:
-        remedy = "" if "lora_dropout" not in str(error) else " Set lora_dropout to 0: experts' weights take none."
-        raise InputError(f"target_modules {config.target_modules!r}: {error}{remedy}") from error
-    return hf.prepare_for_training(model)
+    return hf.prepare_for_training(beginning.put(model))
 
 
 def plan_activations(config: TrainConfig, model: Any, longest: int, tokens: int | None = None) -> activations.Policy:
@@ -100,6 +87,7 @@ def build_trainer(
         "lr_scheduler_type": "constant_with_warmup" if warm_constant else config.lr_scheduler_type,
         "warmup_steps": config.warmup_ratio,
         "max_grad_norm": config.max_grad_norm,
+        "neftune_noise_alpha": config.neftune_noise_alpha,
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
         "seed": config.seed,
@@ -131,7 +119,7 @@ def build_optimizer(config: TrainConfig, model: Any, page_dir: Path) -> optim.Ad
     """Return the optimizer over the trained parameters; paged state lies in ``page_dir``."""
     return optim.create(
         config.optimizer,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameter_groups(config, model),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=1e-8,

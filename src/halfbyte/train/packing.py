@@ -53,7 +53,7 @@ def _packed(
     max_length: int,
     note: Callable[[str], None] | None,
 ) -> data.PackingPlan | None:
-    if config.packing is False:
+    if config.packing is False or config.neftune_noise_alpha:  # noise that depends on the length of a row
         return None
     lengths = tables.lengths(rows.train.rows)
     plan = data.plan_packing(

@@ -193,9 +193,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def vocabulary_resized(model: PeftModel) -> bool:
-    """Return whether rows were added to the embeddings of the base model since it was opened, or taken away.
+    """Return whether embeddings have to be saved whole: rows were added, or taken away, that no adapter holds.
 
-    PEFT's own ``save_pretrained`` asks this too, but over the network if need be.
+    PEFT's own ``save_pretrained`` asks this too, but over the network if need be. Rows that are trained one by one
+    (``trainable_token_indices``) are in the adapter.
     """
     base = model.get_base_model()
     path = getattr(base.config, "_name_or_path", "")
@@ -206,4 +207,13 @@ def vocabulary_resized(model: PeftModel) -> bool:
     except (OSError, ValueError):
         return True  # nothing to compare with, and rows that are saved in vain do no harm
     rows: int = before.get_text_config().vocab_size
-    return bool(base.config.get_text_config().vocab_size != rows)
+    now: int = base.config.get_text_config().vocab_size
+    return now < rows or not all({*range(rows, now)} <= held_everywhere(c, base) for c in model.peft_config.values())
+
+
+def held_everywhere(config: Any, base: Any) -> set[int]:
+    """Return the rows that an adapter of this configuration holds, of the input embedding and of the output head."""
+    indices = getattr(config, "trainable_token_indices", None) or []
+    lists = [*indices.values()] if isinstance(indices, dict) else [indices]
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    return set.intersection(*map(set, lists)) if tied or len(lists) > 1 else set()

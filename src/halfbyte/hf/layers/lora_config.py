@@ -7,7 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.layers.starts import PLAIN, check_start
+from halfbyte.hf.layers.starts import PLAIN
 from halfbyte.hf.layers.targets import ALL, check_targets
 from halfbyte.nn import Linear4bit
+from halfbyte.options import check_start
 
 SHOWN = 8
 
@@ -124,8 +125,12 @@ def _check_pattern(option: str, pattern: Mapping[str, float], layers: Iterable[s
 
 def _check_ranks(model: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None:
     for path, (rank, _) in layers.items():
-        module = model.get_submodule(path)
-        sides = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else module.weight.shape
+        module: Any = model.get_submodule(path)
+        sides = (
+            [*reversed(module.weight.shape)]
+            if isinstance(module, Conv1D)
+            else [module.out_features, module.in_features]
+        )
         if rank > min(sides):
             name = path.rsplit(".", 1)[-1]
             raise InputError(

@@ -31,45 +31,18 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from halfbyte.errors import InputError, nearest
+from halfbyte.errors import InputError
 from halfbyte.nn import Linear4bit, LowRank
 from halfbyte.nn.dora import lengths, squared_lengths
 from halfbyte.nn.principal import principal
+from halfbyte.options import check_start, is_subtracted
 
 PLAIN = {"default": True, "gaussian": "gaussian"}
 """Those that are PEFT's, and PEFT's word for them."""
-SUBTRACTED = ("pissa", "olora")
-OF_WEIGHTS = ("orthogonal", *SUBTRACTED)
-NAMES = (*PLAIN, "orthogonal", "loftq", "pissa", "pissa_niter_4", "olora", "eva")
-REFUSED = {
-    "corda": "it wants the covariance of each layer's inputs collected over the dense model; use eva",
-    "lora_ga": "it wants gradients of the dense weights; use eva or pissa",
-    "mica": "it wants the smallest directions of the dense weights; use orthogonal",
-}
+OF_WEIGHTS = ("orthogonal", "pissa", "olora")
 _NITER = re.compile(r"pissa_niter_(\d{1,2})")
 FROZEN = "_start_{}_{}"
 """The frozen factors of a layer, buffers by their letter and the adapter's name, which no file holds as such."""
-
-
-def check_start(name: str) -> str:
-    """Return the name of an initialisation, if there is one.
-
-    Raises:
-        InputError: there is none, or it is one that does not run over 4-bit weights.
-    """
-    if name in REFUSED:
-        raise InputError(f"init_lora_weights {name!r} does not run over 4-bit weights: {REFUSED[name]}.")
-    if name not in NAMES and not _NITER.fullmatch(name):
-        raise InputError(
-            f"There is no init_lora_weights {name!r}{nearest(name, NAMES)}; there is {', '.join(NAMES)} (4 or another "
-            "number of iterations)."
-        )
-    return name
-
-
-def needs_no_dropout(name: str) -> bool:
-    """Whether what the adapter begins with is subtracted, without dropout."""
-    return name.startswith(SUBTRACTED)
 
 
 def initialize(model: PeftModel, name: str, *, adapter: str = "default", seed: int = 0) -> PeftModel:
@@ -95,12 +68,12 @@ def initialize(model: PeftModel, name: str, *, adapter: str = "default", seed: i
     if not name.startswith(OF_WEIGHTS):
         raise InputError(f"initialize is for {', '.join(OF_WEIGHTS)}, not for {name!r}.")
     for path, layer in _layers(model, adapter, name):
-        if needs_no_dropout(name) and type(layer.lora_dropout[adapter]) is not nn.Identity:
+        if is_subtracted(name) and type(layer.lora_dropout[adapter]) is not nn.Identity:
             raise InputError(
                 f"init_lora_weights {name!r} takes no lora_dropout: what it subtracts would not be dropped alike; set "
                 "lora_dropout to 0."
             )
-        if needs_no_dropout(name) and layer.lora_variant.get(adapter):
+        if is_subtracted(name) and layer.lora_variant.get(adapter):
             raise InputError(f"init_lora_weights {name!r} does not go with use_dora; choose one of them.")
         rank = layer.r[adapter]
         if name == "orthogonal":
@@ -115,7 +88,7 @@ def initialize(model: PeftModel, name: str, *, adapter: str = "default", seed: i
         root = math.sqrt(layer.scaling[adapter])
         set_factors(layer, adapter, a / root, b / root)
         _freeze(layer, adapter, a / root, b / root)
-    if needs_no_dropout(name):
+    if is_subtracted(name):
         _save_whole(model)
     return model
 
