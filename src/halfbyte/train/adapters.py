@@ -75,10 +75,10 @@ class Beginning:
         start = config.init_lora_weights
         if start == "eva":
             ranks = {path: rank for path, (rank, _) in adapted_layers(model, lora).items()}
-            lora.eva_config = eva_config([*ranks.values()], [model.get_submodule(path).in_features for path in ranks])
-            lora.init_lora_weights = "eva"
-            if self.checkpoint:
-                lora.init_lora_weights = True
+            if not self.checkpoint:
+                widths = [model.get_submodule(path).in_features for path in ranks]
+                lora.init_lora_weights, lora.eva_config = "eva", eva_config([*ranks.values()], widths)
+            else:
                 saved = json.loads((self.checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
                 for name in ("rank_pattern", "alpha_pattern", "target_modules"):
                     setattr(lora, name, saved[name])

@@ -46,6 +46,8 @@ def begin_with_eva(model: PeftModel, batches: Sequence[dict[str, Tensor]]) -> No
             "rank or more data."
         )
     initialize_lora_eva_weights(model, _Bounded(batches), show_progress_bar=False, gather_distributed_inputs=False)
+    config = model.peft_config["default"]
+    config.init_lora_weights, config.eva_config = True, None  # whoever opens the adapter has its values
 
 
 class _Bounded:
@@ -53,6 +55,9 @@ class _Bounded:
 
     def __init__(self, batches: Sequence[dict[str, Tensor]]) -> None:
         self.batches, self.left = batches, PASSES
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self.batches:

@@ -80,6 +80,8 @@ def lora_config(
         init_lora_weights=PLAIN.get(init_lora_weights, True),
         task_type=task_type,
     )
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        _check_expressions(name, pattern or {})
     if layers_to_transform is not None:
         if isinstance(targets, str) and targets != ALL:
             raise InputError(
@@ -112,14 +114,18 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
     return found
 
 
+def _check_expressions(option: str, pattern: Iterable[str]) -> None:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise InputError(f"{option} {key!r} is no regular expression ({error}); name a layer.") from error
+
+
 def _check_pattern(option: str, pattern: Mapping[str, float], layers: Iterable[str]) -> None:
     paths = [*layers]
     for key in pattern:
-        try:
-            matches = any(get_pattern_key([key], path) == key for path in paths)
-        except re.error as error:
-            raise InputError(f"{option} {key!r} is no regular expression ({error}); name a layer.") from error
-        if not matches:
+        if not any(get_pattern_key([key], path) == key for path in paths):
             raise InputError(f"{option} {key!r} matches no layer that gets LoRA{_near(key, paths)}.")
 
 
