@@ -44,6 +44,17 @@ SMOOTHED: tuple[DpoLoss, ...] = ("robust", "exo_pair", "aot", "aot_unpaired")
 Task = Literal["lm", "classify", "seq2seq"]
 """What a model is trained to do: go on with text, name the class of a text, turn one text into another."""
 
+Bias = Literal["none", "all", "lora_only"]
+"""Which biases of a model are trained beside its adapter."""
+STARTS = ("default", "gaussian", "orthogonal", "loftq", "pissa", "pissa_niter_4", "olora", "eva")
+"""How an adapter begins; see :mod:`halfbyte.hf.layers.starts`. Instead of 4 another number of iterations will do."""
+STARTS_REFUSED = {
+    "corda": "it wants the covariance of each layer's inputs collected over the dense model; use eva",
+    "lora_ga": "it wants gradients of the dense weights; use eva or pissa",
+    "mica": "it wants the smallest directions of the dense weights; use orthogonal",
+}
+"""Those of PEFT's that are none here, with a reason and another one to take."""
+
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)
 FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)

@@ -1,5 +1,6 @@
 """Options that come from YAML, flags or a script, each wrong one told in one sentence. Imports no torch."""
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -8,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from halfbyte.choices import STARTS, STARTS_REFUSED
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute
 
@@ -50,6 +52,27 @@ def not_empty(name: Any) -> Any:
     if not str(name).strip():
         raise ValueError("must not be empty")
     return name
+
+
+def check_start(name: str) -> str:
+    """Return the name of a way in which an adapter begins, if there is one.
+
+    Raises:
+        InputError: there is none, or it is one that does not run over 4-bit weights.
+    """
+    if name in STARTS_REFUSED:
+        raise InputError(f"init_lora_weights {name!r} does not run over 4-bit weights: {STARTS_REFUSED[name]}.")
+    if name not in STARTS and not re.fullmatch(r"pissa_niter_[1-9]\d?", name):
+        raise InputError(
+            f"there is no init_lora_weights {name!r}{nearest(name, STARTS)}; there is {', '.join(STARTS)} (4 or "
+            "another number of iterations)."
+        )
+    return name
+
+
+def is_subtracted(start: str) -> bool:
+    """Whether an adapter begins with a part of the weight, which is subtracted again: without dropout or DoRA."""
+    return start.startswith(("pissa", "olora"))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

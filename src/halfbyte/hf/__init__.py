@@ -5,20 +5,24 @@ from halfbyte.hf.layers.attention_choice import describe_attention
 from halfbyte.hf.layers.fusion import describe_layers, fuse, unfuse
 from halfbyte.hf.layers.prepare import prepare, prepare_for_training, unprepare
 from halfbyte.hf.layers.separation import packing_obstacle
+from halfbyte.hf.layers.starts import initialize
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.linears import not_linear, share_in_4bit
 from halfbyte.hf.models.loader import load, load_tokenizer
+from halfbyte.hf.models.loftq import LoftQ
 from halfbyte.hf.models.quantize_files import quantize_checkpoint
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer
 
 __all__ = [
     "HalfbyteConfig",
     "HalfbyteQuantizer",
+    "LoftQ",
     "LoraLinear4bit",
     "count_parameters",
     "describe_attention",
     "describe_layers",
     "fuse",
+    "initialize",
     "load",
     "load_tokenizer",
     "not_linear",

@@ -35,6 +35,7 @@ from halfbyte.data.options import DataOptions
 from halfbyte.errors import nearest
 from halfbyte.files import absolute, write_text
 from halfbyte.options import not_empty
+from halfbyte.runs.adapter_options import AdapterOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -84,7 +85,7 @@ def _owners() -> dict[str, tuple[str, ...]]:
     return {name: extra["methods"] for name, extra in extras.items() if "methods" in extra}
 
 
-class TrainConfig(DataOptions):
+class TrainConfig(AdapterOptions, DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
@@ -252,6 +253,11 @@ class TrainConfig(DataOptions):
             changed = getattr(self, name) != type(self).model_fields[name].default
             if changed and self.optimizer in TRANSFORMERS_OPTIMIZERS:
                 raise ValueError(f"{name} is AdamW's and Lion's, but the optimizer is {self.optimizer}; leave it away")
+        if self.loraplus_lr_ratio is not None and self.optimizer in TRANSFORMERS_OPTIMIZERS:
+            raise ValueError(
+                f"loraplus_lr_ratio needs one of halfbyte's optimizers (AdamW, Lion), but the optimizer is "
+                f"{self.optimizer}; leave one of them away"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,19 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from halfbyte import data, hf, optim
 from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
-from halfbyte.hf.layers.targets import check_targets
 from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed
 from halfbyte.plan.machine import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train import schedules
+from halfbyte.train.adapters import Beginning, loraplus_groups
 from halfbyte.train.methods import Method
 from halfbyte.train.tasks import build_task_trainer, logits_bytes
 
@@ -25,8 +24,10 @@ FREE_SHARE = 0.9
 """Of the memory that is free, what a run takes where no budget was given."""
 
 
-def build_model(config: TrainConfig, classes: Sequence[str] = ()) -> Any:
-    """Load the base model in 4 bits and put a new adapter on it, ready to train; a classifier tells ``classes`` apart.
+def build_model(config: TrainConfig, beginning: Beginning | None = None, classes: Sequence[str] = ()) -> Any:
+    """Load the base model in 4 bits and put an adapter on it, begun as ``beginning`` says, ready to train.
+
+    A classifier tells ``classes`` apart.
 
     Raises:
         InputError: it cannot be loaded, is no model for the task, or has no layers by that name.
@@ -37,39 +38,28 @@ def build_model(config: TrainConfig, classes: Sequence[str] = ()) -> Any:
         double_quant=config.double_quant,
         compute_dtype=config.compute_dtype,
     )
+    beginning = beginning or Beginning(config)
     if classes:
         set_seed(config.seed)  # of the head's first values
-    model = hf.load(
-        config.model,
-        quantization_config=quantization,
-        trust_remote_code=config.trust_remote_code,
-        task=config.task,
-        classes=classes or None,
-    )
+    with beginning.loading():
+        model = hf.load(
+            config.model,
+            quantization_config=quantization,
+            trust_remote_code=config.trust_remote_code,
+            task=config.task,
+            classes=classes or None,
+        )
     if hasattr(model, "peft_config"):
-        raise InputError(f"{config.model} is an adapter; train on its base model, or merge it first.")
+        raise InputError(f"{config.model} is an adapter; name its base model, and it as the adapter to train on from.")
     if config.task == "lm" and (model.config.is_encoder_decoder or not model.can_generate()):
         raise InputError(
             f"{config.model} ({type(model).__name__}) is not a causal language model; set task to "
             f"{'seq2seq or classify' if model.config.is_encoder_decoder else 'classify'}, or name another model."
         )
     heads = head_names(model) if config.task == "classify" else []
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=check_targets(model, config.target_modules),
-        exclude_modules=[*hf.not_linear(model), *modules_within(model, heads)] or None,
-        modules_to_save=heads or None,
-        task_type=TASK_TYPES[config.task],
-    )
-    set_seed(config.seed)
-    try:
-        model = get_peft_model(model, lora)
-    except ValueError as error:
-        remedy = "" if "lora_dropout" not in str(error) else " Set lora_dropout to 0: experts' weights take none."
-        raise InputError(f"target_modules {config.target_modules!r}: {error}{remedy}") from error
-    return hf.prepare_for_training(model)
+    kept = modules_within(model, heads)
+    adapted = beginning.put(model, never=kept, modules_to_save=heads, task_type=TASK_TYPES[config.task])
+    return hf.prepare_for_training(adapted)
 
 
 def plan_activations(
@@ -122,6 +112,7 @@ def build_trainer(
         "lr_scheduler_kwargs": config.lr_scheduler_kwargs,
         "warmup_steps": config.warmup_ratio,
         "max_grad_norm": config.max_grad_norm,
+        "neftune_noise_alpha": config.neftune_noise_alpha,
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
         "seed": config.seed,
@@ -172,7 +163,7 @@ def build_optimizer(config: TrainConfig, model: Any, page_dir: Path) -> optim.Ad
     """Return the optimizer over the trained parameters; paged state lies in ``page_dir``."""
     return optim.create(
         config.optimizer,
-        _groups(config, model),
+        loraplus_groups(config, model) if config.loraplus_lr_ratio else _groups(config, model),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=1e-8,

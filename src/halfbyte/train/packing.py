@@ -58,7 +58,8 @@ def _packed(
     max_length: int,
     note: Callable[[str], None] | None,
 ) -> data.PackingPlan | None:
-    if config.packing is False or config.task != "lm":
+    noisy = config.neftune_noise_alpha  # noise that depends on the length of a row
+    if config.packing is False or config.task != "lm" or noisy:
         return None
     lengths = tables.lengths(rows.train.rows)
     plan = data.plan_packing(

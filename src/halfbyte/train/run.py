@@ -26,6 +26,7 @@ from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.heads import set_pad
 from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
+from halfbyte.hf.models.new_tokens import NewToken
 from halfbyte.hf.models.stops import check_stop_token, save_stops
 from halfbyte.hf.trainers import distributed
 from halfbyte.kernels import pool
@@ -36,6 +37,7 @@ from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, St
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
 from halfbyte.train import schedules
+from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.build import build_model, build_trainer, plan_activations
 from halfbyte.train.methods import Method, check_rows, method_of
@@ -87,8 +89,9 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             if distributed.is_first():
                 held.enter_context(folder.locked())
             checkpoint = folder.check(config)
-            tokenizer, rows = _read(config, method, tell)
-            model = _load(config, tokenizer, rows, tell)
+            tokenizer, added, rows = _read(config, method, tell)
+            beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
+            model = _load(config, beginning, tokenizer, rows, tell)
         tell(Stage(name="plan", text="Planning the memory of a step"))
         if checkpoint:  # what a pass holds decides about bits
             tokens = folder.packed_tokens()
@@ -117,14 +120,14 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
     return RunResult(folder.path, summary)
 
 
-def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, data.Prepared]:
-    """Return the tokenizer, and the data as rows of its tokens."""
+def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, list[NewToken], data.Prepared]:
+    """Return the tokenizer, the tokens that were added to it, and the data as rows of its tokens."""
     tell(Stage(name="data", text=f"Reading {data.named_sources(config.data)}"))
 
     def progress(_: int, done: int, size: int) -> None:
         tell(Progress(done=done, total=size, unit="bytes"))
 
-    tokenizer = hf.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer, added = load_tokenizer(config)
     for line in data.equip(tokenizer, config):
         tell(Note(text=line))
     take = functools.partial(method.take, config.method)
@@ -149,13 +152,13 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, dat
     if rows.train.counts.chats and not tokenizer.chat_template:
         tokenizer.chat_template = data.chat_template(tokenizer)
         tell(Note(text="The model has no chat template; a plain one is taken and saved with the adapter"))
-    return tokenizer, rows
+    return tokenizer, added, rows
 
 
-def _load(config: TrainConfig, tokenizer: Any, rows: data.Prepared, tell: Listener) -> Any:
-    """Return the model with a new adapter, held to be one that these rows can be trained on."""
+def _load(config: TrainConfig, beginning: Beginning, tokenizer: Any, rows: data.Prepared, tell: Listener) -> Any:
+    """Return the model with its adapter, held to be one that these rows can be trained on."""
     tell(Stage(name="model", text=f"Loading {config.model}"))
-    model = build_model(config, list(rows.classes))
+    model = build_model(config, beginning, list(rows.classes))
     if config.task == "classify":
         set_pad(model, tokenizer)
     name = f"The data ({data.named_sources(config.data)})"

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from halfbyte.errors import InputError
+from halfbyte.hf.layers import dora, starts
 from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
+from halfbyte.nn.dora import rescale
 
 KINDS = (
     *("LORA", "ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "FOURIERFT", "GRALORA", "IA3"),
@@ -42,15 +44,29 @@ def check_kind(kind: Any) -> None:
 
 
 class LoraLinear4bit(LoraLinear):
-    """PEFT's ``lora.Linear`` with our forward for plain LoRA; variants (DoRA and others) run as PEFT wrote them."""
+    """PEFT's ``lora.Linear`` with our forward for plain LoRA and DoRA; other variants run as PEFT wrote them."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``y = x dequant(W)ᵀ + b + Σ s (dropout(x) Aᵀ) Bᵀ`` over the active adapters, ``[..., out]``."""
         projection = None if args or kwargs else _projection(self)
+        if projection is None and not args and not kwargs and (names := _dropped_dora(self)):
+            base, dtype = self.base_layer, self.base_layer.compute_dtype or x.dtype
+            bias = None if base.bias is None else base.bias.to(dtype)
+            dropout = self.lora_dropout[names[0]]
+            return dora.dropped(self, names[0], base.quantized_weight, bias, x.to(dtype), dropout).to(x.dtype)
         if projection is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
-            return theirs
+            return theirs if self.disable_adapters else self._less_starts(theirs, x, kwargs)
         return _project([projection], x)[0]
+
+    def _less_starts(self, y: Tensor, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Return ``y``, without what the adapters began with (:mod:`halfbyte.hf.layers.starts`)."""
+        if kwargs.get("adapter_names") and starts.starts_of(self, [*self.lora_A]):
+            raise InputError(
+                "Rows cannot each have their adapter where one subtracts what it began with: save it, open it."
+            )
+        part = starts.subtracted(self, [name for name in self.active_adapters if name in self.lora_A], x)
+        return y if part is None else y + part
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight."""
@@ -86,16 +102,19 @@ class _Projection(NamedTuple):
     projection: Projection
     compute_dtype: torch.dtype | None
     dropout: float
+    rescaled: tuple[Tensor, Tensor | None] | None = None
+    """For DoRA: what multiplies the rows of the result, and the bias, which is added after it."""
 
 
 def _project(projections: Sequence[_Projection], x: Tensor) -> list[Tensor]:
     compute_dtype, dropout = projections[0].compute_dtype, max(p.dropout for p in projections)
     ys = lora_linear(x.to(compute_dtype or x.dtype), [p.projection for p in projections], dropout)
+    ys = [y if p.rescaled is None else rescale(y, *p.rescaled) for y, p in zip(ys, projections, strict=True)]
     return [y.to(x.dtype) for y in ys]
 
 
 def _projection(layer: nn.Module) -> _Projection | None:
-    """Return what ``layer`` computes, or None where it is anything but a 4-bit layer with plain LoRA or none.
+    """Return what ``layer`` computes, or None where it is anything but a 4-bit layer with plain LoRA, DoRA or none.
 
     Of PEFT 0.21's ``lora.Linear`` this reads what its own forward reads.
     """
@@ -107,7 +126,9 @@ def _projection(layer: nn.Module) -> _Projection | None:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     dropouts = {_probability(layer.lora_dropout[name]) for name in names} or {0.0}
     dropout = dropouts.pop()
-    if any(name in layer.lora_variant for name in names) or dropouts or dropout is None or not untouched(base):
+    is_dora = dora.is_dora(layer, names) and not dropout
+    varied = any(name in layer.lora_variant for name in names) and not is_dora
+    if varied or dropouts or dropout is None or not untouched(base):
         return None
     if type(base) is not Linear4bit:
         return None
@@ -117,7 +138,20 @@ def _projection(layer: nn.Module) -> _Projection | None:
         adapters.append(LowRank(a.weight, b.weight, scaling))
         if b.bias is not None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
+    adapters += starts.starts_of(layer, names)
+    if is_dora:
+        rescaled = (dora.factors(layer, names[0], base.quantized_weight), bias)
+        return _Projection(Projection(base.quantized_weight, None, adapters), base.compute_dtype, dropout, rescaled)
     return _Projection(Projection(base.quantized_weight, bias, adapters), base.compute_dtype, dropout)
+
+
+def _dropped_dora(layer: LoraLinear4bit) -> list[str] | None:
+    """Return the active adapters if they are a single DoRA whose input loses values now, else None."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = type(layer) is LoraLinear4bit and type(layer.base_layer) is Linear4bit and untouched(layer.base_layer)
+    if not plain or layer.disable_adapters or not dora.is_dora(layer, names):
+        return None
+    return names if _probability(layer.lora_dropout[names[0]]) else None
 
 
 def _probability(dropout: nn.Module) -> float | None:
@@ -159,9 +193,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def vocabulary_resized(model: PeftModel) -> bool:
-    """Return whether rows were added to the embeddings of the base model since it was opened, or taken away.
+    """Return whether embeddings have to be saved whole: rows were added, or taken away, that no adapter holds.
 
-    PEFT's own ``save_pretrained`` asks this too, but over the network if need be.
+    PEFT's own ``save_pretrained`` asks this too, but over the network if need be. Rows that are trained one by one
+    (``trainable_token_indices``) are in the adapter.
     """
     base = model.get_base_model()
     path = getattr(base.config, "_name_or_path", "")
@@ -172,4 +207,13 @@ def vocabulary_resized(model: PeftModel) -> bool:
     except (OSError, ValueError):
         return True  # nothing to compare with, and rows that are saved in vain do no harm
     rows: int = before.get_text_config().vocab_size
-    return bool(base.config.get_text_config().vocab_size != rows)
+    now: int = base.config.get_text_config().vocab_size
+    return now < rows or not all({*range(rows, now)} <= held_everywhere(c, base) for c in model.peft_config.values())
+
+
+def held_everywhere(config: Any, base: Any) -> set[int]:
+    """Return the rows that an adapter of this configuration holds, of the input embedding and of the output head."""
+    indices = getattr(config, "trainable_token_indices", None) or []
+    lists = [*indices.values()] if isinstance(indices, dict) else [indices]
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    return set.intersection(*map(set, lists)) if tied or len(lists) > 1 else set()

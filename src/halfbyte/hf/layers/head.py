@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 
 from halfbyte.choices import IGNORED
+from halfbyte.hf.layers.whole import WholeLinear
 from halfbyte.nn import Linear4bit, Scores, linear_cross_entropy
 from halfbyte.quant import QuantizedWeight
 
@@ -210,7 +211,9 @@ def head_of(model: PreTrainedModel) -> Head | None:
     """Return how ``model`` makes its logits, or None if that is not known or its head is not a plain linear layer."""
     layer = _layer_of(model)
     if not isinstance(layer, _Rows) and (
-        type(layer) not in (nn.Linear, Linear4bit) or type(layer.weight) is not nn.Parameter or _is_hooked(layer)
+        type(layer) not in (nn.Linear, Linear4bit, WholeLinear)
+        or type(layer.weight) is not nn.Parameter
+        or _is_hooked(layer)
     ):
         return None
     if not hasattr(model, "_halfbyte_head"):

@@ -15,6 +15,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import Counts, LoraLinear4bit, check_kind, refuse_merge
 from halfbyte.hf.layers.fusion import fuse, unfuse
 from halfbyte.hf.layers.head import base_of, bind_head, unbind_head
+from halfbyte.hf.layers.starts import has_starts
 from halfbyte.nn import Linear4bit
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,7 +72,16 @@ prepare_for_training = prepare
 
 
 def unprepare(model: Model) -> Model:
-    """Undo :func:`prepare`: PEFT's and transformers' own classes again, in place; returns the model."""
+    """Undo :func:`prepare`: PEFT's and transformers' own classes again, in place; returns the model.
+
+    Raises:
+        InputError: the adapter subtracts what it began with, which PEFT's classes do not.
+    """
+    if has_starts(model):
+        raise InputError(
+            "The adapter subtracts what it began with (pissa, olora), which PEFT's own layers do not: save it with "
+            "save_pretrained, which makes plain LoRA of it, and open that."
+        )
     unfuse(model)
     for module in model.modules():
         if isinstance(module, LoraLinear4bit):

@@ -36,8 +36,8 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "default")
 SHOWN = 3
 
 
-def put_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put the adapter in ``folder`` on ``model``, to run: nothing of it is trained.
+def put_adapter(model: PreTrainedModel, folder: Path, trained: bool = False) -> PeftModel:
+    """Put the adapter in ``folder`` on ``model``, to run, or to be ``trained`` further.
 
     Args:
         model: its base model; its embeddings grow or shrink to the rows that the adapter brings.
@@ -48,9 +48,10 @@ def put_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             weights.
     """
     config, weights = _read(model, folder)
+    config.inference_mode = not trained
     if any(isinstance(module, Linear4bit) for module in model.modules()):
         check_kind(config.peft_type)
-    _resize(model, weights, folder)
+    _resize(model, config, weights, folder)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     try:
         adapted: PeftModel = kind(model, config)
@@ -87,7 +88,7 @@ def put_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     for names, words in ((unexpected, "has no place for"), (missing, "needs, and the file lacks,")):
         if names:
             raise _misfit(model, folder, f"the base model {words} {_listed(names)}")
-    return adapted.eval()
+    return adapted if trained else adapted.eval()
 
 
 def _read(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -95,7 +96,6 @@ def _read(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, T
         raise InputError(f"The adapter {folder} holds no {FILES[0]}; copy it there, or save the adapter again.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = True
         mapping = {} if config.is_prompt_learning else getattr(model, "_checkpoint_conversion_mapping", {})
         weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
@@ -105,12 +105,17 @@ def _read(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, T
     return config, {name: tensor for name, tensor in weights.items() if name not in twice}
 
 
-def _resize(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Give the embeddings of ``model`` as many rows as those in the file, if there are any."""
+def _resize(model: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Give the embeddings of ``model`` as many rows as the adapter brings, whole or one by one."""
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {name for name, module in model.named_modules() if any(module is head for head in heads)}
     found = {weights[key].shape[0] for key in _embedding_keys(names) if key in weights}
     rows = model.get_input_embeddings().weight.shape[0]
+    single = getattr(config, "trainable_token_indices", None) or []
+    lists = [*single.values()] if isinstance(single, dict) else [single]
+    last = max((row for rows_of_one in lists for row in rows_of_one), default=-1)
+    if not found and last >= rows:
+        found = {last + 1}
     if found <= {rows}:
         return
     if len(found) > 1 or (isinstance(heads[1], Linear4bit)):

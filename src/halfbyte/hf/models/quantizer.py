@@ -10,7 +10,7 @@ import contextvars
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,21 @@ class Failures:
 
 
 _failures: contextvars.ContextVar[Failures | None] = contextvars.ContextVar("failures", default=None)
+
+
+Watcher = Callable[[nn.Module, str, Tensor, QuantizedWeight], None]
+"""Is told of the model, a weight's name, its dense values ``[out, in]``, and what became of them."""
+_watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell ``watcher`` of every weight that is quantized meanwhile, while both its forms are there."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @contextlib.contextmanager
@@ -228,6 +243,8 @@ class Quantize(ConversionOps):
                 dense = value[0] if isinstance(value, list) else value
                 layer.set_quantized_weight(quantized(name, dense, layer, self.hf_quantizer.quantization_config))
                 result[name] = layer.weight
+                if watcher := _watcher.get():
+                    watcher(model, name, dense.T if layer.transposed else dense, layer.quantized_weight)
         return result
 
 

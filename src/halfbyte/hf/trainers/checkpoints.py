@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
 from halfbyte.hf.layers.adapters import vocabulary_resized
+from halfbyte.hf.layers.starts import split
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.state import (
     flatten,
@@ -149,7 +150,7 @@ class Checkpoints(_Theirs):
             file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
             if not file.is_file():
                 raise InputError(f"{resume_from_checkpoint} holds no {file.name}: it is no checkpoint to go on from.")
-            weights = load_file(file)
+            weights = split(self.model, load_file(file))
             expected = get_peft_model_state_dict(self.model, save_embedding_layers=vocabulary_resized(self.model))
             if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
                 raise InputError(

@@ -1,0 +1,180 @@
+"""From what a user says of an adapter to PEFT's ``LoraConfig`` (0.21), or refused where it fits nothing.
+
+PEFT itself leaves out patterns, layer numbers and modules that match nothing, and takes a rank that no layer can use.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.errors import InputError, nearest
+from halfbyte.hf.layers.starts import PLAIN
+from halfbyte.hf.layers.targets import ALL, check_targets
+from halfbyte.nn import Linear4bit
+from halfbyte.options import check_start
+
+SHOWN = 8
+
+
+def lora_config(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = ALL,
+    exclude_modules: Sequence[str] = (),
+    never: Sequence[str] = (),
+    layers_to_transform: Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    bias: Literal["none", "all", "lora_only"] = "none",
+    modules_to_save: Sequence[str] = (),
+    token_indices: dict[str, list[int]] | None = None,
+    init_lora_weights: str = "default",
+    task_type: str = "CAUSAL_LM",
+) -> LoraConfig:
+    """Return PEFT's configuration of a new adapter for ``model``; the options are PEFT's, with ours for its beginning.
+
+    Args:
+        model: the base model; its weights need not be there yet.
+        never: layers that get no adapter whatever ``target_modules`` says.
+        token_indices: rows that are trained, by the names of embeddings and heads.
+        others: as ``halfbyte train`` explains them.
+
+    Raises:
+        InputError: an option matches nothing in the model, or does not go with another one, or the rank is larger than
+            a layer.
+    """
+    check_start(init_lora_weights)
+    targets = check_targets(model, target_modules)
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in exclude_modules:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise InputError(f"exclude_modules {name!r} matches no module of the model{_near(name, paths)}.")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=targets,
+        exclude_modules=[*never, *exclude_modules] or None,
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        bias=bias,
+        modules_to_save=[*modules_to_save] or None,
+        trainable_token_indices=token_indices,
+        ensure_weight_tying=_trains_tied(model, modules_to_save),
+        init_lora_weights=PLAIN.get(init_lora_weights, True),
+        task_type=task_type,
+    )
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        _check_expressions(name, pattern or {})
+    if layers_to_transform is not None:
+        if isinstance(targets, str) and targets != ALL:
+            raise InputError(
+                "layers_to_transform does not go with target_modules as a regular expression; write the numbers into "
+                "that, or give a list of names."
+            )
+        # PEFT takes layer numbers beside a list alone
+        config.target_modules = {*adapted_layers(model, config)}
+        config.layers_to_transform = [*layers_to_transform]
+    layers = adapted_layers(model, config)
+    for number in layers_to_transform or ():
+        if not any(f".{number}." in path for path in layers):
+            raise InputError(f"layers_to_transform {number} matches no layer of the model, counted from 0.")
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        _check_pattern(name, pattern or {}, layers)
+    _check_ranks(model, layers)
+    _check_saved(model, modules_to_save)
+    return config
+
+
+def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, float]]:
+    """Return the linear layers of a base model that an adapter goes on, by path, with its rank and scale there."""
+    config = _maybe_include_all_linear_layers(copy.copy(config), model)
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and check_target_module_exists(config, path):
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
+            found[path] = (rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    return found
+
+
+def _check_expressions(option: str, pattern: Iterable[str]) -> None:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise InputError(f"{option} {key!r} is no regular expression ({error}); name a layer.") from error
+
+
+def _check_pattern(option: str, pattern: Mapping[str, float], layers: Iterable[str]) -> None:
+    paths = [*layers]
+    for key in pattern:
+        if not any(get_pattern_key([key], path) == key for path in paths):
+            raise InputError(f"{option} {key!r} matches no layer that gets LoRA{_near(key, paths)}.")
+
+
+def _check_ranks(model: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None:
+    for path, (rank, _) in layers.items():
+        module: Any = model.get_submodule(path)
+        sides = (
+            [*reversed(module.weight.shape)]
+            if isinstance(module, Conv1D)
+            else [module.out_features, module.in_features]
+        )
+        if rank > min(sides):
+            name = path.rsplit(".", 1)[-1]
+            raise InputError(
+                f"rank {rank} is larger than the layer {path}, of {sides[0]} by {sides[1]}; take a rank of at most "
+                f"{min(sides)}, for that layer alone with rank_pattern {name}={min(sides)}."
+            )
+
+
+def _check_saved(model: nn.Module, names: Sequence[str]) -> None:
+    modules = {path: module for path, module in model.named_modules() if path}
+    for name in names:
+        found = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not found:
+            raise InputError(f"modules_to_save {name!r} matches no module of the model{_near(name, modules)}.")
+        for path in found:
+            if any(isinstance(part, Linear4bit) for part in modules[path].modules()):
+                raise InputError(
+                    f"modules_to_save {name!r} matches {path}, which holds frozen 4-bit weights; give it LoRA "
+                    "(target_modules), or name a module that stays dense, such as lm_head or embed_tokens."
+                )
+            if not any(True for _ in modules[path].parameters()):
+                raise InputError(f"modules_to_save {name!r} matches {path}, which has nothing to train.")
+
+
+def _trains_tied(model: PreTrainedModel, names: Sequence[str]) -> bool:
+    """Whether an embedding is trained as a whole that is the output head too."""
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return tied and any(
+        path == name or path.endswith(f".{name}")
+        for path, module in model.named_modules()
+        if any(module is head for head in heads)
+        for name in names
+    )
+
+
+def _near(name: str, paths: Iterable[str]) -> str:
+    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+    hint = nearest(name, names)
+    shown = [each for each in names if not each.isdigit()][:SHOWN]
+    return hint or f", which has {', '.join(shown)}"
