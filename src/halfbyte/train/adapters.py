@@ -174,7 +174,7 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[N
 
 
 def loraplus_groups(config: TrainConfig, model: Any) -> list[dict[str, Any]]:
-    """Return the groups of the trained parameters with LoRA+ (arXiv 2402.12354), whose steps of B are larger by a ratio.
+    """Return the groups of the trained parameters with LoRA+ (arXiv 2402.12354): the steps of B are larger by a ratio.
 
     They are those of PEFT's ``create_loraplus_optimizer`` (0.21), but for the weight decay, which is the run's.
     """
