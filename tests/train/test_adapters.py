@@ -1,7 +1,9 @@
 """Adapters of every kind through whole runs: what PEFT opens, what resumes, what is refused."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import halfbyte
 from halfbyte import hf
 from halfbyte.errors import InputError
+from halfbyte.hf.layers.eva import begin_with_eva, eva_config
+from halfbyte.hf.models.new_tokens import add_tokens, give_rows
 from halfbyte.runs.events import Event, Note, StepMetrics
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
 from halfbyte.train.build import build_model, build_optimizer
@@ -45,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"modules_to_save": ["lm_head"], "bias": "lora_only", "init_lora_weights": "orthogonal"},
 }
 UNTIED = ("head", "pissa")
+QUICK = ("many", "pissa")
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +94,17 @@ def logits(model: Any, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_resumed_run_is_bitwise_the_whole_one_and_opens_in_plain_peft(
     kind: str, options: dict[str, Any], untied_folder: Path, tmp_path: Path
 ) -> None:
     options = with_kind(options, kind, untied_folder)
-
-    def stop(event: Event) -> None:
-        if isinstance(event, StepMetrics) and event.step == 1:
-            raise KeyboardInterrupt
-
     losses: list[float] = []
     keep = lambda event: losses.append(event.loss) if isinstance(event, StepMetrics) else None  # noqa: E731
     whole = fine_tune(TrainConfig(**options), keep).output
-    with pytest.raises((Interrupted, KeyboardInterrupt)):
+    with pytest.raises(Interrupted):
         fine_tune(TrainConfig(**(options | {"output": tmp_path / "parts", "save_steps": 1})), stop_after(2))
     assert (tmp_path / "parts" / "checkpoints").is_dir()
     parts = fine_tune(TrainConfig(**(options | {"output": tmp_path / "parts", "save_steps": 1, "resume": True}))).output
@@ -129,8 +131,6 @@ def test_a_resumed_run_is_bitwise_the_whole_one_and_opens_in_plain_peft(
 
 def stop_after(step: int) -> Any:
     """A listener that interrupts the run as Ctrl-C does, in the step after this one."""
-    import os
-    import signal
 
     def listen(event: Event) -> None:
         if isinstance(event, StepMetrics) and event.step == step - 1:
@@ -152,8 +152,6 @@ def test_a_folder_with_new_tokens_opens_as_peft_opens_models_by_themselves(optio
 
 
 def test_a_new_row_begins_as_the_mean_of_its_pieces(options: dict[str, Any], untied_folder: Path) -> None:
-    from halfbyte.hf.models.new_tokens import add_tokens, give_rows
-
     for folder in (options["model"], untied_folder):
         model, tokenizer = halfbyte.load(folder, **FP32), hf.load_tokenizer(folder)
         pieces = tokenizer("<never>")["input_ids"]
@@ -275,3 +273,41 @@ def test_loftq_over_a_4_bit_base_is_refused(options: dict[str, Any], tmp_path: P
     hf.quantize_checkpoint(Path(options["model"]), tmp_path / "four")
     with pytest.raises(InputError, match=r"needs the weights before they are quantized"):
         fine_tune(TrainConfig(**(options | {"model": str(tmp_path / "four"), "init_lora_weights": "loftq"})))
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage")
+def test_eva_says_where_its_directions_cannot_be_found(options: dict[str, Any]) -> None:
+    config = LoraConfig(
+        r=8, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="eva", eva_config=eva_config([8], [32])
+    )
+    assert config.eva_config.rho == 2 and eva_config([8, 17], [32]).rho == 1
+    model = get_peft_model(halfbyte.load(options["model"], **FP32), config)
+    ids = torch.arange(14).view(1, 14)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with pytest.raises(InputError, match=r"'eva' looks for 16 directions and found 14 tokens in a batch"):
+        begin_with_eva(model, [batch])
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage")
+def test_eva_spans_the_principal_directions_of_a_layer_s_inputs(options: dict[str, Any]) -> None:
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights="eva",
+        eva_config=eva_config([17], [32]),
+    )
+    model = get_peft_model(halfbyte.load(options["model"], **FP32), config)
+    ids = torch.randint(0, 250, (4, 64), generator=torch.Generator().manual_seed(3))
+    inputs: list[Tensor] = []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    handle = layer.register_forward_hook(lambda _, x, y: inputs.append(x[0].detach().reshape(-1, 32)))
+    model(input_ids=ids)
+    handle.remove()
+    begin_with_eva(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}])
+    centred = inputs[0] - inputs[0].mean(0)
+    a = layer.lora_A["default"].weight
+    torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-4)
+    most = torch.linalg.svdvals(centred)[:4].square().sum()
+    assert (centred @ a.T).square().sum() > 0.98 * most  # of any four directions, the most that can be
+    assert not layer.lora_B["default"].weight.any()

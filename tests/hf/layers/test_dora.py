@@ -158,3 +158,18 @@ def test_a_dora_adapter_opens_in_plain_peft_with_the_same_outputs(tiny_model_fol
     torch.testing.assert_close(opened(input_ids=IDS).logits, logits, rtol=1e-3, atol=1e-4)
     again = halfbyte.load(tmp_path, quantization_config=halfbyte.HalfbyteConfig(compute_dtype="float32"))
     torch.testing.assert_close(again(input_ids=IDS).logits, logits, rtol=0, atol=0)
+
+
+def test_dora_works_together_with_other_adapters(tiny_model_folder: Path) -> None:
+    ours, theirs = pair(tiny_model_folder, torch.float32)
+    plain = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    for model in (ours, theirs):
+        torch.manual_seed(4)
+        model.add_adapter("plain", plain)
+    halfbyte.prepare(ours)
+    for names in (["default"], ["plain"], ["default", "plain"], ["plain", "default"]):
+        for model in (ours, theirs):
+            model.base_model.set_adapter(names)
+            model.eval()
+        found, expected = ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
