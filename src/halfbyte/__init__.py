@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from halfbyte import optim
     from halfbyte.errors import InputError
     from halfbyte.hf import HalfbyteConfig, load, load_tokenizer, prepare, prepare_for_training, unprepare
-    from halfbyte.nn import Linear4bit
+    from halfbyte.nn import Linear4bit, Linear8bit
     from halfbyte.quant import QuantizedWeight, quantize_4bit
 
 __version__ = "0.2.0"
@@ -25,6 +25,7 @@ _HOMES = {
     "HalfbyteConfig": "halfbyte.hf",
     "InputError": "halfbyte.errors",
     "Linear4bit": "halfbyte.nn",
+    "Linear8bit": "halfbyte.nn",
     "QuantizedWeight": "halfbyte.quant",
     "load": "halfbyte.hf",
     "load_tokenizer": "halfbyte.hf",
@@ -38,6 +39,7 @@ __all__ = [
     "HalfbyteConfig",
     "InputError",
     "Linear4bit",
+    "Linear8bit",
     "QuantizedWeight",
     "load",
     "load_tokenizer",

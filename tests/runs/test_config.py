@@ -105,7 +105,8 @@ def test_every_option_says_what_it_is() -> None:
 def test_the_choices_are_those_that_the_layers_below_offer() -> None:
     choices = {name: typing.get_args(field.annotation) for name, field in TrainConfig.model_fields.items()}
     assert set(choices["optimizer"]) == set(halfbyte.optim.KINDS)
-    assert set(choices["quant_type"]) == {name for name in CODEBOOKS if len(codebook(name, torch.device("cpu"))) == 16}
+    formats = {name for name in CODEBOOKS if len(codebook(name, torch.device("cpu"))) == 16}
+    assert set(choices["quant_type"]) == {*formats, "int8", "none"}
     assert set(choices["method"]) == set(METHODS)
 
 

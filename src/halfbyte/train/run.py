@@ -143,7 +143,7 @@ def _load(config: TrainConfig, tokenizer: Any, rows: data.Prepared, tell: Listen
     for line in _stops_told(model, tokenizer):
         tell(Note(text=line))
     trained, parameters = model.get_nb_trainable_parameters()
-    share = f"{hf.share_in_4bit(model):.0%} of them in 4 bits"
+    share = hf.describe_base(model)
     tell(Note(text=f"Training {trained:,} parameters over {parameters - trained:,} frozen ones, {share}"))
     tell(Note(text=f"Decoder layers {hf.describe_layers(model)}"))
     tell(Note(text=f"Attention {hf.describe_attention(model)}"))

@@ -1,12 +1,12 @@
-"""PEFT's LoRA layers over 4-bit weights: theirs to configure, save and load, ours to run.
+"""PEFT's LoRA layers over frozen weights in 4, 8 or 16 bits: theirs to configure, save and load, ours to run.
 
-PEFT (0.21) wraps a :class:`~halfbyte.nn.Linear4bit` in its ``lora.Linear``, which would compute the low-rank part in
-fp32 and, asked to merge, add floats to packed bytes. :mod:`halfbyte.hf.layers.prepare` turns each of those, by class
-swap, into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's.
+PEFT (0.21) wraps a :class:`~halfbyte.nn.FrozenLinear` in its ``lora.Linear``, which over 4 bits would compute the
+low-rank part in fp32 and, asked to merge, add floats to packed bytes. :mod:`halfbyte.hf.layers.prepare` turns each of
+those, by class swap, into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from halfbyte.errors import InputError
-from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
+from halfbyte.nn import DenseLinear, FrozenLinear, Linear4bit, Linear8bit, LowRank, Projection, lora_linear
 
 KINDS = (
     *("LORA", "ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "FOURIERFT", "GRALORA", "IA3"),
@@ -53,15 +53,17 @@ class LoraLinear4bit(LoraLinear):
         return _project([projection], x)[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight."""
-        refuse_merge()
+        """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight. Into a dense one PEFT merges."""
+        if not isinstance(self.base_layer, DenseLinear):
+            refuse_merge()
+        super().merge(safe_merge, adapter_names)
 
 
 def refuse_merge(*_: Any, **__: Any) -> None:
     """What stands for ``merge`` of an adapter's layer over a 4-bit weight; PEFT's would write floats over its bytes."""
     raise InputError(
-        "An adapter cannot be merged into 4-bit weights; load the 16-bit base model with transformers, put the "
-        "adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
+        "An adapter cannot be merged into 4-bit weights, nor into 8-bit ones; load the 16-bit base model with "
+        "transformers, put the adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
     )
 
 
@@ -95,13 +97,13 @@ def _project(projections: Sequence[_Projection], x: Tensor) -> list[Tensor]:
 
 
 def _projection(layer: nn.Module) -> _Projection | None:
-    """Return what ``layer`` computes, or None where it is anything but a 4-bit layer with plain LoRA or none.
+    """Return what ``layer`` computes, or None where it is anything but a frozen layer with plain LoRA or none.
 
     Of PEFT 0.21's ``lora.Linear`` this reads what its own forward reads.
     """
-    if type(layer) is Linear4bit:
-        return _Projection(Projection(layer.quantized_weight, layer.bias, ()), layer.compute_dtype, 0.0)
-    if type(layer) is not LoraLinear4bit or layer.disable_adapters:
+    if _is_frozen(layer):
+        return _Projection(Projection(layer.frozen_weight, layer.bias, ()), layer.compute_dtype, 0.0)
+    if type(layer) is not LoraLinear4bit or layer.disable_adapters or layer.merged:
         return None
     base = layer.base_layer
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -109,7 +111,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
     dropout = dropouts.pop()
     if any(name in layer.lora_variant for name in names) or dropouts or dropout is None or not untouched(base):
         return None
-    if type(base) is not Linear4bit:
+    if not _is_frozen(base):
         return None
     bias, adapters = base.bias, []
     for name in names:
@@ -117,7 +119,12 @@ def _projection(layer: nn.Module) -> _Projection | None:
         adapters.append(LowRank(a.weight, b.weight, scaling))
         if b.bias is not None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
-    return _Projection(Projection(base.quantized_weight, bias, adapters), base.compute_dtype, dropout)
+    return _Projection(Projection(base.frozen_weight, bias, adapters), base.compute_dtype, dropout)
+
+
+def _is_frozen(layer: nn.Module) -> TypeGuard[FrozenLinear]:
+    """Return whether ``layer`` is one of ours with a weight that gets no gradient."""
+    return type(layer) in (Linear4bit, Linear8bit, DenseLinear) and not layer.weight.requires_grad
 
 
 def _probability(dropout: nn.Module) -> float | None:

@@ -44,8 +44,10 @@ SHOWN = 6
 # Buffers that older releases saved: masks and angles, which the model makes itself.
 OLD_BUFFERS = re.compile(r"(^|\.)((rotary_emb\.)?inv_freq|masked_bias|causal_mask|position_ids|token_type_ids)$")
 
-# What else a file holds of one 4-bit weight.
-_PARTS = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
+# What else a file holds of one quantized weight.
+_PARTS = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.(bitsandbytes|halfbyte)__\w+)$")
+
+_ROWS = (".SCB", ".weight_format")
 
 
 class Names:
@@ -86,15 +88,15 @@ def check_weights(model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized:
     Args:
         model: on the meta device, as its class makes it, all layers dense.
         checkpoint: its.
-        pre_quantized: whether the configuration says that the checkpoint is in 4 bits.
+        pre_quantized: whether the configuration says that the checkpoint is quantized.
 
     Raises:
         InputError: tensors are missing, have no place, or have another shape, and it names them; or the checkpoint is
-            in 4 bits where it should not be, or the other way round.
+            quantized where it should not be, or the other way round.
     """
-    packed = checkpoint.in_4_bits
+    packed = checkpoint.quantized
     if bool(packed) != pre_quantized:
-        held, said = ("in 4 bits", "no") if packed else ("dense", "a")
+        held, said = (f"in {_bits(packed, checkpoint)} bits", "no") if packed else ("dense", "a")
         raise InputError(
             f"The weights in {checkpoint.where} are {held}, but config.json has {said} quantization_config: copy both "
             "from the model's source again."
@@ -213,8 +215,14 @@ def _is_within(model: PreTrainedModel, name: str) -> bool:
 
 
 def _is_part(name: str, packed: Iterable[str]) -> bool:
+    if name.endswith(_ROWS):
+        return f"{name.rpartition('.')[0]}.weight" in packed
     found = _PARTS.search(name)
     return found is not None and name[: found.start()] in packed
+
+
+def _bits(packed: dict[str, torch.Size], checkpoint: Checkpoint) -> int:
+    return 8 if all(checkpoint.form(name).shape == shape for name, shape in packed.items()) else 4
 
 
 def _is_mask(form: Tensor | None) -> bool:

@@ -21,7 +21,8 @@ from halfbyte.errors import InputError
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
-STATE = ".quant_state.bitsandbytes__"
+STATES = (".quant_state.bitsandbytes__", ".quant_state.halfbyte__")
+INT8_STATE, INT8_ROWS = ".quant_state.halfbyte__int8", ".SCB"
 
 # What else a folder may hold, and what to do with it.
 _CONVERT = {
@@ -77,12 +78,17 @@ class Checkpoint:
         return tensor
 
     @functools.cached_property
-    def in_4_bits(self) -> dict[str, torch.Size]:
-        """The weights in bitsandbytes' 4 bits: the shape of each before it was packed."""
+    def quantized(self) -> dict[str, torch.Size]:
+        """The weights in 4 or 8 bits, bitsandbytes' or our own: the shape of each before it was quantized."""
         shapes = {}
         for name in self.names:
-            weight, found, _ = name.partition(STATE)
-            if found:
+            if name.endswith((INT8_ROWS, INT8_STATE)):
+                by_row = name.endswith(INT8_ROWS)
+                weight = f"{name.removesuffix(INT8_ROWS)}.weight" if by_row else name.removesuffix(INT8_STATE)
+                if weight in self._homes:
+                    shapes[weight] = self.form(weight).shape
+                continue
+            if weight := next((name.partition(state)[0] for state in STATES if state in name), ""):
                 try:
                     shapes[weight] = torch.Size(json.loads(bytes(self.read(name).view(torch.uint8).tolist()))["shape"])
                 except (ValueError, KeyError, TypeError) as error:

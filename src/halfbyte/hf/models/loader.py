@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from halfbyte.choices import QUANT_TYPE
 from halfbyte.errors import InputError, nearest
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.hub import Place, locate
-from halfbyte.hf.models.linears import largest_dense, share_in_4bit
+from halfbyte.hf.models.linears import bits_of, largest_dense, share_quantized
 from halfbyte.hf.models.quantizer import kept_failures
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,9 @@ def _load_at(
     config = config_at(place, trust_remote_code)
     held = getattr(config, "quantization_config", None)
     if held is not None:
-        ours = HalfbyteConfig.from_bitsandbytes(held if isinstance(held, dict) else held.to_dict())
+        ours = HalfbyteConfig.from_folder(held if isinstance(held, dict) else held.to_dict())
         if quantization_config is not None:
+            _check_wish(place, ours, quantization_config)
             ours.compute_dtype = quantization_config.compute_dtype
         # transformers refuses another quantizer's object on a quantized folder, so ours goes where it looks.
         config.quantization_config = ours.in_memory()
@@ -116,14 +118,30 @@ def _load_at(
         except ValueError as error:
             _say_remote_code(place.path, error)
             raise
-    share = share_in_4bit(model)
-    logger.info("%.0f %% of the weights of %s are in 4 bits.", 100 * share, place.path)
+    bits = bits_of(model)
+    if bits is None:
+        return model
+    share = share_quantized(model)
+    logger.info("%.0f %% of the weights of %s are in %d bits.", 100 * share, place.path, bits)
     if share < 0.5:
         logger.warning(
-            "Only %.0f %% of the weights of %s are in 4 bits; the others, of which %s is the largest, stay in %s.",
-            100 * share, place.path, largest_dense(model), str(model.dtype).removeprefix("torch."),
+            "Only %.0f %% of the weights of %s are in %d bits; the others, of which %s is the largest, stay in %s.",
+            100 * share, place.path, bits, largest_dense(model), str(model.dtype).removeprefix("torch."),
         )  # fmt: skip
     return model
+
+
+def _check_wish(place: Place, held: HalfbyteConfig, wish: HalfbyteConfig) -> None:
+    """Check that nobody asks for another number format than a folder has; the default asks for none.
+
+    Raises:
+        InputError: somebody does.
+    """
+    if wish.quant_type not in (held.quant_type, QUANT_TYPE):
+        raise InputError(
+            f"The weights of {place.path} are in {held.quant_type} already, so that they cannot be opened in "
+            f"{wish.quant_type}; leave quant_type out, or start from the 16-bit original."
+        )
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""Write a 4-bit copy of a model of any size: its files are read and written tensor by tensor.
+"""Write a copy of a model of any size in 4 or 8 bits: its files are read and written tensor by tensor.
 
 The model is built without memory (on the meta device) to learn which tensors are weights of linear layers; then every
 tensor of the source's safetensors files is read, quantized if it is one of those (or else cast to the compute dtype),
@@ -30,7 +30,7 @@ from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
 from halfbyte.hf.models.loader import config_at, model_class
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class QuantizedCopy:
 
     Attributes:
         values: of the model's tensors.
-        packed: those of them in 4 bits.
+        packed: those of them in 4 or 8 bits.
         bytes_before: of the source's weight files.
         bytes_after: of the copy's.
     """
@@ -56,7 +56,7 @@ class QuantizedCopy:
 
     @property
     def share(self) -> float:
-        """The part of the values that is in 4 bits."""
+        """The part of the values that is quantized."""
         return self.packed / self.values
 
 
@@ -69,10 +69,11 @@ def quantize_checkpoint(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> QuantizedCopy:
-    """Write ``model`` in bitsandbytes' 4-bit format to the folder ``output``, which appears whole or not at all.
+    """Write ``model`` in 4 or 8 bits to the folder ``output``, which appears whole or not at all.
 
-    transformers with bitsandbytes opens the folder too, except where a linear layer's class is one of the family's own
-    (Falcon), which they leave dense; a warning is logged then.
+    transformers with bitsandbytes opens the folder too, where its format has a name for the number format
+    (:attr:`HalfbyteConfig.is_bitsandbytes`), except where a linear layer's class is one of the family's own (Falcon),
+    which they leave dense; a warning is logged then.
 
     Args:
         model: a folder or hub id with weights in 16 or 32 bits.
@@ -83,19 +84,18 @@ def quantize_checkpoint(
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        What was written: sizes, and how many of the values are in 4 bits.
+        What was written: sizes, and how many of the values are quantized.
 
     Raises:
         InputError: there is no such model, its weights are damaged or not those that its configuration describes, none
-            can be held in 4 bits, it is quantized already, ``output`` is there, or the format has no name for the
-            codebook.
+            can be quantized, it is quantized already, ``output`` is there, or ``quant_type`` is ``none``.
     """
     config = config or HalfbyteConfig()
     output = Path(output).expanduser()
     if config.quant_type not in SAVEABLE_TYPES:
         raise InputError(
-            f"A {config.quant_type} model cannot be saved: bitsandbytes' format has {' and '.join(SAVEABLE_TYPES)} "
-            "only."
+            f"A copy with quant_type {config.quant_type} would be the model itself; choose one of "
+            f"{', '.join(SAVEABLE_TYPES)}."
         )
     repair(output)
     if output.exists() and not overwrite:
@@ -188,9 +188,9 @@ class _Plan:
 
     def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self.skeleton = skeleton
-        self.layers: dict[str, Linear4bit] = {}
+        self.layers: dict[str, QuantizedLinear] = {}
         self.left_dense: set[str] = set()
-        modules = {n: m for n, m in skeleton.named_modules() if isinstance(m, Linear4bit)}
+        modules = {n: m for n, m in skeleton.named_modules() if isinstance(m, QuantizedLinear)}
         rules = Names(skeleton)
         renamed = {name: rules.of(name) for name in checkpoint.names}
         self.target = {name: target for name, (target, _) in renamed.items()}
