@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from halfbyte.errors import InputError
-from halfbyte.hf.models.checkpoint import INDEX, Checkpoint, read_index
+from halfbyte.hf.models.checkpoint import INDEX, Tensors, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Fit:
     resized: list[str]
 
 
-def check_weights(model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized: bool) -> Fit:
+def check_weights(model: PreTrainedModel, checkpoint: Tensors, pre_quantized: bool) -> Fit:
     """Check that ``checkpoint`` holds the weights of ``model``.
 
     Args:
@@ -95,6 +95,11 @@ def check_weights(model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized:
             quantized where it should not be, or the other way round.
     """
     packed = checkpoint.quantized
+    if not packed and any(name.endswith(".qweight") for name in checkpoint.names):
+        raise InputError(
+            f"The weights in {checkpoint.where} are packed (qweight), but config.json has no quantization_config that "
+            "says how, and there is no quantize_config.json: copy them from the model's source again."
+        )
     if bool(packed) != pre_quantized:
         held, said = (f"in {_bits(packed, checkpoint)} bits", "no") if packed else ("dense", "a")
         raise InputError(
@@ -221,7 +226,7 @@ def _is_part(name: str, packed: Iterable[str]) -> bool:
     return found is not None and name[: found.start()] in packed
 
 
-def _bits(packed: dict[str, torch.Size], checkpoint: Checkpoint) -> int:
+def _bits(packed: dict[str, torch.Size], checkpoint: Tensors) -> int:
     return 8 if all(checkpoint.form(name).shape == shape for name, shape in packed.items()) else 4
 
 
@@ -232,7 +237,7 @@ def _is_mask(form: Tensor | None) -> bool:
     return not form.is_floating_point() or (form.ndim == 4 and form.shape[:2] == (1, 1))
 
 
-def _home_of(missing: list[str], checkpoint: Checkpoint) -> str:
+def _home_of(missing: list[str], checkpoint: Tensors) -> str:
     """Say so where an index names a file for a missing tensor, which does not hold it."""
     for index in {path for file in checkpoint.files for path in file.parent.glob(f"*{INDEX}")}:
         homes = read_index(index)
@@ -242,7 +247,7 @@ def _home_of(missing: list[str], checkpoint: Checkpoint) -> str:
     return ""
 
 
-def _refuse(checkpoint: Checkpoint, model: str, kinds: list[tuple[str, list[str], str]]) -> None:
+def _refuse(checkpoint: Tensors, model: str, kinds: list[tuple[str, list[str], str]]) -> None:
     told = [
         f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'} {kind} ({_listed(names)}{more})"
         for kind, names, more in kinds

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,13 +26,41 @@ INT8_STATE, INT8_ROWS = ".quant_state.halfbyte__int8", ".SCB"
 
 # What else a folder may hold, and what to do with it.
 _CONVERT = {
-    ".gguf": "is GGUF, which is not trained from: take the folder that it was made of, or write one with transformers' "
-    "from_pretrained(folder, gguf_file={name!r}) and save_pretrained",
+    ".gguf": "is GGUF; give that file itself as the model, not its folder",
     ".h5": "is of TensorFlow; take a folder with safetensors",
     ".msgpack": "is of Flax; take a folder with safetensors",
     ".pth": "is not in transformers' form; take the folder that transformers reads, with model.safetensors",
     ".pt": "is not in transformers' form; take the folder that transformers reads, with model.safetensors",
 }
+
+
+class Tensors(Protocol):
+    """What a model's tensors can be read from.
+
+    Attributes:
+        names: all tensors'.
+        files: that hold them.
+        where: the file, or the folder of several.
+        quantized: the weights in 4 or 8 bits, by the shape of each before it was quantized.
+    """
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def files(self) -> list[Path]: ...
+
+    @property
+    def where(self) -> Path: ...
+
+    @property
+    def quantized(self) -> dict[str, torch.Size]: ...
+
+    def form(self, name: str) -> Tensor:
+        """Return the tensor ``name`` on the meta device: its shape, and whether it holds floats."""
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``."""
 
 
 class Checkpoint:

@@ -72,8 +72,8 @@ class HalfbyteConfig(QuantizationConfigMixin):
             # Of 8 bits bitsandbytes computes in the dtype of the activations, so that none is written.
             return cls(quant_type="int8", blocksize=ROW, skip_modules=skip)
         raise InputError(
-            f"The model is already quantized ({method}), but not in bitsandbytes' 4 or 8 bits; start from its 16-bit "
-            "original."
+            f"The model is already quantized ({method}), which is not opened: bitsandbytes' 4 and 8 bits, GPTQ, AWQ "
+            "and GGUF are; start from its 16-bit original."
         )
 
     @property
