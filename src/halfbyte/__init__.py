@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from halfbyte.errors import InputError
     from halfbyte.hf import HalfbyteConfig, load, load_tokenizer, prepare, prepare_for_training, unprepare
     from halfbyte.hf.install import install, undo
-    from halfbyte.nn import Linear4bit
+    from halfbyte.nn import Linear4bit, Linear8bit
     from halfbyte.quant import QuantizedWeight, quantize_4bit
 
 __version__ = "0.2.0"
@@ -26,6 +26,7 @@ _HOMES = {
     "HalfbyteConfig": "halfbyte.hf",
     "InputError": "halfbyte.errors",
     "Linear4bit": "halfbyte.nn",
+    "Linear8bit": "halfbyte.nn",
     "QuantizedWeight": "halfbyte.quant",
     "install": "halfbyte.hf.install",
     "load": "halfbyte.hf",
@@ -41,6 +42,7 @@ __all__ = [
     "HalfbyteConfig",
     "InputError",
     "Linear4bit",
+    "Linear8bit",
     "QuantizedWeight",
     "install",
     "load",

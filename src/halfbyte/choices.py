@@ -6,10 +6,12 @@ quantizer, the file format.
 
 from typing import Literal, get_args
 
-QuantType = Literal["nf4", "fp4", "e2m1", "e3m0", "int4"]
+Type4bit = Literal["nf4", "fp4", "e2m1", "e3m0", "int4"]
 """A 4-bit number format of weights; see :mod:`halfbyte.quant.codebooks`."""
-SaveableType = Literal["nf4", "fp4"]
-"""Those that bitsandbytes' file format has a name for."""
+SaveableType = Literal[Type4bit, "int8"]
+"""Those that a folder can hold; 8 bits are those of :mod:`halfbyte.quant.int8`."""
+QuantType = Literal[SaveableType, "none"]
+"""What the base weights of a model are held in; ``none`` leaves them in the compute dtype."""
 FloatType = Literal["float32", "bfloat16", "float16"]
 """A dtype of torch in which can be computed."""
 Optimizer = Literal[
@@ -55,13 +57,18 @@ STARTS_REFUSED = {
 }
 """Those of PEFT's that are none here, with a reason and another one to take."""
 
-QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
+TYPES_4BIT: tuple[str, ...] = get_args(Type4bit)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)
+QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
+BITSANDBYTES_TYPES = ("nf4", "fp4")
+"""4-bit formats that bitsandbytes' files have a name for."""
 FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 
 BLOCKSIZES = range(32, 4097)
 """Values that may share one absmax."""
+ROW = "row"
+"""In place of a block size, for int8 alone: each row is a block, as bitsandbytes' LLM.int8() has it."""
 
 QUANT_TYPE: SaveableType = "nf4"
 BLOCKSIZE = 64

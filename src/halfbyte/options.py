@@ -9,7 +9,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from halfbyte.choices import STARTS, STARTS_REFUSED
+from halfbyte.choices import (
+    BLOCKSIZE,
+    BLOCKSIZES,
+    DOUBLE_QUANT,
+    QUANT_TYPES,
+    ROW,
+    STARTS,
+    STARTS_REFUSED,
+    TYPES_4BIT,
+)
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute
 
@@ -45,6 +54,42 @@ class Options(BaseModel):
             return cls(**given)
         except ValidationError as error:
             raise InputError(_sentence(error, place, cls)) from None
+
+
+def base_format(
+    quant_type: str, blocksize: int | str | None = None, double_quant: bool | None = None
+) -> tuple[int | str | None, bool]:
+    """Return block size and double quantization of a base's number format, defaults filled in.
+
+    Args:
+        quant_type: one of ``QUANT_TYPES``.
+        blocksize: values per block, ``row`` (int8 alone), or None: 64, and no blocks for ``none``.
+        double_quant: whether block constants are quantized too; None: they are in 4 bits.
+
+    Raises:
+        InputError: an unknown word, a size out of bounds, or options that contradict each other.
+    """
+    if quant_type not in QUANT_TYPES:
+        raise InputError(
+            f"quant_type is {quant_type!r}{nearest(quant_type, QUANT_TYPES)}; it must be one of "
+            f"{', '.join(QUANT_TYPES)}."
+        )
+    if double_quant and quant_type not in TYPES_4BIT:
+        raise InputError(
+            f"double_quant is for 4 bits, and quant_type is {quant_type}, "
+            f"{'which has no constants' if quant_type == 'none' else 'whose constants stay as they are'}; leave it out."
+        )
+    if quant_type == "none":
+        if blocksize is not None:
+            raise InputError(f"blocksize is {blocksize!r}, but with quant_type none there are no blocks; leave it out.")
+        return None, False
+    blocksize = BLOCKSIZE if blocksize is None else blocksize
+    if blocksize == ROW and quant_type != "int8":
+        raise InputError(f"blocksize is {ROW!r}, which is for int8; with {quant_type} it must be a number.")
+    if blocksize != ROW and blocksize not in BLOCKSIZES:
+        rows = f", or {ROW!r}" if quant_type == "int8" else ""
+        raise InputError(f"blocksize is {blocksize!r}; it must be {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}{rows}.")
+    return blocksize, DOUBLE_QUANT and quant_type in TYPES_4BIT if double_quant is None else double_quant
 
 
 def not_empty(name: Any) -> Any:

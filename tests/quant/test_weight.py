@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.backends.default import ops as definition
 from torch import Tensor
 
-from halfbyte.choices import QUANT_TYPES
+from halfbyte.choices import TYPES_4BIT
 from halfbyte.errors import InputError
 from halfbyte.kernels import providers, use_provider
 from halfbyte.quant import QuantizedWeight, codebook, quantize_4bit
@@ -123,7 +123,7 @@ def test_bits_per_parameter_are_the_papers(double_quant: bool, bits: float) -> N
     assert round(bits, 3) in (4.5, 4.127)
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", TYPES_4BIT)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_state_dict_and_back_is_the_same_weight(quant_type: str, double_quant: bool) -> None:
     weight = quantize_4bit(random((33, 65), torch.bfloat16), quant_type, 64, double_quant)
@@ -232,7 +232,7 @@ def test_bad_arguments_are_told() -> None:
 def test_nf4_error_is_smaller_than_other_formats_on_normal_values() -> None:
     # The paper's claim behind Table 2: on normally distributed weights NF4 loses least.
     x = random((512, 512), torch.float32)
-    error = {name: (quantize_4bit(x, name).dequantize() - x).square().mean().item() for name in QUANT_TYPES}
+    error = {name: (quantize_4bit(x, name).dequantize() - x).square().mean().item() for name in TYPES_4BIT}
     assert min(error, key=error.__getitem__) == "nf4", error
 
 

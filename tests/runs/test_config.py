@@ -111,7 +111,8 @@ def test_the_choices_are_those_that_the_layers_below_offer() -> None:
     assert set(choices["optimizer"]) == ours | set(TRANSFORMERS_OPTIMIZERS)
     assert set(TRANSFORMERS_OPTIMIZERS) <= {name.value for name in OptimizerNames}
     assert set(choices["lr_scheduler_type"]) == {name.value for name in SchedulerType}
-    assert set(choices["quant_type"]) == {name for name in CODEBOOKS if len(codebook(name, torch.device("cpu"))) == 16}
+    formats = {name for name in CODEBOOKS if len(codebook(name, torch.device("cpu"))) == 16}
+    assert set(choices["quant_type"]) == {*formats, "int8", "none"}
     assert set(choices["method"]) == set(METHODS)
 
 

@@ -35,7 +35,7 @@ from halfbyte.bench.stacks import OURS, PEERS, Job, Peer, Side
 from halfbyte.bench.training_report import SideResult, TrainingReport, TrainingRow
 from halfbyte.bench.works import has_bitsandbytes
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.models.loader import read_config
+from halfbyte.hf.models.configs import read_config
 
 WARM_UP = 3
 PEAK_CALLS = 20

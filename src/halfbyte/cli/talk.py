@@ -98,14 +98,14 @@ def opened(path: str, seed: int | None, trust_remote_code: bool) -> Iterator[tup
         with status(f"Loading {path}"):
             import transformers
 
-            from halfbyte.hf import load, load_tokenizer, share_in_4bit
+            from halfbyte.hf import describe_base, load, load_tokenizer
 
             if seed is not None:
                 transformers.set_seed(seed)
             tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
             loaded = load(path, trust_remote_code=trust_remote_code)
         if notes.is_terminal:  # else nobody watches, and loading has warned of less than half
-            notes.print(f"{share_in_4bit(loaded):.0%} of the weights are in 4 bits.", style="dim")
+            notes.print(f"The weights: {describe_base(loaded)}.", style="dim")
         yield loaded, tokenizer
 
 

@@ -7,7 +7,7 @@ from halfbyte.hf.layers.prepare import prepare, prepare_for_training, unprepare
 from halfbyte.hf.layers.separation import packing_obstacle
 from halfbyte.hf.layers.starts import initialize
 from halfbyte.hf.models.config import HalfbyteConfig
-from halfbyte.hf.models.linears import not_linear, share_in_4bit
+from halfbyte.hf.models.linears import describe_base, not_linear, share_in_4bit, share_quantized
 from halfbyte.hf.models.loader import load, load_tokenizer
 from halfbyte.hf.models.loftq import LoftQ
 from halfbyte.hf.models.quantize_files import quantize_checkpoint
@@ -20,6 +20,7 @@ __all__ = [
     "LoraLinear4bit",
     "count_parameters",
     "describe_attention",
+    "describe_base",
     "describe_layers",
     "fuse",
     "initialize",
@@ -32,6 +33,7 @@ __all__ = [
     "project",
     "quantize_checkpoint",
     "share_in_4bit",
+    "share_quantized",
     "unfuse",
     "unprepare",
 ]

@@ -69,7 +69,10 @@ def matmul_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None = None) -> Te
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {weight.shape} needs [..., {columns}]")
     flat = x.reshape(-1, columns)
-    y: Tensor = _MatmulInt8.apply(flat, bias, weight)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y: Tensor = _MatmulInt8.apply(flat, bias, weight)  # type: ignore[no-untyped-call]
+    else:
+        y = _product_int8(flat, weight, bias)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -113,13 +116,17 @@ class _Matmul4bit(torch.autograd.Function):
         return dx, dbias, None
 
 
+def _product_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None) -> Tensor:
+    y = pool.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
+    matmul_sums([Sum([Term(x, weight)], y, None if bias is None else bias.contiguous())])
+    return y
+
+
 class _MatmulInt8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: WeightInt8) -> Tensor:
         ctx.weight = weight
-        y = pool.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
-        matmul_sums([Sum([Term(x, weight)], y, None if bias is None else bias.contiguous())])
-        return y
+        return _product_int8(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

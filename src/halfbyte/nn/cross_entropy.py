@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from halfbyte import kernels
 from halfbyte.kernels import RunningSoftmax
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import QuantizedInt8, QuantizedWeight
 
 ROWS = 2048
 """Positions that are taken together."""
@@ -32,7 +32,7 @@ WIDTH = 2048
 """Vocabulary in a chunk: its logits and rows of W stay in cache, and the products run at the speed of large ones."""
 
 
-Weight = Tensor | QuantizedWeight
+Weight = Tensor | QuantizedWeight | QuantizedInt8
 
 
 class Scores(NamedTuple):
@@ -68,7 +68,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[n, H]``, floating.
-        weight: ``[V, H]``, floating, or in 4 bits, of which a chunk at a time is expanded.
+        weight: ``[V, H]``, floating, or in 4 or 8 bits, of which a chunk at a time is expanded.
         labels: int64 ``[n]``, each within ``[0, V)``.
         bias: ``[V]`` or None.
         scale: what the logits are multiplied by.

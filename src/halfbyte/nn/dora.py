@@ -23,30 +23,42 @@ from torch.autograd.function import once_differentiable
 from halfbyte import kernels
 from halfbyte.kernels import Sum, Term, pool
 from halfbyte.nn.lora import LowRank
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import QuantizedInt8, QuantizedWeight
 
+Weight = QuantizedWeight | QuantizedInt8 | Tensor
 TILE = 2**20
 """Values of a weight that are dense at once, where its blocks allow it."""
 ROWS = 256
 """Rows whose products are summed at once."""
 
 
-def squared_lengths(weight: QuantizedWeight) -> Tensor:
+def squared_lengths(weight: Weight) -> Tensor:
     """Return ``‖W‖²`` of each row, fp32 ``[out]``; at most some ``TILE`` values are dense at once."""
     out, width = weight.shape
-    nested = weight.statistics.nested
-    unit = math.lcm(width, 2 * weight.statistics.blocksize * (nested.blocksize if nested else 1)) // width
+    unit = math.lcm(width, _shared(weight)) // width
     step = unit * max(1, TILE // (unit * width))
-    lengths = torch.empty(out, device=weight.packed.device)
-    for first in range(0, out, step):
-        last = min(first + step, out)
-        tile = weight if last - first == out else weight.rows(first, last)
-        lengths[first:last] = tile.dequantize(torch.float32).square().sum(1)
-    return lengths
+    return torch.cat([_rows(weight, first, min(first + step, out)).square().sum(1) for first in range(0, out, step)])
+
+
+def _shared(weight: Weight) -> int:
+    """Return how many values, one behind the other, share a constant or a byte."""
+    if isinstance(weight, Tensor):
+        return 1
+    if isinstance(weight, QuantizedInt8):
+        return weight.blocksize
+    nested = weight.statistics.nested
+    return 2 * weight.statistics.blocksize * (nested.blocksize if nested else 1)
+
+
+def _rows(weight: Weight, first: int, last: int) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight[first:last].detach().float()
+    part = weight if last - first == weight.shape[0] else weight.rows(first, last)
+    return part.dequantize(torch.float32)
 
 
 @torch.no_grad()
-def lengths(weight: QuantizedWeight, squared: Tensor, adapter: LowRank) -> Tensor:
+def lengths(weight: Weight, squared: Tensor, adapter: LowRank) -> Tensor:
     """Return ``n``, the lengths of the rows of ``dequant(W) + s B A``, fp32 ``[out]``.
 
     Args:

@@ -8,19 +8,18 @@ in training and in evaluation, and its state dict is bitsandbytes' (:mod:`halfby
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte import kernels
 from halfbyte.choices import BLOCKSIZE, DOUBLE_QUANT, QUANT_TYPE
-from halfbyte.errors import InputError
 from halfbyte.kernels import Statistics
+from halfbyte.nn.frozen import QuantizedLinear
 from halfbyte.quant import QuantizedWeight, quantize_4bit
 
 
-class Linear4bit(nn.Linear):
+class Linear4bit(QuantizedLinear):
     """A linear layer over a frozen weight in 4 bits, differentiable in its input and its bias.
 
     A new layer has no weight yet: it comes from :meth:`from_linear`, :meth:`set_quantized_weight` or a state dict.
@@ -35,8 +34,6 @@ class Linear4bit(nn.Linear):
     """
 
     statistics: Statistics | None
-    # Whether dense checkpoints hold the weight as [in_features, out_features] (transformers' Conv1D).
-    transposed = False
 
     def __init__(
         self,
@@ -48,14 +45,8 @@ class Linear4bit(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.compute_dtype = compute_dtype
         packed = torch.empty(-(-in_features * out_features // 2), 1, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        dense_bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", dense_bias)
+        self._build(in_features, out_features, packed, bias, compute_dtype, dtype)
         self.statistics = None
         self.quant_type = ""
         self.weight_dtype = torch.float32
@@ -96,31 +87,12 @@ class Linear4bit(nn.Linear):
         Raises:
             InputError: its shape is not ``[out_features, in_features]``.
         """
-        if weight.shape != (self.out_features, self.in_features):
-            raise InputError(
-                f"A 4-bit weight of shape {tuple(weight.shape)} does not fit a layer of shape "
-                f"({self.out_features}, {self.in_features})."
-            )
+        self._check_shape("A 4-bit", weight.shape)
         self._quantized_weight = None
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
         self.statistics = weight.statistics
         self.quant_type = weight.quant_type
         self.weight_dtype = weight.dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
-        dtype = self.compute_dtype or x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return kernels.matmul_4bit(x.to(dtype), self.quantized_weight, bias).to(x.dtype)
-
-    def dequantize(self) -> Tensor:
-        """Return the dense weight, ``[out_features, in_features]``, in the dtype that it had before."""
-        return self.quantized_weight.dequantize()
-
-    @property
-    def W_q(self) -> Tensor:
-        """PEFT 0.21 asks a layer that has ``W_q`` to dequantize itself where it needs the dense weight (DoRA)."""
-        return self.weight
 
     def extra_repr(self) -> str:
         """Return what :func:`repr` shows."""
@@ -137,35 +109,8 @@ class Linear4bit(nn.Linear):
             self.statistics = self.statistics.to(self.weight.device)
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.statistics is not None:
-            state = self.quantized_weight.state_dict(f"{prefix}weight")
-            del state[f"{prefix}weight"]
-            destination.update(state)
+    def _read(self, state: dict[str, Tensor], key: str) -> QuantizedWeight:
+        return QuantizedWeight.from_state_dict(state, key)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}weight"
-        own = {name: state_dict.pop(name) for name in list(state_dict) if name == key or name.startswith(f"{key}.")}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not own:
-            return
-        if strict:
-            missing_keys.remove(key)
-        if not local_metadata.get("assign_to_params_buffers", False):
-            own = {name: tensor.to(self.weight.device, copy=True) for name, tensor in own.items()}
-        try:
-            self.set_quantized_weight(QuantizedWeight.from_state_dict(own, key))
-        except InputError as error:
-            error_msgs.append(str(error))
+    def _has_weight(self) -> bool:
+        return self.statistics is not None

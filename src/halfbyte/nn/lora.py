@@ -1,4 +1,4 @@
-"""Low-rank adaptation over frozen 4-bit weights (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314, equation 5).
+"""Low-rank adaptation over frozen weights (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314, equation 5).
 
 For each of several projections of one input ``x`` [rows, in] (query, key and value; gate and up; or a single one):
 
@@ -48,12 +48,12 @@ class Projection(NamedTuple):
     """A frozen weight with its adapters.
 
     Attributes:
-        weight: ``[out, in]``.
+        weight: ``[out, in]``; one that is dense has contiguous rows and gets no gradient.
         bias: ``[out]``, or None.
         adapters: any number, which add up.
     """
 
-    weight: Weight4bit | WeightInt8
+    weight: Weight4bit | WeightInt8 | Tensor
     bias: Tensor | None
     adapters: Sequence[LowRank]
 
@@ -63,7 +63,7 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0
 
     Args:
         x: ``[..., in]``, fp32, bf16 or fp16: the dtype to compute in.
-        projections: one or more, of one ``in`` and any ``out``, rank and 4-bit format.
+        projections: one or more, of one ``in`` and any ``out``, rank and number format.
         dropout: the probability with which a value of ``x`` is zero for the adapters; the others are scaled up.
 
     Returns:

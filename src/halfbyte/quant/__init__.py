@@ -10,11 +10,13 @@ from halfbyte.quant.blockwise import (
 )
 from halfbyte.quant.codebooks import codebook, normal_float
 from halfbyte.quant.double_quant import quantize_statistics
+from halfbyte.quant.int8 import QuantizedInt8, quantize_int8
 from halfbyte.quant.weight import QuantizedWeight, quantize_4bit
 
 __all__ = [
     "Affine",
     "Coded",
+    "QuantizedInt8",
     "QuantizedWeight",
     "codebook",
     "dequantize_affine",
@@ -23,5 +25,6 @@ __all__ = [
     "quantize_4bit",
     "quantize_affine",
     "quantize_coded",
+    "quantize_int8",
     "quantize_statistics",
 ]

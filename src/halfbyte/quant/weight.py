@@ -9,6 +9,8 @@ packed tensor is uint8 ``[ceil(numel / 2), 1]``. In a state dict a weight ``w`` 
     w.quant_map                             fp32 [16]
     w.nested_absmax, w.nested_quant_map     fp32, fp32 [256]; with double quantization only
     w.quant_state.bitsandbytes__nf4         uint8: JSON with quant_type, blocksize, dtype, shape, nested_*
+
+and for e2m1, e3m0 and int4, which bitsandbytes does not know, ``w.quant_state.halfbyte__e2m1`` in its place.
 """
 
 import dataclasses
@@ -23,14 +25,15 @@ from torch import Tensor
 
 from halfbyte import kernels
 from halfbyte.choices import (
+    BITSANDBYTES_TYPES,
     BLOCKSIZE,
     BLOCKSIZES,
     DOUBLE_QUANT,
     FLOAT_TYPES,
     QUANT_TYPE,
-    QUANT_TYPES,
+    TYPES_4BIT,
     FloatType,
-    QuantType,
+    Type4bit,
 )
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import Nested, Statistics, Weight4bit
@@ -39,6 +42,8 @@ from halfbyte.quant.double_quant import quantize_statistics
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FLOAT_TYPES}
 STATE = "quant_state.bitsandbytes__"
+OWN_STATE = "quant_state.halfbyte__"
+"""The same of what bitsandbytes has no name for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,7 +129,8 @@ class QuantizedWeight(Weight4bit):
                 f"{prefix}.nested_quant_map": nested.code.clone(),
             }
         text = json.dumps(about).encode()
-        state[f"{prefix}.{STATE}{self.quant_type}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        kind = STATE if self.quant_type in BITSANDBYTES_TYPES else OWN_STATE
+        state[f"{prefix}.{kind}{self.quant_type}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return state
 
     @classmethod
@@ -136,7 +142,7 @@ class QuantizedWeight(Weight4bit):
                 agree with the recorded shape and block size.
         """
         packed = _entry(state, prefix)
-        states = [key for key in state if key.startswith(f"{prefix}.{STATE}")]
+        states = [key for key in state if key.startswith((f"{prefix}.{STATE}", f"{prefix}.{OWN_STATE}"))]
         if len(states) != 1:
             raise InputError(
                 f"{prefix} should come with one entry {prefix}.{STATE}nf4 or ...fp4, but it comes with "
@@ -184,7 +190,7 @@ class _About(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    quant_type: QuantType
+    quant_type: Type4bit
     blocksize: int = Field(ge=BLOCKSIZES[0], le=BLOCKSIZES[-1])
     dtype: FloatType
     shape: list[PositiveInt]
@@ -213,10 +219,9 @@ def check_format(quant_type: str, blocksize: int) -> None:
     Raises:
         InputError: an unknown ``quant_type`` or an unsupported ``blocksize``.
     """
-    if quant_type not in QUANT_TYPES:
+    if quant_type not in TYPES_4BIT:
         raise InputError(
-            f"quant_type is {quant_type!r}{nearest(quant_type, QUANT_TYPES)}; it must be one of "
-            f"{', '.join(QUANT_TYPES)}."
+            f"quant_type is {quant_type!r}{nearest(quant_type, TYPES_4BIT)}; it must be one of {', '.join(TYPES_4BIT)}."
         )
     if blocksize not in BLOCKSIZES:
         raise InputError(f"blocksize is {blocksize}; it must be {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}.")

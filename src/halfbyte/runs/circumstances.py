@@ -116,10 +116,11 @@ def fingerprint(model: str) -> str:
     It tells another model, or another revision, from the same one in milliseconds; it is no checksum of all bytes.
     """
     digest = hashlib.sha256()
-    for file in sorted(_folder(model).glob("*")):
+    home = _folder(model)
+    for file in [home] if home.is_file() else sorted(home.glob("*")):
         if file.name == "config.json":
             digest.update(file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin") and file.is_file():
+        elif file.suffix in (".safetensors", ".bin", ".gguf") and file.is_file():
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as stream:

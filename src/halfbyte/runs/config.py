@@ -21,6 +21,7 @@ from halfbyte.choices import (
     COMPUTE_DTYPE,
     DOUBLE_QUANT,
     QUANT_TYPE,
+    QUANT_TYPES,
     SMOOTHED,
     TRANSFORMERS_OPTIMIZERS,
     DpoLoss,
@@ -32,9 +33,9 @@ from halfbyte.choices import (
     Schedule,
 )
 from halfbyte.data.options import DataOptions
-from halfbyte.errors import nearest
+from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute, write_text
-from halfbyte.options import not_empty
+from halfbyte.options import base_format, not_empty
 from halfbyte.runs.adapter_options import AdapterOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -93,11 +94,16 @@ class TrainConfig(AdapterOptions, DataOptions):
         default="paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
     )
 
-    quant_type: QuantType = Field(default=QUANT_TYPE, description="4-bit number format of the base weights.")
-    blocksize: int = Field(
+    quant_type: QuantType = Field(
+        default=QUANT_TYPE,
+        description="Number format of the base weights: 4 bits, int8, or none, which leaves them in compute_dtype.",
+    )
+    blocksize: int | None = Field(
         default=BLOCKSIZE, ge=BLOCKSIZES[0], le=BLOCKSIZES[-1], description="Weights that share one absmax."
     )
-    double_quant: bool = Field(default=DOUBLE_QUANT, description="Quantize the absmax values too.")
+    double_quant: bool | None = Field(
+        default=DOUBLE_QUANT, description="Quantize the absmax values too; for 4 bits alone."
+    )
     compute_dtype: FloatType = Field(
         default=COMPUTE_DTYPE, description="Type of activations and of weights while they are multiplied."
     )
@@ -214,6 +220,24 @@ class TrainConfig(AdapterOptions, DataOptions):
             own = {name for name in METHOD_DEFAULTS.get(recipe, {}) if name not in given}
             values = dict(values) | {name: METHOD_DEFAULTS[recipe][name] for name in own}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_format(cls, values: Any) -> Any:
+        """Let what was not given for the number format be what the format has."""
+        if not isinstance(values, Mapping) or values.get("quant_type", QUANT_TYPE) not in QUANT_TYPES:
+            return values
+        blocksize, double_quant = base_format(values.get("quant_type", QUANT_TYPE))
+        chosen = {"blocksize": blocksize, "double_quant": double_quant}
+        return dict(values) | {key: value for key, value in chosen.items() if values.get(key) is None}
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        try:
+            base_format(self.quant_type, self.blocksize, self.double_quant)
+        except InputError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+        return self
 
     @field_validator("lr_scheduler_kwargs", mode="before")
     @classmethod

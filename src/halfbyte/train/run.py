@@ -167,7 +167,7 @@ def _load(config: TrainConfig, beginning: Beginning, tokenizer: Any, rows: data.
     for line in _stops_told(model, tokenizer) if config.task == "lm" else ():
         tell(Note(text=line))
     trained, parameters = model.get_nb_trainable_parameters()
-    share = f"{hf.share_in_4bit(model):.0%} of them in 4 bits"
+    share = hf.describe_base(model)
     tell(Note(text=f"Training {trained:,} parameters over {parameters - trained:,} frozen ones, {share}"))
     tell(Note(text=f"{'Decoder layers' if config.task == 'lm' else 'Layers'} {hf.describe_layers(model)}"))
     tell(Note(text=f"Attention {hf.describe_attention(model)}"))

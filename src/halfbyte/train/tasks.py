@@ -17,8 +17,8 @@ from halfbyte.choices import IGNORED
 from halfbyte.errors import InputError
 from halfbyte.evaluate.labels import label_scores
 from halfbyte.evaluate.references import reference_scores
+from halfbyte.hf.models.configs import read_config
 from halfbyte.hf.models.heads import check_task, classes_of, save_config
-from halfbyte.hf.models.loader import read_config
 from halfbyte.hf.trainers.tasks import ClassifyConfig, ClassifyTrainer, Seq2SeqConfig, Seq2SeqTrainer, TaskCollator
 from halfbyte.runs.config import TrainConfig
 

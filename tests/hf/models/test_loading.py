@@ -145,8 +145,8 @@ def test_what_cannot_be_quantized_is_told_and_leaves_nothing(tiny_model_folder: 
         quantize_checkpoint(source, tmp_path / "q")
     with pytest.raises(InputError, match="quantized already"):
         quantize_checkpoint(str(tmp_path / "q"), tmp_path / "r")
-    with pytest.raises(InputError, match="cannot be saved"):
-        quantize_checkpoint(source, tmp_path / "r", halfbyte.HalfbyteConfig(quant_type="int4"))
+    with pytest.raises(InputError, match="would be the model itself; choose one of nf4"):
+        quantize_checkpoint(source, tmp_path / "r", halfbyte.HalfbyteConfig(quant_type="none"))
     with pytest.raises(InputError, match="is the model's own"):
         quantize_checkpoint(source, source, overwrite=True)
     broken = tmp_path / "broken"

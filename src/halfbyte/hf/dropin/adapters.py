@@ -17,12 +17,12 @@ from torch import nn
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.replacement import Replacement
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import FrozenLinear
 
 
 def is_ours(model: Any) -> bool:
-    """Whether ``model`` has weights in 4 bits of ours."""
-    return isinstance(model, nn.Module) and any(isinstance(module, Linear4bit) for module in model.modules())
+    """Whether ``model`` has frozen weights of ours."""
+    return isinstance(model, nn.Module) and any(isinstance(module, FrozenLinear) for module in model.modules())
 
 
 def prepare_for_kbit(

@@ -57,7 +57,7 @@ def as_halfbyte(config: BitsAndBytesConfig) -> HalfbyteConfig:
             f"bnb_4bit_quant_storage={_name(config.bnb_4bit_quant_storage)}: the packed bytes are the same, and are "
             "called uint8 here."
         )
-    return HalfbyteConfig.from_bitsandbytes(config.to_dict())
+    return HalfbyteConfig.from_folder(config.to_dict())
 
 
 def _in_8_bits(config: BitsAndBytesConfig) -> HalfbyteConfig:
@@ -65,13 +65,7 @@ def _in_8_bits(config: BitsAndBytesConfig) -> HalfbyteConfig:
         raise InputError(
             "BitsAndBytesConfig(llm_int8_has_fp16_weight=True) keeps a 16-bit copy of each weight; leave it out."
         )
-    try:
-        return HalfbyteConfig.from_bitsandbytes(config.to_dict())
-    except InputError:
-        raise InputError(
-            "load_in_8bit=True: halfbyte has no 8-bit base models yet; use load_in_4bit=True, whose adapters train as "
-            "well (arXiv 2305.14314, table 3)."
-        ) from None
+    return HalfbyteConfig.from_folder(config.to_dict())
 
 
 class BitsAndBytesQuantizer(HalfbyteQuantizer):

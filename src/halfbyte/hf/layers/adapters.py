@@ -1,12 +1,12 @@
-"""PEFT's LoRA layers over 4-bit weights: theirs to configure, save and load, ours to run.
+"""PEFT's LoRA layers over frozen weights in 4, 8 or 16 bits: theirs to configure, save and load, ours to run.
 
-PEFT (0.21) wraps a :class:`~halfbyte.nn.Linear4bit` in its ``lora.Linear``, which would compute the low-rank part in
-fp32 and, asked to merge, add floats to packed bytes. :mod:`halfbyte.hf.layers.prepare` turns each of those, by class
-swap, into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's.
+PEFT (0.21) wraps a :class:`~halfbyte.nn.FrozenLinear` in its ``lora.Linear``, which over 4 bits would compute the
+low-rank part in fp32 and, asked to merge, add floats to packed bytes. :mod:`halfbyte.hf.layers.prepare` turns each of
+those, by class swap, into :class:`LoraLinear4bit`; parameters, names and files stay PEFT's.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -16,7 +16,16 @@ from transformers import AutoConfig
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import dora, starts
-from halfbyte.nn import Linear4bit, LowRank, Projection, lora_linear
+from halfbyte.nn import (
+    DenseLinear,
+    FrozenLinear,
+    Linear4bit,
+    Linear8bit,
+    LowRank,
+    Projection,
+    QuantizedLinear,
+    lora_linear,
+)  # fmt: skip
 from halfbyte.nn.dora import rescale
 
 KINDS = (
@@ -53,7 +62,7 @@ class LoraLinear4bit(LoraLinear):
             base, dtype = self.base_layer, self.base_layer.compute_dtype or x.dtype
             bias = None if base.bias is None else base.bias.to(dtype)
             dropout = self.lora_dropout[names[0]]
-            return dora.dropped(self, names[0], base.quantized_weight, bias, x.to(dtype), dropout).to(x.dtype)
+            return dora.dropped(self, names[0], base, bias, x.to(dtype), dropout).to(x.dtype)
         if projection is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
             return theirs if self.disable_adapters else self._less_starts(theirs, x, kwargs)
@@ -69,15 +78,17 @@ class LoraLinear4bit(LoraLinear):
         return y if part is None else y + part
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight."""
-        refuse_merge()
+        """Refuse: the sum of a 4-bit weight and an adapter is not a 4-bit weight. Into a dense one PEFT merges."""
+        if not isinstance(self.base_layer, DenseLinear):
+            refuse_merge()
+        super().merge(safe_merge, adapter_names)
 
 
 def refuse_merge(*_: Any, **__: Any) -> None:
     """What stands for ``merge`` of an adapter's layer over a 4-bit weight; PEFT's would write floats over its bytes."""
     raise InputError(
-        "An adapter cannot be merged into 4-bit weights; load the 16-bit base model with transformers, put the "
-        "adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
+        "An adapter cannot be merged into 4-bit weights, nor into 8-bit ones; load the 16-bit base model with "
+        "transformers, put the adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
     )
 
 
@@ -114,13 +125,13 @@ def _project(projections: Sequence[_Projection], x: Tensor) -> list[Tensor]:
 
 
 def _projection(layer: nn.Module) -> _Projection | None:
-    """Return what ``layer`` computes, or None where it is anything but a 4-bit layer with plain LoRA, DoRA or none.
+    """Return what ``layer`` computes, or None where it is anything but a frozen layer with plain LoRA, DoRA or none.
 
     Of PEFT 0.21's ``lora.Linear`` this reads what its own forward reads.
     """
-    if type(layer) is Linear4bit:
-        return _Projection(Projection(layer.quantized_weight, layer.bias, ()), layer.compute_dtype, 0.0)
-    if type(layer) is not LoraLinear4bit or layer.disable_adapters:
+    if _is_frozen(layer):
+        return _Projection(Projection(layer.frozen_weight, layer.bias, ()), layer.compute_dtype, 0.0)
+    if type(layer) is not LoraLinear4bit or layer.disable_adapters or layer.merged:
         return None
     base = layer.base_layer
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -130,7 +141,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
     varied = any(name in layer.lora_variant for name in names) and not is_dora
     if varied or dropouts or dropout is None or not untouched(base):
         return None
-    if type(base) is not Linear4bit:
+    if not _is_frozen(base):
         return None
     bias, adapters = base.bias, []
     for name in names:
@@ -140,15 +151,20 @@ def _projection(layer: nn.Module) -> _Projection | None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
     adapters += starts.starts_of(layer, names)
     if is_dora:
-        rescaled = (dora.factors(layer, names[0], base.quantized_weight), bias)
-        return _Projection(Projection(base.quantized_weight, None, adapters), base.compute_dtype, dropout, rescaled)
-    return _Projection(Projection(base.quantized_weight, bias, adapters), base.compute_dtype, dropout)
+        rescaled = (dora.factors(layer, names[0], base), bias)
+        return _Projection(Projection(base.frozen_weight, None, adapters), base.compute_dtype, dropout, rescaled)
+    return _Projection(Projection(base.frozen_weight, bias, adapters), base.compute_dtype, dropout)
+
+
+def _is_frozen(layer: nn.Module) -> TypeGuard[FrozenLinear]:
+    """Return whether ``layer`` is one of ours with a weight that gets no gradient."""
+    return type(layer) in (Linear4bit, Linear8bit, DenseLinear) and not layer.weight.requires_grad
 
 
 def _dropped_dora(layer: LoraLinear4bit) -> list[str] | None:
     """Return the active adapters if they are a single DoRA whose input loses values now, else None."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    plain = type(layer) is LoraLinear4bit and type(layer.base_layer) is Linear4bit and untouched(layer.base_layer)
+    plain = type(layer) is LoraLinear4bit and _is_frozen(layer.base_layer) and untouched(layer.base_layer)
     if not plain or layer.disable_adapters or not dora.is_dora(layer, names):
         return None
     return names if _probability(layer.lora_dropout[names[0]]) else None
@@ -181,11 +197,11 @@ class Counts:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters are trained and how many there are, a 4-bit weight counted by its values."""
+    """Return how many parameters are trained and how many there are, a quantized weight counted by its values."""
     packed = {
         id(module.weight): module.out_features * module.in_features
         for module in model.modules()
-        if isinstance(module, Linear4bit)
+        if isinstance(module, QuantizedLinear)
     }
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)

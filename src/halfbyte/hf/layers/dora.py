@@ -15,9 +15,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from halfbyte.nn import LowRank, Projection, lora_linear
+from halfbyte.nn import FrozenLinear, LowRank, Projection, lora_linear
 from halfbyte.nn.dora import lengths, rescale, squared_lengths
-from halfbyte.quant import QuantizedWeight
 
 _KEPT = "_halfbyte_lengths"
 
@@ -29,40 +28,39 @@ def is_dora(layer: Any, names: list[str]) -> bool:
     return type(layer.lora_magnitude_vector[names[0]]) is DoraLinearLayer and layer.lora_B[names[0]].bias is None
 
 
-def factors(layer: Any, name: str, weight: QuantizedWeight) -> Tensor:
+def factors(layer: Any, name: str, base: FrozenLinear) -> Tensor:
     """Return ``m / n`` of the adapter ``name``, fp32 ``[out]``, differentiable in the magnitude ``m``."""
     adapter = LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
     magnitude: Tensor = layer.lora_magnitude_vector[name].weight
-    return magnitude.float() / _lengths(layer, name, weight, adapter)
+    return magnitude.float() / _lengths(layer, name, base, adapter)
 
 
-def dropped(
-    layer: Any, name: str, weight: QuantizedWeight, bias: Tensor | None, x: Tensor, dropout: nn.Module
-) -> Tensor:
+def dropped(layer: Any, name: str, base: FrozenLinear, bias: Tensor | None, x: Tensor, dropout: nn.Module) -> Tensor:
     """Return what the layer computes where ``dropout`` takes values of its input: the formula above.
 
     Args:
         layer: PEFT's, with one active adapter, ``name``.
-        weight: of its base layer, and ``bias``.
+        base: its base layer, and ``bias`` in the dtype to compute in.
         x: ``[..., in]`` in the dtype to compute in.
         dropout: drops values.
     """
     less = dropout(x)
     adapter = LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    [z] = lora_linear(less, [Projection(weight, None, [adapter])])
-    [rest] = lora_linear(x - less, [Projection(weight, bias, ())])
-    return rest + rescale(z, factors(layer, name, weight), None)
+    [z] = lora_linear(less, [Projection(base.frozen_weight, None, [adapter])])
+    [rest] = lora_linear(x - less, [Projection(base.frozen_weight, bias, ())])
+    return rest + rescale(z, factors(layer, name, base), None)
 
 
-def _lengths(layer: nn.Module, name: str, weight: QuantizedWeight, adapter: LowRank) -> Tensor:
+def _lengths(layer: nn.Module, name: str, base: FrozenLinear, adapter: LowRank) -> Tensor:
     """Return ``n``, computed again only where a value that it depends on has changed since."""
     a, b, _ = adapter
+    weight: Any = base.frozen_weight
     if a.is_inference() or b.is_inference():  # which have no version to go by
         return lengths(weight, squared_lengths(weight), adapter)
     kept: dict[str, Any] = vars(layer).setdefault(_KEPT, {})
     known = kept.get(name, {})
-    if known.get("packed") is not weight.packed:
-        known = {"packed": weight.packed, "squared": squared_lengths(weight)}
+    if known.get("of_base") is not base.weight:
+        known = {"of_base": base.weight, "squared": squared_lengths(weight)}
     of = (a._version, a.data_ptr(), b._version, b.data_ptr(), adapter.scaling)
     if known.get("of") != of:
         known |= {"of": of, "lengths": lengths(weight, known["squared"], adapter)}

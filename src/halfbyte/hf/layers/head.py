@@ -10,7 +10,7 @@ positions with a label alone and never holds their logits:
   would compute with the weights of the original.)
 
 Anything else goes to the forward that was there before, or TRL's: evaluation, generation, router logits, a head that is
-no linear layer or that has an adapter, a temperature. A head in 4 bits is expanded a chunk at a time.
+no linear layer or that has an adapter, a temperature. A head in 4 or 8 bits is expanded a chunk at a time.
 
 Which families it serves: those whose logits are ``cap tanh(scale W h / cap)``, scale and cap being in the
 configuration under a name known here. That is not believed but tried: before its first use the model's own forward runs
@@ -36,10 +36,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 
 from halfbyte.choices import IGNORED
-from halfbyte.hf.layers.whole import WholeLinear
-from halfbyte.nn import Linear4bit, Scores, linear_cross_entropy
-from halfbyte.quant import QuantizedWeight
+from halfbyte.nn import DenseLinear, Linear4bit, Linear8bit, QuantizedLinear, Scores, linear_cross_entropy
+from halfbyte.quant import QuantizedInt8, QuantizedWeight
 
+PLAIN = (nn.Linear, DenseLinear, Linear4bit, Linear8bit)
+"""Layers whose forward is known to be the product with their weight."""
 PROBED_LOGIT = 20.0
 """The largest logit of the trial: a soft cap of 30 shows in it."""
 
@@ -186,8 +187,8 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
 def _score(layer: nn.Linear | _Rows, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Scores, Tensor]:
     """Score ``labels`` ``[B, L]`` at ``hidden`` ``[B, L, H]`` where there are any, and say where: bool ``[B, L]``."""
     hidden, labels = hidden.to(layer.weight.device), labels.to(layer.weight.device)
-    weight: Tensor | QuantizedWeight = layer.weight
-    if isinstance(layer, Linear4bit):
+    weight: Tensor | QuantizedWeight | QuantizedInt8 = layer.weight
+    if isinstance(layer, QuantizedLinear):
         hidden, weight = hidden.to(layer.compute_dtype or hidden.dtype), layer.quantized_weight
     mask = labels != IGNORED
     positions = mask.view(-1).nonzero().squeeze(1)
@@ -211,9 +212,7 @@ def head_of(model: PreTrainedModel) -> Head | None:
     """Return how ``model`` makes its logits, or None if that is not known or its head is not a plain linear layer."""
     layer = _layer_of(model)
     if not isinstance(layer, _Rows) and (
-        type(layer) not in (nn.Linear, Linear4bit, WholeLinear)
-        or type(layer.weight) is not nn.Parameter
-        or _is_hooked(layer)
+        type(layer) not in PLAIN or type(layer.weight) is not nn.Parameter or _is_hooked(layer)
     ):
         return None
     if not hasattr(model, "_halfbyte_head"):
@@ -274,7 +273,7 @@ def _tried(model: PreTrainedModel, layer: nn.Linear | _Rows) -> Head | None:
     generator = torch.Generator().manual_seed(0)
     weight = layer.weight
     # of a tied copy that PEFT has made, in_features and out_features are exchanged
-    rows, width = (layer.out_features, layer.in_features) if isinstance(layer, Linear4bit) else weight.shape
+    rows, width = (layer.out_features, layer.in_features) if isinstance(layer, QuantizedLinear) else weight.shape
     hidden = torch.randn(1, 3, width, generator=generator).to(weight.device, model.dtype)
     labels = torch.randint(rows, (1, 3), generator=generator).to(weight.device)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from halfbyte.errors import InputError, nearest
 from halfbyte.hf.layers.starts import PLAIN
 from halfbyte.hf.layers.targets import ALL, check_targets
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import QuantizedLinear
 from halfbyte.options import check_start
 
 SHOWN = 8
@@ -152,9 +152,9 @@ def _check_saved(model: nn.Module, names: Sequence[str]) -> None:
         if not found:
             raise InputError(f"modules_to_save {name!r} matches no module of the model{_near(name, modules)}.")
         for path in found:
-            if any(isinstance(part, Linear4bit) for part in modules[path].modules()):
+            if any(isinstance(part, QuantizedLinear) for part in modules[path].modules()):
                 raise InputError(
-                    f"modules_to_save {name!r} matches {path}, which holds frozen 4-bit weights; give it LoRA "
+                    f"modules_to_save {name!r} matches {path}, which holds frozen quantized weights; give it LoRA "
                     "(target_modules), or name a module that stays dense, such as lm_head or embed_tokens."
                 )
             if not any(True for _ in modules[path].parameters()):

@@ -16,7 +16,7 @@ from halfbyte.hf.layers.adapters import Counts, LoraLinear4bit, check_kind, refu
 from halfbyte.hf.layers.fusion import fuse, unfuse
 from halfbyte.hf.layers.head import base_of, bind_head, unbind_head
 from halfbyte.hf.layers.starts import has_starts
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import FrozenLinear, QuantizedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,7 +24,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def prepare(model: Model) -> Model:
     """Make a PEFT model over 4-bit weights ready, to train and to run alike, and fuse its decoder layers.
 
-    LoRA layers over 4-bit weights compute as :mod:`halfbyte.hf.layers.adapters` says; adapters of other kinds (IA³,
+    The same over 8-bit weights, and over dense ones of a model that was opened with ``quant_type`` ``none``.
+
+    LoRA layers over such weights compute as :mod:`halfbyte.hf.layers.adapters` says; adapters of other kinds (IA³,
     prompts, ...) run as PEFT wrote them. An adapter cannot be merged into 4-bit weights: asking for it is an error.
     Decoder layers of families that are not known stay as they are;
     :func:`halfbyte.hf.layers.fusion.describe_layers` tells.
@@ -43,20 +45,25 @@ def prepare(model: Model) -> Model:
             f"{type(model).__name__} has no adapter: call peft.get_peft_model(model, "
             "LoraConfig(target_modules='all-linear', ...)) first."
         )
-    if not any(isinstance(module, Linear4bit) for module in model.modules()):
+    if not any(isinstance(module, FrozenLinear) for module in model.modules()):
         raise InputError(f"{type(model).__name__} has no 4-bit weight: load the model with HalfbyteConfig first.")
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "base_layer", None), Linear4bit)
+        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "base_layer", None), FrozenLinear)
     ]
-    if layers and isinstance(model, PeftModel):
+    quantized = any(isinstance(layer.base_layer, QuantizedLinear) for layer in layers)
+    if quantized and isinstance(model, PeftModel):
         for config in model.peft_config.values():
             check_kind(config.peft_type)
     for layer in layers:
         if type(layer) is LoraLinear:
             layer.__class__ = LoraLinear4bit
-        elif hasattr(layer, "merge") and not isinstance(layer, LoraLinear4bit):
+        elif (
+            hasattr(layer, "merge")
+            and not isinstance(layer, LoraLinear4bit)
+            and isinstance(layer.base_layer, QuantizedLinear)
+        ):
             layer.merge = refuse_merge
     base = base_of(model)
     if isinstance(base, PreTrainedModel):

@@ -32,7 +32,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from halfbyte.errors import InputError
-from halfbyte.nn import Linear4bit, LowRank
+from halfbyte.nn import FrozenLinear, LowRank
 from halfbyte.nn.dora import lengths, squared_lengths
 from halfbyte.nn.principal import principal
 from halfbyte.options import check_start, is_subtracted
@@ -82,9 +82,7 @@ def initialize(model: PeftModel, name: str, *, adapter: str = "default", seed: i
             a, b = _orthogonal(layer.out_features, layer.in_features, rank, seed + crc32(path.encode()))
             set_factors(layer, adapter, a, b)
             continue
-        b, a = _of_weight(
-            layer.base_layer.quantized_weight.dequantize(torch.float32), rank, name, seed + crc32(path.encode())
-        )
+        b, a = _of_weight(layer.base_layer.dequantize(torch.float32), rank, name, seed + crc32(path.encode()))
         root = math.sqrt(layer.scaling[adapter])
         set_factors(layer, adapter, a / root, b / root)
         _freeze(layer, adapter, a / root, b / root)
@@ -99,7 +97,7 @@ def set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
         layer.lora_A[adapter].weight.copy_(a)
         layer.lora_B[adapter].weight.copy_(b)
         if adapter in layer.lora_magnitude_vector:
-            weight = layer.base_layer.quantized_weight
+            weight = layer.base_layer.frozen_weight
             whole = LowRank(a.float(), b.float(), layer.scaling[adapter])
             layer.lora_magnitude_vector[adapter].weight.copy_(lengths(weight, squared_lengths(weight), whole))
 
@@ -129,10 +127,10 @@ def _layers(model: PeftModel, adapter: str, name: str) -> Iterator[tuple[str, Lo
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.r:
             continue
-        if not isinstance(layer, LoraLinear) or not isinstance(layer.base_layer, Linear4bit):
+        if not isinstance(layer, LoraLinear) or not isinstance(layer.base_layer, FrozenLinear):
             base, path = type(layer.get_base_layer()).__name__, path.removeprefix("base_model.model.")
             raise InputError(
-                f"init_lora_weights {name!r} is for linear layers in 4 bits, and {path} ({base}) is none; leave it out "
+                f"init_lora_weights {name!r} is for frozen linear layers, and {path} ({base}) is none; leave it out "
                 "of target_modules, or take the default."
             )
         yield path, layer

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import check_kind
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import QuantizedLinear
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -49,7 +49,7 @@ def put_adapter(model: PreTrainedModel, folder: Path, trained: bool = False) -> 
     """
     config, weights = _read(model, folder)
     config.inference_mode = not trained
-    if any(isinstance(module, Linear4bit) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         check_kind(config.peft_type)
     _resize(model, config, weights, folder)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
@@ -118,7 +118,7 @@ def _resize(model: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Te
         found = {last + 1}
     if found <= {rows}:
         return
-    if len(found) > 1 or (isinstance(heads[1], Linear4bit)):
+    if len(found) > 1 or (isinstance(heads[1], QuantizedLinear)):
         raise _misfit(
             model, folder, f"its embeddings have {' and '.join(map(str, sorted(found)))} rows, the base's {rows}"
         )

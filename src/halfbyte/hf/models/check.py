@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from halfbyte.errors import InputError
-from halfbyte.hf.models.checkpoint import INDEX, Checkpoint, read_index
+from halfbyte.hf.models.checkpoint import INDEX, Tensors, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,10 @@ SHOWN = 6
 # Buffers that older releases saved: masks and angles, which the model makes itself.
 OLD_BUFFERS = re.compile(r"(^|\.)((rotary_emb\.)?inv_freq|masked_bias|causal_mask|position_ids|token_type_ids)$")
 
-# What else a file holds of one 4-bit weight.
-_PARTS = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
+# What else a file holds of one quantized weight.
+_PARTS = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.(bitsandbytes|halfbyte)__\w+)$")
+
+_ROWS = (".SCB", ".weight_format")
 
 
 class Names:
@@ -80,24 +82,27 @@ class Fit:
     resized: list[str]
 
 
-def check_weights(
-    model: PreTrainedModel, checkpoint: Checkpoint, pre_quantized: bool, head_follows: bool = False
-) -> Fit:
+def check_weights(model: PreTrainedModel, checkpoint: Tensors, pre_quantized: bool, head_follows: bool = False) -> Fit:
     """Check that ``checkpoint`` holds the weights of ``model``.
 
     Args:
         model: on the meta device, as its class makes it, all layers dense.
         checkpoint: its.
-        pre_quantized: whether the configuration says that the checkpoint is in 4 bits.
+        pre_quantized: whether the configuration says that the checkpoint is quantized.
         head_follows: whether an adapter brings what is new, so that nothing is said of it.
 
     Raises:
         InputError: tensors are missing, have no place, or have another shape, and it names them; or the checkpoint is
-            in 4 bits where it should not be, or the other way round.
+            quantized where it should not be, or the other way round.
     """
-    packed = checkpoint.in_4_bits
+    packed = checkpoint.quantized
+    if not packed and any(name.endswith(".qweight") for name in checkpoint.names):
+        raise InputError(
+            f"The weights in {checkpoint.where} are packed (qweight), but config.json has no quantization_config that "
+            "says how, and there is no quantize_config.json: copy them from the model's source again."
+        )
     if bool(packed) != pre_quantized:
-        held, said = ("in 4 bits", "no") if packed else ("dense", "a")
+        held, said = (f"in {_bits(packed, checkpoint)} bits", "no") if packed else ("dense", "a")
         raise InputError(
             f"The weights in {checkpoint.where} are {held}, but config.json has {said} quantization_config: copy both "
             "from the model's source again."
@@ -216,8 +221,14 @@ def _is_within(model: PreTrainedModel, name: str) -> bool:
 
 
 def _is_part(name: str, packed: Iterable[str]) -> bool:
+    if name.endswith(_ROWS):
+        return f"{name.rpartition('.')[0]}.weight" in packed
     found = _PARTS.search(name)
     return found is not None and name[: found.start()] in packed
+
+
+def _bits(packed: dict[str, torch.Size], checkpoint: Tensors) -> int:
+    return 8 if all(checkpoint.form(name).shape == shape for name, shape in packed.items()) else 4
 
 
 def _is_mask(form: Tensor | None) -> bool:
@@ -227,7 +238,7 @@ def _is_mask(form: Tensor | None) -> bool:
     return not form.is_floating_point() or (form.ndim == 4 and form.shape[:2] == (1, 1))
 
 
-def _home_of(missing: list[str], checkpoint: Checkpoint) -> str:
+def _home_of(missing: list[str], checkpoint: Tensors) -> str:
     """Say so where an index names a file for a missing tensor, which does not hold it."""
     for index in {path for file in checkpoint.files for path in file.parent.glob(f"*{INDEX}")}:
         homes = read_index(index)
@@ -237,7 +248,7 @@ def _home_of(missing: list[str], checkpoint: Checkpoint) -> str:
     return ""
 
 
-def _refuse(checkpoint: Checkpoint, model: str, kinds: list[tuple[str, list[str], str]]) -> None:
+def _refuse(checkpoint: Tensors, model: str, kinds: list[tuple[str, list[str], str]]) -> None:
     told = [
         f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'} {kind} ({_listed(names)}{more})"
         for kind, names, more in kinds

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,17 +21,46 @@ from halfbyte.errors import InputError
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
-STATE = ".quant_state.bitsandbytes__"
+STATES = (".quant_state.bitsandbytes__", ".quant_state.halfbyte__")
+INT8_STATE, INT8_ROWS = ".quant_state.halfbyte__int8", ".SCB"
 
 # What else a folder may hold, and what to do with it.
 _CONVERT = {
-    ".gguf": "is GGUF, which is not trained from: take the folder that it was made of, or write one with transformers' "
-    "from_pretrained(folder, gguf_file={name!r}) and save_pretrained",
+    ".gguf": "is GGUF; give that file itself as the model, not its folder",
     ".h5": "is of TensorFlow; take a folder with safetensors",
     ".msgpack": "is of Flax; take a folder with safetensors",
     ".pth": "is not in transformers' form; take the folder that transformers reads, with model.safetensors",
     ".pt": "is not in transformers' form; take the folder that transformers reads, with model.safetensors",
 }
+
+
+class Tensors(Protocol):
+    """What a model's tensors can be read from.
+
+    Attributes:
+        names: all tensors'.
+        files: that hold them.
+        where: the file, or the folder of several.
+        quantized: the weights in 4 or 8 bits, by the shape of each before it was quantized.
+    """
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def files(self) -> list[Path]: ...
+
+    @property
+    def where(self) -> Path: ...
+
+    @property
+    def quantized(self) -> dict[str, torch.Size]: ...
+
+    def form(self, name: str) -> Tensor:
+        """Return the tensor ``name`` on the meta device: its shape, and whether it holds floats."""
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``."""
 
 
 class Checkpoint:
@@ -77,12 +106,17 @@ class Checkpoint:
         return tensor
 
     @functools.cached_property
-    def in_4_bits(self) -> dict[str, torch.Size]:
-        """The weights in bitsandbytes' 4 bits: the shape of each before it was packed."""
+    def quantized(self) -> dict[str, torch.Size]:
+        """The weights in 4 or 8 bits, bitsandbytes' or our own: the shape of each before it was quantized."""
         shapes = {}
         for name in self.names:
-            weight, found, _ = name.partition(STATE)
-            if found:
+            if name.endswith((INT8_ROWS, INT8_STATE)):
+                by_row = name.endswith(INT8_ROWS)
+                weight = f"{name.removesuffix(INT8_ROWS)}.weight" if by_row else name.removesuffix(INT8_STATE)
+                if weight in self._homes:
+                    shapes[weight] = self.form(weight).shape
+                continue
+            if weight := next((name.partition(state)[0] for state in STATES if state in name), ""):
                 try:
                     shapes[weight] = torch.Size(json.loads(bytes(self.read(name).view(torch.uint8).tolist()))["shape"])
                 except (ValueError, KeyError, TypeError) as error:

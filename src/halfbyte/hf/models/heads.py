@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.choices import Task
 from halfbyte.errors import InputError
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import QuantizedLinear
 
 TASK_TYPES: dict[Task, str] = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 """PEFT's names."""
@@ -94,7 +94,7 @@ def modules_within(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
 
 
 def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+    return isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
 
 
 def hold_in_fp32(model: PreTrainedModel) -> None:

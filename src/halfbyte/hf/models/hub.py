@@ -25,12 +25,14 @@ class Place:
     Attributes:
         path: a folder or a hub id.
         is_folder: which of the two.
-        options: what transformers has to be told about the hub.
+        options: what transformers has to be told about the hub, or of a GGUF file.
+        gguf: the file in the folder, if it is one of GGUF that is meant.
     """
 
     path: str
     is_folder: bool
     options: dict[str, Any]
+    gguf: Path | None = None
 
 
 def locate(path: str | Path) -> Place:
@@ -45,9 +47,11 @@ def locate(path: str | Path) -> Place:
     except RuntimeError as error:
         raise InputError(f"There is no folder {text}: {error}.") from error
     if folder.is_dir():
-        return Place(str(folder), True, {})
+        return _of_gguf(_only_gguf(folder)) or Place(str(folder), True, {})
+    if folder.is_file() and folder.suffix == ".gguf":
+        return _of_gguf(folder) or Place(str(folder.parent), True, {})
     if folder.exists():
-        raise InputError(f"{text} is a file; give the folder of a model, an adapter or a run.")
+        raise InputError(f"{text} is a file; give the folder of a model, an adapter or a run, or a GGUF file.")
     near = _near(folder)
     if not _may_be_an_id(text):
         raise InputError(f"There is no folder {text}{near}; {GIVE}.")
@@ -65,6 +69,24 @@ def locate(path: str | Path) -> Place:
     if cached:
         return Place(text, False, {"local_files_only": True})
     raise InputError(f"There is no folder {text}{near}, and {reason}; {GIVE}.")
+
+
+def _of_gguf(file: Path | None) -> Place | None:
+    return None if file is None else Place(str(file.parent), True, {"gguf_file": file.name}, file)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """Return the GGUF file of a folder that holds no other model.
+
+    Raises:
+        InputError: there are several.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    if not files or any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return None
+    if len(files) > 1:
+        raise InputError(f"The folder {folder} holds {len(files)} GGUF files; give one of them, as {files[0]}.")
+    return files[0]
 
 
 def _may_be_an_id(text: str) -> bool:

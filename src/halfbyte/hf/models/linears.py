@@ -1,4 +1,4 @@
-"""Which layers of a model are held in 4 bits: what acts as a linear layer, without heads and what is read by hand.
+"""Which layers of a model are held in 4 or 8 bits: what acts as a linear layer, without heads and what is read by hand.
 
 A subclass of ``nn.Linear`` (Falcon's) is a linear layer if it acts as one: it is tried on a small input. A router that
 returns indices too, or a layer of groups, is not.
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import DenseLinear, FrozenLinear, Linear4bit, Linear8bit, QuantizedLinear
 
 # Linear layers whose weight the model (of transformers 5.23) multiplies by hand, or rewrites in evaluation (RWKV), so
 # that it has to stay dense: by the ends of their names, and the model's type where the name says too little.
@@ -20,17 +20,25 @@ READ_DIRECTLY = ("dt_proj",)
 REWRITTEN = {"rwkv": ("attention.output", "feed_forward.value")}
 
 
+LAYERS: dict[int, type[Linear4bit | Linear8bit]] = {4: Linear4bit, 8: Linear8bit}
+"""The layer for so many bits."""
+
+
 def replace_linears(
-    model: nn.Module, skip: list[str], compute_dtype: torch.dtype, packed: set[str] | None = None
+    model: nn.Module, skip: list[str], compute_dtype: torch.dtype, packed: set[str] | None = None, bits: int | None = 4
 ) -> list[str]:
     """Put an empty :class:`Linear4bit` in the place of every linear layer (``nn.Linear``, ``Conv1D``) not in ``skip``.
+
+    In 8 bits it is a :class:`Linear8bit`; without bits a plain ``nn.Linear`` becomes a :class:`DenseLinear`, whose
+    weight is where it was.
 
     Args:
         model: in place.
         skip: names, in the patterns of transformers.
         compute_dtype: of the new layers.
-        packed: the weights that a checkpoint holds in 4 bits; of subclasses only these are replaced, since bitsandbytes
+        packed: the weights that a checkpoint holds quantized; of subclasses only these are replaced, since bitsandbytes
             leaves them dense without naming them. None for a dense checkpoint.
+        bits: 4, 8 or None.
 
     Returns:
         The names of the layers.
@@ -39,11 +47,16 @@ def replace_linears(
     for name, module in list(model.named_modules()):
         if not should_convert_module(name, skip) or not is_linear(module):
             continue
+        if bits is None:
+            if type(module) is nn.Linear:
+                DenseLinear.taking(module, compute_dtype)
+                replaced.append(name)
+            continue
         if packed is not None and is_subclass(module) and f"{name}.weight" not in packed:
             continue
         transposed = isinstance(module, Conv1D)
         out_features, in_features = reversed(module.weight.shape) if transposed else module.weight.shape
-        layer = Linear4bit(
+        layer = LAYERS[bits](
             in_features, out_features, module.bias is not None, compute_dtype=compute_dtype, device="meta"
         )
         layer.bias = module.bias
@@ -78,7 +91,7 @@ def is_linear(module: nn.Module) -> bool:
     if type(module) in (nn.Linear, Conv1D):
         return True
     if not isinstance(module, nn.Linear | Conv1D) or isinstance(
-        module, Linear4bit | nn.modules.linear.NonDynamicallyQuantizableLinear
+        module, FrozenLinear | nn.modules.linear.NonDynamicallyQuantizableLinear
     ):
         return False  # the last is nn.MultiheadAttention's, which reads its weight directly
     own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -116,25 +129,49 @@ def not_linear(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if is_subclass(module) and not isinstance(module, Linear4bit) and not is_linear(module)
+        if is_subclass(module) and not isinstance(module, FrozenLinear) and not is_linear(module)
     ]
 
 
 def share_in_4bit(model: nn.Module) -> float:
     """Return which part of a model's weights is held in 4 bits, counted by values, without adapters."""
-    packed, dense = _counts(model)
-    return packed / max(packed + sum(dense.values()), 1)
+    return _share(model, Linear4bit)
+
+
+def share_quantized(model: nn.Module) -> float:
+    """Return which part of a model's weights is held in 4 or 8 bits, counted by values, without adapters."""
+    return _share(model, QuantizedLinear)
+
+
+def bits_of(model: nn.Module) -> int | None:
+    """Return how many bits the model's quantized weights are held in, or None where there are none."""
+    kinds = {type(module) for module in model.modules()}
+    return next((bits for bits, layer in LAYERS.items() if layer in kinds), None)
+
+
+def describe_base(model: nn.Module) -> str:
+    """Return what a model's weights are held in, for a run's log: ``83% of them in 4 bits``."""
+    bits = bits_of(model)
+    if bits is None:
+        dtypes = {module.weight.dtype for module in model.modules() if isinstance(module, DenseLinear)}
+        return f"all of them dense, in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
+    return f"{share_quantized(model):.0%} of them in {bits} bits"
 
 
 def largest_dense(model: nn.Module) -> str:
-    """Return the name of the largest weight that is not in 4 bits."""
-    dense = _counts(model)[1]
+    """Return the name of the largest weight that is not quantized."""
+    dense = _counts(model, QuantizedLinear)[1]
     return max(dense, key=lambda name: dense[name])
 
 
-def _counts(model: nn.Module) -> tuple[int, dict[str, int]]:
-    """Return how many values are in 4 bits, and how many each other parameter has."""
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+def _share(model: nn.Module, kind: type[QuantizedLinear]) -> float:
+    packed, dense = _counts(model, kind)
+    return packed / max(packed + sum(dense.values()), 1)
+
+
+def _counts(model: nn.Module, kind: type[QuantizedLinear]) -> tuple[int, dict[str, int]]:
+    """Return how many values are in layers of this ``kind``, and how many each other parameter has."""
+    layers = [module for module in model.modules() if isinstance(module, kind)]
     weights = {id(layer.weight) for layer in layers}
     dense = {
         name: parameter.numel()

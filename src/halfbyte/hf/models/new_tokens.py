@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import InputError
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import QuantizedLinear
 
 
 class NewToken(NamedTuple):
@@ -48,8 +48,8 @@ def give_rows(model: PreTrainedModel, tokens: Sequence[NewToken]) -> dict[str, l
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module, what in ((embedding, "input embedding"), (head, "output head")):
-        if isinstance(module, Linear4bit) or not isinstance(module, nn.Embedding | nn.Linear):
-            held = "in 4 bits" if isinstance(module, Linear4bit) else type(module).__name__
+        if isinstance(module, QuantizedLinear) or not isinstance(module, nn.Embedding | nn.Linear):
+            held = "quantized" if isinstance(module, QuantizedLinear) else type(module).__name__
             raise InputError(
                 f"new_tokens need an {what} whose rows can be trained, and that of {model.config._name_or_path} is "
                 f"{held}; name a model whose embeddings are dense."

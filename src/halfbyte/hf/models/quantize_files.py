@@ -1,4 +1,4 @@
-"""Write a 4-bit copy of a model of any size: its files are read and written tensor by tensor.
+"""Write a copy of a model of any size in 4 or 8 bits: its files are read and written tensor by tensor.
 
 The model is built without memory (on the meta device) to learn which tensors are weights of linear layers; then every
 tensor of the source's safetensors files is read, quantized if it is one of those (or else cast to the compute dtype),
@@ -7,6 +7,7 @@ and written. At no time is more in memory than one shard of the output and one t
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,24 +19,28 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.files import repair, whole_folder
 from halfbyte.hf.models.check import Names, check_finite, check_weights
-from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS, Checkpoint, weight_files
+from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS, Checkpoint, Tensors, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
+from halfbyte.hf.models.configs import config_at, model_class
+from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
+from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, packing_of
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
-from halfbyte.hf.models.loader import config_at, model_class
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 1 << 30
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,22 @@ class QuantizedCopy:
 
     Attributes:
         values: of the model's tensors.
-        packed: those of them in 4 bits.
+        packed: those of them in 4 or 8 bits.
         bytes_before: of the source's weight files.
         bytes_after: of the copy's.
+        error: of a source that was quantized otherwise (GGUF, GPTQ, AWQ): how far the copy's weights are from the
+            source's, ``‖W' − W‖ / ‖W‖``; None of a dense one.
     """
 
     values: int
     packed: int
     bytes_before: int
     bytes_after: int
+    error: float | None = None
 
     @property
     def share(self) -> float:
-        """The part of the values that is in 4 bits."""
+        """The part of the values that is quantized."""
         return self.packed / self.values
 
 
@@ -69,13 +77,14 @@ def quantize_checkpoint(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> QuantizedCopy:
-    """Write ``model`` in bitsandbytes' 4-bit format to the folder ``output``, which appears whole or not at all.
+    """Write ``model`` in 4 or 8 bits to the folder ``output``, which appears whole or not at all.
 
-    transformers with bitsandbytes opens the folder too, except where a linear layer's class is one of the family's own
-    (Falcon), which they leave dense; a warning is logged then.
+    transformers with bitsandbytes opens the folder too, where its format has a name for the number format
+    (:attr:`HalfbyteConfig.is_bitsandbytes`), except where a linear layer's class is one of the family's own (Falcon),
+    which they leave dense; a warning is logged then.
 
     Args:
-        model: a folder or hub id with weights in 16 or 32 bits.
+        model: a folder or hub id with weights in 16 or 32 bits, or in GPTQ's or AWQ's; or a GGUF file.
         output: the new folder.
         config: how to quantize; None takes the defaults.
         progress: called with tensors done and tensors in all.
@@ -83,19 +92,18 @@ def quantize_checkpoint(
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        What was written: sizes, and how many of the values are in 4 bits.
+        What was written: sizes, and how many of the values are quantized.
 
     Raises:
         InputError: there is no such model, its weights are damaged or not those that its configuration describes, none
-            can be held in 4 bits, it is quantized already, ``output`` is there, or the format has no name for the
-            codebook.
+            can be quantized, it is quantized already, ``output`` is there, or ``quant_type`` is ``none``.
     """
     config = config or HalfbyteConfig()
     output = Path(output).expanduser()
     if config.quant_type not in SAVEABLE_TYPES:
         raise InputError(
-            f"A {config.quant_type} model cannot be saved: bitsandbytes' format has {' and '.join(SAVEABLE_TYPES)} "
-            "only."
+            f"A copy with quant_type {config.quant_type} would be the model itself; choose one of "
+            f"{', '.join(SAVEABLE_TYPES)}."
         )
     repair(output)
     if output.exists() and not overwrite:
@@ -104,13 +112,21 @@ def quantize_checkpoint(
         raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
     place = locate(model)
     model_config = config_at(place, trust_remote_code)
-    if getattr(model_config, "quantization_config", None) is not None:
+    packing = packing_of(model_config)
+    if packing is None and getattr(model_config, "quantization_config", None) is not None:
         raise InputError(f"{model} is quantized already; start from its 16-bit original.")
-    source = _on_disk(place)
+    source = on_disk(place)
     if output.resolve() == source.resolve():
         raise InputError(f"The output folder {output} is the model's own; choose another.")
-    checkpoint = Checkpoint(weight_files(source, getattr(model_config, "transformers_weights", None)))
-    skeleton = _skeleton(model_config, config.compute_dtype, trust_remote_code)
+    model_config.__dict__.pop("quantization_config", None)
+    checkpoint: Tensors
+    if place.gguf:
+        skeleton = _skeleton(model_config, config.compute_dtype, trust_remote_code)
+        checkpoint = GgufCheckpoint(place.gguf, skeleton)
+    else:
+        held = Checkpoint(weight_files(source, getattr(model_config, "transformers_weights", None)))
+        checkpoint = PackedCheckpoint(held, packing) if packing else held
+        skeleton = _skeleton(model_config, config.compute_dtype, trust_remote_code)
     check_weights(skeleton, checkpoint, pre_quantized=False)
     quantizer = HalfbyteQuantizer(config, pre_quantized=False)
     own = {type(module).__name__ for module in skeleton.modules() if is_subclass(module) and is_linear(module)}
@@ -123,11 +139,14 @@ def quantize_checkpoint(
         )
 
     with whole_folder(output) as folder:
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
+        if place.gguf:
+            AutoTokenizer.from_pretrained(source, gguf_file=place.gguf.name).save_pretrained(folder)
+        for file in () if place.gguf else source.iterdir():
+            if file.is_file() and not file.name.endswith(LEFT_OUT) and not file.name.startswith("."):
                 shutil.copy(file, folder)
         writer = _ShardWriter(folder)
         values = packed = 0
+        error = _Error()
         for done, name in enumerate(plan.names, 1):
             tensor = checkpoint.read(name)
             layer = plan.layers.get(name)
@@ -135,6 +154,8 @@ def quantize_checkpoint(
             if layer is not None:
                 weight = quantized(name, tensor.to(config.compute_dtype), layer, quantizer.quantization_config)
                 writer.add(weight.state_dict(name))
+                if packing or place.gguf:
+                    error.add(tensor.T if layer.transposed else tensor, weight.dequantize(torch.float32))
                 packed += tensor.numel()
             else:
                 dense = tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor
@@ -155,10 +176,30 @@ def quantize_checkpoint(
     before, after = (
         sum(file.stat().st_size for file in files) for files in (checkpoint.files, output.glob("*.safetensors"))
     )
-    return QuantizedCopy(values, packed, before, after)
+    return QuantizedCopy(values, packed, before, after, error.relative if packing or place.gguf else None)
 
 
-def _on_disk(place: Place) -> Path:
+class _Error:
+    """The relative error of weights in other values, ``‖V − W‖ / ‖W‖`` over all of them."""
+
+    def __init__(self) -> None:
+        self.apart = self.size = 0.0
+
+    def add(self, weight: Tensor, other: Tensor) -> None:
+        self.apart += float((other - weight.float()).square().sum())
+        self.size += float(weight.float().square().sum())
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.apart / max(self.size, 1e-30))
+
+
+def on_disk(place: Place) -> Path:
+    """Return the folder of the model in ``place``, downloaded from the hub unless it is there.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
     if place.is_folder:
         return Path(place.path)
     try:
@@ -186,11 +227,11 @@ class _Plan:
         left_dense: layers whose weight is made of several tensors, or a part of one: not quantized here.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    def __init__(self, skeleton: PreTrainedModel, checkpoint: Tensors) -> None:
         self.skeleton = skeleton
-        self.layers: dict[str, Linear4bit] = {}
+        self.layers: dict[str, QuantizedLinear] = {}
         self.left_dense: set[str] = set()
-        modules = {n: m for n, m in skeleton.named_modules() if isinstance(m, Linear4bit)}
+        modules = {n: m for n, m in skeleton.named_modules() if isinstance(m, QuantizedLinear)}
         rules = Names(skeleton)
         renamed = {name: rules.of(name) for name in checkpoint.names}
         self.target = {name: target for name, (target, _) in renamed.items()}

@@ -1,8 +1,9 @@
-"""How transformers builds a model with 4-bit linear layers: ours as a quantizer of its registry.
+"""How transformers builds a model with linear layers in 4 or 8 bits: ours as a quantizer of its registry.
 
 transformers (5.23) makes the model on the meta device, lets the quantizer replace modules, and hands over each tensor
 as it is read: a dense one is quantized at once (peak memory: the 4-bit model and one tensor), and the tensors of a
-4-bit checkpoint are put together as they are, so that what is mapped from the file stays mapped.
+4-bit checkpoint are put together as they are, so that what is mapped from the file stays mapped. Where weights are to
+stay as they are (``none``), only the layers' class is ours, and nothing says afterwards that the model is quantized.
 """
 
 import contextlib
@@ -23,15 +24,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.generic import is_flash_attention_requested
 
-from halfbyte.choices import SAVEABLE_TYPES
+from halfbyte.choices import BITSANDBYTES_TYPES, BLOCKSIZE, SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.attention_choice import choose_attention
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint
 from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
 from halfbyte.hf.models.linears import left_dense, replace_linears
-from halfbyte.nn import Linear4bit
-from halfbyte.quant import QuantizedWeight, quantize_4bit
+from halfbyte.nn import Linear4bit, QuantizedLinear
+from halfbyte.quant import QuantizedInt8, QuantizedWeight, quantize_4bit, quantize_int8
+from halfbyte.quant.int8 import CONSTANTS, FORMAT, STATE_INT8
+from halfbyte.quant.weight import OWN_STATE, STATE
 
 READ_AT_ONCE = 1 << 20
 """Bytes up to which a tensor of a 4-bit folder is read, to look at its values, when the folder is opened."""
@@ -110,18 +113,6 @@ class HalfbyteQuantizer(HfQuantizer):
 
     quantization_config: HalfbyteConfig
 
-    # The tensors that one 4-bit weight takes in a file, by the name of the parameter that they become.
-    serialized_names = {  # noqa: RUF012 (an instance attribute in transformers' eyes)
-        "weight": [
-            "weight",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            "weight.quant_map",
-            "weight.absmax",
-            *(f"weight.quant_state.bitsandbytes__{name}" for name in SAVEABLE_TYPES),
-        ]
-    }
-
     def __init__(self, quantization_config: HalfbyteConfig, **kwargs: Any) -> None:
         # A copy: what is learned about one model is not written into the user's object.
         super().__init__(copy.copy(quantization_config), **kwargs)
@@ -129,12 +120,27 @@ class HalfbyteQuantizer(HfQuantizer):
         self.choose_attention = False
 
     @property
-    def quantized_element_size(self) -> float:
+    def serialized_names(self) -> dict[str, list[str]]:
+        """The tensors that one quantized weight takes in a file, by the name of the parameter that they become."""
+        quant_type = self.quantization_config.quant_type
+        if quant_type == "none":
+            return {}
+        if quant_type == "int8":
+            names = ["weight", CONSTANTS, FORMAT, "weight.absmax", f"weight.{STATE_INT8}"]
+            return {"weight": names[:3] if self.quantization_config.is_bitsandbytes else [names[0], *names[3:]]}
+        types = BITSANDBYTES_TYPES if self.quantization_config.is_bitsandbytes else (quant_type,)
+        kind = STATE if self.quantization_config.is_bitsandbytes else OWN_STATE
+        parts = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", *(f"{kind}{name}" for name in types))
+        return {"weight": ["weight", *(f"weight.{part}" for part in parts)]}
+
+    @property
+    def quantized_element_size(self) -> float | None:
         """Bytes per value, for device maps."""
-        return 0.5
+        bits = self.quantization_config.bits
+        return None if bits is None else bits / 8
 
     def is_serializable(self) -> bool:
-        """Whether bitsandbytes' format has a name for the codebook."""
+        """Whether a folder can hold the format."""
         return self.quantization_config.quant_type in SAVEABLE_TYPES
 
     @property
@@ -164,9 +170,9 @@ class HalfbyteQuantizer(HfQuantizer):
         return config
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether ``param_name`` is the weight of a layer that was chosen for 4 bits."""
+        """Whether ``param_name`` is the weight of a layer that was chosen for 4 or 8 bits."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return isinstance(module, QuantizedLinear) and name == "weight"
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -183,16 +189,18 @@ class HalfbyteQuantizer(HfQuantizer):
                 failures.resized = fit.resized
             if self.pre_quantized:
                 names = Names(model)
-                packed = {names.of(name)[0] for name in checkpoint.in_4_bits}
+                packed = {names.of(name)[0] for name in checkpoint.quantized}
         skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         if not self.pre_quantized and config.skip_modules is None:
             # Recorded, so that whoever opens the saved model makes the same choice.
             config.skip_modules = sorted({*skip, *left_dense(model), *new})
         elif new:
             config.skip_modules = sorted({*(config.skip_modules or []), *new})
-        if not replace_linears(model, sorted({*skip, *(config.skip_modules or [])}), config.compute_dtype, packed):
+        skipped = sorted({*skip, *(config.skip_modules or [])})
+        bits = config.bits
+        if not replace_linears(model, skipped, config.compute_dtype, packed, bits) and bits is not None:
             raise InputError(
-                f"{type(model).__name__} has no linear layer that could be held in 4 bits"
+                f"{type(model).__name__} has no linear layer that could be held in {bits} bits"
                 f"{' beside those to be skipped' if config.skip_modules else ''}: there is nothing to gain here, so "
                 "open it with transformers."
             )
@@ -208,6 +216,11 @@ class HalfbyteQuantizer(HfQuantizer):
             # What is large in a 4-bit folder stays mapped and unread; it was looked at when the folder was made.
             if not self.pre_quantized or parameter.nbytes <= READ_AT_ONCE:
                 check_finite(name, parameter.detach())
+        if self.quantization_config.bits is None:
+            self.remove_quantization_config(model)
+            for module in model.modules():
+                if isinstance(module, PreTrainedModel):
+                    module.config._is_quantized = False
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -220,7 +233,7 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
-            if isinstance(module, Linear4bit):
+            if isinstance(module, QuantizedLinear):
                 dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
                 dense.weight = nn.Parameter(module.quantized_weight.dequantize(dtype))
                 dense.bias = module.bias
@@ -229,7 +242,7 @@ class HalfbyteQuantizer(HfQuantizer):
 
 
 class Quantize(ConversionOps):
-    """Dense weight in, 4-bit weight out."""
+    """Dense weight in, quantized weight out."""
 
     def __init__(self, hf_quantizer: HalfbyteQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -249,7 +262,7 @@ class Quantize(ConversionOps):
 
 
 class Deserialize(ConversionOps):
-    """The tensors of one 4-bit weight in, the weight out."""
+    """The tensors of one quantized weight in, the weight out."""
 
     def __init__(self, hf_quantizer: HalfbyteQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -260,40 +273,55 @@ class Deserialize(ConversionOps):
         """Put together the weight of layer ``full_layer_name``; a single dense tensor takes its dtype in the model."""
         with _failing():
             layer, _ = get_module_from_name(model, full_layer_name)
-            if (len(input_dict) > 1) != isinstance(layer, Linear4bit):
-                held, chosen = ("dense", "4-bit") if len(input_dict) == 1 else ("4-bit", "dense")
+            if (len(input_dict) > 1) != isinstance(layer, QuantizedLinear):
+                bits = f"{self.hf_quantizer.quantization_config.bits}-bit"
+                held, chosen = ("dense", bits) if len(input_dict) == 1 else (bits, "dense")
                 raise InputError(
                     f"{full_layer_name} is {held} in the checkpoint, but its configuration makes it {chosen}: "
                     "llm_int8_skip_modules in config.json does not fit the weights."
                 )
             state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-            if not isinstance(layer, Linear4bit):
+            if not isinstance(layer, QuantizedLinear):
                 dtype = dense_dtype(model, full_layer_name, self.hf_quantizer.quantization_config.compute_dtype)
                 return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-            own = {f"{full_layer_name}{key.removeprefix('weight')}": value for key, value in state.items()}
-            weight = QuantizedWeight.from_state_dict(own, full_layer_name)
-            nested = weight.statistics.nested
-            kind, constants = (
-                ("absmax", weight.statistics.absmax) if nested is None else ("nested_absmax", nested.absmax)
-            )
+            prefix = full_layer_name.removesuffix("weight")
+            own = {f"{prefix}{key}": value for key, value in state.items()}
+            weight: QuantizedInt8 | QuantizedWeight
+            if isinstance(layer, Linear4bit):
+                weight = QuantizedWeight.from_state_dict(own, full_layer_name)
+                nested = weight.statistics.nested
+                kind, constants = (
+                    ("absmax", weight.statistics.absmax) if nested is None else ("nested_absmax", nested.absmax)
+                )
+            else:
+                compute_dtype = self.hf_quantizer.quantization_config.compute_dtype
+                weight = QuantizedInt8.from_state_dict(own, full_layer_name, compute_dtype)
+                kind, constants = "absmax", weight.absmax
             if constants.nbytes <= READ_AT_ONCE:
                 check_finite(f"{full_layer_name}.{kind}", constants)
             layer.set_quantized_weight(weight)
             return {"weight": layer.weight}
 
 
-def quantized(name: str, dense: Tensor, layer: Linear4bit, config: HalfbyteConfig) -> QuantizedWeight:
-    """Return the ``dense`` weight of ``layer`` in 4 bits, as a checkpoint holds it (``Conv1D``'s transposed).
+def quantized(
+    name: str, dense: Tensor, layer: QuantizedLinear, config: HalfbyteConfig
+) -> QuantizedInt8 | QuantizedWeight:
+    """Return the ``dense`` weight of ``layer`` in 4 or 8 bits, as a checkpoint holds it (``Conv1D``'s transposed).
 
     Raises:
         InputError: a value is not finite; the sentence has the tensor's ``name`` and the index.
     """
-    weight = quantize_4bit(
-        dense.T if layer.transposed else dense, config.quant_type, config.blocksize, config.double_quant
-    )
+    values = dense.T if layer.transposed else dense
+    weight: QuantizedInt8 | QuantizedWeight
     # A block's constant is its largest magnitude, NaN if there is one, and the offset is the constants' mean.
-    nested = weight.statistics.nested
-    if not (torch.isfinite(weight.statistics.absmax).all() if nested is None else math.isfinite(nested.offset)):
+    if config.bits == 8:
+        weight = quantize_int8(values.contiguous(), config.blocksize or BLOCKSIZE)
+        finite = bool(torch.isfinite(weight.absmax).all())
+    else:
+        weight = quantize_4bit(values, config.quant_type, int(config.blocksize or BLOCKSIZE), config.double_quant)
+        nested = weight.statistics.nested
+        finite = math.isfinite(nested.offset) if nested else bool(torch.isfinite(weight.statistics.absmax).all())
+    if not finite:
         check_finite(name, dense)
         raise InputError(f"{name} holds values too large to be quantized: the model is damaged.")
     return weight

@@ -46,7 +46,7 @@ from halfbyte.hf.trainers import arguments, distributed
 from halfbyte.hf.trainers.checkpoints import Checkpoints, unsaved
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import FrozenLinear
 from halfbyte.optim import KINDS, LIONS, AdamW, Lion
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -80,7 +80,7 @@ class BaseTrainer(Checkpoints):
         arguments.check(given["args"])
         super().__init__(**given)
         self._check_built()
-        if any(isinstance(module, Linear4bit) for module in self.model.modules()):
+        if any(isinstance(module, FrozenLinear) for module in self.model.modules()):
             prepare(self.model)  # TRL put the adapter on, or the script left this to us
         for model in (self.model, getattr(self, "ref_model", None)):
             if model is not None and isinstance(base_of(model), PreTrainedModel):

@@ -3,12 +3,17 @@
 Also how the extension takes the statistics of a 4-bit weight.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_index
 from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
+
+PIECE = 1 << 16
+"""Values that are quantized to int8 at a time."""
 
 
 def quantize_coded(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -91,13 +96,28 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_int8(x: Tensor, blocksize: int) -> WeightInt8:
-    """Block-wise quantization to int8, by torch: it is done once."""
-    return reference.quantize_int8(x, blocksize)
+    """Block-wise quantization to int8, by torch, some blocks at a time: what lies between takes little memory."""
+    flat, n = x.reshape(-1), x.numel()
+    codes = torch.empty(n, dtype=torch.int8, device="cpu")
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
+    blocks = max(PIECE // blocksize, 1)
+    for first in range(0, len(absmax), blocks):
+        values = slice(first * blocksize, (first + blocks) * blocksize)
+        part = reference.quantize_int8(flat[values].unsqueeze(0), blocksize)
+        codes[values], absmax[first : first + blocks] = part.codes[0], part.absmax
+    return WeightInt8(codes.view(x.shape), absmax, blocksize)
 
 
 def dequantize_int8(weight: WeightInt8, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize_int8`, by torch: products read the codes themselves."""
-    return reference.dequantize_int8(weight, dtype)
+    """Inverse of :func:`quantize_int8`: as coded bytes, whose table has the integer that each byte is."""
+    absmax = weight.absmax / 127.0
+    flat = dequantize_coded(weight.codes.view(torch.uint8), absmax, _integers(), weight.blocksize, dtype)
+    return flat.view(weight.shape)
+
+
+@functools.cache
+def _integers() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.int8).float()
 
 
 def code_tables(statistics: Statistics) -> tuple[Tensor, Tensor | None]:

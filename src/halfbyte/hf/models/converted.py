@@ -1,0 +1,54 @@
+"""Models in others' number formats, opened: quantized anew once, tensor by tensor, and kept in the cache.
+
+A GGUF file, or a folder in GPTQ's or AWQ's, becomes a folder of our own in ``~/.cache/halfbyte/models``
+(``XDG_CACHE_HOME`` and ``HALFBYTE_CACHE`` move it), under a name made of the source's files (path, size, times) and of
+the number format; it is mapped as any. What the second rounding costs is measured and said.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from halfbyte import __version__
+from halfbyte.files import absolute, write_text
+from halfbyte.hf.models.config import HalfbyteConfig
+from halfbyte.hf.models.hub import Place
+from halfbyte.hf.models.quantize_files import on_disk, quantize_checkpoint
+
+logger = logging.getLogger(__name__)
+
+ABOUT = "converted.json"
+"""A file in the folder: source and relative error."""
+
+
+def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bool = False) -> Place:
+    """Return where the model in ``place`` lies in ``config``'s format, made unless it is there.
+
+    Raises:
+        InputError: as :func:`halfbyte.hf.models.quantize_files.quantize_checkpoint`.
+    """
+    config = config or HalfbyteConfig()
+    source = place.gguf or on_disk(place)
+    folder = _folder(source, config)
+    if not (folder / ABOUT).is_file():
+        copy = quantize_checkpoint(source, folder, config, overwrite=True, trust_remote_code=trust_remote_code)
+        write_text(folder / ABOUT, json.dumps({"source": str(source.absolute()), "error": copy.error}) + "\n")
+    error = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["error"]
+    logger.warning(
+        "%s is opened in %s: its weights were rounded a second time, %.1f %% off those of the source. They are in %s.",
+        source, config.quant_type, 100 * error, folder,
+    )  # fmt: skip
+    return Place(str(folder), True, {})
+
+
+def _folder(source: Path, config: HalfbyteConfig) -> Path:
+    files = [source] if source.is_file() else sorted(source.iterdir())
+    digest = hashlib.sha256(f"{__version__} {sorted(config.in_memory().items(), key=str)}".encode())
+    for file in files:
+        about = file.stat()
+        digest.update(f"{file.absolute()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}".encode())
+    given, home = os.environ.get("HALFBYTE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = absolute(given) if given else absolute(home) / "halfbyte"
+    return cache / "models" / f"{source.stem if source.is_file() else source.name}-{digest.hexdigest()[:16]}"

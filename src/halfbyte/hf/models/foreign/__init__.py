@@ -1,0 +1,1 @@
+"""Models in others' number formats, read tensor by tensor as dense ones: GGUF, GPTQ and AWQ."""

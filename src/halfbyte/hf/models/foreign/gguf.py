@@ -1,0 +1,120 @@
+"""A GGUF file as a checkpoint: its tensors under transformers' names, each expanded when it is read.
+
+The package ``gguf`` maps the file and expands single tensors; which name a tensor has in the model, and what
+llama.cpp's conversion did to it (Llama's rotated rows, Gemma's norms), is transformers' own (5.23) knowledge,
+whose loader would expand the whole model first. Read from its private module are ``TENSOR_PROCESSORS`` and
+``get_gguf_hf_weights_map``.
+
+Left out: mixtures of experts, whose tensors it puts together from several, and architectures of its newer loader.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from halfbyte.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+PLAIN = ("F32", "F16", "BF16")
+
+
+def open_gguf(file: Path) -> Any:
+    """Map ``file`` and return its reader.
+
+    Raises:
+        InputError: it is not GGUF, or one part of several, or holds numbers of an unknown type.
+    """
+    if found := PART.search(file.name):
+        raise InputError(
+            f"{file} is part {int(found[1])} of {int(found[2])}; put the parts together with llama.cpp's "
+            "llama-gguf-split --merge first."
+        )
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise InputError(
+            f"{file} cannot be read as GGUF ({_first(error)}): the file is damaged, or of a newer kind."
+        ) from error
+    for kind in {tensor.tensor_type for tensor in reader.tensors}:
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+        except NotImplementedError:
+            raise InputError(
+                f"{file} holds tensors of the type {kind.name}, which the package gguf cannot expand; take a file in "
+                f"another one, as {GGMLQuantizationType.Q8_0.name}."
+            ) from None
+        except ValueError:
+            if kind.name not in PLAIN:
+                raise
+    return reader
+
+
+class GgufCheckpoint:
+    """The tensors of a GGUF file under their names in the model.
+
+    It has what :class:`~halfbyte.hf.models.checkpoint.Checkpoint` has.
+
+    Args:
+        file: the GGUF file.
+        model: what its configuration describes, without memory.
+
+    Raises:
+        InputError: as :func:`open_gguf`, or the file's is a mixture of experts.
+    """
+
+    quantized: dict[str, torch.Size]
+
+    def __init__(self, file: Path, model: PreTrainedModel) -> None:
+        self.files, self.where, self.quantized = [file], file, {}
+        reader = open_gguf(file)
+        architecture = str(reader.fields["general.architecture"].contents())
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+        try:
+            places = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise InputError(
+                f"{file} is a {architecture}, of which the package gguf has no names: {_first(error)}"
+            ) from error
+        experts = [tensor.name for tensor in reader.tensors if "_exps" in tensor.name or "_projs" in tensor.name]
+        if experts:
+            raise InputError(
+                f"{file} is a mixture of experts ({experts[0]}), which is not opened from GGUF; take the model's "
+                "folder with safetensors."
+            )
+        self._tensors = {places[tensor.name]: tensor for tensor in reader.tensors if tensor.name in places}
+        self.names = list(self._tensors)
+        unused = [tensor.name for tensor in reader.tensors if tensor.name not in places]
+        if unused:
+            logger.warning("%s has tensors that transformers leaves out: %s.", file, ", ".join(sorted(unused)[:6]))
+
+    def form(self, name: str) -> Tensor:
+        """Return the tensor ``name`` on the meta device."""
+        tensor = self._tensors[name]
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        values = self._processed(tensor, np.broadcast_to(np.float32(0), shape))
+        return torch.empty(values.shape, dtype=torch.bfloat16, device="meta")
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``, fp32."""
+        tensor = self._tensors[name]
+        values = self._processed(tensor, dequantize(tensor.data, tensor.tensor_type))
+        return torch.from_numpy(np.array(values, dtype=np.float32))
+
+    def _processed(self, tensor: Any, values: Any) -> Any:
+        return self._processor.process(weights=values, name=tensor.name).weights
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
