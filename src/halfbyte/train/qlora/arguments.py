@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
 
 from halfbyte.errors import InputError
 from halfbyte.hf.trainers import SFTConfig
@@ -48,6 +49,8 @@ def trainer_arguments(flags: Flags, output: Path) -> SFTConfig:
     if flags["logging_dir"]:
         os.environ["TENSORBOARD_LOGGING_DIR"] = flags["logging_dir"]
     try:
+        for callback in get_reporting_integration_callbacks(flags["report_to"]):
+            callback()  # raises where its package is not installed
         return SFTConfig(**values)
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"These flags do not fit together: {str(error).splitlines()[0].rstrip('.')}.") from error
