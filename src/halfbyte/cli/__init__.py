@@ -24,7 +24,7 @@ import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, data, machine, models, qlora, talk, train
+from halfbyte.cli import bench, convert, data, machine, models, qlora, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import complete
 from halfbyte.errors import InputError
@@ -43,6 +43,7 @@ benchmarks = typer.Typer(help="Measure speed on this machine.")
 
 app.command()(train.train)
 app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
+app.command()(convert.convert_config)
 app.command()(data.data)
 app.command()(talk.chat)
 app.command()(talk.generate)

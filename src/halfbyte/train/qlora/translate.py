@@ -164,7 +164,8 @@ def translate(given: Flags) -> Translated:
         lacking.pop("eval_steps", None)
     _shape(flags, values, lacking)
     _schedule(flags, values, lacking)
-    if optimizer := OPTIMS[flags["optim"]]:
+    optimizer = OPTIMS.get(flags["optim"]) or flags["optim"]
+    if optimizer in OPTIMIZERS:
         values["optimizer"] = optimizer
     else:
         lacking["optim"] = f"there are {', '.join(OPTIMIZERS)}"
@@ -210,7 +211,7 @@ def _settled(given: Flags) -> Flags:
 
 
 def _check(flags: Flags) -> None:
-    _one_of(flags, "optim", OPTIMS, NO_OPTIMS)
+    _one_of(flags, "optim", [*dict.fromkeys((*OPTIMS, *OPTIMIZERS))], NO_OPTIMS)
     _one_of(flags, "lr_scheduler_type", SCHEDULES)
     for name in ("evaluation_strategy", "logging_strategy", "save_strategy"):
         _one_of(flags, name, INTERVALS)
@@ -236,7 +237,7 @@ def _check(flags: Flags) -> None:
 
 def _one_of(flags: Flags, name: str, known: Sequence[str] | Mapping[str, Any], refused: Mapping[str, str] = {}) -> None:
     word = flags[name]
-    if word in refused:
+    if word in refused and word not in OPTIMIZERS:
         raise InputError(f"--{name} {word} is refused: {refused[word]}.")
     if word not in known:
         raise InputError(f"--{name} {word}: there is no such word{nearest(word, known)}; choose {', '.join(known)}.")
@@ -289,7 +290,7 @@ def _schedule(flags: Flags, values: dict[str, Any], lacking: dict[str, str]) -> 
         ratio = flags["warmup_ratio"]
     if word == "constant":
         values |= {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
-    elif word == "constant_with_warmup":
+    elif word == "constant_with_warmup" and word not in get_args(Schedule):
         values |= {"lr_scheduler_type": "constant", "warmup_ratio": ratio}
     elif word in get_args(Schedule):
         values |= {"lr_scheduler_type": word, "warmup_ratio": ratio}
