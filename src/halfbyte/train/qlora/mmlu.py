@@ -4,10 +4,16 @@
     accuracy              = mean over subjects;  loss = mean of −log P over letter and eos, in nats
 
 The questions are the JSON lines that lie in the script's repository: ``data/mmlu/five_shot_mmlu_val.json`` and so on,
-with ``input``, ``output`` (a letter) and ``subject``.
+with ``input``, ``output`` (a letter) and ``subject``. Where there is no such file they are made of ``cais/mmlu`` on the
+hub, in the form of Hendrycks' evaluation (``hendrycks/test``), which is that of the script's files:
+
+    The following are multiple choice questions (with answers) about  SUBJECT.
+
+    five times, or never: QUESTION, A. to D., "Answer: B", an empty line
+    QUESTION, A. to D., "Answer:"
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from halfbyte.choices import IGNORED
-from halfbyte.data import Collator
+from halfbyte.data import Collator, hub
 from halfbyte.data.sources import Source, read_source
 from halfbyte.errors import InputError
 from halfbyte.runs.events import Evaluation, Listener
@@ -26,20 +32,23 @@ from halfbyte.train.qlora.translate import MMLU, SPLITS
 
 FOLDER = Path("data/mmlu")
 LETTERS = "ABCD"
+HUB = "cais/mmlu"
+HEAD = "The following are multiple choice questions (with answers) about  {}.\n\n"
 
 
 def read_questions(flags: Flags, folder: Path = FOLDER) -> list[dict[str, str]]:
     """Return the questions that the flags name.
 
     Raises:
-        InputError: the file is not there, or is none of questions.
+        InputError: there is no file and no hub, or the file is none of questions.
     """
-    path = (folder / f"{MMLU[flags['mmlu_dataset']]}_{SPLITS[flags['mmlu_split']]}.json").absolute()
-    if not path.is_file():
-        raise InputError(
-            f"--do_mmlu_eval needs {path}, as it lies in the script's repository: clone "
-            "https://github.com/artidoro/qlora and run in its folder, or copy its data/mmlu here."
-        )
+    shots, split = MMLU[flags["mmlu_dataset"]], SPLITS[flags["mmlu_split"]]
+    path = (folder / f"{shots}_{split}.json").absolute()
+    questions = _in_file(path) if path.is_file() else _on_hub(shots, split, path)
+    return questions[: flags["max_mmlu_samples"]]
+
+
+def _in_file(path: Path) -> list[dict[str, str]]:
     questions = []
     for where, row in read_source(Source(path=str(path))):
         if (
@@ -49,7 +58,39 @@ def read_questions(flags: Flags, folder: Path = FOLDER) -> list[dict[str, str]]:
         ):
             raise InputError(f"{where} is no question of MMLU: it needs input, output (A, B, C or D) and subject.")
         questions.append({name: row[name] for name in ("input", "output", "subject")})
-    return questions[: flags["max_mmlu_samples"]]
+    return questions
+
+
+def _on_hub(shots: str, split: str, path: Path) -> list[dict[str, str]]:
+    try:
+        rows = [row for _, row in hub.read(HUB, "all", "validation" if split == "val" else split)]
+        before = [row for _, row in hub.read(HUB, "all", "dev")] if shots.startswith("five") else []
+    except InputError as error:
+        raise InputError(
+            f"--do_mmlu_eval needs {path.name} in {path.parent}, as it lies in the script's repository (clone "
+            f"https://github.com/artidoro/qlora and run there), or the hub: {error}"
+        ) from error
+    return questions_of(rows, before)
+
+
+def questions_of(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
+    """Return rows of ``cais/mmlu`` (question, choices, answer, subject) as questions, behind solved ones, ``before``."""
+    solved: dict[str, str] = {}
+    for row in before:
+        solved[row["subject"]] = solved.get(row["subject"], "") + f"{_asked(row)} {LETTERS[row['answer']]}\n\n"
+    return [
+        {
+            "subject": row["subject"],
+            "input": HEAD.format(row["subject"].replace("_", " ")) + solved.get(row["subject"], "") + _asked(row),
+            "output": LETTERS[row["answer"]],
+        }
+        for row in rows
+    ]
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+    return f"{row['question']}{choices}\nAnswer:"
 
 
 class MmluCallback(TrainerCallback):  # type: ignore[misc]

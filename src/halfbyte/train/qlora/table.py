@@ -29,7 +29,7 @@ TRAINING: tuple[Flag, ...] = (
     Flag("cache_dir", str, None, Only((), "set HF_HUB_CACHE in the environment to the folder")),
     Flag("train_on_source", bool, False, Own("label the source too")),
     Flag("mmlu_split", str, "eval", Own("eval or test")),
-    Flag("mmlu_dataset", str, "mmlu-fs", Own("mmlu-zs or mmlu-fs (mmlu); from ./data/mmlu, where the script has it")),
+    Flag("mmlu_dataset", str, "mmlu-fs", Own("mmlu-zs or mmlu-fs (mmlu); from ./data/mmlu, or the hub")),
     Flag("do_mmlu_eval", bool, False, Own("measure MMLU at each evaluation")),
     Flag("max_mmlu_samples", int, None, Own("the first of its questions")),
     Flag("mmlu_source_max_len", int, 2048, Own("tokens of a question, cut at its end")),
