@@ -27,6 +27,7 @@ from halfbyte.train import Interrupted
 from halfbyte.train.qlora import data
 from halfbyte.train.qlora.flags import Flags, parse
 from halfbyte.train.qlora.mmlu import MmluCallback, questions_of, read_questions
+from halfbyte.train.qlora.outputs import Outputs
 from halfbyte.train.qlora.run import qlora
 from halfbyte.train.qlora.table import FLAGS
 
@@ -198,6 +199,12 @@ def test_an_adapter_alone_is_trained_on_from_step_0(command: Callable[..., list[
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
     assert any(tensor.abs().max() > 0 for name, tensor in before.items() if "lora_B" in name)
+    outputs = Outputs(tmp_path / "second")
+    assert outputs.last_checkpoint() == tmp_path / "second/checkpoint-1"
+    outputs.completed.unlink()
+    assert outputs.last_checkpoint() == tmp_path / "second/checkpoint-1"  # with its state
+    (tmp_path / "second/checkpoint-1/state.json").unlink()
+    assert outputs.last_checkpoint() == tmp_path / "second/checkpoint-4"
 
 
 def test_what_is_completed_is_not_trained_again_unless_asked_for(command: Callable[..., list[str]], tmp_path: Path):
@@ -232,6 +239,8 @@ def test_the_best_model_is_the_one_that_is_left(command: Callable[..., list[str]
     best = min(losses, key=lambda step: losses[step])
     assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{best}"
     assert figures["eval_loss"] == pytest.approx(losses[best])
+    again, _ = run(command(*more, "--load_best_model_at_end", "True", "--do_train", "no"))
+    assert again["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
 def test_answers_are_those_of_the_model_alone(command: Callable[..., list[str]], tmp_path: Path):

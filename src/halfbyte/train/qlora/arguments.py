@@ -40,6 +40,7 @@ def trainer_arguments(flags: Flags, output: Path) -> SFTConfig:
         "dataloader_pin_memory": flags["dataloader_pin_memory"] and torch.cuda.is_available(),
         "log_level": flags.given.get("log_level", "error"),
         "eval_strategy": flags["evaluation_strategy"] if flags["do_train"] else "no",
+        "load_best_model_at_end": flags["load_best_model_at_end"] and flags["do_train"],
         "logging_nan_inf_filter": False,
         "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
         "disable_tqdm": True,  # the listeners show a bar

@@ -74,7 +74,7 @@ def _on_hub(shots: str, split: str, path: Path) -> list[dict[str, str]]:
 
 
 def questions_of(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
-    """Return rows of ``cais/mmlu`` (question, choices, answer, subject) as questions, behind solved ones, ``before``."""
+    """Return rows of ``cais/mmlu`` (question, choices, answer, subject) as questions, behind solved ones."""
     solved: dict[str, str] = {}
     for row in before:
         solved[row["subject"]] = solved.get(row["subject"], "") + f"{_asked(row)} {LETTERS[row['answer']]}\n\n"

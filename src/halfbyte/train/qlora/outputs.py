@@ -18,7 +18,7 @@ from typing import Any
 from halfbyte.errors import InputError
 from halfbyte.files import whole_file, write_text
 from halfbyte.hf.trainers import distributed
-from halfbyte.hf.trainers.qlora import ADAPTER, checkpoints, link_adapter
+from halfbyte.hf.trainers.qlora import ADAPTER, checkpoint_folder, checkpoints, link_adapter
 
 RESULTS = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json")
 
@@ -33,9 +33,26 @@ class Outputs:
         self.predictions = path / "predictions.jsonl"
         self.trainer_state = path / "trainer_state.json"
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint, if there is one, as ``get_last_checkpoint`` does."""
-        return next(reversed(checkpoints(self.path)), None)
+    def last_checkpoint(self, best: bool = False) -> Path | None:
+        """Return the newest checkpoint, if there is one, as ``get_last_checkpoint`` does.
+
+        One that holds a whole state comes before those with an adapter alone, over which a run may have begun. Where
+        training is finished, it is the one that training ended with, or with ``best`` the best one.
+        """
+        if self.completed.exists() and (ended := self._ended_with(best)):
+            return ended
+        there = checkpoints(self.path)
+        whole = [folder for folder in there if (folder / "state.json").is_file()]
+        return next(reversed(whole or there), None)
+
+    def _ended_with(self, best: bool) -> Path | None:
+        try:
+            state = json.loads(self.trainer_state.read_text(encoding="utf-8"))
+            step = state["best_global_step"] if best and state["best_global_step"] else state["global_step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # the script's own, or none
+        folder = checkpoint_folder(self.path, step)
+        return folder if (folder / ADAPTER).is_dir() else None
 
     def remove(self) -> None:
         """Remove what an earlier run has left."""

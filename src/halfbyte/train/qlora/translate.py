@@ -116,6 +116,7 @@ class Translated:
         head += [f"# no counterpart: --{name} {self.flags[name]} ({why})" for name, why in self.lacking.items()]
         head += [f"# {note}" for note in self.notes]
         dumped = config.model_dump(mode="json", include=set(self.values))
+        dumped |= {"model": self.values["model"], "output": self.values["output"]}  # as they were named
         return "\n".join(head) + "\n" + yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True)
 
 
@@ -271,9 +272,10 @@ def _targets(modules: str) -> Any:
 def _shape(flags: Flags, values: dict[str, Any], lacking: dict[str, str]) -> None:
     """Say how our own data part reads the rows; prompts are the model's chat template there."""
     form = format_of(flags["dataset"], flags["dataset_format"])
+    if form not in ("oasst1", "hh-rlhf"):
+        lacking["dataset"] = "its sources are written in the model's own chat template, not in the script's words"
     if form in ("alpaca", "alpaca-clean"):
         values["format"] = "alpaca"
-        lacking["dataset"] = "its prompts are written in the model's own chat template, not in Alpaca's words"
     elif form in ("oasst1", "hh-rlhf"):
         values |= {"format": "text", "columns": {"text": "text" if form == "oasst1" else "chosen"}}
     elif form in ("self-instruct", OWN_COLUMNS):
