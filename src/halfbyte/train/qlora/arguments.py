@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
 from halfbyte.errors import InputError
-from halfbyte.hf.trainers import SFTConfig
+from halfbyte.hf.trainers import SFTConfig, distributed
 from halfbyte.train.qlora.flags import Flags, To
 from halfbyte.train.qlora.inherited import INHERITED
 from halfbyte.train.qlora.table import GENERATION, SAMPLING
@@ -47,6 +47,8 @@ def trainer_arguments(flags: Flags, output: Path) -> SFTConfig:
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
     }
+    if distributed.launched() <= 1:
+        values.pop("ddp_backend", None)  # of what joins several
     if flags["logging_dir"]:
         os.environ["TENSORBOARD_LOGGING_DIR"] = flags["logging_dir"]
     try:

@@ -248,11 +248,15 @@ def _begin_training(
     if config.memory is not None and config.memory >= free_memory():
         config = config.model_copy(update={"memory": None})
     goes_on = begun.checkpoint is not None and begun.resumable and folder.begun
-    if goes_on:
-        tokens = folder.packed_tokens()
-        policy = plan_activations(config, model, rows.longest, tokens)
-    else:
-        policy, tokens = plan_step(config, model, rows, note)
+    try:
+        if goes_on:
+            tokens = folder.packed_tokens()
+            policy = plan_activations(config, model, rows.longest, tokens)
+        else:
+            policy, tokens = plan_step(config, model, rows, note)
+    except InputError as error:
+        text = str(error).replace("max_length", "source_max_len and target_max_len")
+        raise InputError(text.replace("raise memory", "raise max_memory_MB")) from None
     note(str(policy))
     circumstances = Circumstances.here(config.model, distributed.world_size())
     before: list[StepMetrics] = []

@@ -40,6 +40,21 @@ BASES = {4: None, 8: "int8", 16: "none", 32: "none"}
 MMLU = {"mmlu-zs": "zero_shot_mmlu", "mmlu-fs": "five_shot_mmlu", "mmlu": "five_shot_mmlu"}
 SPLITS = {"eval": "val", "test": "test"}
 
+METRICS = tuple(f"{part}{name}" for name in ("loss", "entropy", "mean_token_accuracy") for part in ("", "eval_"))
+"""What an evaluation measures; MMLU is logged apart."""
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
+SMALL, MANY = 1e-12, float("inf")
+BOUNDS = {
+    "source_max_len target_max_len eval_dataset_size max_train_samples max_eval_samples max_mmlu_samples": (1, MANY),
+    "mmlu_source_max_len per_device_eval_batch_size logging_steps save_steps max_new_tokens max_memory_MB": (1, MANY),
+    "num_beams eval_accumulation_steps": (1, MANY),
+    "dataloader_num_workers eval_delay min_new_tokens top_k no_repeat_ngram_size warmup_steps": (0, MANY),
+    "temperature repetition_penalty adam_epsilon eval_steps": (SMALL, MANY),
+    "top_p typical_p": (SMALL, 1),
+    "label_smoothing_factor": (0, 1),
+}
+"""Flags, and the least and the greatest value of each, where no option of ours has bounds of its own."""
+
 OPTIONS = {
     "model_name_or_path": "model", "dataset": "data", "output_dir": "output", "trust_remote_code": "trust_remote_code",
     "quant_type": "quant_type", "double_quant": "double_quant", "bf16": "compute_dtype", "lora_r": "rank",
@@ -217,14 +232,21 @@ def _check(flags: Flags) -> None:
     for name in ("evaluation_strategy", "logging_strategy", "save_strategy"):
         _one_of(flags, name, INTERVALS)
     format_of(flags["dataset"], flags["dataset_format"])
-    least = {
-        "source_max_len": 1, "target_max_len": 1, "eval_dataset_size": 1, "max_train_samples": 1, "max_eval_samples": 1,
-        "max_mmlu_samples": 1, "mmlu_source_max_len": 1, "per_device_eval_batch_size": 1, "logging_steps": 1,
-        "save_steps": 1, "max_new_tokens": 1, "max_memory_MB": 1, "num_beams": 1,
-    }  # fmt: skip
-    for name, bound in least.items():
-        if flags[name] is not None and flags[name] < bound:
-            raise InputError(f"--{name} {flags[name]} is wrong, it should be at least {bound}.")
+    if flags["metric_for_best_model"] is not None:
+        _one_of(flags, "metric_for_best_model", METRICS)
+    if "log_level" in flags.given:
+        _one_of(flags, "log_level", LOG_LEVELS)
+    _one_of(flags, "log_level_replica", LOG_LEVELS)
+    for names, (least, most) in BOUNDS.items():
+        for name in names.split():
+            value = flags[name]
+            if value is not None and not least <= value <= most:
+                bound = f"at least {least:g}" if value < least else f"at most {most:g}"
+                raise InputError(f"--{name} {value} is wrong, it should be {bound}.")
+    if (flags["min_new_tokens"] or 0) > flags["max_new_tokens"]:
+        raise InputError(f"--min_new_tokens {flags['min_new_tokens']} is more than --max_new_tokens.")
+    if not _targets(flags["lora_modules"]):
+        raise InputError("--lora_modules names no layers; write all, or names with commas between them.")
     if flags["do_predict"] and not flags["predict_with_generate"]:
         raise InputError("--do_predict needs --predict_with_generate: predictions are texts.")
     if flags["do_mmlu_eval"]:
@@ -253,8 +275,15 @@ def _notes(flags: Flags) -> list[str]:
         notes.append(f"Without --do_predict nothing is generated, so these do nothing: --{', --'.join(generation)}")
     elif not flags["do_sample"] and (unused := [name for name in SAMPLING if name in flags.given]):
         notes.append(f"Without --do_sample the likeliest token is taken, so these do nothing: --{', --'.join(unused)}")
-    if not flags["do_eval"] and (unused := [name for name in ("eval_steps", "eval_delay") if name in flags.given]):
-        notes.append(f"Without --do_eval nothing is evaluated, so these do nothing: --{', --'.join(unused)}")
+    for part, strategy in (("eval", "evaluation"), ("save", "save"), ("logging", "logging")):
+        if f"{part}_steps" in flags.given and flags[f"{strategy}_strategy"] != "steps":
+            notes.append(f"--{part}_steps does nothing without --{strategy}_strategy steps")
+    if not flags["do_eval"] and "eval_delay" in flags.given:
+        notes.append("Without --do_eval nothing is evaluated: --eval_delay does nothing")
+    if not flags["load_best_model_at_end"] and flags["lr_scheduler_type"] != "reduce_lr_on_plateau":
+        unused = [name for name in ("metric_for_best_model", "greater_is_better") if name in flags.given]
+        if unused:
+            notes.append(f"Without --load_best_model_at_end these do nothing: --{', --'.join(unused)}")
     if "num_train_epochs" in flags.given and flags["max_steps"] > 0:
         notes.append(f"max_steps {flags['max_steps']} wins over num_train_epochs; with --max_steps -1 epochs count")
     if flags["predict_with_generate"] and not flags["do_predict"]:
