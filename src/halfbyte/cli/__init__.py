@@ -24,7 +24,7 @@ import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, classify, data, machine, models, run, talk, train
+from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, run, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import complete
 from halfbyte.errors import InputError
@@ -42,6 +42,8 @@ app = typer.Typer(
 benchmarks = typer.Typer(help="Measure speed on this machine.")
 
 app.command()(train.train)
+app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
+app.command()(convert.convert_config)
 app.command()(data.data)
 app.command()(talk.chat)
 app.command()(talk.generate)

@@ -83,7 +83,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
     schedules.check(config)
     check_options(config)
     folder = RunFolder(config.output)
-    with quiet(), distributed.joined(), _full_disk_told(folder.path), contextlib.ExitStack() as held:
+    with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
             folder.check(config)
             if distributed.is_first():
@@ -109,7 +109,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         stop = Stop()
         steps = Steps(trainer, before, stop, tell, getattr(trainer, "figures", method.figures))
         trainer.add_callback(steps)
-        with _end_told(trainer, tell), stop.listening(note):
+        with end_told(trainer, tell), stop.listening(note):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < trainer.state.max_steps:
                 raise Interrupted(trainer.state.global_step, folder.path)
@@ -225,7 +225,7 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _end_told(trainer: Any, tell: Listener) -> Iterator[None]:
+def end_told(trainer: Any, tell: Listener) -> Iterator[None]:
     """Tell that training is over and why, and give the memory of its steps back."""
 
     def end(reason: Any) -> None:
@@ -244,7 +244,7 @@ def _end_told(trainer: Any, tell: Listener) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_disk_told(output: Path) -> Iterator[None]:
+def full_disk_told(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:

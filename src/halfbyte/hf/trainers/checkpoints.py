@@ -46,15 +46,15 @@ def unsaved(model: PeftModel) -> list[str]:
     return [name for name, parameter in trained if parameter.data_ptr() not in saved]
 
 
-def surplus(last: Path, limit: int | None, best: str | None) -> list[Path]:
+def surplus(states: list[Path], last: Path, limit: int | None, best: str | None) -> list[Path]:
     """Return the checkpoints beside ``last`` that are more than ``limit``, oldest first, but never it nor the best one.
 
     Args:
+        states: all of them, oldest first.
         last: the newest checkpoint.
         limit: how many to keep; None and what is below 1 keep all.
         best: the checkpoint of the best model, if there is one.
     """
-    states = saved_states(last.parents[1])
     kept = {last, Path(best) if best else last}
     if limit is None or limit < 1:
         return []
@@ -70,17 +70,26 @@ class Checkpoints(_Theirs):
         """A checksum of the training data."""
         raise NotImplementedError
 
+    def state_folder(self, step: int) -> Path:
+        """The folder of the checkpoint after ``step`` steps."""
+        return state_folder(self.args.output_dir, step)
+
+    def _saved_states(self) -> list[Path]:
+        """The checkpoints that are there, oldest first."""
+        return saved_states(Path(self.args.output_dir))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         random_tensors, random_numbers = self._random_states()
         best = self.state.best_global_step
-        folder = state_folder(Path(self.args.output_dir), self.state.global_step)
-        if best and (best == self.state.global_step or state_folder(Path(self.args.output_dir), best).is_dir()):
-            self.state.best_model_checkpoint = str(state_folder(Path(self.args.output_dir), best))
+        folder = self.state_folder(self.state.global_step)
+        if best and (best == self.state.global_step or self.state_folder(best).is_dir()):
+            self.state.best_model_checkpoint = str(self.state_folder(best))
         with distributed.first_writes(self.args.should_save) as writes:
             if writes:
                 with whole_folder(folder) as part:
                     self._write_checkpoint(part, random_tensors, random_numbers)
-                for old in surplus(folder, self.args.save_total_limit, self.state.best_model_checkpoint):
+                best_folder, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+                for old in surplus(self._saved_states(), folder, limit, best_folder):
                     shutil.rmtree(old)
 
     def _write_checkpoint(
@@ -127,7 +136,7 @@ class Checkpoints(_Theirs):
         Raises:
             InputError: there is none.
         """
-        last = next(reversed(saved_states(Path(self.args.output_dir))), None)
+        last = next(reversed(self._saved_states()), None)
         if last is None:
             raise InputError(f"{self.args.output_dir} holds no checkpoint to go on from (checkpoints/step-...).")
         return str(last)
@@ -140,7 +149,7 @@ class Checkpoints(_Theirs):
         best = self.state.best_model_checkpoint
         if best is not None and self.args.save_total_limit == 1:  # the last one is not needed any more
             with distributed.first_writes(self.args.should_save) as writes:
-                for old in saved_states(Path(self.args.output_dir)) if writes else ():
+                for old in self._saved_states() if writes else ():
                     if old != Path(best):
                         shutil.rmtree(old)
         return result
