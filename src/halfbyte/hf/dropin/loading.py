@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.errors import InputError
+from halfbyte.hf.dropin.bnb_layers import show_quant_states
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer
@@ -91,6 +92,11 @@ class BitsAndBytesQuantizer(HalfbyteQuantizer):
             )
         config.compute_dtype = torch.bfloat16
         return config.compute_dtype
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        show_quant_states(model)
+        return model
 
 
 def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
