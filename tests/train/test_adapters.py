@@ -151,6 +151,25 @@ def test_a_folder_with_new_tokens_opens_as_peft_opens_models_by_themselves(optio
     assert "<never>" in hf.load_tokenizer(output).get_vocab()
 
 
+def test_rows_that_an_embedding_has_to_spare_are_taken_first(options: dict[str, Any], tmp_path: Path) -> None:
+    """As in models whose vocabulary is padded; here one that is mapped from a 4-bit folder."""
+    wide, four = tmp_path / "wide", tmp_path / "four"
+    shutil.copytree(options["model"], wide)
+    config = LlamaConfig.from_pretrained(wide, vocab_size=264)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(wide)
+    hf.quantize_checkpoint(wide, four)
+    file = (four / "model.safetensors").read_bytes()
+    output = fine_tune(TrainConfig(**(options | NEW | {"model": str(four)}))).output
+    assert (four / "model.safetensors").read_bytes() == file
+    held = {n: x.shape for n, x in load_file(output / "adapter_model.safetensors").items() if "lora" not in n}
+    assert set(held.values()) == {(2, 32)}
+    ids = AutoTokenizer.from_pretrained(output)("<never> really")["input_ids"]
+    opened = PeftModel.from_pretrained(halfbyte.load(four, **FP32).dequantize(torch.float32).float(), output)
+    found = logits(halfbyte.load(output, **FP32), ids)
+    assert found.shape[-1] == 264
+    torch.testing.assert_close(logits(opened, ids), found, rtol=1e-3, atol=1e-3)
+
+
 def test_a_new_row_begins_as_the_mean_of_its_pieces(options: dict[str, Any], untied_folder: Path) -> None:
     for folder in (options["model"], untied_folder):
         model, tokenizer = halfbyte.load(folder, **FP32), hf.load_tokenizer(folder)
@@ -180,10 +199,22 @@ def test_loraplus_groups_are_pefts_with_the_run_s_decay(options: dict[str, Any],
     assert all((rate == 16 * 5e-3) == ("lora_A" not in names[key]) for key, (rate, _) in got.items())
 
 
-def test_training_on_begins_where_the_adapter_is(options: dict[str, Any], tmp_path: Path) -> None:
-    first = fine_tune(TrainConfig(**(options | NEW | {"use_dora": True, "use_rslora": True}))).output
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file")
+@pytest.mark.parametrize(
+    "begun",
+    [
+        NEW | {"use_dora": True, "use_rslora": True},
+        pytest.param({"init_lora_weights": "pissa_niter_2"}, marks=pytest.mark.slow),
+        pytest.param({"modules_to_save": "embed_tokens", "bias": "all"}, marks=pytest.mark.slow),
+    ],
+)
+def test_training_on_begins_where_the_adapter_is(
+    begun: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    first = fine_tune(TrainConfig(**(options | begun))).output
     losses: list[StepMetrics] = []
     more = options | {"adapter": first, "output": tmp_path / "more", "learning_rate": 1e-9, "max_steps": 1}
+    more.pop("rank")
     keep = lambda event: losses.append(event) if isinstance(event, StepMetrics) else None  # noqa: E731
     again = fine_tune(TrainConfig(**more), keep).output
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, again))
@@ -193,7 +224,8 @@ def test_training_on_begins_where_the_adapter_is(options: dict[str, Any], tmp_pa
     assert any(not torch.equal(other[name], tensor) for name, tensor in one.items())
     assert len(AutoTokenizer.from_pretrained(again)) == len(AutoTokenizer.from_pretrained(first))
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (first, again)]
-    assert configs[0] == configs[1] and configs[0]["use_dora"] and configs[0]["trainable_token_indices"]
+    assert configs[0] == configs[1]
+    assert bool(configs[0]["trainable_token_indices"]) == configs[0]["use_dora"] == ("use_dora" in begun)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,6 +1,7 @@
 """How adapters begin over 4 bits, against closed formulas and plain PEFT over the dequantized base."""
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 from halfbyte import hf
 from halfbyte.errors import InputError
+from halfbyte.nn.principal import principal
 
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
 FP32 = {"quantization_config": halfbyte.HalfbyteConfig(compute_dtype="float32")}
@@ -194,3 +196,24 @@ def test_what_does_not_go_together_is_one_sentence(
     model = get_peft_model(halfbyte.load(tiny_model_folder), lora(**options))
     with pytest.raises(InputError, match=words):
         hf.initialize(model, name)
+
+
+@pytest.mark.parametrize("name", ["loftq", "pissa_niter_2"])
+def test_one_layer_is_dense_at_a_time(name: str, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def watched(matrix: Tensor, *args: Any) -> Any:
+        assert not any(ref() is not None for ref in seen), "an earlier layer is still there"
+        seen.append(weakref.ref(matrix))
+        return principal(matrix, *args)
+
+    monkeypatch.setattr("halfbyte.hf.models.loftq.principal", watched)
+    monkeypatch.setattr("halfbyte.hf.layers.starts.principal", watched)
+    if name == "loftq":
+        loftq = hf.LoftQ(lora())
+        with loftq.watching():
+            base = halfbyte.load(tiny_model_folder)
+        loftq.apply(get_peft_model(base, lora()))
+    else:
+        started(tiny_model_folder, name)
+    assert len(seen) == 14

@@ -130,19 +130,23 @@ def _check_pattern(option: str, pattern: Mapping[str, float], layers: Iterable[s
 
 
 def _check_ranks(model: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None:
-    for path, (rank, _) in layers.items():
-        module: Any = model.get_submodule(path)
-        sides = (
-            [*reversed(module.weight.shape)]
-            if isinstance(module, Conv1D)
-            else [module.out_features, module.in_features]
+    """Refuse a rank that is larger than a layer's smaller side, and name the smallest of such layers."""
+    wrong = [(*_sides(model.get_submodule(path)), path, rank) for path, (rank, _) in layers.items()]
+    wrong = [each for each in wrong if each[3] > min(each[:2])]
+    if wrong:
+        out, width, path, rank = min(wrong, key=lambda each: min(each[:2]))
+        name, most = path.rsplit(".", 1)[-1], min(out, width)
+        raise InputError(
+            f"rank {rank} is larger than the layer {path}, of {out} by {width}; take a rank of at most {most}, for "
+            f"that layer alone with rank_pattern {name}={most}."
         )
-        if rank > min(sides):
-            name = path.rsplit(".", 1)[-1]
-            raise InputError(
-                f"rank {rank} is larger than the layer {path}, of {sides[0]} by {sides[1]}; take a rank of at most "
-                f"{min(sides)}, for that layer alone with rank_pattern {name}={min(sides)}."
-            )
+
+
+def _sides(module: Any) -> tuple[int, int]:
+    """Return how many values a linear layer gives and takes."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
 
 
 def _check_saved(model: nn.Module, names: Sequence[str]) -> None:
