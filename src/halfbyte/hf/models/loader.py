@@ -77,11 +77,12 @@ def _load_at(
     trust_remote_code: bool,
     kwargs: dict[str, Any],
 ) -> PreTrainedModel:
-    config = config_at(place, trust_remote_code)
-    if place.gguf or packing_of(config):
-        kept = converted(place, quantization_config, trust_remote_code)
+    config = None if place.gguf else config_at(place, trust_remote_code)
+    if config is None or packing_of(config):
+        kept, told = converted(place, quantization_config, trust_remote_code)
         model = _load_at(kept, None, auto_class, trust_remote_code, kwargs)
         model.name_or_path = str(place.gguf or place.path)  # what adapters call their base
+        model.rounded_again = told
         return model
     held = getattr(config, "quantization_config", None)
     if held is not None:
