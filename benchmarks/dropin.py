@@ -99,12 +99,12 @@ def main() -> None:
     for name, rounds in found.items():
         rates = [one["samples_per_second"] for one in rounds]
         peaks = [one["peak_bytes"] / 1e9 for one in rounds]
-        print(f"{name:13} {statistics.median(rates):6.2f} samples/s  {max(peaks):5.2f} GB  losses {rounds[0]['losses']}")
+        print(
+            f"{name:13} {statistics.median(rates):6.2f} samples/s  {max(peaks):5.2f} GB  losses {rounds[0]['losses']}"
+        )
     pairs = list(zip(found["halfbyte"], found["bitsandbytes"], strict=True))
     ratios = [own["samples_per_second"] / other["samples_per_second"] for own, other in pairs]
-    apart = [
-        abs(a / b - 1) for own, other in pairs for a, b in zip(own["losses"], other["losses"], strict=True)
-    ]
+    apart = [abs(a / b - 1) for own, other in pairs for a, b in zip(own["losses"], other["losses"], strict=True)]
     print(f"{statistics.median(ratios):.2f} times the samples/s ({', '.join(f'{x:.2f}' for x in sorted(ratios))}); "
           f"losses at most {max(apart):.2%} apart")  # fmt: skip
     if options.output:

@@ -1,4 +1,4 @@
-# listing.py, edited as little as it takes to run on a CPU without halfbyte (transformers 5.23, trl 1.16, bitsandbytes 0.50).
+# listing.py, with as few changes as it takes to run on a CPU without halfbyte (trl 1.16, bitsandbytes 0.50).
 import os
 
 import torch

@@ -298,4 +298,5 @@ def absolute(path: str | Path) -> Path:
 def model_path(name: str) -> str:
     """Return what a user calls a model, its path absolute if it is one; a hub id stays as it is."""
     is_path = name.startswith(("~", "/", "./", "../")) or name in (".", "..") or os.path.isdir(name)
+    is_path = is_path or (name.endswith(".gguf") and os.path.isfile(name))
     return str(absolute(name)) if is_path else name

@@ -14,7 +14,10 @@ from halfbyte.quiet import quiet
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a model in 16 or 32 bits.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Model in 16 or 32 bits, in GPTQ or AWQ: folder or hub id; or a GGUF file."),
+    ],
     output: Annotated[Path, typer.Argument(help="Folder for the quantized model.")],
     quant_type: Annotated[SaveableType, typer.Option(help="Number format.")] = QUANT_TYPE,
     blocksize: Annotated[
@@ -55,6 +58,8 @@ def quantize(
         f"{8 * copy.bytes_after / copy.values:.2f} bits for each of {copy.values:,} parameters, {copy.share:.0%} of "
         f"them in {config.bits} bits."
     )
+    if copy.error is not None:
+        typer.echo(f"The weights were rounded a second time, {copy.error:.1%} off those of the source.")
     if not config.is_bitsandbytes:
         typer.echo(f"bitsandbytes has no {quant_type} in blocks of {blocksize}: halfbyte alone opens the folder.")
     typer.echo(f"The {config.bits}-bit model is in {shown(output)}. Next:")

@@ -131,8 +131,8 @@ def fingerprint(model: str) -> str:
 
 
 def _folder(model: str) -> Path:
-    """Return the folder of a model; of a hub id the snapshot that was downloaded."""
-    if Path(model).is_dir():
+    """Return the folder of a model, or its GGUF file; of a hub id the snapshot that was downloaded."""
+    if Path(model).exists():
         return Path(model)
     cached: Any = huggingface_hub.try_to_load_from_cache(model, "config.json")
     return Path(cached).parent if isinstance(cached, str) else Path(model)

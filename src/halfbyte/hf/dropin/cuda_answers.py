@@ -139,7 +139,7 @@ _SHARED = (
 )
 ACCELERATOR: dict[str, tuple[Callable[..., Any], str]] = {
     **{name: CUDA[name] for name in _SHARED},
-    "current_accelerator": (_always(torch.device("cpu")), "that it is the CPU"),
+    "current_accelerator": (_always(torch.device("cuda")), "that it is a GPU"),
     "current_device_index": (_always(0), "0"),
     "set_device_index": (_nothing, _NOTHING),
     "get_memory_info": (_free_and_total, "this machine's free and whole memory"),

@@ -23,8 +23,8 @@ ABOUT = "converted.json"
 """A file in the folder: source and relative error."""
 
 
-def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bool = False) -> Place:
-    """Return where the model in ``place`` lies in ``config``'s format, made unless it is there.
+def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bool = False) -> tuple[Place, str]:
+    """Return where the model in ``place`` lies in ``config``'s format, made unless it is there, and what that cost.
 
     Raises:
         InputError: as :func:`halfbyte.hf.models.quantize_files.quantize_checkpoint`.
@@ -36,11 +36,9 @@ def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bo
         copy = quantize_checkpoint(source, folder, config, overwrite=True, trust_remote_code=trust_remote_code)
         write_text(folder / ABOUT, json.dumps({"source": str(source.absolute()), "error": copy.error}) + "\n")
     error = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["error"]
-    logger.warning(
-        "%s is opened in %s: its weights were rounded a second time, %.1f %% off those of the source. They are in %s.",
-        source, config.quant_type, 100 * error, folder,
-    )  # fmt: skip
-    return Place(str(folder), True, {})
+    told = f"rounded a second time, {100 * error:.1f} % off those of the source"
+    logger.warning("%s is opened in %s, its weights %s; it is kept in %s.", source, config.quant_type, told, folder)
+    return Place(str(folder), True, {}), told
 
 
 def _folder(source: Path, config: HalfbyteConfig) -> Path:

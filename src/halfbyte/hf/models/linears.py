@@ -155,7 +155,8 @@ def describe_base(model: nn.Module) -> str:
     if bits is None:
         dtypes = {module.weight.dtype for module in model.modules() if isinstance(module, DenseLinear)}
         return f"all of them dense, in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
-    return f"{share_quantized(model):.0%} of them in {bits} bits"
+    again = getattr(model, "rounded_again", None)  # of another's number format (hf/models/converted.py)
+    return f"{share_quantized(model):.0%} of them in {bits} bits{f', {again}' if again else ''}"
 
 
 def largest_dense(model: nn.Module) -> str:

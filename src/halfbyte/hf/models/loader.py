@@ -92,11 +92,12 @@ def _load_at(
     classes: Sequence[str] | None = None,
     head_follows: bool = False,
 ) -> PreTrainedModel:
-    config = config_at(place, trust_remote_code)
-    if place.gguf or packing_of(config):
-        kept = converted(place, quantization_config, trust_remote_code)
+    config = None if place.gguf else config_at(place, trust_remote_code)
+    if config is None or packing_of(config):
+        kept, told = converted(place, quantization_config, trust_remote_code)
         model = _load_at(kept, None, auto_class, trust_remote_code, kwargs, task, classes, head_follows)
         model.name_or_path = str(place.gguf or place.path)  # what adapters call their base
+        model.rounded_again = told
         return model
     if task != "lm" and auto_class is None:
         auto_class = check_task(config, task, place.path)

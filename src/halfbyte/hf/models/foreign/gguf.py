@@ -8,6 +8,7 @@ whose loader would expand the whole model first. Read from its private module ar
 Left out: mixtures of experts, whose tensors it puts together from several, and architectures of its newer loader.
 """
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -40,6 +41,12 @@ def open_gguf(file: Path) -> Any:
             f"{file} is part {int(found[1])} of {int(found[2])}; put the parts together with llama.cpp's "
             "llama-gguf-split --merge first."
         )
+    about = file.stat()
+    return _opened(file, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # a vocabulary takes seconds to read
+def _opened(file: Path, *_: int) -> Any:
     try:
         reader = GGUFReader(file)
     except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
