@@ -25,6 +25,7 @@ import halfbyte
 from halfbyte import data, hf
 from halfbyte.cli.console import TerminalDisplay
 from halfbyte.errors import InputError
+from halfbyte.nn import QuantizedLinear
 from halfbyte.runs.events import Begin, End, Evaluation, Event, Note, Progress, StepMetrics
 from halfbyte.runs.metrics import read_events
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
@@ -324,6 +325,15 @@ def test_an_adapter_is_not_trained_on(options: dict[str, Any], tmp_path: Path) -
     fine_tune(TrainConfig(**options, max_steps=1))
     with pytest.raises(InputError, match="is an adapter; name its base model, and it as the adapter to train on from"):
         fine_tune(TrainConfig(**(options | {"model": str(options["output"]), "output": tmp_path / "other"})))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
+def test_a_run_is_opened_over_the_format_that_it_was_trained_over(options: dict[str, Any], quant_type: str) -> None:
+    folder = fine_tune(TrainConfig(**options, quant_type=quant_type, max_steps=1)).output
+    model = halfbyte.load(folder)
+    formats = {module.quant_type for module in model.modules() if isinstance(module, QuantizedLinear)}
+    assert formats == {quant_type}
+    assert (folder / "base_format.json").exists() == (quant_type != "nf4")
 
 
 def test_a_run_that_diverges_stops_before_its_weights_do(options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@
     metrics.jsonl                 one line per event (``runs/events.py``), written as it happens
     checkpoints/step-000123/      while training; what ``resume`` goes on from (``hf/trainers/state.py``)
     adapter_model.safetensors     the result, a plain PEFT folder, with adapter_config.json and the tokenizer
+    base_format.json              how the base was held, where that is not the default
     config.json                   of a classifier: the base model's configuration with the names of the classes
     loss.png
     summary.json                  what the run came to; written last, so a folder that has it holds a finished run

@@ -32,19 +32,13 @@ def build_model(config: TrainConfig, beginning: Beginning | None = None, classes
     Raises:
         InputError: it cannot be loaded, is no model for the task, or has no layers by that name.
     """
-    quantization = hf.HalfbyteConfig(
-        quant_type=config.quant_type,
-        blocksize=config.blocksize,
-        double_quant=config.double_quant,
-        compute_dtype=config.compute_dtype,
-    )
     beginning = beginning or Beginning(config)
     if classes:
         set_seed(config.seed)  # of the head's first values
     with beginning.loading():
         model = hf.load(
             config.model,
-            quantization_config=quantization,
+            quantization_config=quantization(config),
             trust_remote_code=config.trust_remote_code,
             task=config.task,
             classes=classes or None,
@@ -60,6 +54,16 @@ def build_model(config: TrainConfig, beginning: Beginning | None = None, classes
     kept = modules_within(model, heads)
     adapted = beginning.put(model, never=kept, modules_to_save=heads, task_type=TASK_TYPES[config.task])
     return hf.prepare_for_training(adapted)
+
+
+def quantization(config: TrainConfig) -> hf.HalfbyteConfig:
+    """Return how the base is held."""
+    return hf.HalfbyteConfig(
+        quant_type=config.quant_type,
+        blocksize=config.blocksize,
+        double_quant=config.double_quant,
+        compute_dtype=config.compute_dtype,
+    )
 
 
 def plan_activations(

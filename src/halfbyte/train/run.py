@@ -24,6 +24,7 @@ from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full, whole_file, write_text
 from halfbyte.hf.layers import activations
+from halfbyte.hf.models.base_format import save_base_format
 from halfbyte.hf.models.heads import set_pad
 from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
 from halfbyte.hf.models.new_tokens import NewToken
@@ -39,7 +40,7 @@ from halfbyte.runs.metrics import MetricsFile
 from halfbyte.train import schedules
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
-from halfbyte.train.build import build_model, build_trainer, plan_activations
+from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, plot_loss, summarize
@@ -212,6 +213,7 @@ def _finish(
         if config.task == "lm":
             save_stops(trainer.model, tokenizer, stop_ids(tokenizer), part)
         save_beside(config, trainer.model, part)
+        save_base_format(quantization(config), part)
     with distributed.first_writes() as writes:
         if writes:
             for file in part.iterdir():

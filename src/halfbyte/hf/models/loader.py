@@ -17,6 +17,7 @@ from halfbyte.choices import QUANT_TYPE, Task
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.base_format import base_format
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import ADAPTER, config_at, json_of, model_class, say_remote_code, sentence
@@ -52,8 +53,8 @@ def load(
         path: a folder or a hub id: a 16-bit or 32-bit model, a model in bitsandbytes' 4-bit or 8-bit format, or a LoRA
             adapter (a run's folder is one), which is put on its base model. Or a GGUF file, or a folder in GPTQ's or
             AWQ's format: quantized anew, once, and kept in the cache.
-        quantization_config: how to quantize; None takes the defaults. For a folder already in 4 or 8 bits only its
-            ``compute_dtype`` counts; None keeps the folder's.
+        quantization_config: how to quantize; None takes the defaults, or for an adapter what it was trained over. For a
+            folder already in 4 or 8 bits only its ``compute_dtype`` counts; None keeps the folder's.
         auto_class: the transformers class to open it with; None takes the one that the model's architecture names,
             so that encoders and sequence-to-sequence models open too.
         trust_remote_code: run code that comes with the model.
@@ -77,6 +78,7 @@ def load(
         if (task := adapter_task(json_of(folder / ADAPTER))) == "classify" and auto_class is None:
             classes = adapter_classes(folder)
         follows = task == "classify"
+        quantization_config = quantization_config or base_format(folder)
         model = _load_at(base, quantization_config, auto_class, trust_remote_code, kwargs, task, classes, follows)
         return prepare(put_adapter(model, folder))
     return _load_at(place, quantization_config, auto_class, trust_remote_code, kwargs, task, classes)
