@@ -166,6 +166,21 @@ def test_layers_that_are_called_apart_subtract_too(tiny_model_folder: Path) -> N
         )
 
 
+def test_another_adapter_of_the_same_name_subtracts_nothing(tiny_model_folder: Path) -> None:
+    model = started(tiny_model_folder, "pissa")
+    step(model)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(logits(copied), logits(model), rtol=0, atol=0)
+    model.add_adapter("other", lora())
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", lora())
+    model.set_adapter("default")
+    base = halfbyte.load(tiny_model_folder, **FP32)
+    torch.testing.assert_close(logits(halfbyte.prepare(model)), logits(base), rtol=1e-4, atol=1e-4)
+    assert (logits(copied) - logits(base)).norm() > 0.01 * logits(base).norm()
+
+
 def test_what_would_forget_the_start_is_refused(tiny_model_folder: Path) -> None:
     model = started(tiny_model_folder, "pissa")
     with pytest.raises(InputError, match=r"save it with save_pretrained"):
