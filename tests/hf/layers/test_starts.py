@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import halfbyte
 from halfbyte import hf
@@ -128,6 +128,29 @@ def test_loftq_is_the_nearest_sum_to_the_dense_weight_and_changes_no_byte(tiny_m
     # so the model begins nearer to the dense one than without an adapter
     wanted = logits(dense)
     assert (logits(model) - wanted).norm() < 0.95 * (logits(plain) - wanted).norm()
+
+
+def test_weights_that_lie_transposed_begin_alike(tmp_path: Path) -> None:
+    """GPT-2's ``Conv1D`` holds ``[in, out]``."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=260, n_positions=32)).save_pretrained(
+        tmp_path
+    )
+    config = lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=False)
+    loftq = hf.LoftQ(config)
+    with loftq.watching():
+        base = halfbyte.load(tmp_path, **FP32)
+    wanted = logits(base)
+    model = loftq.apply(get_peft_model(base, config))
+    dense = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32)
+    for path, layer in layers(model).items():
+        weight = dense.get_parameter(f"{path.removeprefix('base_model.model.')}.weight").detach().T
+        rest = weight - layer.base_layer.quantized_weight.dequantize(torch.float32)
+        left = rest - layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        assert left.norm() <= 1.01 * torch.linalg.svdvals(rest)[4:].square().sum().sqrt(), path
+    assert len(layers(model)) == 3
+    begun = halfbyte.prepare(hf.initialize(get_peft_model(halfbyte.load(tmp_path, **FP32), config), "pissa"))
+    torch.testing.assert_close(logits(begun), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_loftq_finds_weights_that_were_quantized_before_missing(tiny_model_folder: Path, tmp_path: Path) -> None:
