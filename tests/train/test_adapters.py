@@ -149,6 +149,12 @@ def test_a_folder_with_new_tokens_opens_as_peft_opens_models_by_themselves(optio
     # 16 bits under the one and 4 under the other
     assert torch.nn.functional.cosine_similarity(logits(opened, ids).flatten(), ours.flatten(), 0) > 0.95
     assert "<never>" in hf.load_tokenizer(output).get_vocab()
+    # both tokens are in the data, and their rows have learned from it
+    before = AutoModelForCausalLM.from_pretrained(options["model"]).get_input_embeddings().weight.float()
+    pieces = [hf.load_tokenizer(options["model"])(token)["input_ids"] for token in NEW["new_tokens"]]
+    [rows] = [x for name, x in load_file(output / "adapter_model.safetensors").items() if "tokens_delta" in name]
+    for row, own in zip(rows, pieces, strict=True):
+        assert 1e-3 < (row - before[own].mean(0)).abs().max() < 0.1  # four steps of 5e-3 at the most
 
 
 def test_rows_that_an_embedding_has_to_spare_are_taken_first(options: dict[str, Any], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from halfbyte.hf.layers.whole import train_in_fp32
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.new_tokens import NewToken, add_tokens, give_rows
 from halfbyte.options import is_subtracted
-from halfbyte.runs.config import PRESETS, TrainConfig
+from halfbyte.runs.config import TrainConfig
 
 OWN = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules"}
 """Options that an adapter which is trained on from has decided, and PEFT's names for them."""
@@ -144,10 +144,11 @@ def _trained_on(config: TrainConfig, model: Any) -> PeftModel:
     own = adapted.peft_config["default"]
     if own.peft_type != "LORA":
         raise InputError(f"{folder} is an adapter of the kind {own.peft_type.value}; only LoRA is trained on from.")
-    defaults = {name: TrainConfig.model_fields[name].default for name in OWN} | PRESETS.get(config.preset, {})
+    needed = ("model", "data", "output", "preset", "method")  # what else there is takes its default
+    defaults = TrainConfig(**{name: config.model_dump(mode="json")[name] for name in needed})
     for name, theirs in OWN.items():
         given, has = getattr(config, name), getattr(own, theirs)
-        if given not in (defaults[name], has) and not (isinstance(has, set) and {*_list(given)} == has):
+        if given not in (getattr(defaults, name), has) and not (isinstance(has, set) and {*_list(given)} == has):
             raise InputError(
                 f"{name} {given!r} is not that of the adapter {folder}, which is {has!r}; leave {name} away, or train "
                 "a new adapter."

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import halfbyte
 from halfbyte import hf
@@ -130,6 +130,29 @@ def test_loftq_is_the_nearest_sum_to_the_dense_weight_and_changes_no_byte(tiny_m
     assert (logits(model) - wanted).norm() < 0.95 * (logits(plain) - wanted).norm()
 
 
+def test_weights_that_lie_transposed_begin_alike(tmp_path: Path) -> None:
+    """GPT-2's ``Conv1D`` holds ``[in, out]``."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=260, n_positions=32)).save_pretrained(
+        tmp_path
+    )
+    config = lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=False)
+    loftq = hf.LoftQ(config)
+    with loftq.watching():
+        base = halfbyte.load(tmp_path, **FP32)
+    wanted = logits(base)
+    model = loftq.apply(get_peft_model(base, config))
+    dense = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32)
+    for path, layer in layers(model).items():
+        weight = dense.get_parameter(f"{path.removeprefix('base_model.model.')}.weight").detach().T
+        rest = weight - layer.base_layer.quantized_weight.dequantize(torch.float32)
+        left = rest - layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        assert left.norm() <= 1.01 * torch.linalg.svdvals(rest)[4:].square().sum().sqrt(), path
+    assert len(layers(model)) == 3
+    begun = halfbyte.prepare(hf.initialize(get_peft_model(halfbyte.load(tmp_path, **FP32), config), "pissa"))
+    torch.testing.assert_close(logits(begun), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_loftq_finds_weights_that_were_quantized_before_missing(tiny_model_folder: Path, tmp_path: Path) -> None:
     halfbyte.hf.quantize_checkpoint(tiny_model_folder, tmp_path / "four")
     loftq = hf.LoftQ(lora())
@@ -164,6 +187,21 @@ def test_layers_that_are_called_apart_subtract_too(tiny_model_folder: Path) -> N
         torch.testing.assert_close(
             logits(model), logits(halfbyte.load(tiny_model_folder, **FP32)), rtol=1e-4, atol=1e-4
         )
+
+
+def test_another_adapter_of_the_same_name_subtracts_nothing(tiny_model_folder: Path) -> None:
+    model = started(tiny_model_folder, "pissa")
+    step(model)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(logits(copied), logits(model), rtol=0, atol=0)
+    model.add_adapter("other", lora())
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", lora())
+    model.set_adapter("default")
+    base = halfbyte.load(tiny_model_folder, **FP32)
+    torch.testing.assert_close(logits(halfbyte.prepare(model)), logits(base), rtol=1e-4, atol=1e-4)
+    assert (logits(copied) - logits(base)).norm() > 0.01 * logits(base).norm()
 
 
 def test_what_would_forget_the_start_is_refused(tiny_model_folder: Path) -> None:

@@ -44,6 +44,9 @@ _NITER = re.compile(r"pissa_niter_(\d{1,2})")
 FROZEN = "_start_{}_{}"
 """The frozen factors of a layer, buffers by their letter and the adapter's name, which no file holds as such."""
 
+BEGUN = "_begun"
+"""A layer's adapters that began so, by their names: another adapter may come by the name of one that went."""
+
 
 def initialize(model: PeftModel, name: str, *, adapter: str = "default", seed: int = 0) -> PeftModel:
     """Give a new LoRA adapter the values that it begins with, in place.
@@ -104,12 +107,14 @@ def set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
 
 def starts_of(layer: LoraLinear, names: list[str]) -> list[LowRank]:
     """Return what is subtracted for the adapters ``names`` of a layer, as terms that are added."""
-    found = []
-    for name in names:
-        a = getattr(layer, FROZEN.format("a", name), None)
-        if a is not None:
-            found.append(LowRank(a, getattr(layer, FROZEN.format("b", name)), -layer.scaling[name]))
-    return found
+    begun = vars(layer).get(BEGUN, {})
+    return [
+        LowRank(
+            getattr(layer, FROZEN.format("a", name)), getattr(layer, FROZEN.format("b", name)), -layer.scaling[name]
+        )
+        for name in names
+        if name in begun and begun[name] is layer.lora_A[name]
+    ]
 
 
 def subtracted(layer: LoraLinear, names: list[str], x: Tensor) -> Tensor | None:
@@ -159,6 +164,7 @@ def _orthogonal(out: int, width: int, rank: int, seed: int) -> tuple[Tensor, Ten
 def _freeze(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
     for letter, factor in (("a", a), ("b", b)):
         layer.register_buffer(FROZEN.format(letter, adapter), factor.clone(), persistent=False)
+    vars(layer).setdefault(BEGUN, {})[adapter] = layer.lora_A[adapter]
 
 
 def make_room(model: PeftModel, adapter: str = "default") -> None:
