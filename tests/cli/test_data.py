@@ -308,3 +308,32 @@ def test_pairs_are_shown_with_both_answers_also_by_the_method_of_a_run(
     assert written.index(">chosen<") < written.index(">rejected<")
     code, _, err = run(file, "--model", tiny_model_folder, "--method", "text")
     assert code == 2 and "is a Preference, but method text learns from Text rows" in err
+
+
+def test_the_data_is_never_overwritten(run: Run, file: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+    held_out = rows(tmp_path / "held-out.json", ("say x", "it is x"))
+    link = tmp_path / "link.html"
+    link.symlink_to(file)
+    before = file.read_bytes(), held_out.read_bytes()
+    for flag, target in (("--html", file), ("--json", file), ("--json", held_out), ("--html", link)):
+        code, out, err = run(file, "--model", tiny_model_folder, "--eval-data", held_out, flag, target)
+        assert (code, out, err) == (2, "", f"Error: {flag} {target} would overwrite the data; name another file.\n")
+    assert run(tmp_path / "*.jsonl", "--model", tiny_model_folder, "--json", file)[0] == 2
+    assert (file.read_bytes(), held_out.read_bytes()) == before
+
+
+def test_a_file_of_another_kind_is_not_overwritten(
+    run: Run, file: Path, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    for flag in ("--html", "--json"):
+        code, out, err = run(file, "--model", tiny_model_folder, flag, thesis)
+        assert (code, out) == (2, "") and err.startswith(
+            f"Error: {thesis} is there already and may be something else; "
+        )
+    assert thesis.read_text() == "years of work"
+    page = tmp_path / "page.htm"
+    page.write_text("an earlier one")
+    assert run(file, "--model", tiny_model_folder, "--html", page)[0] == 0
+    assert "<html" in page.read_text()

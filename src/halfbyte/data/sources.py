@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from halfbyte.data import catalog, hub
-from halfbyte.data.named_files import BLOCK, STANDARD_INPUT, files_of
+from halfbyte.data.named_files import BLOCK, STANDARD_INPUT, Files, files_of
 from halfbyte.data.readers import Progress, is_there, kind_of, near, read_rows, shown_path
 from halfbyte.data.trees import gathered
 from halfbyte.errors import InputError, named, nearest
@@ -197,13 +197,9 @@ def fingerprint(source: Source, *, contents: bool = True) -> str:
     if source.is_hub:
         digest.update(hub.fingerprint(source.path, source.config, source.split))
         return str(digest.hexdigest())
-    found = sorted(Path(source.path).rglob("*.arrow")) if _is_saved(source) else None
-    name = None
-    if found is None:
-        files = files_of(source.path, source.split)
-        found, name = files.files, files.name
-    for file in found:
-        digest.update(str(name or file).encode(errors="surrogateescape"))
+    found = _found(source)
+    for file in found.files:
+        digest.update(str(found.name or file).encode(errors="surrogateescape"))
         try:
             if not contents:
                 about = file.stat()
@@ -215,6 +211,23 @@ def fingerprint(source: Source, *, contents: bool = True) -> str:
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}.") from error
     return str(digest.hexdigest())
+
+
+def inputs_of(sources: list[Source]) -> list[Path]:
+    """Return the files of sources that are on this machine, without what comes through standard input.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    here = (source for source in sources if not source.is_hub and source.path != STANDARD_INPUT)
+    return [file for source in here for file in _found(source).files]
+
+
+def _found(source: Source) -> Files:
+    """Return the files of a source of this machine."""
+    if _is_saved(source):
+        return Files(sorted(Path(source.path).rglob("*.arrow")))
+    return files_of(source.path, source.split)
 
 
 def _is_saved(source: Source) -> bool:
