@@ -20,9 +20,11 @@ from PIL import Image
 from halfbyte import cli
 from halfbyte.cli import data as command
 from halfbyte.cli.data_terminal import scale
+from halfbyte.cli.options import check_words
 from halfbyte.data.options import DataOptions
 from halfbyte.data.survey import Bin
 from halfbyte.data.table import Counts, Tokenized
+from halfbyte.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
 NASTY = (
@@ -337,3 +339,32 @@ def test_a_file_of_another_kind_is_not_overwritten(
     page.write_text("an earlier one")
     assert run(file, "--model", tiny_model_folder, "--html", page)[0] == 0
     assert "<html" in page.read_text()
+
+
+def test_a_file_behind_evaluation_data_is_not_taken_for_training_data(
+    run: Run, file: Path, tiny_model_folder: Path
+) -> None:
+    for arguments in (
+        (file, "--eval-data", "b", "c d"),
+        ("--eval-data=b", "c d", "--row", 1),
+        ("--eval-data", "b", "c d"),
+    ):
+        code, out, err = run(*arguments, "--model", tiny_model_folder)
+        assert (code, out) == (2, "")
+        assert err == (
+            "Error: --eval-data takes one name, but 'c d' stands behind 'b'; for several write --eval-data b "
+            "--eval-data 'c d', and put training data before all flags.\n"
+        )
+    code, _, err = run(file, "--model", tiny_model_folder, "other.jsonl")
+    assert code == 2 and err.endswith("and 'other.jsonl'; name all of it before the flags.\n")
+    assert run("--tokens", "--model", tiny_model_folder, file, file)[0] == 0
+
+
+def test_train_says_how_several_files_are_named() -> None:
+    takes = {"--data": True, "--model": True, "--resume": False}
+    for arguments in (["--data", "a", "b"], ["--model", "m", "--data=a", "b", "--resume"]):
+        with pytest.raises(InputError, match=r"'b' stands behind 'a'; for several write --data a --data b[.]$"):
+            check_words(arguments, takes, {"--data"}, bare=False)
+    with pytest.raises(InputError, match=r"'a' belongs to no flag; data is named so: --data a[.]$"):
+        check_words(["a", "--model", "m"], takes, {"--data"}, bare=False)
+    check_words(["--data", "a", "--data", "-", "--resume"], takes, {"--data"}, bare=False)
