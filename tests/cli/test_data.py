@@ -360,6 +360,27 @@ def test_a_file_behind_evaluation_data_is_not_taken_for_training_data(
     assert run("--tokens", "--model", tiny_model_folder, file, file)[0] == 0
 
 
+def test_of_judged_answers_supervised_training_takes_the_good_ones(
+    run: Run, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    file = tmp_path / "judged.jsonl"
+
+    def write(*labels: bool) -> None:
+        lines = [{"prompt": f"say {n}", "completion": f"it is {n}", "label": good} for n, good in enumerate(labels)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write(True, False, False, True, False)
+    code, out, err = run(file, "--model", tiny_model_folder)
+    assert (code, err) == (0, "") and re.search(r"^rows +2 *$", out, re.MULTILINE)
+    assert "Left out, 3 rows whose answers are judged bad (method kto learns from them too)" in out
+    code, out, _ = run(file, "--model", tiny_model_folder, "--method", "kto")
+    assert code == 0 and "Left out" not in out
+    write(False, False)
+    code, out, err = run(file, "--model", tiny_model_folder)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: There is nothing to train on:\nLeft out, 2 rows whose answers are judged bad (")
+
+
 def test_train_says_how_several_files_are_named() -> None:
     takes = {"--data": True, "--model": True, "--resume": False}
     for arguments in (["--data", "a", "b"], ["--model", "m", "--data=a", "b", "--resume"]):

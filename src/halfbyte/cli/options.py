@@ -92,7 +92,7 @@ class DataCommand(typer.core.TyperCommand):
 
 def _takes_names(option: Any) -> bool:
     """Tell whether an option takes a name, and may be given again for more."""
-    return option.multiple and option.type_descriptor.annotation == list[str]
+    return bool(option.multiple and option.type_descriptor.annotation == list[str])
 
 
 def check_words(arguments: list[str], takes: dict[str, bool], several: set[str], *, bare: bool) -> None:
