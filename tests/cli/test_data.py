@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 import xml.etree.ElementTree
 from collections.abc import Callable
@@ -379,6 +380,25 @@ def test_of_judged_answers_supervised_training_takes_the_good_ones(
     code, out, err = run(file, "--model", tiny_model_folder)
     assert (code, out) == (2, "")
     assert err.startswith("Error: There is nothing to train on:\nLeft out, 2 rows whose answers are judged bad (")
+
+
+def test_that_the_model_has_no_chat_template_is_said_before_the_rows(
+    run: Run, tmp_path: Path, file: Path, tiny_model_folder: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model_folder, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": None}))
+    sentence = "! The model has no chat template; a plain one is taken and saved with the adapter\n"
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat.write_text(json.dumps({"messages": turns}))
+    code, out, _ = run(chat, "--model", bare)
+    assert code == 0 and sentence in out.partition("row 1 of 1")[0]
+    for data, model in ((file, bare), (chat, tiny_model_folder)):
+        code, out, _ = run(data, "--model", model)
+        assert code == 0 and "chat template" not in out
 
 
 def test_train_says_how_several_files_are_named() -> None:

@@ -57,7 +57,7 @@ class Opened:
 
 def _opened(options: DataOptions) -> Opened:
     """Make the tables that ``train`` would make of the same options."""
-    from halfbyte.data import equip, prepare
+    from halfbyte.data.prepared import equip, give_plain, prepare
     from halfbyte.hf import load_tokenizer
     from halfbyte.train.methods import METHODS
 
@@ -74,7 +74,7 @@ def _opened(options: DataOptions) -> Opened:
             take=functools.partial(method.take, options.method),
             progress=lambda _, done, total: reading.update(task, completed=done, total=total),
         )
-    return Opened(prepared, tokenizer, notes)
+    return Opened(prepared, tokenizer, [*notes, *give_plain(tokenizer, prepared)])
 
 
 def data(

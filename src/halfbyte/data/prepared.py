@@ -106,6 +106,18 @@ def equip(tokenizer: "PreTrainedTokenizerBase", options: DataOptions) -> list[st
     return [] if said is None else [said]
 
 
+def give_plain(tokenizer: "PreTrainedTokenizerBase", rows: Prepared) -> list[str]:
+    """Give a tokenizer without a chat template the plain one that conversations were written with, if there were any.
+
+    Returns:
+        Sentences that say so.
+    """
+    if tokenizer.chat_template or not rows.train.counts.chats:
+        return []
+    tokenizer.chat_template = chat_template(tokenizer)
+    return ["The model has no chat template; a plain one is taken and saved with the adapter"]
+
+
 def read_examples(data: Any, progress: Progress | None = None, **options: Any) -> Iterator[Example | BadRow]:
     """Yield the examples of what a user names, in a script.
 
