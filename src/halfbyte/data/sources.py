@@ -7,10 +7,12 @@
     rows.jsonl@0.3                                    each with a weight
 
 A weight is how often a row is taken: of 0.3 that is three rows of ten, drawn with a seed; of 2.5 each row twice and
-half of them a third time. A source may have options of its own, in YAML.
+half of them a third time. That holds for every few rows; which of them is drawn. A source may have options of its
+own, in YAML.
 """
 
 import difflib
+import itertools
 import os
 import random
 import re
@@ -28,6 +30,8 @@ from halfbyte.errors import InputError, named, nearest
 from halfbyte.files import absolute
 
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[^@:]+))?(@(?P<split>[^@]+))?")
+STRETCH = 20
+"""Rows of which a weight takes its share."""
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
@@ -173,11 +177,26 @@ def read_source(
         rows = _files(source, progress, said, source.encoding or encoding, source.split_text or split_text)
     if source.weight != 1:
         rows = gathered(rows)  # a tree of messages is taken as one
-    whole, part = divmod(source.weight, 1)
+    read = taken = 0
+    for row, times in zip(rows, _times(source.weight, seed), strict=False):
+        read += 1
+        taken += times
+        yield from itertools.repeat(row, times)
+    if source.weight % 1:
+        rest = f"{taken:,} of {read:,} rows" if source.weight < 1 else f"{read:,} rows make {taken:,}"
+        said.append(f"{source.path}@{source.weight:g}: {rest}")
+
+
+def _times(weight: float, seed: int) -> Iterator[int]:
+    """Yield how often each row is taken: of every ``STRETCH`` rows the share that is due, but which ones is drawn."""
+    whole, part = divmod(weight, 1)
     draw = random.Random(seed)
-    for row in rows:
-        for _ in range(int(whole) + (draw.random() < part if part else 0)):
-            yield row
+    due = draw.random()
+    while True:
+        due += part * STRETCH
+        more = {*draw.sample(range(STRETCH), int(due))} if part else ()
+        due -= len(more)
+        yield from (int(whole) + (place in more) for place in range(STRETCH))
 
 
 def fingerprint(source: Source, *, contents: bool = True) -> str:
