@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 import xml.etree.ElementTree
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from PIL import Image
 from halfbyte import cli
 from halfbyte.cli import data as command
 from halfbyte.cli.data_terminal import scale
+from halfbyte.cli.options import check_words
 from halfbyte.data.options import DataOptions
 from halfbyte.data.survey import Bin
 from halfbyte.data.table import Counts, Tokenized
+from halfbyte.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
 NASTY = (
@@ -308,3 +311,101 @@ def test_pairs_are_shown_with_both_answers_also_by_the_method_of_a_run(
     assert written.index(">chosen<") < written.index(">rejected<")
     code, _, err = run(file, "--model", tiny_model_folder, "--method", "text")
     assert code == 2 and "is a Preference, but method text learns from Text rows" in err
+
+
+def test_the_data_is_never_overwritten(run: Run, file: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+    held_out = rows(tmp_path / "held-out.json", ("say x", "it is x"))
+    link = tmp_path / "link.html"
+    link.symlink_to(file)
+    before = file.read_bytes(), held_out.read_bytes()
+    for flag, target in (("--html", file), ("--json", file), ("--json", held_out), ("--html", link)):
+        code, out, err = run(file, "--model", tiny_model_folder, "--eval-data", held_out, flag, target)
+        assert (code, out, err) == (2, "", f"Error: {flag} {target} would overwrite the data; name another file.\n")
+    assert run(tmp_path / "*.jsonl", "--model", tiny_model_folder, "--json", file)[0] == 2
+    assert (file.read_bytes(), held_out.read_bytes()) == before
+
+
+def test_a_file_of_another_kind_is_not_overwritten(
+    run: Run, file: Path, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    for flag in ("--html", "--json"):
+        code, out, err = run(file, "--model", tiny_model_folder, flag, thesis)
+        assert (code, out) == (2, "") and err.startswith(
+            f"Error: {thesis} is there already and may be something else; "
+        )
+    assert thesis.read_text() == "years of work"
+    page = tmp_path / "page.htm"
+    page.write_text("an earlier one")
+    assert run(file, "--model", tiny_model_folder, "--html", page)[0] == 0
+    assert "<html" in page.read_text()
+
+
+def test_a_file_behind_evaluation_data_is_not_taken_for_training_data(
+    run: Run, file: Path, tiny_model_folder: Path
+) -> None:
+    for arguments in (
+        (file, "--eval-data", "b", "c d"),
+        ("--eval-data=b", "c d", "--row", 1),
+        ("--eval-data", "b", "c d"),
+    ):
+        code, out, err = run(*arguments, "--model", tiny_model_folder)
+        assert (code, out) == (2, "")
+        assert err == (
+            "Error: --eval-data takes one name, but 'c d' stands behind 'b'; for several write --eval-data b "
+            "--eval-data 'c d', and put training data before all flags.\n"
+        )
+    code, _, err = run(file, "--model", tiny_model_folder, "other.jsonl")
+    assert code == 2 and err.endswith("and 'other.jsonl'; name all of it before the flags.\n")
+    assert run("--tokens", "--model", tiny_model_folder, file, file)[0] == 0
+
+
+def test_of_judged_answers_supervised_training_takes_the_good_ones(
+    run: Run, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    file = tmp_path / "judged.jsonl"
+
+    def write(*labels: bool) -> None:
+        lines = [{"prompt": f"say {n}", "completion": f"it is {n}", "label": good} for n, good in enumerate(labels)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write(True, False, False, True, False)
+    code, out, err = run(file, "--model", tiny_model_folder)
+    assert (code, err) == (0, "") and re.search(r"^rows +2 *$", out, re.MULTILINE)
+    assert "Left out, 3 rows whose answers are judged bad (method kto learns from them too)" in out
+    code, out, _ = run(file, "--model", tiny_model_folder, "--method", "kto")
+    assert code == 0 and "Left out" not in out
+    write(False, False)
+    code, out, err = run(file, "--model", tiny_model_folder)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: There is nothing to train on:\nLeft out, 2 rows whose answers are judged bad (")
+
+
+def test_that_the_model_has_no_chat_template_is_said_before_the_rows(
+    run: Run, tmp_path: Path, file: Path, tiny_model_folder: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model_folder, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": None}))
+    sentence = "! The model has no chat template; a plain one is taken and saved with the adapter\n"
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat.write_text(json.dumps({"messages": turns}))
+    code, out, _ = run(chat, "--model", bare)
+    assert code == 0 and sentence in out.partition("row 1 of 1")[0]
+    for data, model in ((file, bare), (chat, tiny_model_folder)):
+        code, out, _ = run(data, "--model", model)
+        assert code == 0 and "chat template" not in out
+
+
+def test_train_says_how_several_files_are_named() -> None:
+    takes = {"--data": True, "--model": True, "--resume": False}
+    for arguments in (["--data", "a", "b"], ["--model", "m", "--data=a", "b", "--resume"]):
+        with pytest.raises(InputError, match=r"'b' stands behind 'a'; for several write --data a --data b[.]$"):
+            check_words(arguments, takes, {"--data"}, bare=False)
+    with pytest.raises(InputError, match=r"'a' belongs to no flag; data is named so: --data a[.]$"):
+        check_words(["a", "--model", "m"], takes, {"--data"}, bare=False)
+    check_words(["--data", "a", "--data", "-", "--resume"], takes, {"--data"}, bare=False)

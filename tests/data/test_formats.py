@@ -229,6 +229,16 @@ def test_columns_of_ones_own() -> None:
         read(row, columns={"promt": "Frage"})
 
 
+def test_a_column_that_was_not_named_is_told_under_its_own_name() -> None:
+    bad = read({"Frage": "a", "Antwort": "b"}, columns={"prompt": "Frage"})
+    assert isinstance(bad, BadRow)
+    assert str(bad).startswith(
+        "row has the columns Frage and Antwort ('Frage' is named as the prompt), which make no known shape; the near"
+    )
+    bad = read({"Frage": "a", "Antwort": "b"}, columns={"prompt": "Frage"}, format="completion")
+    assert "columns Frage and Antwort ('Frage' is named as the prompt), but the format completion needs " in str(bad)
+
+
 def test_templates_of_ones_own() -> None:
     row = {"en": "dog", "de": "Hund", "n": 3}
     assert read(row, template="{en} = {de} ({n}) {{}}") == Text("row", "dog = Hund (3) {}")

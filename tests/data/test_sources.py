@@ -59,10 +59,26 @@ def test_a_weight_is_how_often_a_row_is_taken(folder: Path, weight: float) -> No
     (folder / "many.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(2000)))
     counts = Counter(texts(f"many.jsonl@{weight}"))
     assert {counts[str(n)] for n in range(2000)} == {int(weight), -int(-weight // 1)}
-    assert counts.total() / 2000 == pytest.approx(weight, abs=0.04)  # of 2000 draws: three deviations are 0.034
+    assert counts.total() / 2000 == pytest.approx(weight, abs=0.0006)
     assert Counter(texts(f"many.jsonl@{weight}")) == counts
     if weight % 1:
         assert Counter(texts(f"many.jsonl@{weight}", seed=1)) != counts
+
+
+def test_a_part_of_few_rows_is_as_large_as_the_weight_says_and_is_told(folder: Path) -> None:
+    (folder / "few.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(100)))
+    drawn = set()
+    for seed in range(20):
+        said: list[str] = []
+        [source] = resolve("few.jsonl@0.3")
+        found = [row["text"] for _, row in read_source(source, seed=seed, said=said)]
+        assert len(found) == 30 and said == [f"{folder / 'few.jsonl'}@0.3: 30 of 100 rows"]
+        drawn.update(found)
+    assert len(drawn) > 95  # any row may be among them
+    said = []
+    assert len([*read_source(resolve("few.jsonl@2.25")[0], said=said)]) == 225
+    assert said == [f"{folder / 'few.jsonl'}@2.25: 100 rows make 225"]
+    assert len([*read_source(resolve("few.jsonl@2")[0], said=said)]) == 200 and len(said) == 1
 
 
 def test_a_file_that_is_called_like_a_weight_is_that_file(folder: Path) -> None:

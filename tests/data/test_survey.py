@@ -1,5 +1,6 @@
 """The survey against counts that were planted, and against the same questions asked in plain Python."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -25,6 +26,8 @@ from halfbyte.data.figures import figures, hints, percent
 from halfbyte.data.samples import CLOSE, OPEN, Piece
 from halfbyte.data.table import Counts, Tokenized
 from halfbyte.errors import InputError
+
+from .templates import template_of, tokenizer_for
 
 FEATURES = datasets.Features(
     {
@@ -113,7 +116,11 @@ def test_a_pass_finds_what_plain_python_finds(part_tokens: int, monkeypatch: pyt
     assert found.prompts.tolist() == [first_trained(labels) for _, labels in rows]
     assert same([tuple(ids) for ids, _ in rows], found.hashes)
     assert same([tuple(ids[: first_trained(labels)]) for ids, labels in rows], found.prompt_hashes)
-    openings = [tuple((stretches(labels) or [[]])[0][:5]) for _, labels in rows]
+    openings = [
+        tuple([*(ids[:1] if labels[:1] == [IGNORED] != labels[1:2] else []), *answer][:5]) if answer else ()
+        for ids, labels in rows
+        for answer in (stretches(labels) or [[]])[:1]
+    ]
     assert same(openings, found.opening_hashes)
     answers = [answer for _, labels in rows for answer in stretches(labels)]
     assert found.answers == len(answers)
@@ -389,6 +396,29 @@ def test_answers_that_do_not_stop_are_counted_and_said(tokenizer: Any) -> None:
     assert any(line.startswith("Only 75% of the answers end with “<|im_end|>”") for line in hints(found))
     cut = survey.survey(table(rows, truncated=1), tokenizer)
     assert not any(line.startswith("Only") for line in hints(cut))
+
+
+def test_a_call_that_ends_with_a_stop_of_its_own_has_stopped() -> None:
+    tokenizer = tokenizer_for(template_of("gptoss"))
+    call, answer, other = (tokenizer.convert_tokens_to_ids(token) for token in ("<|call|>", "<|return|>", "<|end|>"))
+    found = survey.survey(table([asked([1], [2, call]), asked([1], [3, answer])]), tokenizer)
+    assert found.answers.stopped == 2 and not any(line.startswith("Only") for line in hints(found))
+    found = survey.survey(table([asked([1], [2, call]), asked([1], [3, other])]), tokenizer)
+    assert any(
+        line.startswith("Only 50% of the answers end with “<|endoftext|>” or “<|call|>” or “<|return|>”, at which ")
+        for line in hints(found)
+    )
+
+
+def test_a_text_begins_at_its_beginning_and_is_no_answer(tokenizer: Any) -> None:
+    texts = [tokenizer(text)["input_ids"] for text in ("Socks are red", "Socks are blue", "Rocks are old", "Docks")]
+    found = survey.survey(table([asked(ids[:1], ids[1:]) for ids in texts]), tokenizer)
+    assert [(one.text, one.rows, one.whole) for one in found.openings] == [("Socks", 2, True)]
+    assert "50% of the texts begin with “Socks”." in hints(found)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<|im_start|>"
+    begun = survey.survey(table([asked([tokenizer.bos_token_id], ids) for ids in texts]), tokenizer)
+    assert [one.text for one in begun.openings] == ["Sock"]
 
 
 def test_where_nothing_would_be_learnt_it_says_so(tokenizer: Any) -> None:

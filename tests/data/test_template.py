@@ -237,6 +237,18 @@ def test_tools_that_the_template_cannot_tell_of_are_said_beside_calls_and_else_b
         Writer(tokenizer_for(template_of("phi3")))(Chat("row 1", turns("a", "b"), tools=TOOLS))
 
 
+def test_what_a_template_cannot_write_is_called_what_it_is(tokenizer: Any) -> None:
+    write = Writer(tokenizer_for(template_of("phi3")))
+    with pytest.raises(BadRow, match="row 1: it has results of tools, which the model's chat template cannot write"):
+        write(Chat("row 1", [user("a"), RESULT, answer("b")]))
+    with pytest.raises(BadRow, match="row 1: it has tool calls, which the model's chat template cannot write"):
+        write(Chat("row 1", [user("a"), call("Bonn"), RESULT, answer("b")]))
+    messages = turns("a", "one", "b", "")
+    messages[3]["train"] = False
+    with pytest.raises(BadRow, match="row 1: its last answer is empty, so there is nothing to learn from it"):
+        Writer(tokenizer, train_on="last")(Chat("row 1", messages))
+
+
 BASES = sorted(file.stem for file in trl_folder().glob("*.jinja") if not file.stem.endswith("_training"))
 
 

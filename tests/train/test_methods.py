@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte import data
+from halfbyte.data.examples import LeftOut
 from halfbyte.errors import InputError
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train.methods import METHODS, method_of
@@ -57,5 +58,5 @@ def test_sft_learns_the_preferred_of_two_answers_and_says_so() -> None:
     assert sft.take("sft", data.Preference("row", "a", "b", "c")) == data.Completion("row", "a", "b")
     assert sft.take("sft", data.Preference("row", "a", answer, other)) == data.Chat("row", [*turns, *answer])
     assert sft.take("sft", data.Judged("row", "a", "b", True)) == data.Completion("row", "a", "b")
-    bad = sft.take("sft", data.Judged("row", "a", "b", False))
-    assert isinstance(bad, data.BadRow) and bad.kind == "answer judged bad"
+    assert isinstance(sft.take("sft", data.Judged("row", "a", "b", False)), LeftOut)
+    assert METHODS["kto"].take("kto", judged := data.Judged("row", "a", "b", False)) is judged

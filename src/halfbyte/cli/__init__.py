@@ -26,7 +26,7 @@ import typer
 from halfbyte import __version__
 from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, run, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
-from halfbyte.cli.options import complete
+from halfbyte.cli.options import DataCommand, complete
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full
 
@@ -41,10 +41,10 @@ app = typer.Typer(
 )
 benchmarks = typer.Typer(help="Measure speed on this machine.")
 
-app.command()(train.train)
+app.command(cls=DataCommand)(train.train)
 app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
 app.command()(convert.convert_config)
-app.command()(data.data)
+app.command(cls=DataCommand)(data.data)
 app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(classify.classify)

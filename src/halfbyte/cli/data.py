@@ -15,6 +15,7 @@ from halfbyte.cli.data_tasks import show_task
 from halfbyte.cli.data_terminal import show
 from halfbyte.cli.options import flags_of
 from halfbyte.data.options import DataOptions
+from halfbyte.data.sources import inputs_of
 from halfbyte.errors import InputError, check_writable
 from halfbyte.files import absolute, whole_file, write_text
 from halfbyte.quiet import quiet
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from halfbyte.data.survey import Survey
 
 PAGE_SAMPLES = 20
+ENDINGS = {"--html": (".html", ".htm"), "--json": (".json",), "--picture": (".png", ".svg")}
+"""How the names of the files end that a flag writes."""
 
 Files = Annotated[
     list[str] | None, typer.Argument(help="Training data: files, folders, globs, hub ids; see docs/data.md.")
@@ -54,7 +57,7 @@ class Opened:
 
 def _opened(options: DataOptions) -> Opened:
     """Make the tables that ``train`` would make of the same options."""
-    from halfbyte.data import equip, prepare
+    from halfbyte.data.prepared import equip, give_plain, prepare
     from halfbyte.hf import load_tokenizer
     from halfbyte.train.methods import METHODS
 
@@ -71,7 +74,7 @@ def _opened(options: DataOptions) -> Opened:
             take=functools.partial(method.take, options.method),
             progress=lambda _, done, total: reading.update(task, completed=done, total=total),
         )
-    return Opened(prepared, tokenizer, notes)
+    return Opened(prepared, tokenizer, [*notes, *give_plain(tokenizer, prepared)])
 
 
 def data(
@@ -88,14 +91,12 @@ def data(
 
     Trained text is coloured, or stands between ⟦ and ⟧ where there are no colours. Fails if nothing would be learnt.
     """
-    if picture and picture.suffix.lower() not in (".png", ".svg"):
+    if picture and picture.suffix.lower() not in ENDINGS["--picture"]:
         raise InputError(f"{picture}: a picture is a .png or a .svg file; name it so.")
     only_json = str(json_file) == "-"
-    for target in (html, picture, None if only_json else json_file):
-        if target:
-            check_writable(absolute(target).parent)
     given = {name: value for name, value in options.items() if value is not None} | ({"data": files} if files else {})
     settings = DataOptions.from_yaml(given.pop("config", None), given, besides=TrainConfig.model_fields)
+    _check_targets({"--html": html, "--json": None if only_json else json_file, "--picture": picture}, settings)
     names = [source.path for source in settings.data]
     with quiet():
         opened = _opened(settings)
@@ -125,6 +126,25 @@ def data(
         typer.echo(numbers, nl=False)
     else:
         show(found, chosen, borders=tokens)
+
+
+def _check_targets(targets: dict[str, Path | None], settings: DataOptions) -> None:
+    """Make sure that each file can be written, and that none takes the place of the data or of some other thing.
+
+    Raises:
+        InputError: one cannot, or would.
+    """
+    given = {flag: absolute(target) for flag, target in targets.items() if target}
+    inputs = inputs_of([*settings.data, *(settings.eval_data or ())]) if given else []
+    for flag, target in given.items():
+        check_writable(target.parent)
+        if not target.exists():
+            continue
+        if any(target.samefile(file) for file in inputs if file.exists()):
+            raise InputError(f"{flag} {target} would overwrite the data; name another file.")
+        if target.suffix.lower() not in ENDINGS[flag]:
+            ends = " or ".join(ENDINGS[flag])
+            raise InputError(f"{target} is there already and may be something else; name a new file, or one in {ends}.")
 
 
 def _survey(opened: Opened, max_length: int) -> "Survey":

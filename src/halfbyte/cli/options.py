@@ -1,13 +1,17 @@
 """Options that several commands take, and flags made from the fields of a configuration."""
 
 import inspect
+import shlex
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from pydantic import BaseModel, ByteSize
+
+from halfbyte.errors import InputError
 
 Model = Annotated[str, typer.Argument(help="Run folder, adapter folder, model folder or hub id.")]
 System = Annotated[str | None, typer.Option(help="System prompt, put before the conversation.")]
@@ -33,7 +37,8 @@ def flags_of(model: type[BaseModel]) -> inspect.Signature:
     for name, field in model.model_fields.items():
         default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
         flag = _flag_type(field.annotation)
-        option = typer.Option(help=f"{field.description}{default}", metavar="<path>" if flag is Path else None)
+        again = " For several, give the flag again." if typing.get_origin(flag) is list else ""
+        option = typer.Option(help=f"{field.description}{again}{default}", metavar="<path>" if flag is Path else None)
         annotations[name] = Annotated[(str if flag in (ByteSize, Path) else flag) | None, option]
     return inspect.Signature(
         [
@@ -71,3 +76,58 @@ def complete(arguments: list[str]) -> list[str]:
 
 def _is_value(word: str, values: tuple[str, ...]) -> bool:
     return word in values or (word.isalnum() and not Path(word).exists())
+
+
+class DataCommand(typer.core.TyperCommand):
+    """A command that takes data: no word is read as data of another kind than the one it stands next to."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments, after a look at where the words stand that belong to no option."""
+        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        takes = {name: not getattr(option, "is_flag", False) for option in options for name in option.opts}
+        several = {name for option in options if _takes_names(option) for name in option.opts}
+        check_words(args, takes, several, bare="--data" not in takes)
+        return super().parse_args(ctx, args)
+
+
+def _takes_names(option: Any) -> bool:
+    """Tell whether an option takes a name, and may be given again for more."""
+    return bool(option.multiple and option.type_descriptor.annotation == list[str])
+
+
+def check_words(arguments: list[str], takes: dict[str, bool], several: set[str], *, bare: bool) -> None:
+    """Make sure that words which belong to no option are meant so: in one place, and not behind an option of names.
+
+    Args:
+        arguments: of the command line.
+        takes: of each option whether it takes a value.
+        several: options that may be given again for more names.
+        bare: whether data is named without an option.
+
+    Raises:
+        InputError: they do not; it says how to write what was perhaps meant.
+    """
+    words: list[str] = []
+    flag = value = ""
+    rest = iter(arguments)
+    for word in rest:
+        if word.startswith("-") and word != "-":
+            flag, equals, value = word.partition("=")
+            if flag not in takes:
+                return  # a mistake that is told elsewhere, or the end of the options
+            if takes[flag] and not equals:
+                value = next(rest, "")
+            continue
+        if flag in several:
+            first = ", and put training data before all flags" if bare else ""
+            again = shlex.join([flag, value, flag, word])
+            raise InputError(
+                f"{flag} takes one name, but {word!r} stands behind {value!r}; for several write {again}{first}."
+            )
+        if not bare:
+            raise InputError(f"{word!r} belongs to no flag; data is named so: {shlex.join(['--data', word])}.")
+        if words and flag != words[0]:
+            raise InputError(
+                f"Data is named in two places, {words[1]!r} and {word!r}; name all of it before the flags."
+            )
+        words = words or [flag, word]

@@ -262,8 +262,18 @@ class Cells:
         return {*self.made, *full}
 
     @property
+    def told(self) -> str:
+        """The columns as somebody should be told them, with what they were named as."""
+        columns = named(map(str, self.row)) or "(none)"
+        if not self._given:
+            return columns
+        names = [*(f"the template is the {name}" for name in self.made)]
+        names += [f"{column!r} is named as the {name}" for name, column in self._columns.items()]
+        return f"{columns} ({', '.join(names) or 'none is named'})"
+
+    @property
     def shown_names(self) -> list[str]:
-        """The columns as somebody should be told them."""
+        """The names that shapes ask for where columns were given such, else the columns."""
         return [*self.made, *self._columns] if self._given else [str(column) for column in self.row]
 
     @property

@@ -24,7 +24,7 @@ from halfbyte.data.cells import Cells, is_blank, shown
 from halfbyte.data.columns import Own, check_used
 from halfbyte.data.examples import BadRow, Example
 from halfbyte.data.tokens import Encoded, Row
-from halfbyte.errors import InputError, named
+from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def _example(cells: Cells, with_labels: bool) -> Labelled:
     if name is None:
         raise cells.bad(
             "no column of a text",
-            f"has the columns {named(cells.shown_names) or '(none)'}, and none of them is a text to classify; say "
+            f"has the columns {cells.told}, and none of them is a text to classify; say "
             "which is (--columns text=...,label=...).",
         )
     text = cells.text(name)
@@ -123,7 +123,7 @@ def _label(cells: Cells) -> str | int:
     if name is None:
         raise cells.bad(
             "no column of a label",
-            f"has the columns {named(cells.shown_names) or '(none)'}, and none of them is a label; name it "
+            f"has the columns {cells.told}, and none of them is a label; name it "
             "(--columns text=...,label=...), or train on answers in words with task lm or seq2seq.",
         )
     value = cells.get(*LABELS)

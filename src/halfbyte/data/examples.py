@@ -45,6 +45,17 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeftOut(Example):
+    """A row in which a method has nothing to learn, though nothing is wrong with it.
+
+    Attributes:
+        why: in words that are the same for every such row; they go on from "rows".
+    """
+
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Chat(Example):
     """A conversation; assistant turns that follow another message are answers.
 

@@ -70,12 +70,13 @@ def hints(survey: Survey) -> list[str]:
 
 def _findings(survey: Survey) -> list[str]:
     lines, answers, texts = [], survey.answers, survey.texts
-    if not answers.stop_token:
+    stops = [answers.stop_token] * bool(answers.stop_token) + answers.other_stops
+    if not stops:
         lines.append("The tokenizer names no stop token, so nobody can tell whether the model learns to stop.")
     elif answers.stopped < STOPPED * (answers.count - survey.truncated):
         lines.append(
-            f"Only {percent(answers.stopped, answers.count)} of the answers end with {_quoted(answers.stop_token)}, at "
-            "which an answer stops; the model may not learn to."
+            f"Only {percent(answers.stopped, answers.count)} of the answers end with "
+            f"{' or '.join(map(_quoted, stops))}, at which an answer stops; the model may not learn to."
         )
     if survey.truncated:
         lines.append(f"Examples cut at max_length {survey.max_length:,}: {survey.truncated:,}; raise it if it can be.")
@@ -95,7 +96,9 @@ def _findings(survey: Survey) -> list[str]:
         )
     if texts.mojibake:
         lines.append(f"Rows that look as if read in a wrong encoding: {texts.mojibake:,} of {texts.sampled:,}.")
-    lines += [f"{opening.share:.0%} of the answers begin with {_quoted(opening.text)}." for opening in survey.openings]
+    for opening in survey.openings:
+        what = "texts" if opening.whole else "answers"
+        lines.append(f"{opening.share:.0%} of the {what} begin with {_quoted(opening.text)}.")
     return lines
 
 

@@ -189,12 +189,14 @@ def _with_calls(
     dialect: Dialect, messages: list[Message], tools: list[dict[str, Any]] | None, notes: list[str]
 ) -> list[Message]:
     """Return tool calls and their results in the template's way."""
-    called = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    made_calls = any(message.get("tool_calls") for message in messages)
+    called = made_calls or any(message["role"] == "tool" for message in messages)
     calls = dialect.calls if called else None
     if called and not calls:
+        what = "tool calls" if made_calls else "results of tools"
         raise Refused(
-            "tool calls that the chat template cannot write",
-            "it has tool calls, which the model's chat template cannot write; leave them away, or take another "
+            f"{what} that the chat template cannot write",
+            f"it has {what}, which the model's chat template cannot write; leave them away, or take another "
             "template (--chat-template).",
         )
     if tools and not dialect.takes_tools:

@@ -118,7 +118,7 @@ def _format_of(cells: Cells) -> str:
         )
     raise cells.bad(
         "columns not recognised",
-        f"has the columns {named(columns) or '(none)'}, which make no known shape{_nearest_shape(columns)}; say which "
+        f"has the columns {cells.told}, which make no known shape{_nearest_shape(columns)}; say which "
         "is which (--columns prompt=...,completion=..., or --columns text=...)" + _no_names(columns) + ".",
     )
 
@@ -142,14 +142,13 @@ def _checked(name: str, cells: Cells) -> str:
         if not cells.find(*group):
             raise cells.bad(
                 f"not of the format {name}",
-                f"has the columns {named(cells.shown_names) or '(none)'}, but the format {name} needs "
+                f"has the columns {cells.told}, but the format {name} needs "
                 f"{' or '.join(group)}{_misspelt(group, cells.shown_names)}.",
             )
     if not form.fits(cells) and name not in ("text", "messages"):
         raise cells.bad(
             f"not of the format {name}",
-            f"has the columns {named(cells.shown_names) or '(none)'}, which are no row of the format {name} "
-            f"({form.about}).",
+            f"has the columns {cells.told}, which are no row of the format {name} ({form.about}).",
         )
     return name
 

@@ -41,7 +41,8 @@ class Measured:
         prompts: tokens before the first trained one; all if there is none.
         hashes: of all token ids.
         prompt_hashes: of the ids before the first trained one.
-        opening_hashes: of the first ``OPENING`` trained ids, or as many as the first answer has.
+        opening_hashes: of the first ``OPENING`` trained ids, or as many as the first answer has; of a text, a row with
+            at most one token before the first trained one, from its beginning.
         answers: stretches of trained tokens in the table.
         ends: how many of them end with which token id.
     """
@@ -116,7 +117,8 @@ def measure(rows: "datasets.Dataset", longest: int, progress: Progress | None = 
         np.cumsum(mix(part.ids + (part.places() << 32)), out=sums[1:])
         hashes[here], prompt_hashes[here] = sums[part.ends] - sums[part.starts], sums[first] - sums[part.starts]
         last = _lasts(trained, behind[some])
-        opening_hashes[here] = _openings(part, first, last)
+        whole = some & (prompts[here] <= 1)  # texts: their first token is read only, since nothing foretells it
+        opening_hashes[here] = _openings(part, np.where(whole, part.starts, first), last)
         answers += len(last)
         tokens, times = np.unique(part.ids[last], return_counts=True)
         ends.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))

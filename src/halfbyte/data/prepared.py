@@ -18,7 +18,7 @@ from halfbyte.choices import Task
 from halfbyte.data import cache
 from halfbyte.data.bad_rows import BadRows, SkippedFile
 from halfbyte.data.classes import Classes, Labelled, LabelledRows, labelled_of
-from halfbyte.data.examples import BadRow, Example
+from halfbyte.data.examples import BadRow, Example, LeftOut
 from halfbyte.data.formats import examples_of
 from halfbyte.data.forms import Form
 from halfbyte.data.options import DataOptions
@@ -104,6 +104,18 @@ def equip(tokenizer: "PreTrainedTokenizerBase", options: DataOptions) -> list[st
         tokenizer.chat_template = chat_template(tokenizer, options.chat_template, options.thinking)
     said = choose_pad(tokenizer)
     return [] if said is None else [said]
+
+
+def give_plain(tokenizer: "PreTrainedTokenizerBase", rows: Prepared) -> list[str]:
+    """Give a tokenizer without a chat template the plain one that conversations were written with, if there were any.
+
+    Returns:
+        Sentences that say so.
+    """
+    if tokenizer.chat_template or not rows.train.counts.chats:
+        return []
+    tokenizer.chat_template = chat_template(tokenizer)
+    return ["The model has no chat template; a plain one is taken and saved with the adapter"]
 
 
 def read_examples(data: Any, progress: Progress | None = None, **options: Any) -> Iterator[Example | BadRow]:
@@ -211,6 +223,7 @@ class _Maker:
         self.progress = progress
         self.folder = folder
         self.bad = BadRows()
+        self.left_out: Counter[str] = Counter()
         self.shapes: Counter[str] = Counter()
         self.said: list[str] = []
         self.known_classes = known_classes
@@ -239,17 +252,23 @@ class _Maker:
                         table.add(encoded)
         examples = train.counts.examples + (evaluation.counts.examples if evaluation is not train else 0)
         for table, what in ((train, "train on"), (evaluation, "evaluate on")):
-            if examples and not table.counts.examples:
-                told = f":\n{self.bad.told()}" if self.bad.total else "; name more data, or another eval_share."
-                raise InputError(f"There is nothing to {what}{told}")
+            if not table.counts.examples and (examples or self.left_out):
+                raise InputError(f"There is nothing to {what}{self._why_nothing()}")
         about = {
             "examples": examples,
             "bad": dataclasses.asdict(self.bad),
             "shapes": self.shapes,
-            "said": self.said,
+            "said": [*self.said, *self._left_out_told()],
             "classes": {name: self.classes.by_name[name] for name in names},
         }
         (self.folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+
+    def _left_out_told(self) -> list[str]:
+        return [f"Left out, {count:,} rows {why}" for why, count in self.left_out.items()]
+
+    def _why_nothing(self) -> str:
+        reasons = [*self._left_out_told(), *([self.bad.told()] if self.bad.total else [])]
+        return ":\n" + "\n".join(reasons) if reasons else "; name more data, or another eval_share."
 
     def _table(self, name: str) -> Table:
         folder = self.folder / name
@@ -310,7 +329,11 @@ class _Maker:
                 template=source.template or options.template,
                 counts=self.shapes,
             )
-            yield from map(self.take, examples) if self.take else examples
+            for example in map(self.take, examples) if self.take else examples:
+                if isinstance(example, LeftOut):
+                    self.left_out[example.why] += 1
+                else:
+                    yield example
 
     def _draw(self, rows: Iterable[Any]) -> int:
         """Return a number below 2**64 that depends on the tokens and the seed alone."""

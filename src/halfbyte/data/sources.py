@@ -7,10 +7,12 @@
     rows.jsonl@0.3                                    each with a weight
 
 A weight is how often a row is taken: of 0.3 that is three rows of ten, drawn with a seed; of 2.5 each row twice and
-half of them a third time. A source may have options of its own, in YAML.
+half of them a third time. That holds for every few rows; which of them is drawn. A source may have options of its
+own, in YAML.
 """
 
 import difflib
+import itertools
 import os
 import random
 import re
@@ -21,13 +23,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from halfbyte.data import catalog, hub
-from halfbyte.data.named_files import BLOCK, STANDARD_INPUT, files_of
+from halfbyte.data.named_files import BLOCK, STANDARD_INPUT, Files, files_of
 from halfbyte.data.readers import Progress, is_there, kind_of, near, read_rows, shown_path
 from halfbyte.data.trees import gathered
 from halfbyte.errors import InputError, named, nearest
 from halfbyte.files import absolute
 
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[^@:]+))?(@(?P<split>[^@]+))?")
+STRETCH = 20
+"""Rows of which a weight takes its share."""
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
@@ -173,11 +177,26 @@ def read_source(
         rows = _files(source, progress, said, source.encoding or encoding, source.split_text or split_text)
     if source.weight != 1:
         rows = gathered(rows)  # a tree of messages is taken as one
-    whole, part = divmod(source.weight, 1)
+    read = taken = 0
+    for row, times in zip(rows, _times(source.weight, seed), strict=False):
+        read += 1
+        taken += times
+        yield from itertools.repeat(row, times)
+    if source.weight % 1:
+        rest = f"{taken:,} of {read:,} rows" if source.weight < 1 else f"{read:,} rows make {taken:,}"
+        said.append(f"{source.path}@{source.weight:g}: {rest}")
+
+
+def _times(weight: float, seed: int) -> Iterator[int]:
+    """Yield how often each row is taken: of every ``STRETCH`` rows the share that is due, but which ones is drawn."""
+    whole, part = divmod(weight, 1)
     draw = random.Random(seed)
-    for row in rows:
-        for _ in range(int(whole) + (draw.random() < part if part else 0)):
-            yield row
+    due = draw.random()
+    while True:
+        due += part * STRETCH
+        more = {*draw.sample(range(STRETCH), int(due))} if part else ()
+        due -= len(more)
+        yield from (int(whole) + (place in more) for place in range(STRETCH))
 
 
 def fingerprint(source: Source, *, contents: bool = True) -> str:
@@ -197,13 +216,9 @@ def fingerprint(source: Source, *, contents: bool = True) -> str:
     if source.is_hub:
         digest.update(hub.fingerprint(source.path, source.config, source.split))
         return str(digest.hexdigest())
-    found = sorted(Path(source.path).rglob("*.arrow")) if _is_saved(source) else None
-    name = None
-    if found is None:
-        files = files_of(source.path, source.split)
-        found, name = files.files, files.name
-    for file in found:
-        digest.update(str(name or file).encode(errors="surrogateescape"))
+    found = _found(source)
+    for file in found.files:
+        digest.update(str(found.name or file).encode(errors="surrogateescape"))
         try:
             if not contents:
                 about = file.stat()
@@ -215,6 +230,23 @@ def fingerprint(source: Source, *, contents: bool = True) -> str:
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}.") from error
     return str(digest.hexdigest())
+
+
+def inputs_of(sources: list[Source]) -> list[Path]:
+    """Return the files of sources that are on this machine, without what comes through standard input.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    here = (source for source in sources if not source.is_hub and source.path != STANDARD_INPUT)
+    return [file for source in here for file in _found(source).files]
+
+
+def _found(source: Source) -> Files:
+    """Return the files of a source of this machine."""
+    if _is_saved(source):
+        return Files(sorted(Path(source.path).rglob("*.arrow")))
+    return files_of(source.path, source.split)
 
 
 def _is_saved(source: Source) -> bool:

@@ -18,6 +18,7 @@ from halfbyte.data.duplicates import Contradictions, Duplicates, Near, Pair
 from halfbyte.data.forms import GOOD, REJECTED_IDS
 from halfbyte.data.measure import OPENING, Measured, Progress, measure
 from halfbyte.data.scripts import Texts
+from halfbyte.data.stops import stop_ids
 from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,11 +58,16 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """The first tokens of an answer as text, and how many rows have an answer that begins with them."""
+    """The first tokens of an answer as text, and how many rows have an answer that begins with them.
+
+    Attributes:
+        whole: whether these rows are texts, trained from their beginning.
+    """
 
     text: str
     rows: int
     share: float
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +76,9 @@ class Answers:
 
     Attributes:
         count: how many there are.
-        stopped: those that end with the stop token.
-        stop_token: as text; empty if the tokenizer has none.
+        stopped: those that end with a stop token.
+        stop_token: the tokenizer's own, as text; empty if it has none.
+        other_stops: further tokens at which generation stops, since the chat template ends answers with them.
         ends: the tokens that most of them end with, as text, with the number of answers.
     """
 
@@ -79,6 +86,7 @@ class Answers:
     stopped: int
     stop_token: str
     ends: dict[str, int]
+    other_stops: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,18 +263,23 @@ def _openings(measured: Measured, table: "datasets.Dataset", tokenizer: "PreTrai
             row = table[int(np.argmax(measured.opening_hashes == hashes[at]))]
             labels = np.array(row["labels"], int)
             first = int(np.argmax(labels != IGNORED))
-            answer = labels[first : first + OPENING]
+            whole = first <= 1
+            read = first if whole else 0  # tokens before the trained ones that are told with them
+            answer = labels[first : first + OPENING - read]
             behind = np.flatnonzero(answer == IGNORED)
-            text = tokenizer.decode(answer[: behind[0] if len(behind) else OPENING])
-            found.append(Opening(text, int(times[at]), int(times[at]) / len(with_answer)))
+            ids = [*row["input_ids"][:read], *answer[: behind[0] if len(behind) else OPENING].tolist()]
+            begin = read if ids[0] == tokenizer.bos_token_id else 0
+            text = tokenizer.decode(ids[begin:])
+            found.append(Opening(text, int(times[at]), int(times[at]) / len(with_answer), whole))
     return found
 
 
 def _answers(measured: Measured, tokenizer: "PreTrainedTokenizerBase") -> Answers:
-    stop = tokenizer.eos_token_id
+    stops = stop_ids(tokenizer)
+    others = [tokenizer.decode([token]) for token in stops if token != tokenizer.eos_token_id]
     ends = {tokenizer.decode([token]): times for token, times in measured.ends.most_common(TOLD)}
-    stopped = 0 if stop is None else measured.ends[stop]
-    return Answers(measured.answers, stopped, tokenizer.eos_token or "", ends)
+    stopped = sum(measured.ends[token] for token in stops)
+    return Answers(measured.answers, stopped, tokenizer.eos_token or "", ends, others)
 
 
 def _overlap(

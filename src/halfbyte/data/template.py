@@ -271,6 +271,9 @@ class Writer:
             train = messages[at].get("train")
             if train if train is not None else self._train_on == "all" or at == answers[-1]:
                 chosen.append(at)
+        last = messages[answers[-1]]
+        if not chosen and self._train_on == "last" and not (text_of(last).strip() or last.get("tool_calls")):
+            raise Refused("last answer is empty", "its last answer is empty, so there is nothing to learn from it.")
         if not chosen:
             raise Refused("no answer to train", "all its answers are marked as not to be trained; leave the row away.")
         return chosen

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, get_args
 
 from halfbyte import data
-from halfbyte.data.examples import BadRow, Chat, Completion, Example, Judged, Preference
+from halfbyte.data.examples import BadRow, Chat, Completion, Example, Judged, LeftOut, Preference
 from halfbyte.data.forms import GOOD, Form
 from halfbyte.errors import InputError
 from halfbyte.hf import trainers
@@ -51,7 +51,7 @@ class Method:
         """Return ``example`` as this method, called ``name``, learns from it, or a bad row if it cannot."""
         if not isinstance(example, BadRow | self.examples):
             example = self.adapt(example)
-        if isinstance(example, BadRow | self.examples):
+        if isinstance(example, BadRow | LeftOut | self.examples):
             return example
         known = " or ".join(shape.__name__ for shape in get_args(self.examples) or (self.examples,))
         shape = type(example).__name__
@@ -62,15 +62,18 @@ class Method:
         )
 
 
-def answer_of(example: Example) -> Example | BadRow:
-    """Return the answer that a preference prefers, or one that was judged good, as an example; others as they are."""
+def answer_of(example: Example) -> Example:
+    """Return the answer that a preference prefers, or one that was judged good, as an example; others as they are.
+
+    An answer that was judged bad is left out.
+    """
     match example:
         case Preference(prompt=prompt, chosen=answer):
             note = "only the chosen one of two answers is trained"
         case Judged(prompt=prompt, completion=answer, good=True):
             note = "an answer that was judged good is trained"
         case Judged():
-            return BadRow(example.where, "answer judged bad", "has an answer that was judged bad; leave it out.")
+            return LeftOut(example.where, "whose answers are judged bad (method kto learns from them too)")
         case _:
             return example
     rest = {"unused": example.unused, "notes": (*example.notes, note)}

@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from halfbyte import data, hf
+from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
 from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
 from halfbyte.errors import InputError
@@ -147,12 +148,11 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, lis
     with distributed.first_writes() as writes:
         rows = prepared() if writes else None
     rows = rows or prepared()  # found in the cache
+    for line in give_plain(tokenizer, rows):
+        tell(Note(text=line))
     shown = preview_lines(rows.train, tokenizer)[1:] if config.task == "lm" else preview(rows, tokenizer)
     for line in [*rows.told(), *check_rows(config, rows.train), *shown]:
         tell(Note(text=line))
-    if rows.train.counts.chats and not tokenizer.chat_template:
-        tokenizer.chat_template = data.chat_template(tokenizer)
-        tell(Note(text="The model has no chat template; a plain one is taken and saved with the adapter"))
     return tokenizer, added, rows
 
 
