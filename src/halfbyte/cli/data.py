@@ -31,7 +31,8 @@ ENDINGS = {"--html": (".html", ".htm"), "--json": (".json",), "--picture": (".pn
 """How the names of the files end that a flag writes."""
 
 Files = Annotated[
-    list[str] | None, typer.Argument(help="Training data: files, folders, globs, hub ids; see docs/data.md.")
+    list[str] | None,
+    typer.Argument(help="Training data, before all flags: files, folders, globs, hub ids; see docs/data.md."),
 ]
 Samples = Annotated[
     int, typer.Option(min=0, help="Rows to show: the first, one of median length, the longest, then any.")
