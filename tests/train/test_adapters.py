@@ -289,7 +289,7 @@ def test_whole_modules_are_trained_in_fp32(options: dict[str, Any]) -> None:
         ({"alpha_pattern": "lm_head=4"}, r"alpha_pattern 'lm_head' matches no layer that gets LoRA"),
         ({"rank_pattern": {"(q": 4}}, r"rank_pattern '\(q' is no regular expression"),
         ({"modules_to_save": "lm_heat"}, r"modules_to_save 'lm_heat' matches no module .*did you mean 'lm_head'"),
-        ({"modules_to_save": "q_proj"}, r"modules_to_save 'q_proj' matches \S+, which holds frozen 4-bit weights"),
+        ({"modules_to_save": "q_proj"}, r"modules_to_save 'q_proj' matches \S+, which holds frozen quantized weights"),
         ({"modules_to_save": "act_fn"}, r"modules_to_save 'act_fn' matches \S+, which has nothing to train"),
         ({"exclude_modules": "o_prjo"}, r"exclude_modules 'o_prjo' matches no module of the model .did you mean"),
         ({"layers_to_transform": "1,2"}, r"layers_to_transform 2 matches no layer of the model, counted from 0"),

@@ -453,7 +453,7 @@ def test_what_to_do_is_said_where_experts_take_no_dropout(options: dict[str, Any
         fine_tune(TrainConfig(**options, lora_dropout=0.1))
     with pytest.raises(InputError, match="Leave use_dora out"):
         fine_tune(TrainConfig(**options, use_dora=True))
-    with pytest.raises(InputError, match=r"'pissa' is for linear layers in 4 bits, and \S+mlp\S+ \(\w+\) is none"):
+    with pytest.raises(InputError, match=r"'pissa' is for frozen linear layers, and \S+mlp\S+ \(\w+\) is none"):
         fine_tune(TrainConfig(**options, init_lora_weights="pissa"))
     notes: list[str] = []
     fine_tune(TrainConfig(**options, lora_dropout=0.0), lambda e: notes.append(e.text) if isinstance(e, Note) else None)
