@@ -191,6 +191,17 @@ def test_a_new_row_begins_as_the_mean_of_its_pieces(options: dict[str, Any], unt
             torch.testing.assert_close(module.weight[token.id], before[pieces].mean(0))
 
 
+def test_dora_begins_as_the_base_in_16_bits_too(options: dict[str, Any]) -> None:
+    config = TrainConfig(**(options | {"use_dora": True, "compute_dtype": "bfloat16"}))
+    expected = logits(halfbyte.load(options["model"]), [1, 2, 3, 4])
+    model = build_model(config)
+    assert (logits(model, [1, 2, 3, 4]) - expected).norm() < 0.02 * expected.norm()
+    for layer in model.modules():
+        if isinstance(layer, hf.LoraLinear4bit):
+            exact = layer.base_layer.quantized_weight.dequantize(torch.float32).norm(dim=1)
+            torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, exact, rtol=1e-5, atol=0)
+
+
 def test_loraplus_groups_are_pefts_with_the_run_s_decay(options: dict[str, Any], tmp_path: Path) -> None:
     config = TrainConfig(**(options | {"loraplus_lr_ratio": 16, "weight_decay": 0.1, "use_dora": True}))
     model = build_model(config)

@@ -94,7 +94,8 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, factors)
-        y = torch.mul(z, factors.to(z.dtype), out=pool.empty(z.shape, z.dtype, z.device))
+        # in fp32, rounded once: bf16 would round m / n itself to steps of 0.4 %
+        y = torch.mul(z, factors, out=pool.empty(z.shape, z.dtype, z.device))
         return y if bias is None else y.add_(bias.to(z.dtype))
 
     @staticmethod
@@ -109,5 +110,5 @@ class _Rescale(torch.autograd.Function):
                 part = slice(first, first + ROWS)
                 dfactors += (dy[part].float() * z[part]).sum(0)
         if need_z:
-            dz = torch.mul(dy, factors.to(dy.dtype), out=pool.empty(dy.shape, dy.dtype, dy.device))
+            dz = torch.mul(dy, factors, out=pool.empty(dy.shape, dy.dtype, dy.device))
         return dz, dfactors, dy.sum(0) if need_bias else None

@@ -17,7 +17,7 @@ from halfbyte import data, hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.eva import TOKENS, batches_of, begin_with_eva, eva_config
 from halfbyte.hf.layers.lora_config import adapted_layers, lora_config
-from halfbyte.hf.layers.starts import OF_WEIGHTS, make_room
+from halfbyte.hf.layers.starts import OF_WEIGHTS, begin_lengths, make_room
 from halfbyte.hf.layers.whole import train_in_fp32
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.new_tokens import NewToken, add_tokens, give_rows
@@ -95,6 +95,7 @@ class Beginning:
             begin_with_eva(adapted, self._batches(2 * TOKENS * max(ranks.values())))
         elif self._loftq:
             self._loftq.apply(adapted)
+        begin_lengths(adapted)
         train_in_fp32(adapted)
         return adapted
 

@@ -173,3 +173,8 @@ def test_dora_works_together_with_other_adapters(tiny_model_folder: Path) -> Non
             model.eval()
         found, expected = ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_small_changes_of_a_length_show_in_16_bits() -> None:
+    z, factors = torch.full((4, 3), 200.0, dtype=torch.bfloat16), torch.tensor([1.0, 1.003, 0.997])
+    assert rescale(z, factors, None)[0].tolist() == (200 * factors).bfloat16().tolist() == [200.0, 201.0, 199.0]
