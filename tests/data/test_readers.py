@@ -196,15 +196,11 @@ HUGE = "9" * 5000
         ),
         ("d.json", '[{"text": "a"}\n', ["cut off here"]),
         ("d.json", '[{"text": "a"},\n{"text": "b', ["row 2 (line 2)", "cut off", "1 rows before it are whole"]),
-        ("d.json", '[{"text": "a"},\n]\n[', ["line 2 is not JSON: Expecting value at column 1"]),
+        ("d.json", '[{"text": "a"},\n]\n[', ["line 3 is not JSON: Extra data at column 1"]),
         ("d.json", '{"data": [{"text": "a"}],\n}', ["line 2", "property name enclosed in double quotes"]),
         ("d.json", '{"data": [{"text": "a"}],\n"b" 1}', ["line 2 is not JSON: Expecting ':' delimiter at column 5"]),
         ("d.json", '{"a": [], "b": []}', ["holds no rows"]),
         ("d.json", '{"a": [{"x": 1}], "b": [{"x": 2}]}', ["lists a and b", "'data'"]),
-        ("d.jsonl", '{"text": "äöü"}\n{"text": "'.encode() + b'\xff"}', ["line 2 is not UTF-8", "0xff", "--encoding"]),
-        ("d.json", '[{"text": "äöü"},\n\n{"text": "'.encode() + b'\xe9t"}]', ["line 3 is not UTF-8", "0xe9"]),
-        ("d.csv", "text\näöü\n".encode() + b"\xfcber\n", ["line 3 is not UTF-8", "0xfc"]),
-        ("d.jsonl", '{"text": "äö"}\n{"text": "ü'.encode()[:-1], ["line 2 is not UTF-8", "0xc3"]),
         ("d.csv", 'prompt,completion\n"a\nb",c\nd\n', ["row 2 (line 4)", "1 fields", "header names 2"]),
         ("d.csv", "prompt,completion\na,b,c\n", ["row 1 (line 2)", "3 fields"]),
         ("d.csv", 'text\na\n"b\n', ["row 2 (line 3) is not CSV", "never ends"]),
@@ -221,6 +217,47 @@ def test_a_bad_file_is_refused_in_one_sentence(
     sentence = str(caught.value)
     assert str(path) in sentence and "\n" not in sentence
     assert [part for part in told if part not in sentence] == []
+
+
+BROKEN = {
+    "a byte that UTF-8 has not": (
+        "d.jsonl", '{"text": "äöü"}\n{"text": "'.encode() + b'\xff"}\n{"text": "a"}\n', 2, "0xff",
+    ),
+    "a letter of another encoding": ("d.json", '[{"text": "äöü"},\n\n{"text": "'.encode() + b'\xe9t"},\n{"text": "a"}]',
+                                     3, "0xe9"),
+    "objects one behind the other": (
+        "d.json", '{"text":\n"äöü"}\n{"text": "'.encode() + b'\xe9t"}\n{"text": "a"}', 3, "0xe9",
+    ),
+    "a field": ("d.csv", "text\näöü\n".encode() + b"\xfcber\na\n", 3, "0xfc"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "line", "byte"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_row_that_is_not_utf_8_costs_that_row_alone(
+    tmp_path: Path, name: str, content: bytes, line: int, byte: str
+) -> None:
+    (_, first), (where, bad), (_, last) = read_rows(write(tmp_path, name, content))
+    assert (first, last) == ({"text": "äöü"}, {"text": "a"})
+    assert isinstance(bad, BadRow) and bad.kind == "not UTF-8 text"
+    assert where.endswith(f"row 2 (line {line})") and str(bad).startswith(where)
+    assert byte in str(bad) and "--encoding" in str(bad)
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_a_file_that_is_cut_off_anywhere_gives_its_whole_rows(tmp_path: Path, form: str, cut: int) -> None:
+    rows = [{"text": "汉字很多"}, {"text": "第二行"}, {"text": "第三行的字"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    content = "".join(f"{line}\n" for line in lines) if form == "lines" else f"[{', '.join(lines)}]"
+    found = [value for _, value in read_rows(write(tmp_path, "d.json", content.encode()[: -cut - 2]))]
+    assert found[:2] == rows[:2]
+    assert len(found) == 3 and isinstance(found[2], BadRow)
+
+
+def test_a_comma_behind_the_last_element_is_no_damage(tmp_path: Path) -> None:
+    assert [value for _, value in read_rows(write(tmp_path, "d.json", '[{"text": "a"},\n{"text": "b"},\n]'))] == [
+        {"text": "a"}, {"text": "b"},
+    ]  # fmt: skip
 
 
 def test_a_missing_file_and_a_folder_are_refused_before_anything_is_read(tmp_path: Path) -> None:

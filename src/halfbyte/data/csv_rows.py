@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from halfbyte.data.examples import BadRow
-from halfbyte.data.texts import check, nul_bytes, undecodable
+from halfbyte.data.texts import check, not_utf8, nul_bytes, undecodable
 from halfbyte.errors import InputError
 
 DELIMITERS = {",": "commas", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -163,6 +163,7 @@ def read_csv(path: Path, text: TextIO, dialect: Dialect) -> Iterator[tuple[str, 
         if values is None:
             break
         if header is None:
+            check(path, line, "".join(lines.taken))
             header = _header(path, values) if not (line == 1 and _named_delimiter(lines.taken[0])) else None
             continue
         if problem:
@@ -187,6 +188,8 @@ def read_csv(path: Path, text: TextIO, dialect: Dialect) -> Iterator[tuple[str, 
             yield where, BadRow(where, "header again", "is the header once more; remove the line.")
         elif lines.has_nul:
             yield where, nul_bytes(where)
+        elif not lines.is_ascii and (bad := not_utf8(where, "".join(lines.taken))):
+            yield where, bad
         else:
             if row <= SNIFFED:
                 alike += any(value and value == name for value, name in zip(values, header, strict=True))
@@ -208,11 +211,13 @@ class _Lines:
     Attributes:
         taken: the lines of the row that is being read.
         has_nul: whether there are NUL bytes in them.
+        is_ascii: whether they are ASCII alone.
     """
 
     def __init__(self, path: Path, text: TextIO) -> None:
         self.taken: list[str] = []
         self.has_nul = False
+        self.is_ascii = True
         self._path = path
         self._text = text
         self._again: deque[str] = deque()
@@ -231,8 +236,7 @@ class _Lines:
             raise undecodable(self._path, self._number + len(self.taken), error) from None
         self.taken.append(line)
         self._size += len(line)
-        if not line.isascii():
-            check(self._path, self._number + len(self.taken) - 1, line)
+        self.is_ascii = self.is_ascii and line.isascii()
         if "\0" in line:
             self.has_nul = True
         return line
@@ -243,6 +247,7 @@ class _Lines:
         self.taken.clear()
         self._size = 0
         self.has_nul = False
+        self.is_ascii = True
         return self._number
 
     def give_back(self, dialect: Dialect, fields: int) -> None:

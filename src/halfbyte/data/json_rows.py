@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from halfbyte.data.examples import BadRow
-from halfbyte.data.json_text import Json, problem
-from halfbyte.data.texts import checked_lines, nul_bytes
+from halfbyte.data.json_text import Json, Undecoded, problem
+from halfbyte.data.texts import lines_of, not_utf8, nul_bytes
 from halfbyte.errors import InputError, named
 
 FIRST = 1 << 20
@@ -72,7 +72,7 @@ def _is_value(line: str) -> bool:
 
 def _lines(path: Path, text: TextIO) -> Found:
     row = 0
-    for number, line in enumerate(checked_lines(path, text), start=1):
+    for number, line in enumerate(lines_of(path, text), start=1):
         if line.isspace():
             continue
         row += 1
@@ -80,6 +80,9 @@ def _lines(path: Path, text: TextIO) -> Found:
         line = line.removeprefix("\ufeff")  # of a file that others were put together from
         if "\0" in line:
             yield where, nul_bytes(where)
+            continue
+        if bad := not_utf8(where, line):
+            yield where, bad
             continue
         try:
             yield where, _decode(line)
@@ -108,7 +111,8 @@ def _array(path: Path, source: Json, *, whole: bool = True) -> Found:
             yield _rest(path, row, source, error)
             return
         row += 1
-        yield f"{path}, row {row} (line {line})", value
+        where = f"{path}, row {row} (line {line})"
+        yield where, value.as_row(where) if isinstance(value, Undecoded) else value
 
 
 def _rest(path: Path, row: int, source: Json, error: InputError) -> tuple[str, BadRow]:
@@ -229,6 +233,10 @@ def _objects(path: Path, source: Json) -> Found:
         try:
             value = source.value()
             source.skip(",")
+        except Undecoded as bad:
+            yield where, bad.as_row(where)
+            source.skip(",")
+            continue
         except InputError as error:
             yield _rest(path, row - 1, source, error)
             return

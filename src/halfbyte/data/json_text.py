@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from halfbyte.data.texts import check, undecodable
+from halfbyte.data.examples import BadRow
+from halfbyte.data.texts import not_utf8, undecodable
 from halfbyte.errors import InputError
 
 PIECE = 1 << 20
@@ -46,13 +47,20 @@ class Json:
                 return ""
 
     def elements(self) -> Iterator[tuple[int, Any]]:
-        """Take the array that comes next: yield the line and the value of each element."""
+        """Take the array that comes next: yield the line and the value of each element, or why it cannot be decoded."""
         self._take("[")
         if self._took("]"):
             return
         while True:
-            self.peek()
-            yield self.line, self.value()
+            if self.peek() == "]":  # behind a last comma
+                self._at += 1
+                return
+            line = self.line
+            try:
+                value = self.value()
+            except Undecoded as bad:
+                value = bad
+            yield line, value
             if not self._took(","):
                 self._take("]", "Expecting ',' delimiter")
                 return
@@ -73,7 +81,12 @@ class Json:
                 return
 
     def value(self) -> Any:
-        """Take the next value, of whatever kind."""
+        """Take the next value, of whatever kind.
+
+        Raises:
+            Undecoded: bytes in it are not of the file's encoding; what comes behind it can be taken.
+            InputError: it is not JSON.
+        """
         self.peek()
         while True:
             try:
@@ -86,7 +99,10 @@ class Json:
                 raise not_json(self.path, self.line, error) from error
             else:
                 if not isinstance(value, int | float) or end + MARGIN <= len(self._piece) or not self._more():
+                    text = self._piece[self._at : end]
                     self._to(end)
+                    if bad := not_utf8(f"{self.path}, line {self.line}", text):
+                        raise Undecoded(bad)
                     return value
 
     def skip(self, character: str) -> None:
@@ -126,7 +142,6 @@ class Json:
         self._before = len(last_line) + (self._before if len(last_line) == len(taken) else 0)
         self._piece = self._piece[self._at :] + new
         self._at = 0
-        check(self.path, self.line + self._piece.count("\n") - new.count("\n"), new)
         return True
 
     def _wrong(self, what: str, at: int) -> InputError:
@@ -136,6 +151,19 @@ class Json:
         begin = self._piece.rfind("\n", 0, at) + 1
         column = at - begin + 1 + (0 if begin else self._before)
         return InputError(f"{self.path}, line {line} is not JSON: {what.removesuffix(' at')} at column {column}.")
+
+
+class Undecoded(InputError):
+    """A value with bytes that are not of its file's encoding."""
+
+    def __init__(self, bad: BadRow) -> None:
+        """Make an error of what is wrong with a line."""
+        super().__init__(str(bad))
+        self._bad = bad
+
+    def as_row(self, where: str) -> BadRow:
+        """Return the bad row that the value is."""
+        return BadRow(where, self._bad.kind, str(self._bad).removeprefix(f"{self._bad.where} "))
 
 
 def not_json(path: Path, line: int, error: Exception) -> InputError:

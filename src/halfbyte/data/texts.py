@@ -237,19 +237,19 @@ def checked_pieces(path: Path, text: TextIO) -> Iterator[str]:
         raise undecodable(path, line, error) from None
 
 
-def checked_lines(path: Path, text: TextIO) -> Iterator[str]:
-    """Yield the lines of a text.
+def lines_of(path: Path, text: TextIO) -> Iterator[str]:
+    """Yield the lines of a text; in UTF-8, invalid ones too (:func:`not_utf8`).
 
     Raises:
-        InputError: a line has bytes that its encoding does not have.
+        InputError: a line has bytes that another encoding does not have.
     """
-    number = 0
+    number = 1
     try:
-        for number, line in enumerate(text, start=1):
-            check(path, number, line)
+        for line in text:
             yield line
+            number += 1
     except UnicodeDecodeError as error:
-        raise undecodable(path, number + 1, error) from None
+        raise undecodable(path, number, error) from None
 
 
 def undecodable(path: Path, line: int, error: UnicodeError) -> InputError:
@@ -267,15 +267,32 @@ def nul_bytes(where: str) -> BadRow:
     return BadRow(where, "NUL bytes", "holds NUL bytes, as files do that were not written to their end; remove it.")
 
 
-def check(path: Path, number: int, text: str) -> None:
-    """Make sure that ``text``, which begins in line ``number``, was valid UTF-8."""
+def broken(text: str) -> tuple[int, int] | None:
+    """Return where ``text`` was not valid UTF-8 and which byte stood there, or None if it was."""
     if text.isascii():
-        return
+        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        byte, line = ord(text[error.start]) & 0xFF, number + text.count("\n", 0, error.start)
+        return error.start, ord(text[error.start]) & 0xFF
+    return None
+
+
+def not_utf8(where: str, text: str) -> BadRow | None:
+    """Return the bad row ``where`` a row is of whose ``text`` bytes were not valid UTF-8, or None if they were."""
+    found = broken(text)
+    return found and BadRow(
+        where,
+        "not UTF-8 text",
+        f"is not UTF-8 text (byte 0x{found[1]:02x}); mend it, or name the encoding of the file (--encoding).",
+    )
+
+
+def check(path: Path, number: int, text: str) -> None:
+    """Make sure that ``text``, which begins in line ``number``, was valid UTF-8."""
+    if found := broken(text):
+        line = number + text.count("\n", 0, found[0])
         raise InputError(
-            f"{path}, line {line} is not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8, or name its encoding "
-            "(--encoding)."
+            f"{path}, line {line} is not UTF-8 text (byte 0x{found[1]:02x}); save the file as UTF-8, or name its "
+            "encoding (--encoding)."
         ) from None
