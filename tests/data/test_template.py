@@ -137,6 +137,7 @@ DOUBLING = (
         (LOOP + "{% endfor %}{% endfor %}", "runs without end"),
         (LOOP + "{{ 'a' * 99999 }}{% endfor %}{% endfor %}", "runs without end"),
         (DOUBLING, "runs without end"),
+        ("{{ 'a' * 10000000000 }}", "runs without end"),
         ("{% if add_generation_prompt %}" + LOOP + "{% endfor %}{% endfor %}{% endif %}{{ messages }}", "without end"),
         ("{{ 'Hello.' }}", "leaves away the question or its answer"),
         ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", "leaves away the question"),

@@ -2,8 +2,9 @@
 
 A template is a program from the internet. transformers runs it in Jinja's sandbox: it sees the conversation and nothing
 else, and ``range`` ends at 100,000. Loops within loops could still take hours, so the first texts that a template
-writes (:meth:`Renderer.trial`) are watched: between two lines of the template its time and memory are looked at. Left
-out: a single operation that takes hours, such as a power of powers, which no line ends.
+writes (:meth:`Renderer.trial`) are watched: between two lines of the template its time and memory are looked at, and
+where the system can, no single operation gets more memory than that. Left out: a single operation that takes hours,
+such as a power of powers, which no line ends.
 """
 
 import contextlib
@@ -99,7 +100,12 @@ class Renderer:
             TooLong: it would take too long, or too much memory.
         """
         with _watched():
-            return self(messages, tools, prompt=prompt)
+            try:
+                return self(messages, tools, prompt=prompt)
+            except Refused as error:
+                if isinstance(error.__cause__, MemoryError):
+                    raise TooLong from None
+                raise
 
     def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
         # As apply_chat_template does it: what is None is left away; that looks up the tokens anew for each text.
@@ -153,6 +159,26 @@ def _watched() -> Iterator[None]:
     before = sys.gettrace()
     sys.settrace(look)
     try:
-        yield
+        with _bounded(process.memory_info().vms + MEMORY):  # a single operation may ask for any number of bytes
+            yield
     finally:
         sys.settrace(before)
+
+
+@contextlib.contextmanager
+def _bounded(size: int) -> Iterator[None]:
+    """Let a request for memory fail that would make the process larger than ``size`` bytes, where the system can."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        yield
+        return
+    kept = resource.getrlimit(resource.RLIMIT_AS)
+    if any(limit != resource.RLIM_INFINITY and limit < size for limit in kept):
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, kept)
