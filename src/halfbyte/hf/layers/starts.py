@@ -109,7 +109,7 @@ def set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
 def begin_lengths(model: PeftModel, adapter: str = "default") -> None:
     """Let DoRA begin with the lengths that the frozen weights have; PEFT's are rounded to the weights' 16 bits."""
     for layer in model.modules():
-        over_4_bits = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, FrozenLinear)
+        over_ours = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, FrozenLinear)
         if over_ours and adapter in layer.lora_magnitude_vector:
             set_factors(layer, adapter, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
 
