@@ -181,6 +181,13 @@ def test_odd_rows_that_cannot_be_used_say_why(row: Any, kind: str, told: list[st
     assert [words for words in told if words not in str(bad)] == []
 
 
+@pytest.mark.parametrize(("label", "good"), [("yes", True), ("No", False), ("good", True), ("bad", False), (-1, False)])
+def test_judgements_may_be_words_beside_a_prompt_and_its_completion(label: Any, good: bool) -> None:
+    found = read({"prompt": "a", "completion": "b", "label": label})
+    assert isinstance(found, Judged) and found.good is good
+    assert isinstance(read({"question": "a", "answer": "b", "label": label}), Chat)  # some class
+
+
 @pytest.mark.parametrize("columns", [["Frage", "Antwort"], ["问题", "答案"], ["doc_id", "a.b", "c-1"]])
 def test_columns_with_names_are_not_taken_for_a_row(columns: list[str]) -> None:
     assert "not names" not in str(read(dict.fromkeys(columns, "x")))

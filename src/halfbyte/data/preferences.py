@@ -8,10 +8,11 @@ prompt, completion, label    one answer, judged (KTO); messages and label: the l
 """
 
 import itertools
+import re
 from typing import Any
 
 from halfbyte.data.calls import tools_of
-from halfbyte.data.cells import Cells, words
+from halfbyte.data.cells import Cells, shown, words
 from halfbyte.data.conversations import (
     TRANSCRIPT,
     TURNS,
@@ -30,21 +31,29 @@ CHOSEN = ("chosen", "chosen_messages")
 REJECTED = ("rejected", "rejected_messages")
 LABELS = ("label", "kto_tag")
 HUMAN = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
-JUDGED = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-NUMBERED = "of the labels, 1 was read as good and 0 as bad"
+JUDGED = {
+    "true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "-1": False, "-1.0": False,
+    "yes": True, "no": False, "good": True, "bad": False,
+}  # fmt: skip
+NUMBERED = "of the labels, 1 was read as good and 0 or -1 as bad"
+_NUMBER = re.compile(r"-?[\d.]+")
 
 
 def is_judged(cells: Cells) -> bool:
     """Tell whether a row has an answer and whether that is good; a ``label`` of another kind is some class.
 
-    Numbers are classes more often than judgements, so 0 and 1 count beside a prompt and its completion only.
+    Words and numbers are classes more often than judgements, so others than true and false count beside a prompt and its
+    completion only.
     """
-    label = words(cells.peek(cells.find(*LABELS) or "")).strip().casefold()
-    if label not in JUDGED:
+    name = cells.find(*LABELS)
+    if name is None:
         return False
+    label = words(cells.peek(name)).strip().casefold()
     if label in ("true", "false"):
         return bool(cells.find(*TURNS) or (cells.find(*PROMPTS) and cells.find(*COMPLETIONS)))
-    return bool(cells.find("prompt") and cells.find("completion", "response"))
+    if not (cells.find("prompt") and cells.find("completion", "response")):
+        return False
+    return label in JUDGED
 
 
 def judged(cells: Cells) -> Judged:
@@ -57,8 +66,10 @@ def judged(cells: Cells) -> Judged:
     label = cells.get(*LABELS)
     good = JUDGED.get(words(label).strip().casefold())
     if good is None:
-        raise cells.bad(f"{name} is no judgement", f": {name} must be true or false; write that.")
-    if not isinstance(label, bool) and words(label).strip()[:1] in "01":
+        raise cells.bad(
+            f"{name} is no judgement", f": {name} is {shown(label)}, and must be true or false; write that."
+        )
+    if not isinstance(label, bool) and _NUMBER.fullmatch(words(label).strip()):
         cells.note(NUMBERED)
     if not (cells.find(*PROMPTS) and cells.find(*COMPLETIONS)):
         turns = system_of(cells) + messages(cells, cells.find(*TURNS) or "", cells.get(*TURNS))
