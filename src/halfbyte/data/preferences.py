@@ -42,8 +42,8 @@ _NUMBER = re.compile(r"-?[\d.]+")
 def is_judged(cells: Cells) -> bool:
     """Tell whether a row has an answer and whether that is good; a ``label`` of another kind is some class.
 
-    Words and numbers are classes more often than judgements, so others than true and false count beside a prompt and its
-    completion only.
+    Words and numbers are classes more often than judgements, so others than true and false count beside a prompt and
+    its completion only.
     """
     name = cells.find(*LABELS)
     if name is None:
