@@ -28,7 +28,7 @@ Schedule = Literal[
 """The course of the learning rate after the warm-up, by transformers' names; linear and cosine fall to zero."""
 WATCHING: tuple[Schedule, ...] = ("reduce_lr_on_plateau", "greedy")
 """Those that go by the loss of evaluations."""
-Preset = Literal["paper", "quick"]
+Preset = Literal["paper", "paper-7b", "paper-13b", "paper-33b", "paper-65b", "quick"]
 """Which defaults of a run apply: the paper's, or quick ones for small models and data."""
 
 Method = Literal["sft", "text", "dpo", "kto", "orpo"]

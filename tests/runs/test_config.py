@@ -59,7 +59,7 @@ def test_a_saved_configuration_reads_back_the_same_without_run_options(tmp_path:
         ({"rank": "many"}, "option 'rank': 'many' is wrong"),
         ({"rank": 0}, "option 'rank': 0 is wrong, it should be greater than or equal to 1"),
         ({"quant_type": "nf5"}, "option 'quant_type': 'nf5' is wrong, it should be 'nf4'"),
-        ({"preset": "quik"}, "option 'preset': 'quik' is wrong, it should be 'paper' or 'quick'"),
+        ({"preset": "quik"}, "option 'preset': 'quik' is wrong, it should be 'paper', 'paper-7b'"),
         ({"learning_rate": float("inf")}, "option 'learning_rate': inf is wrong"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"model": None}, "option 'model'"),
@@ -80,6 +80,18 @@ def test_a_wrong_option_is_one_sentence_that_names_it(values: dict[str, Any], me
 
 def _yaml(value: Any) -> str:
     return ".inf" if value == float("inf") else "null" if value is None else str(value)
+
+
+# QLoRA, arXiv 2305.14314, appendix B.2, table 9: rate, dropout and rows a step by size.
+@pytest.mark.parametrize(
+    ("size", "rate", "dropout", "rows"),
+    [("7b", 2e-4, 0.1, 16), ("13b", 2e-4, 0.1, 16), ("33b", 1e-4, 0.05, 32), ("65b", 1e-4, 0.05, 64)],
+)
+def test_the_papers_presets_are_those_of_its_table(size: str, rate: float, dropout: float, rows: int) -> None:
+    config = TrainConfig(**NEEDED, preset=f"paper-{size}")
+    assert (config.learning_rate, config.lora_dropout, config.rows_a_step) == (rate, dropout, rows)
+    assert (config.rank, config.lora_alpha, config.lr_scheduler_type, config.max_grad_norm) == (64, 16, "constant", 0.3)
+    assert TrainConfig(**NEEDED, preset=f"paper-{size}", method="dpo").learning_rate == 5e-6
 
 
 def test_a_missing_option_is_named_with_its_meaning() -> None:

@@ -40,6 +40,10 @@ from halfbyte.runs.adapter_options import AdapterOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    "paper-7b": {},
+    "paper-13b": {},
+    "paper-33b": {"learning_rate": 1e-4, "lora_dropout": 0.05, "gradient_accumulation_steps": 8},
+    "paper-65b": {"learning_rate": 1e-4, "lora_dropout": 0.05, "gradient_accumulation_steps": 16},
     "quick": {
         "rank": 16,
         "lora_alpha": 32,
@@ -91,7 +95,9 @@ class TrainConfig(AdapterOptions, DataOptions):
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
     preset: Preset = Field(
-        default="paper", description="Which defaults apply: the paper's, or quick ones for small models and data."
+        default="paper",
+        description="Which defaults apply: the paper's, as they are for models up to 13B or by size (paper-33b, "
+        "paper-65b ...), or quick ones for small models and data.",
     )
 
     quant_type: QuantType = Field(
@@ -216,7 +222,7 @@ class TrainConfig(AdapterOptions, DataOptions):
         if isinstance(values, Mapping) and isinstance(values.get("preset"), str):
             values = PRESETS.get(values["preset"], {}) | dict(values)
         if isinstance(values, Mapping):
-            recipe = (str(values.get("method")), str(values.get("preset", "paper")))
+            recipe = (str(values.get("method")), str(values.get("preset", "paper")).partition("-")[0])
             own = {name for name in METHOD_DEFAULTS.get(recipe, {}) if name not in given}
             values = dict(values) | {name: METHOD_DEFAULTS[recipe][name] for name in own}
         return values

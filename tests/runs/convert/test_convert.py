@@ -7,7 +7,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from halfbyte.choices import Method, QuantType
+from halfbyte.choices import QuantType
 from halfbyte.cli import app
 from halfbyte.errors import InputError
 from halfbyte.runs.config import TrainConfig
@@ -17,8 +17,6 @@ from halfbyte.runs.convert.keys import Converted
 HERE = Path(__file__).parent
 FILES = sorted([*HERE.glob("*/*.yml"), *HERE.glob("*/*.yaml")])
 AXOLOTL, LLAMA_FACTORY = HERE / "axolotl", HERE / "llama_factory"
-NOT_YET = {"llama-3_qlora-1b-kto.yaml": "kto", "train_lora_qwen3_lora_dpo.yaml": "dpo"}
-TAKEN = [file for file in FILES if NOT_YET.get(file.name, "sft") in get_args(Method)]
 NOTHING = (None, False, "", [], {})
 
 
@@ -29,7 +27,7 @@ def changed(file: Path, tmp_path: Path, **values: Any) -> Converted:
     return convert(copy)
 
 
-@pytest.mark.parametrize("file", TAKEN, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_what_is_written_is_read_back_the_same(file: Path, tmp_path: Path):
     made = convert(file)
     written = tmp_path / "ours.yaml"
@@ -39,7 +37,7 @@ def test_what_is_written_is_read_back_the_same(file: Path, tmp_path: Path):
         assert f"# no counterpart: {key}: " in written.read_text()
 
 
-@pytest.mark.parametrize("file", TAKEN, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_no_key_is_lost(file: Path, tmp_path: Path):
     """Without a key something else comes out, unless it says the default or nothing."""
     whole = convert(file)
@@ -235,12 +233,6 @@ def test_what_cannot_be_converted_is_one_sentence(values: dict[str, Any], told: 
 def test_the_same_for_llama_factory(values: dict[str, Any], told: str, tmp_path: Path):
     with pytest.raises(InputError, match=told):
         changed(LLAMA_FACTORY / "train_qlora_qwen3_lora_sft_otfq.yaml", tmp_path, **values)
-
-
-@pytest.mark.parametrize("file", [file for file in FILES if file not in TAKEN], ids=lambda file: file.name)
-def test_a_method_that_is_not_there_is_refused(file: Path):
-    with pytest.raises(InputError, match="no such method"):
-        convert(file)
 
 
 def test_the_command_writes_a_file_once_and_tells_what_is_lost(tmp_path: Path):

@@ -147,6 +147,14 @@ def test_the_command_line_of_the_tutorial_means_this_run():
     assert config.data[0].path == "tatsu-lab/alpaca"
 
 
+@pytest.mark.parametrize(("bits", "quant_type"), [(4, "nf4"), (8, "int8"), (16, "none")])
+def test_the_bits_of_the_base_are_its_format(bits: int, quant_type: str):
+    made = translate(parse(FLAGS, [*SEED, "--bits", str(bits), "--double_quant", "True"]))
+    assert made.config().quant_type == quant_type
+    assert made.config().double_quant == (bits == 4)
+    assert any("double_quant" in note for note in made.notes) == (bits != 4)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -152,7 +152,8 @@ def translate(given: Flags) -> Translated:
         "compute_dtype": "bfloat16" if flags["bf16"] else "float32",
         "quant_type": base_type(flags),
         "target_modules": _targets(flags["lora_modules"]),
-        **{name: flags[name] for name in ("double_quant", "lora_alpha", "lora_dropout", "trust_remote_code", "seed")},
+        "double_quant": flags["double_quant"] if flags["bits"] == 4 else None,
+        **{name: flags[name] for name in ("lora_alpha", "lora_dropout", "trust_remote_code", "seed")},
         "rank": flags["lora_r"],
         "batch_size": flags["per_device_train_batch_size"],
         **{
@@ -290,6 +291,8 @@ def _notes(flags: Flags) -> list[str]:
         notes.append("Without --do_predict nothing is generated: --predict_with_generate does nothing")
     if "logging_dir" in flags.given and flags["report_to"] not in ("tensorboard", "all"):
         notes.append("Without --report_to tensorboard there are no files for --logging_dir")
+    if flags["bits"] != 4 and (unused := [name for name in ("double_quant", "quant_type") if name in flags.given]):
+        notes.append(f"With --bits {flags['bits']} these do nothing: --{', --'.join(unused)}")
     return notes
 
 
