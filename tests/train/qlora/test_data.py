@@ -1,20 +1,13 @@
-"""Rows of qlora.py's data part: against the script's own functions, on local files of each format."""
+"""Rows as qlora.py makes them: against what it does, written down plainly, on local files of each format."""
 
-import copy
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pandas as pd
 import pytest
-import torch
-import transformers
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer
 
 from halfbyte.errors import InputError
 from halfbyte.train.qlora import data
@@ -22,20 +15,7 @@ from halfbyte.train.qlora.flags import Flags, parse
 from halfbyte.train.qlora.formats import DATASETS, FORMATS, pair_of, source_of
 from halfbyte.train.qlora.table import FLAGS
 
-OFFICIAL = Path(__file__).with_name("official")
-
-
-def script() -> dict[str, Any]:
-    """The script's data part."""
-    names: dict[str, Any] = {
-        "copy": copy, "torch": torch, "transformers": transformers, "pad_sequence": pad_sequence, "pd": pd,
-        "dataclass": dataclass, "Sequence": Sequence, "Dict": dict, "Dataset": datasets.Dataset,
-        "load_dataset": datasets.load_dataset, "IGNORE_INDEX": -100,
-    }  # fmt: skip
-    names |= {name: getattr(__import__("os.path", fromlist=["x"]), name) for name in ("exists", "join", "isdir")}
-    names["os"] = __import__("os")
-    exec((OFFICIAL / "script.txt").read_text(), names)
-    return names
+from . import plain
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +28,6 @@ def tokenizer(tiny_model_folder: Path) -> Any:
 def flags_for(file: Path, form: str, *words: str) -> Flags:
     named = [] if form == "input-output" else ["--dataset_format", form]
     return parse(FLAGS, ["--dataset", str(file), *named, *words])
-
-
-def official(flags: Flags, tokenizer: Any) -> dict[str, Any]:
-    args = types.SimpleNamespace(**flags)
-    set_seed(args.seed)
-    return script()["make_data_module"](tokenizer, args)
 
 
 @pytest.mark.parametrize(
@@ -70,24 +44,21 @@ def test_rows_and_labels_are_the_scripts(form: str, ending: str, tokenizer: Any,
     words += ["--source_max_len", "30", "--target_max_len", "11", "--seed", "3"]
     for more in ([], ["--train_on_source"]):
         flags = flags_for(file, form, *words, *more)
-        module = official(flags, tokenizer)
         rows = data.read(flags)
         prepared = data.prepare(rows, tokenizer, flags)
-        for ours, theirs in ((prepared.train, module["train_dataset"]), (prepared.evaluation, module["eval_dataset"])):
+        for ours, pairs in zip((prepared.train, prepared.evaluation), plain.parts(flags, form), strict=True):
             assert ours is not None
-            assert len(ours.rows) == len(theirs)
-            for i in range(len(theirs)):
-                batch = module["data_collator"]([theirs[i]])
-                assert ours.rows[i]["input_ids"] == batch["input_ids"][0].tolist()
-                assert ours.rows[i]["labels"] == batch["labels"][0].tolist()
+            assert len(ours.rows) == len(pairs)
+            for row, pair in zip(ours.rows, pairs, strict=True):
+                assert (row["input_ids"], row["labels"]) == plain.ids_and_labels(pair, tokenizer, flags)
         assert prepared.train.counts.truncated > 0
 
 
-def test_input_and_output_columns_are_read_as_they_stand(tokenizer: Any, local_file: Callable[..., Path]):
+def test_input_and_output_columns_are_read_as_they_stand(local_file: Callable[..., Path]):
     flags = flags_for(local_file("input-output"), "input-output", "--seed", "9")
-    theirs = official(flags, tokenizer)["train_dataset"]
+    pairs, _ = plain.parts(flags, "input-output")
     ours = data.read(flags).train
-    assert [row.pair for row in ours] == [{name: row[name] for name in ("input", "output")} for row in theirs]
+    assert [row.pair for row in ours] == pairs
     assert len(ours) == 36
 
 
@@ -95,29 +66,28 @@ def test_prediction_sources_are_the_scripts(tokenizer: Any, local_file: Callable
     file = local_file("alpaca")
     words = ["--do_predict", "--predict_with_generate", "--do_train", "no", "--eval_dataset_size", "9"]
     flags = flags_for(file, "alpaca", *words, "--source_max_len", "200")
-    module = official(flags, tokenizer)
     ours = data.source_ids([row.pair for row in data.read(flags).held_out], tokenizer, 200)
-    for (ids, _), row in zip(ours, module["predict_dataset"], strict=True):
-        assert ids == module["data_collator"]([row])["input_ids"][0].tolist()
+    _, pairs = plain.parts(flags, "alpaca")
+    assert [ids for ids, _ in ours] == [plain.source(pair, tokenizer, flags) for pair in pairs] and len(pairs) == 9
+
+
+PLACES = {
+    "alpaca": ("tatsu-lab/alpaca", None),
+    "alpaca-clean": ("yahma/alpaca-cleaned", None),
+    "chip2": ("laion/OIG", "unified_chip2.jsonl"),
+    "self-instruct": ("yizhongw/self_instruct", "self_instruct"),
+    "hh-rlhf": ("Anthropic/hh-rlhf", None),
+    "longform": ("akoksal/LongForm", None),
+    "oasst1": ("timdettmers/openassistant-guanaco", None),
+}
+"""Where the script loads each data set from: the repository, and the configuration or file in it."""
 
 
 def test_every_data_set_of_the_script_lies_where_it_loads_it():
-    asked: list[tuple[Any, ...]] = []
-
-    def load_dataset(repository: str, name: str | None = None, data_files: str | None = None) -> Any:
-        asked.append((repository, name or data_files))
-        raise LookupError
-
-    for dataset in DATASETS:
-        names = script() | {"load_dataset": load_dataset}
-        exec((OFFICIAL / "script.txt").read_text(), names)
-        names["load_dataset"] = load_dataset
-        args = types.SimpleNamespace(**parse(FLAGS, ["--dataset", dataset]))
-        with pytest.raises(LookupError):
-            names["make_data_module"](None, args)
+    assert set(PLACES) == set(DATASETS)
+    for dataset, place in PLACES.items():
         source = source_of(dataset)
-        assert asked[-1] == (source.path, source.config)
-        assert source.split == "train"
+        assert (source.path, source.config, source.split) == (*place, "train")
 
 
 def test_a_tokenizer_without_bos_adds_none(tiny_model_folder: Path):

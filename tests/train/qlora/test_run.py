@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -371,8 +370,8 @@ def test_the_command_prints_a_configuration_and_one_sentence_for_what_is_wrong(c
 def test_the_papers_script_runs_on_each_format(
     form: str, tiny_model_folder: Path, local_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    script = (OFFICIAL / "finetune_guanaco_7b.sh").read_text()
-    words = shlex.split(script.strip().replace("\\\n", " "))[2:]
+    commands = json.loads((OFFICIAL / "commands.json").read_text())
+    words = [word for pair in commands["guanaco"] + commands["finetune_guanaco_7b"] for word in pair.split(" ")]
     file = local_file(form, 60)
     changed = {
         "--model_name_or_path": str(tiny_model_folder), "--dataset": str(file), "--output_dir": str(tmp_path / "out"),
