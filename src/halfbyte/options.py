@@ -43,7 +43,7 @@ class Options(BaseModel):
         Raises:
             InputError: the file cannot be read or is not a YAML mapping, or an option is unknown, missing or wrong.
         """
-        written = {} if path is None else _read_mapping(absolute(path))
+        written = {} if path is None else read_mapping(absolute(path))
         written = {key: value for key, value in written.items() if key in cls.model_fields or key not in besides}
         given = written | dict(overrides or {})
         place = {key: f"{path}: " for key in written if key not in (overrides or {})}
@@ -120,7 +120,12 @@ def is_subtracted(start: str) -> bool:
     return start.startswith(("pissa", "olora"))
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a mapping in YAML.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.kernels import pool
 from halfbyte.kernels.pool import HUGE_PAGE, SLACK, SMALLEST, Pool
-from halfbyte.plan.machine import anonymous_memory
+from halfbyte.memory import anonymous_memory
 
 MIB = 2**20
 

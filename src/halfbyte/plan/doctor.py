@@ -14,7 +14,7 @@ import torch
 from halfbyte import __version__
 from halfbyte.errors import size_text
 from halfbyte.kernels import native, provider_for, providers
-from halfbyte.plan.machine import memory_limit
+from halfbyte.memory import memory_limit
 from halfbyte.runs.circumstances import kernels_in_force
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")

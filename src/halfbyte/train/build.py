@@ -13,7 +13,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed
-from halfbyte.plan.machine import anonymous_memory, free_memory
+from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train import schedules
 from halfbyte.train.adapters import Beginning, loraplus_groups

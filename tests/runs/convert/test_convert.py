@@ -245,7 +245,11 @@ def test_the_command_writes_a_file_once_and_tells_what_is_lost(tmp_path: Path):
     assert output.read_text() == shown.stdout
     again = CliRunner().invoke(app, ["convert-config", str(file), "--output", str(output)])
     assert isinstance(again.exception, InputError)
-    for text, told in (("a: [", "this is not YAML"), ("- a", "expected 'key: value'"), ("a: 1", "no configuration of")):
+    for text, told in (
+        ("a: [", "this is not YAML"),
+        ("- a", "expected 'option: value'"),
+        ("a: 1", "no configuration of"),
+    ):
         file = tmp_path / "wrong.yaml"
         file.write_text(text)
         with pytest.raises(InputError, match=told):

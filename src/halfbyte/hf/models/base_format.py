@@ -15,10 +15,10 @@ FILE = "base_format.json"
 
 
 def save_base_format(config: HalfbyteConfig, folder: Path) -> None:
-    """Write what ``config`` says into the folder of an adapter, unless it is the default."""
-    about = _named(config)
-    if about != _named(HalfbyteConfig()):
-        write_text(folder / FILE, json.dumps(about, indent=2) + "\n")
+    """Write what ``config`` says into the folder of an adapter, unless the numbers' format is the default."""
+    usual = HalfbyteConfig(compute_dtype=config.compute_dtype)
+    if _named(config) != _named(usual):
+        write_text(folder / FILE, json.dumps(_named(config), indent=2) + "\n")
 
 
 def base_format(folder: Path) -> HalfbyteConfig | None:

@@ -18,6 +18,7 @@ from halfbyte.hf.layers import separation
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
+from halfbyte.hf.trainers.evaluated import MeanOverLabels
 from halfbyte.hf.trainers.preference import Preferences
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class KTOConfig(_Joined, trl.KTOConfig):
     )
 
 
-class SFTTrainer(BaseTrainer, trl.SFTTrainer):
+class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
     """``trl.SFTTrainer`` for a PEFT model: same arguments, see :mod:`halfbyte.hf.trainers.base` for what differs.
 
     And one more, ``packer``. TRL's ``packing=True`` joins samples before the run, so that a step trains on more of
@@ -182,16 +183,6 @@ class SFTTrainer(BaseTrainer, trl.SFTTrainer):
             loss = result[0] if return_outputs else result
             self._evaluated.append((loss.item(), int((inputs["labels"][:, 1:] != IGNORED).sum())))
         return result
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate; the loss is the mean over tokens, where Trainer takes that over the batches' means."""
-        self._evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        parts = [part for parts in distributed.gather(self._evaluated) for part in parts if part[1]]
-        if parts:
-            tokens = sum(count for _, count in parts)
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in parts) / tokens
-        return output
 
 
 class DPOTrainer(Preferences, trl.DPOTrainer):

@@ -22,6 +22,7 @@ from halfbyte.choices import IGNORED
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
+from halfbyte.hf.trainers.evaluated import MeanOverLabels
 from halfbyte.hf.trainers.methods import _Joined
 
 
@@ -43,7 +44,7 @@ class Seq2SeqConfig(_Joined, transformers.Seq2SeqTrainingArguments):
     )
 
 
-class _TaskTrainer(BaseTrainer):
+class _TaskTrainer(MeanOverLabels, BaseTrainer):
     """What both share: the loss, and the count of labels.
 
     Attributes:
@@ -71,16 +72,6 @@ class _TaskTrainer(BaseTrainer):
         if result[0] is not None:
             self._evaluated.append((float(result[0]), count))
         return result
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate; the loss is the mean over labels, where Trainer takes that over the batches' means."""
-        self._evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        parts = [part for parts in distributed.gather(self._evaluated) for part in parts if part[1]]
-        if parts:
-            labels = sum(count for _, count in parts)
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in parts) / labels
-        return output
 
 
 class ClassifyTrainer(_TaskTrainer, transformers.Trainer):

@@ -24,19 +24,20 @@ from halfbyte import data as rows_of
 from halfbyte import hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
+from halfbyte.hf.models.base_format import save_base_format
 from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.limits import check_length, check_tokens
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.qlora import ADAPTER, QloraTrainer
-from halfbyte.plan.machine import free_memory
+from halfbyte.memory import free_memory
 from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import Checkpoint, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.metrics import MetricsFile
-from halfbyte.train.build import build_model, plan_activations
+from halfbyte.train.build import build_model, plan_activations, quantization
 from halfbyte.train.packing import plan_step
 from halfbyte.train.qlora import data
 from halfbyte.train.qlora.arguments import generation_settings, trainer_arguments
@@ -133,6 +134,7 @@ def qlora(given: Flags, *listeners: Listener) -> dict[str, Any]:
             trainer._load_from_checkpoint(str(begun.checkpoint / ADAPTER))
         stop = Stop()
         steps = LoggedSteps(trainer, before, stop, tell)
+        steps.base = quantization(config)
         trainer.add_callback(steps)
         if questions:
             trainer.add_callback(MmluCallback(trainer, questions, tokenizer, flags, tell))
@@ -227,8 +229,8 @@ def _load(config: TrainConfig, tokenizer: Any, rows: rows_of.Prepared, tell: Lis
     check_tokens(model, tokenizer, rows.largest_id, "The data")
     check_length(model, rows.longest, "The longest row of the data", "set smaller source_max_len and target_max_len")
     trained, parameters = model.get_nb_trainable_parameters()
-    share = f"{hf.share_in_4bit(model):.0%} of them in 4 bits"
-    tell(Note(text=f"Training {trained:,} parameters over {parameters - trained:,} frozen ones, {share}"))
+    frozen = parameters - trained
+    tell(Note(text=f"Training {trained:,} parameters over {frozen:,} frozen ones, {hf.describe_base(model)}"))
     tell(Note(text=f"Decoder layers {hf.describe_layers(model)}"))
     tell(Note(text=f"Attention {hf.describe_attention(model)}"))
     return model
@@ -277,7 +279,9 @@ def _begin_training(
 
 
 class LoggedSteps(Steps):
-    """Tells what the trainer logs, which may be every tenth step."""
+    """Tells what the trainer logs, which may be every tenth step; keeps with each adapter how its ``base`` is held."""
+
+    base: hf.HalfbyteConfig
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.step_begun:  # since the last log
@@ -289,7 +293,9 @@ class LoggedSteps(Steps):
             self.step_begun = 0.0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.tell(Checkpoint(step=state.global_step, folder=self.trainer.state_folder(state.global_step).name))
+        folder = self.trainer.state_folder(state.global_step)
+        save_base_format(self.base, folder / ADAPTER)
+        self.tell(Checkpoint(step=state.global_step, folder=folder.name))
 
 
 def _save(trainer: Any, part: str, metrics: dict[str, Any], figures: dict[str, Any]) -> None:

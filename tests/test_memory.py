@@ -4,7 +4,7 @@ import numpy as np
 import psutil
 import pytest
 
-from halfbyte.plan import machine
+from halfbyte import memory
 
 V2_HIERARCHY = {"memory.max": "max\n", "a/memory.max": "3000\n", "a/b/memory.max": "max\n"}
 V1_HIERARCHY = {"memory/memory.limit_in_bytes": "9000\n", "memory/a/b/memory.limit_in_bytes": "5000\n"}
@@ -26,15 +26,15 @@ def test_the_lowest_limit_on_the_way_to_the_root_counts(tmp_path, membership, fi
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert machine.cgroup_memory_limit(membership, tmp_path) == limit
+    assert memory.cgroup_memory_limit(membership, tmp_path) == limit
 
 
 def test_anonymous_memory_grows_by_what_is_allocated_and_touched():
-    before = machine.anonymous_memory()
+    before = memory.anonymous_memory()
     block = np.ones(2**27, dtype=np.uint8)
-    grown = machine.anonymous_memory() - before
+    grown = memory.anonymous_memory() - before
     assert block.nbytes * 0.9 < grown < block.nbytes * 1.5
 
 
 def test_what_is_free_is_less_than_the_machine_has():
-    assert 0 < machine.free_memory() < psutil.virtual_memory().total
+    assert 0 < memory.free_memory() < psutil.virtual_memory().total
