@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from halfbyte.data.examples import BadRow
 from halfbyte.data.json_text import Json, problem
-from halfbyte.data.texts import checked_lines, nul_bytes
+from halfbyte.data.texts import checked_lines, damage, damaged, nul_bytes
 from halfbyte.errors import InputError, named
 
 FIRST = 1 << 20
@@ -81,6 +81,9 @@ def _lines(path: Path, text: TextIO) -> Found:
         if "\0" in line:
             yield where, nul_bytes(where)
             continue
+        if what := damage(number, line):
+            yield where, damaged(where, what)
+            continue
         try:
             yield where, _decode(line)
         except (ValueError, RecursionError) as error:
@@ -108,7 +111,12 @@ def _array(path: Path, source: Json, *, whole: bool = True) -> Found:
             yield _rest(path, row, source, error)
             return
         row += 1
-        yield f"{path}, row {row} (line {line})", value
+        yield _sound(f"{path}, row {row} (line {line})", value, source)
+
+
+def _sound(where: str, value: Any, source: Json) -> tuple[str, Any]:
+    """Return a row of the value that was taken last, a bad one if bytes of it are no text."""
+    return where, damaged(where, source.damage) if source.damage else value
 
 
 def _rest(path: Path, row: int, source: Json, error: InputError) -> tuple[str, BadRow]:
@@ -160,17 +168,21 @@ def _object(path: Path, open_again: Open) -> Found:
         source = Json(path, open_again())
         for row, _ in enumerate(source.members(), start=1):
             source.peek()
-            yield f"{path}, row {row} (line {source.line})", source.value()
+            where = f"{path}, row {row} (line {source.line})"
+            yield _sound(where, source.value(), source)
         return
-    value = Json(path, open_again()).value()
+    source = Json(path, open_again())
+    value = source.value()
     if _are_columns(path, members):
         columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
         for row, cells in enumerate(zip(*columns, strict=True), start=1):
-            yield f"{path}, row {row}", dict(zip(value, cells, strict=True))
+            where, found = f"{path}, row {row}", dict(zip(value, cells, strict=True))
+            whole = not source.damage or not damage(1, json.dumps(found, ensure_ascii=False))
+            yield where, found if whole else damaged(where, source.damage)
         return
     if members and (("data" in members and members["data"].count == 0) or {m.count for m in members.values()} == {0}):
         return
-    yield f"{path}, row 1 (line {begins})", value
+    yield _sound(f"{path}, row 1 (line {begins})", value, source)
 
 
 MAPPING, NUMBERED = "mapping", "numbered"
@@ -227,9 +239,9 @@ def _objects(path: Path, source: Json) -> Found:
             return
         where = f"{path}, row {row} (line {source.line})"
         try:
-            value = source.value()
+            found = _sound(where, source.value(), source)
             source.skip(",")
         except InputError as error:
             yield _rest(path, row - 1, source, error)
             return
-        yield where, value
+        yield found

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from halfbyte.data.texts import check, undecodable
+from halfbyte.data.texts import damage, undecodable
 from halfbyte.errors import InputError
 
 PIECE = 1 << 20
@@ -22,6 +22,7 @@ class Json:
         path: for messages.
         line: of what comes next.
         cut: whether an error was that the text ends too early.
+        damage: what was wrong with the bytes of the value that was taken last, if anything (``texts.damage``).
     """
 
     def __init__(self, path: Path, text: TextIO) -> None:
@@ -29,6 +30,8 @@ class Json:
         self.line = 1
         self._text = text
         self.cut = False
+        self.damage = ""
+        self._is_damaged = False  # what was read into the piece
         self._ended = False
         self._piece = ""
         self._at = 0  # what comes next in the piece
@@ -86,6 +89,7 @@ class Json:
                 raise not_json(self.path, self.line, error) from error
             else:
                 if not isinstance(value, int | float) or end + MARGIN <= len(self._piece) or not self._more():
+                    self.damage = damage(self.line, self._piece[self._at : end]) if self._is_damaged else ""
                     self._to(end)
                     return value
 
@@ -126,7 +130,7 @@ class Json:
         self._before = len(last_line) + (self._before if len(last_line) == len(taken) else 0)
         self._piece = self._piece[self._at :] + new
         self._at = 0
-        check(self.path, self.line + self._piece.count("\n") - new.count("\n"), new)
+        self._is_damaged = bool(damage(1, self._piece if self._is_damaged else new))
         return True
 
     def _wrong(self, what: str, at: int) -> InputError:

@@ -226,7 +226,10 @@ def _plain(path: Path, text: TextIO, longest: int | None) -> Iterator[tuple[str,
         nonlocal row, line
         if piece.strip():
             where = f"{path}, row {row} (line {line + len(piece) - len(piece.lstrip(chr(10)))})"
-            yield where, texts.nul_bytes(where) if "\0" in piece else {"text": piece.strip("\n")}
+            if what := texts.damage(line, piece):
+                yield where, texts.damaged(where, what)
+            else:
+                yield where, texts.nul_bytes(where) if "\0" in piece else {"text": piece.strip("\n")}
             row += 1
         line += piece.count("\n")
 

@@ -225,12 +225,11 @@ def checked_pieces(path: Path, text: TextIO) -> Iterator[str]:
     """Yield a text in pieces of some size.
 
     Raises:
-        InputError: it has bytes that its encoding does not have.
+        InputError: it has bytes that its encoding does not have; of UTF-8 they are told by :func:`damage`.
     """
     line = 1
     try:
         while piece := text.read(BLOCK):
-            check(path, line, piece)
             yield piece
             line += piece.count("\n")
     except UnicodeDecodeError as error:
@@ -241,12 +240,12 @@ def checked_lines(path: Path, text: TextIO) -> Iterator[str]:
     """Yield the lines of a text.
 
     Raises:
-        InputError: a line has bytes that its encoding does not have.
+        InputError: a line has bytes that its encoding does not have; of UTF-8 they are told by :func:`damage`.
     """
     number = 0
     try:
-        for number, line in enumerate(text, start=1):
-            check(path, number, line)
+        for line in text:
+            number += 1
             yield line
     except UnicodeDecodeError as error:
         raise undecodable(path, number + 1, error) from None
@@ -267,15 +266,21 @@ def nul_bytes(where: str) -> BadRow:
     return BadRow(where, "NUL bytes", "holds NUL bytes, as files do that were not written to their end; remove it.")
 
 
-def check(path: Path, number: int, text: str) -> None:
-    """Make sure that ``text``, which begins in line ``number``, was valid UTF-8."""
+def damage(line: int, text: str) -> str:
+    """Return what is wrong with ``text``, which begins in ``line``, as the end of a sentence; if nothing, ""."""
     if text.isascii():
-        return
+        return ""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        byte, line = ord(text[error.start]) & 0xFF, number + text.count("\n", 0, error.start)
-        raise InputError(
-            f"{path}, line {line} is not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8, or name its encoding "
+        byte, place = ord(text[error.start]) & 0xFF, line + text.count("\n", 0, error.start)
+        return (
+            f"is not UTF-8 text (byte 0x{byte:02x} in line {place}); save the file as UTF-8, or name its encoding "
             "(--encoding)."
-        ) from None
+        )
+    return ""
+
+
+def damaged(where: str, what: str) -> BadRow:
+    """Return the bad row ``where`` bytes are no UTF-8, which :func:`damage` has told as ``what``."""
+    return BadRow(where, "not UTF-8 text", what)
