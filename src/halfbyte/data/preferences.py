@@ -11,7 +11,7 @@ import itertools
 from typing import Any
 
 from halfbyte.data.calls import tools_of
-from halfbyte.data.cells import Cells, words
+from halfbyte.data.cells import Cells, shown, words
 from halfbyte.data.conversations import (
     TRANSCRIPT,
     TURNS,
@@ -30,21 +30,41 @@ CHOSEN = ("chosen", "chosen_messages")
 REJECTED = ("rejected", "rejected_messages")
 LABELS = ("label", "kto_tag")
 HUMAN = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
-JUDGED = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-NUMBERED = "of the labels, 1 was read as good and 0 as bad"
+BOOLEANS = {"true": True, "false": False}
+JUDGED = BOOLEANS | dict.fromkeys(("1", "1.0", "yes", "good"), True)
+JUDGED |= dict.fromkeys(("0", "0.0", "-1", "-1.0", "no", "bad"), False)
+NUMBERED = "of the labels, 1, yes and good were read as good, and 0, -1, no and bad as bad"
 
 
 def is_judged(cells: Cells) -> bool:
     """Tell whether a row has an answer and whether that is good; a ``label`` of another kind is some class.
 
-    Numbers are classes more often than judgements, so 0 and 1 count beside a prompt and its completion only.
+    Numbers are classes more often than judgements, so they count beside a prompt and its completion only, and so do
+    words other than true and false.
     """
     label = words(cells.peek(cells.find(*LABELS) or "")).strip().casefold()
     if label not in JUDGED:
         return False
-    if label in ("true", "false"):
+    if label in BOOLEANS:
         return bool(cells.find(*TURNS) or (cells.find(*PROMPTS) and cells.find(*COMPLETIONS)))
     return bool(cells.find("prompt") and cells.find("completion", "response"))
+
+
+def is_unreadable(cells: Cells) -> bool:
+    """Tell whether a row has an answer and a label that is no judgement: it lacks one if other rows have one."""
+    if not cells.find(*LABELS) or is_judged(cells):
+        return False
+    return bool(cells.filled(*TURNS) or (cells.filled(*PROMPTS) and cells.filled(*COMPLETIONS)))
+
+
+def unreadable(cells: Cells) -> Exception:
+    """Return the bad row that this one is among rows that are judged."""
+    name = cells.find(*LABELS) or LABELS[0]
+    return cells.bad(
+        f"{name} is no judgement",
+        f": {name} is {shown(cells.peek(name))}, but in other rows it says whether the answer is good; write true or "
+        "false, or if it is a class take another format (--format completion).",
+    )
 
 
 def judged(cells: Cells) -> Judged:
@@ -58,7 +78,7 @@ def judged(cells: Cells) -> Judged:
     good = JUDGED.get(words(label).strip().casefold())
     if good is None:
         raise cells.bad(f"{name} is no judgement", f": {name} must be true or false; write that.")
-    if not isinstance(label, bool) and words(label).strip()[:1] in "01":
+    if words(label).strip().casefold() not in BOOLEANS:
         cells.note(NUMBERED)
     if not (cells.find(*PROMPTS) and cells.find(*COMPLETIONS)):
         turns = system_of(cells) + messages(cells, cells.find(*TURNS) or "", cells.get(*TURNS))

@@ -3,8 +3,8 @@
 A template is a program from the internet. transformers runs it in Jinja's sandbox: it sees the conversation and nothing
 else, and ``range`` ends at 100,000. Loops within loops could still take hours, so the first texts that a template
 writes (:meth:`Renderer.trial`) are watched: between two lines of the template its time and memory are looked at, and
-the system gives no more memory than that (``'a' * 10 ** 10`` is one line). Left out: a single operation that takes hours,
-such as a power of powers, which no line ends.
+the system gives no more memory than that (``'a' * 10 ** 10`` is one line). Left out: a single operation that takes
+hours, such as a power of powers, which no line ends.
 """
 
 import contextlib
