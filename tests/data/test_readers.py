@@ -196,7 +196,7 @@ HUGE = "9" * 5000
         ),
         ("d.json", '[{"text": "a"}\n', ["cut off here"]),
         ("d.json", '[{"text": "a"},\n{"text": "b', ["row 2 (line 2)", "cut off", "1 rows before it are whole"]),
-        ("d.json", '[{"text": "a"},\n]\n[', ["line 2 is not JSON: Expecting value at column 1"]),
+        ("d.json", '[{"text": "a"},\n]\n[', ["line 3 is not JSON: Extra data at column 1"]),
         ("d.json", '{"data": [{"text": "a"}],\n}', ["line 2", "property name enclosed in double quotes"]),
         ("d.json", '{"data": [{"text": "a"}],\n"b" 1}', ["line 2 is not JSON: Expecting ':' delimiter at column 5"]),
         ("d.json", '{"a": [], "b": []}', ["holds no rows"]),

@@ -2,7 +2,8 @@
 
     lines       an object a line (JSON lines), each by itself: a bad one is a bad row
     objects     one behind the other, each over several lines
-    an array    of objects; if it is cut off, its whole rows are read and the rest is one bad row
+    an array    of objects; if it is cut off, its whole rows are read and the rest is one bad row; behind an object that
+                cannot be read it goes on with the next one that begins with the same name
     an object   that holds the array of rows, or a list for each column, or rows by number, or is one row itself
 
 They are told apart by what the file holds, not by its name. Control characters within texts are taken as they are.
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from halfbyte.data.cells import plain
+from halfbyte.data.conversations import TURNS
 from halfbyte.data.examples import BadRow
 from halfbyte.data.json_text import Json, problem
 from halfbyte.data.texts import checked_lines, damage, damaged, nul_bytes
@@ -106,6 +109,12 @@ def _array(path: Path, source: Json, *, whole: bool = True) -> Found:
                 source.finish()
             return
         except InputError as error:
+            where, why = f"{path}, row {row + 1} (line {source.line})", _reason(path, error)
+            if source.resume():
+                row += 1
+                yield where, BadRow(where, "not JSON", f": it cannot be read ({why}).")
+                elements = source.elements(begun=True)
+                continue
             if not row:
                 raise
             yield _rest(path, row, source, error)
@@ -123,10 +132,14 @@ def _rest(path: Path, row: int, source: Json, error: InputError) -> tuple[str, B
     where = f"{path}, row {row + 1} (line {source.line})"
     if source.cut:
         return where, BadRow(where, "cut off", f": the file is cut off here; {row:,} rows before it are whole.")
-    why = str(error).removeprefix(f"{path}, ").rstrip(".")
+    why = _reason(path, error)
     return where, BadRow(
         where, "not JSON", f": from here on it cannot be read ({why}); {row:,} rows before it are whole."
     )
+
+
+def _reason(path: Path, error: InputError) -> str:
+    return str(error).removeprefix(f"{path}, ").rstrip(".")
 
 
 def _object(path: Path, open_again: Open) -> Found:
@@ -138,7 +151,7 @@ def _object(path: Path, open_again: Open) -> Found:
     broken: InputError | None = None
     try:
         for place, name in enumerate(source.members()):
-            members[name] = Member(place)
+            members[name] = Member(place, talk=plain(name) in TURNS)
             members[name].take(source)
     except InputError as error:
         broken = error
@@ -194,13 +207,15 @@ class Member:
 
     Attributes:
         place: how many stand before it.
-        kind: of the first element of a list: the name of its type, or "turn"; ``NUMBERED`` (an object whose names are
-            numbers, as pandas writes a column), ``MAPPING`` (any other object), or nothing.
+        talk: whether it is called as a conversation is.
+        kind: of the first element of a list: the name of its type, or "turn" (of a conversation any); ``NUMBERED`` (an
+            object whose names are numbers, as pandas writes a column), ``MAPPING`` (any other object), or nothing.
         count: elements of a list or of a numbered object, else -1.
         whole: whether it was read to its end.
     """
 
     place: int
+    talk: bool = False
     kind: str = ""
     count: int = -1
     whole: bool = False
@@ -211,7 +226,8 @@ class Member:
             self.count = 0
             for _, value in source.elements():
                 kind = "turn" if isinstance(value, dict) and {"role", "from"} & value.keys() else type(value).__name__
-                self.kind = self.kind or kind
+                if not self.kind or (self.talk and kind == "turn"):
+                    self.kind = kind
                 self.count += 1
         elif isinstance(value := source.value(), dict):
             numbered = bool(value) and all(name.isdecimal() for name in value)
@@ -242,6 +258,9 @@ def _objects(path: Path, source: Json) -> Found:
             found = _sound(where, source.value(), source)
             source.skip(",")
         except InputError as error:
-            yield _rest(path, row - 1, source, error)
-            return
+            why = _reason(path, error)
+            if not source.resume():
+                yield _rest(path, row - 1, source, error)
+                return
+            found = where, BadRow(where, "not JSON", f": it cannot be read ({why}).")
         yield found

@@ -15,6 +15,10 @@ MARGIN = 16
 """An error so near to the end of a piece may be the cut: no literal and no escape of JSON is longer."""
 
 
+SPACES = 1000
+"""Characters of whitespace that may stand between two elements where one is looked for."""
+
+
 class Json:
     """A text of which one value after the other is taken.
 
@@ -36,6 +40,7 @@ class Json:
         self._piece = ""
         self._at = 0  # what comes next in the piece
         self._before = 0  # characters that stood before the piece in its first line
+        self._first: re.Match[str] | None = None  # how the first element of an array begins
         self._decoder = json.JSONDecoder(strict=False)
 
     def peek(self) -> str:
@@ -48,17 +53,38 @@ class Json:
             if not self._more():
                 return ""
 
-    def elements(self) -> Iterator[tuple[int, Any]]:
-        """Take the array that comes next: yield the line and the value of each element."""
-        self._take("[")
-        if self._took("]"):
-            return
-        while True:
+    def elements(self, *, begun: bool = False) -> Iterator[tuple[int, Any]]:
+        """Take the array that comes next: yield the line and the value of each element.
+
+        A comma behind the last is left alone. With ``begun`` the elements that are left are taken (:meth:`resume`).
+        """
+        if not begun:
+            self._take("[")
+            self.peek()
+            self._first = _BEGINNING.match(self._piece, self._at)
+        while not self._took("]"):
             self.peek()
             yield self.line, self.value()
             if not self._took(","):
                 self._take("]", "Expecting ',' delimiter")
                 return
+
+    def resume(self) -> bool:
+        """Go on behind an element that cannot be read, with one that begins with the same name; tell if there is any.
+
+        Objects within an element usually begin with another name than the elements themselves.
+        """
+        self.peek()
+        begin = _BEGINNING.match(self._piece, self._at) or self._first
+        if self.cut or not begin:
+            return False
+        following = re.compile(r"\}\s*,?\s*(?=\{\s*" + re.escape(begin[1]) + r"\s*:)")
+        while not (found := following.search(self._piece, self._at + 1)):
+            self._to(max(self._at, len(self._piece) - len(begin[1]) - SPACES))
+            if not self._more():
+                return False
+        self._to(found.end())
+        return True
 
     def members(self) -> Iterator[str]:
         """Take the object that comes next: yield each member's name; who asks for the next has taken its value."""
@@ -165,4 +191,5 @@ def _is_cut(rest: str, what: str) -> bool:
     return any(literal.startswith(rest) for literal in ("true", "false", "null", "NaN", "Infinity", "-Infinity"))
 
 
+_BEGINNING = re.compile(r'\{\s*("[^"\\]{1,80}")\s*:')
 _SOMETHING = re.compile(r"[^ \t\n\r]")
