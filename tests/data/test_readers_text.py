@@ -65,6 +65,13 @@ def test_encodings_are_found_in_every_script(tmp_path: Path, language: str, enco
         assert read(tmp_path / name, content.encode(encoding), encoding=encoding) == ([text], [])
 
 
+def test_of_encodings_that_fit_as_well_windows_1252_is_taken(tmp_path: Path) -> None:
+    """In Portuguese letters that are not ASCII stand in pairs; with few words cp1250 is as likely by its letters."""
+    rows = [f"{n} Qual é a estação? A estação é o verão; não há informações. Coração, pão, avós." for n in range(20)]
+    found, said = read(tmp_path / "d.csv", "\n".join(["text", *(f'"{row}"' for row in rows)]).encode("cp1252"))
+    assert found == rows and said == ["d.csv is read as CSV in Windows-1252"]
+
+
 @pytest.mark.parametrize("given", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_a_mark_is_no_part_of_the_text_whatever_encoding_is_given(tmp_path: Path, given: str) -> None:
     for content in ("\ufeffa,text\n1,x\n", "a,text\n1,x\n"):

@@ -192,8 +192,12 @@ def _encoding_of(path: Path, sample: bytes) -> str:
 def _guess(sample: bytes) -> str | None:
     from charset_normalizer import from_bytes  # takes a while to import
 
-    best = from_bytes(sample).best()
-    return None if best is None or best.encoding in ("ascii", "utf_8") else best.encoding
+    guesses = from_bytes(sample)
+    best = guesses.best()
+    if best is None or best.encoding in ("ascii", "utf_8"):
+        return None
+    equal = [guess for guess in guesses if (guess.chaos, guess.coherence) == (best.chaos, best.coherence)]
+    return "cp1252" if any("cp1252" in guess.could_be_from_charset for guess in equal) else best.encoding
 
 
 def _decodes(sample: bytes, encoding: str) -> bool:
