@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,10 @@ HUGE = "9" * 5000
         (
             "d.json",
             '[{"text": "a"},\n {"text" "b"}]',
-            ["line 2 is not JSON", "column 10", "1 rows before"],
+            ["line 2 is not JSON", "column 10", "1 row before it is whole"],
         ),
         ("d.json", '[{"text": "a"}\n', ["cut off here"]),
-        ("d.json", '[{"text": "a"},\n{"text": "b', ["row 2 (line 2)", "cut off", "1 rows before it are whole"]),
+        ("d.json", '[{"text": "a"},\n{"text": "b', ["row 2 (line 2)", "cut off", "1 row before it is whole"]),
         ("d.json", '[{"text": "a"},\n]\n[', ["line 3 is not JSON: Extra data at column 1"]),
         ("d.json", '{"data": [{"text": "a"}],\n}', ["line 2", "property name enclosed in double quotes"]),
         ("d.json", '{"data": [{"text": "a"}],\n"b" 1}', ["line 2 is not JSON: Expecting ':' delimiter at column 5"]),
@@ -221,6 +222,16 @@ def test_a_bad_file_is_refused_in_one_sentence(
     sentence = str(caught.value)
     assert str(path) in sentence and "\n" not in sentence
     assert [part for part in told if part not in sentence] == []
+
+
+@pytest.mark.parametrize("packed", ["", "gz", "bz2", "xz"])
+def test_an_archive_is_told_to_be_unpacked(tmp_path: Path, packed: str) -> None:
+    path = write(tmp_path, "d.jsonl", '{"text": "a"}\n')
+    archive = tmp_path / f"d.tar.{packed}"
+    with tarfile.open(archive, f"w:{packed}") as file:
+        file.add(path)
+    with pytest.raises(InputError, match=r"d\.tar\.\w* is an archive \(tar\); unpack it"):
+        rows_of(archive)
 
 
 def test_a_missing_file_and_a_folder_are_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from halfbyte.data.conversations import TURNS
 from halfbyte.data.examples import BadRow
 from halfbyte.data.json_text import Json, problem
 from halfbyte.data.texts import checked_lines, damage, damaged, nul_bytes
-from halfbyte.errors import InputError, named
+from halfbyte.errors import InputError, counted, named
 
 FIRST = 1 << 20
 """Characters of a first line that are looked at; a longer one may as well be all of an array."""
@@ -131,11 +131,13 @@ def _sound(where: str, value: Any, source: Json) -> tuple[str, Any]:
 def _rest(path: Path, row: int, source: Json, error: InputError) -> tuple[str, BadRow]:
     where = f"{path}, row {row + 1} (line {source.line})"
     if source.cut:
-        return where, BadRow(where, "cut off", f": the file is cut off here; {row:,} rows before it are whole.")
+        return where, BadRow(where, "cut off", f": the file is cut off here; {_whole(row)}.")
     why = _reason(path, error)
-    return where, BadRow(
-        where, "not JSON", f": from here on it cannot be read ({why}); {row:,} rows before it are whole."
-    )
+    return where, BadRow(where, "not JSON", f": from here on it cannot be read ({why}); {_whole(row)}.")
+
+
+def _whole(rows: int) -> str:
+    return f"{counted(rows, 'row')} before it {'is' if rows == 1 else 'are'} whole"
 
 
 def _reason(path: Path, error: InputError) -> str:
