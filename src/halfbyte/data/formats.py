@@ -94,7 +94,7 @@ def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter
             name = _format_of(cells) if format is None else _checked(format, cells)
             judged = judged or name == "unpaired"
             if judged and format is None and name in MAYBE_JUDGED and preferences.is_unreadable(cells):
-                raise preferences.unreadable(cells)
+                raise preferences.unreadable(cells, name)
             check_media(cells)
             example = FORMATS[name].read(cells)
             if own:

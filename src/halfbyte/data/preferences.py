@@ -57,13 +57,13 @@ def is_unreadable(cells: Cells) -> bool:
     return bool(cells.filled(*TURNS) or (cells.filled(*PROMPTS) and cells.filled(*COMPLETIONS)))
 
 
-def unreadable(cells: Cells) -> Exception:
-    """Return the bad row that this one is among rows that are judged."""
+def unreadable(cells: Cells, shape: str) -> Exception:
+    """Return the bad row that this one, else of such a shape, is among rows that are judged."""
     name = cells.find(*LABELS) or LABELS[0]
     return cells.bad(
         f"{name} is no judgement",
         f": {name} is {shown(cells.peek(name))}, but in other rows it says whether the answer is good; write true or "
-        "false, or if it is a class take another format (--format completion).",
+        f"false, or if it is a class, name the format (--format {shape}).",
     )
 
 
