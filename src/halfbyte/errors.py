@@ -68,6 +68,11 @@ def _user(number: int) -> str:
         return f"user {number}"
 
 
+def counted(count: int, thing: str) -> str:
+    """Return how many there are of something: ``1 row``, ``2 rows``."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def size_text(count: int) -> str:
     """Return a number of bytes as a person reads it, to three digits in binary units: ``1.08 GiB``."""
     size = float(max(count, 0))

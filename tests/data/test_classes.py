@@ -52,7 +52,7 @@ def test_a_row_s_text_pair_and_label_are_found_by_their_columns(row: Any, text: 
         ({"text": "a", "label": " "}, "label is empty"),
         ({"text": "a", "label": -1}, "label is -1, which stands for no label"),
         ({"text": "a", "label": 0.5}, r"label is 0.5, which is no class; scores \(regression\)"),
-        ({"text": "a", "label": ["x", "y"]}, r"label is \['x', 'y'\]; it must be one name or number"),
+        ({"text": "a", "label": ["x", "y"]}, r'label is \["x", "y"\]; it must be one name or number'),
         ({"text": " ", "label": "x"}, "text is empty"),
         ([1], "is not an object with named columns"),
     ],

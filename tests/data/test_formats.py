@@ -1,6 +1,7 @@
 """Rows to examples: every shape that data sets have, what is said of it, and rows that cannot be used."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,23 @@ def share(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 )  # fmt: skip
 def test_each_shape_of_row_becomes_its_example(row: Any, example: Example) -> None:
     assert read(row) == example
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "null"),
+        (math.nan, "NaN"),
+        ({"a": 1, "b": [True, None]}, '{"a": 1, "b": [true, null]}'),
+        ({"é": 'it\'s "x"\n'}, r'{"é": "it\'s \"x\"\n"}'.replace("\\'", "'")),
+        ({"a": "\u2028é"}, r'{"a": "\u2028\u00e9"}'),
+        ({"a": "x" * 99}, '{"a": "' + "x" * 30 + '..."}'),
+    ],
+)
+def test_values_are_shown_as_json_has_them(value: Any, shown: str) -> None:
+    assert f"completion {'is' if value is None or value != value else 'must be text, but it is'} {shown};" in str(
+        read({"prompt": "a", "completion": value})
+    )
 
 
 def test_an_example_tells_what_it_does_not_use() -> None:
@@ -281,7 +299,7 @@ def test_a_format_can_be_named() -> None:
         ({"prompt": "a", "completion": ""}, ["completion is empty"]),
         ({"instruction": "", "output": "b"}, ["instruction is empty"]),
         ({"instruction": "a", "output": " "}, ["output is empty"]),
-        ({"instruction": "a", "output": float("nan")}, ["output is null"]),
+        ({"instruction": "a", "output": float("nan")}, ["output is NaN"]),
         ({"instruction": "a", "output": "b", "history": "c"}, ["history"]),
         ({"question": "a", "answers": {"text": []}}, ["answer"]),
         ({"messages": []}, ["list of turns"]),
@@ -289,22 +307,22 @@ def test_a_format_can_be_named() -> None:
         ({"messages": "[{]"}, ["neither a list nor JSON"]),
         ({"messages": ["hi"]}, ["list of turns"]),
         ({"messages": [{"role": "user"}]}, ["turn 1", "null"]),
-        ({"messages": [HI[0], {"role": "narrator", "content": "x"}]}, ["turn 2", "'narrator'", "user"]),
-        ({"messages": [{"role": ["x"] * 999, "content": ""}]}, ["turn 1", "has the role ['x', 'x', "]),
+        ({"messages": [HI[0], {"role": "narrator", "content": "x"}]}, ["turn 2", '"narrator"', "user"]),
+        ({"messages": [{"role": ["x"] * 999, "content": ""}]}, ["turn 1", 'has the role ["x", "x", ']),
         ({"messages": [HI[0], {"role": "assistant", "content": [1]}]}, ["turn 2", "holds 1"]),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, HI[1]]}, ["turn 1", "image"]),
         ({"messages": HI[:1]}, ["no assistant turn"]),
         ({"messages": HI[1:]}, ["no assistant turn"]),
         ({"messages": [HI[0], {"role": "assistant", "content": ""}]}, ["empty answers only"]),
         ({"messages": [HI[0], HI[1] | {"train": False}]}, ["not to be trained"]),
-        ({"messages": [HI[0], HI[1] | {"weight": "high"}]}, ["weight 'high'"]),
+        ({"messages": [HI[0], HI[1] | {"weight": "high"}]}, ['weight "high"']),
         ({"messages": [HI[0], {"role": "assistant", "tool_calls": ["x"]}]}, ["turn 2", "name and arguments"]),
         ({"messages": [HI[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, ["no JSON"]),
         ({"messages": HI, "tools": "none"}, ["tools must be a list"]),
         ({"chosen": "a", "rejected": "b"}, ["without a prompt"]),
         ({"chosen": HI, "rejected": HI}, ["alike"]),
         ({"chosen": HI, "rejected": turns("Ho", "No")}, ["share no prompt"]),
-        ({"prompt": {"role": "clown", "text": "a", "replies": []}}, ["'clown'"]),
+        ({"prompt": {"role": "clown", "text": "a", "replies": []}}, ['"clown"']),
     ],
 )
 def test_a_bad_row_is_told_in_one_sentence(row: Any, told: list[str]) -> None:

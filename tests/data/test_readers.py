@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -192,15 +193,19 @@ HUGE = "9" * 5000
         (
             "d.json",
             '[{"text": "a"},\n {"text" "b"}]',
-            ["line 2 is not JSON", "column 10", "1 rows before"],
+            ["line 2 is not JSON", "column 10", "1 row before it is whole"],
         ),
         ("d.json", '[{"text": "a"}\n', ["cut off here"]),
-        ("d.json", '[{"text": "a"},\n{"text": "b', ["row 2 (line 2)", "cut off", "1 rows before it are whole"]),
+        ("d.json", '[{"text": "a"},\n{"text": "b', ["row 2 (line 2)", "cut off", "1 row before it is whole"]),
         ("d.json", '[{"text": "a"},\n]\n[', ["line 3 is not JSON: Extra data at column 1"]),
         ("d.json", '{"data": [{"text": "a"}],\n}', ["line 2", "property name enclosed in double quotes"]),
         ("d.json", '{"data": [{"text": "a"}],\n"b" 1}', ["line 2 is not JSON: Expecting ':' delimiter at column 5"]),
         ("d.json", '{"a": [], "b": []}', ["holds no rows"]),
         ("d.json", '{"a": [{"x": 1}], "b": [{"x": 2}]}', ["lists a and b", "'data'"]),
+        ("d.jsonl", '{"text": "äöü"}\n{"text": "'.encode() + b'\xff"}', ["not UTF-8", "0xff in line 2", "--encoding"]),
+        ("d.json", '[{"text": "äöü"},\n\n{"text": "'.encode() + b'\xe9t"}]', ["not UTF-8", "0xe9 in line 3"]),
+        ("d.csv", "text\näöü\n".encode() + b"\xfcber\n", ["not UTF-8", "0xfc in line 3"]),
+        ("d.jsonl", '{"text": "äö"}\n{"text": "ü'.encode()[:-1], ["not UTF-8", "0xc3 in line 2"]),
         ("d.csv", 'prompt,completion\n"a\nb",c\nd\n', ["row 2 (line 4)", "1 fields", "header names 2"]),
         ("d.csv", "prompt,completion\na,b,c\n", ["row 1 (line 2)", "3 fields"]),
         ("d.csv", 'text\na\n"b\n', ["row 2 (line 3) is not CSV", "never ends"]),
@@ -258,6 +263,16 @@ def test_a_comma_behind_the_last_element_is_no_damage(tmp_path: Path) -> None:
     assert [value for _, value in read_rows(write(tmp_path, "d.json", '[{"text": "a"},\n{"text": "b"},\n]'))] == [
         {"text": "a"}, {"text": "b"},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", ["", "gz", "bz2", "xz"])
+def test_an_archive_is_told_to_be_unpacked(tmp_path: Path, packed: str) -> None:
+    path = write(tmp_path, "d.jsonl", '{"text": "a"}\n')
+    archive = tmp_path / f"d.tar.{packed}"
+    with tarfile.open(archive, f"w:{packed}") as file:
+        file.add(path)
+    with pytest.raises(InputError, match=r"d\.tar\.\w* is an archive \(tar\); unpack it"):
+        rows_of(archive)
 
 
 def test_a_missing_file_and_a_folder_are_refused_before_anything_is_read(tmp_path: Path) -> None:

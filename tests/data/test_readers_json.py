@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data import json_rows
+from halfbyte.data import json_rows, json_text
 from halfbyte.data.examples import BadRow
 from halfbyte.data.readers import read_rows
 from halfbyte.errors import InputError
@@ -87,11 +87,46 @@ def test_wherever_json_is_cut_its_whole_rows_are_read(tmp_path: Path, form: str,
         assert read(tmp_path, text[:cut]) == [*ROWS[:whole], "cut off"], text[:cut][-30:]
 
 
-def test_a_row_that_is_damaged_within_an_array_ends_it(tmp_path: Path) -> None:
-    text = json.dumps({"data": ROWS}).replace('"p5"', '"p5')
+@pytest.mark.parametrize("begin", ['{"data": [', "[", ""])
+@pytest.mark.parametrize("between", [", ", ",\n  ", "\n"])
+@pytest.mark.parametrize(
+    "damage", [('"p5"', '"p5'), ('"x": null', '"x": null,'), ("null,", "nul,"), ('"good": ', '"good" ')]
+)
+def test_an_object_that_cannot_be_read_costs_one_row(
+    tmp_path: Path, begin: str, between: str, damage: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_text, "PIECE", 100)  # so that the next is looked for in several
+    rows = [{**row, "turns": [{"role": "a", "n": n} for n in range(9)]} for row in ROWS]
+    texts = [json.dumps(row, indent=1 if begin == "" else None) for row in rows]
+    if between == "\n" and begin:
+        between = ","
+    assert damage[0] in texts[5]
+    texts[5] = texts[5].replace(*damage)
+    end = {"{": "]}", "[": "]", "": ""}[begin[:1]]
+    found = read(tmp_path, begin + between.join(texts) + end)
+    assert found == [*rows[:5], "not JSON", *rows[6:]]
+
+
+@pytest.mark.parametrize("begin", ["[", '{"data": ['])
+def test_a_comma_behind_the_last_row_is_left_alone(tmp_path: Path, begin: str) -> None:
+    rows = json.dumps(ROWS)[1:-1]
+    for comma in (",", " ,\n"):
+        assert read(tmp_path, f"{begin}{rows}{comma}]{'}' if '{' in begin else ''}") == ROWS
+
+
+def test_an_object_behind_which_no_other_is_found_ends_the_array(tmp_path: Path) -> None:
+    text = json.dumps({"data": ROWS[:6]}).replace('"p5"', '"p5')
     assert read(tmp_path, text) == [*ROWS[:5], "not JSON"]
     [*_, last] = [row for _, row in read_rows(tmp_path / "d.json")]
     assert "row 6 (line 1)" in str(last) and "5 rows before it are whole" in str(last)
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_one_conversation_whose_first_turn_has_no_role_is_one_row(tmp_path: Path, name: str) -> None:
+    row = {name: [{"content": "no role"}, {"role": "assistant", "content": "A"}]}
+    assert read(tmp_path, json.dumps(row) + "\n", "d.jsonl") == [row]
+    table = {name: [{"text": "a", "id": 1}, {"text": "b", "id": 2}]}
+    assert read(tmp_path, json.dumps(table)) == table[name]
 
 
 @pytest.mark.parametrize("length", [10, 100_000])

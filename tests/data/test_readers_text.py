@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import itertools
+import json
 import lzma
 import os
 import time
@@ -64,6 +65,13 @@ def test_encodings_are_found_in_every_script(tmp_path: Path, language: str, enco
         assert read(tmp_path / name, content.encode(encoding), encoding=encoding) == ([text], [])
 
 
+def test_of_encodings_that_fit_as_well_windows_1252_is_taken(tmp_path: Path) -> None:
+    """In Portuguese letters that are not ASCII stand in pairs; with few words cp1250 is as likely by its letters."""
+    rows = [f"{n} Qual é a estação? A estação é o verão; não há informações. Coração, pão, avós." for n in range(20)]
+    found, said = read(tmp_path / "d.csv", "\n".join(["text", *(f'"{row}"' for row in rows)]).encode("cp1252"))
+    assert found == rows and said == ["d.csv is read as CSV in Windows-1252"]
+
+
 @pytest.mark.parametrize("given", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_a_mark_is_no_part_of_the_text_whatever_encoding_is_given(tmp_path: Path, given: str) -> None:
     for content in ("\ufeffa,text\n1,x\n", "a,text\n1,x\n"):
@@ -86,15 +94,72 @@ def test_ascii_with_control_characters_is_not_taken_for_utf_16(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"hello w\xc3", "line 1 is not UTF-8 text .byte 0xc3"),
-        (b"one\ntwo \xe4\xbd", "line 2 is not UTF-8 text .byte 0xe4"),
-        ("äöü\nß".encode()[:-1], "line 2 is not UTF-8 text .byte 0xc3"),
-        ("äöü äöü\n".encode() + b"caf\xe9 ", "line 2 is not UTF-8 text .byte 0xe9"),
+        (b"hello w\xc3", "is not UTF-8 text (byte 0xc3 in line 1)"),
+        (b"one\ntwo \xe4\xbd", "is not UTF-8 text (byte 0xe4 in line 2)"),
+        ("äöü\nß".encode()[:-1], "is not UTF-8 text (byte 0xc3 in line 2)"),
+        ("äöü äöü\n".encode() + b"caf\xe9 ", "is not UTF-8 text (byte 0xe9 in line 2)"),
     ],
 )
 def test_half_a_character_is_told_with_its_line(tmp_path: Path, content: bytes, told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        read(tmp_path / "d.txt", content)
+    [row], _ = read(tmp_path / "d.txt", content)
+    assert isinstance(row, BadRow) and told in str(row)
+
+
+SOUND = [{"text": f"naïve {number} ü", "more": "x"} for number in range(9)]
+TORN = b"na\xc3ve"
+
+
+def damaged_forms() -> dict[str, bytes]:
+    """A file of each form whose sixth row has a byte that is not UTF-8."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in SOUND]
+    columns = {name: [row[name] for row in SOUND] for name in SOUND[0]}
+    numbered = {str(number): row for number, row in enumerate(SOUND)}
+    table = "text,more\n" + "".join(f'"{row["text"]}",x\n' for row in SOUND)
+    forms = {
+        "lines.jsonl": "\n".join(lines),
+        "array.json": f"[{', '.join(lines)}]",
+        "data.json": f'{{"version": 1, "data": [{", ".join(lines)}]}}',
+        "objects.json": json.dumps(SOUND, ensure_ascii=False, indent=1)[1:-1],
+        "columns.json": json.dumps(columns, ensure_ascii=False),
+        "numbered.json": json.dumps(numbered, ensure_ascii=False),
+        "table.csv": table,
+        "table.tsv": table.replace(",", "\t"),
+    }
+    return {name: text.encode().replace("naïve 5".encode(), TORN + b" 5") for name, text in forms.items()}
+
+
+@pytest.mark.parametrize("name", damaged_forms())
+def test_a_byte_that_is_not_utf_8_costs_one_row(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(damaged_forms()[name])
+    rows = [row for _, row in read_rows(tmp_path / name)]
+    assert [row.kind if isinstance(row, BadRow) else row for row in rows] == [
+        *SOUND[:5], "not UTF-8 text", *SOUND[6:]
+    ]  # fmt: skip
+    assert "byte 0xc3 in line" in str(rows[5])
+
+
+@pytest.mark.parametrize("end", ["ü", "€", "🌍"])
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_json_that_is_cut_within_a_character_costs_one_row(tmp_path: Path, form: str, end: str) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in SOUND]
+    text = ("\n" if form == "lines" else ", ").join([*lines, f'{{"text": "{end}'])
+    content = (text if form == "lines" else "[" + text).encode()
+    for cut in range(1, len(end.encode())):
+        (tmp_path / "d.json").write_bytes(content[:-cut])
+        *rows, last = [row for _, row in read_rows(tmp_path / "d.json")]
+        assert rows == SOUND and isinstance(last, BadRow)
+
+
+def test_a_byte_that_is_not_utf_8_costs_one_piece_of_a_text(tmp_path: Path) -> None:
+    content = "äöü äöü\n\n".encode() * 3 + TORN + b"\n\n" + "äöü äöü\n\n".encode() * 3
+    rows, _ = read(tmp_path / "d.txt", content, split_text=10)
+    assert [isinstance(row, BadRow) for row in rows] == [False] * 3 + [True] + [False] * 3
+    assert "line 7" in str(rows[3])
+
+
+def test_names_of_columns_that_are_not_utf_8_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"d.csv is not UTF-8 text \(byte 0xc3 in line 1\)"):
+        read(tmp_path / "d.csv", b"te\xc3xt,n\n" + "äöü,ß\n".encode() * 3)
 
 
 def test_a_word_that_ends_in_windows_1252_is_not_half_a_character(tmp_path: Path) -> None:

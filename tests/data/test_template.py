@@ -1,6 +1,7 @@
 """What the chat template is told and what it writes; ``test_tokens`` has the claims about answers and stops."""
 
 import functools
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,9 @@ DOUBLING = (
         (LOOP + "{% endfor %}{% endfor %}", "runs without end"),
         (LOOP + "{{ 'a' * 99999 }}{% endfor %}{% endfor %}", "runs without end"),
         (DOUBLING, "runs without end"),
-        ("{{ 'a' * 10000000000 }}", "runs without end"),
+        ("{{ 'a' * 10000000000 }}", "takes too much memory"),
+        ("{{ messages[0].content * 10000000000 }}", "takes too much memory"),
+        ("{% set a = 'a' * 100000000 %}{{ (a ~ a) | list | string }}", "takes too much memory"),
         ("{% if add_generation_prompt %}" + LOOP + "{% endfor %}{% endfor %}{% endif %}{{ messages }}", "without end"),
         ("{{ 'Hello.' }}", "leaves away the question or its answer"),
         ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", "leaves away the question"),
@@ -148,11 +151,11 @@ def test_a_template_that_cannot_work_is_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(rendering, "SECONDS", 60 if template == DOUBLING else 0.5)
     monkeypatch.setattr(rendering, "MEMORY", 1 << 28)
-    tracing = sys.gettrace()
+    tracing, bounds = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(InputError, match=told) as error:
         Writer(tokenizer, chat_template=template)(Chat("row 1", turns("a", "b")))
     assert not isinstance(error.value, BadRow) and "\n" not in str(error.value)
-    assert sys.gettrace() is tracing
+    assert sys.gettrace() is tracing and resource.getrlimit(resource.RLIMIT_AS) == bounds
 
 
 def test_what_a_template_leaves_away_of_a_row_makes_it_a_bad_row(tokenizer: Any) -> None:

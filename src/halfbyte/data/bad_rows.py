@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from halfbyte.data.examples import BadRow
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, counted
 
 Skip = bool | Literal["all"]
 """Whether bad rows are left out: not at all, up to ``SHARE`` of the rows, or however many there are."""
@@ -71,7 +71,8 @@ class BadRows:
         kinds = sorted(self.counts, key=lambda kind: -self.counts[kind])
         lines = [f"  {kind} ({self.counts[kind]:,}): {self.first[kind]}" for kind in kinds[:KINDS_TOLD]]
         if more := kinds[KINDS_TOLD:]:
-            lines.append(f"  and {len(more)} more kinds ({sum(self.counts[kind] for kind in more):,} rows)")
+            rows = counted(sum(self.counts[kind] for kind in more), "row")
+            lines.append(f"  and {counted(len(more), 'more kind')} ({rows})")
         return "\n".join(lines)
 
 

@@ -146,7 +146,7 @@ class Cells:
                     self.note(FIRST)
                 value = found[0]
         if value is None:
-            raise self.bad("answer is missing", f": {name} is null; fill it in, or remove the row.")
+            raise self.bad("answer is missing", f": {name} is {shown(self.peek(name))}; fill it in, or remove the row.")
         text = self.as_text(name, value)
         if not text.strip():
             raise self.bad("answer is empty", f": {name} is empty, so there is nothing to learn; remove the row.")
@@ -304,11 +304,36 @@ def words(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return any value as a short text on one line."""
+    """Return any value as a short text on one line, as JSON has it."""
     try:
-        return reprlib.repr(dict(value) if isinstance(value, Mapping) else value)
+        return _short.repr(dict(value) if isinstance(value, Mapping) else value)
     except ValueError:  # a number of thousands of digits
         return "a number of thousands of digits"
+
+
+class _Short(reprlib.Repr):
+    """Writes values as JSON does; of what is long the beginning and the end."""
+
+    def repr_NoneType(self, _value: None, _level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, _level: int) -> str:
+        return "true" if value else "false"
+
+    def repr_float(self, value: float, _level: int) -> str:
+        return json.dumps(value)
+
+    def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
+        return self.repr_list(list(value), level)
+
+    def repr_str(self, value: str, _level: int) -> str:
+        text = json.dumps(value[: self.maxstring], ensure_ascii=False)
+        if not text.isprintable():
+            text = json.dumps(value[: self.maxstring])
+        return text if len(value) <= self.maxstring else f'{text[:-1]}..."'
+
+
+_short = _Short()
 
 
 def plain(name: str) -> str:

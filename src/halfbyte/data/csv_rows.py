@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from halfbyte.data.examples import BadRow
-from halfbyte.data.texts import check, not_utf8, nul_bytes, undecodable
+from halfbyte.data.texts import damage, damaged, nul_bytes, undecodable
 from halfbyte.errors import InputError
 
 DELIMITERS = {",": "commas", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -163,13 +163,16 @@ def read_csv(path: Path, text: TextIO, dialect: Dialect) -> Iterator[tuple[str, 
         if values is None:
             break
         if header is None:
-            check(path, line, "".join(lines.taken))
+            if what := lines.damage():
+                raise InputError(f"{path} {what}")
             header = _header(path, values) if not (line == 1 and _named_delimiter(lines.taken[0])) else None
             continue
         if problem:
             row += 1
             lines.give_back(dialect, len(header))
-            if dialect.delimiter == "\t" and len(fields := lines.plain_fields()) == len(header):
+            if bad := lines.bad_bytes(where):
+                yield where, bad
+            elif dialect.delimiter == "\t" and len(fields := lines.plain_fields()) == len(header):
                 yield where, dict(zip(header, fields, strict=True))
             else:
                 yield where, BadRow(where, "not CSV", f"is not CSV: {problem}; mend its quotes.")
@@ -179,17 +182,15 @@ def read_csv(path: Path, text: TextIO, dialect: Dialect) -> Iterator[tuple[str, 
         if not any(values):
             continue
         row += 1
-        if len(values) != len(header):
+        if bad := lines.bad_bytes(where):
+            yield where, bad
+        elif len(values) != len(header):
             yield where, BadRow(
                 where, "number of fields",
                 f"has {len(values)} fields, but the header names {len(header)}; quote fields that hold the delimiter.",
             )  # fmt: skip
         elif values == header:
             yield where, BadRow(where, "header again", "is the header once more; remove the line.")
-        elif lines.has_nul:
-            yield where, nul_bytes(where)
-        elif not lines.is_ascii and (bad := not_utf8(where, "".join(lines.taken))):
-            yield where, bad
         else:
             if row <= SNIFFED:
                 alike += any(value and value == name for value, name in zip(values, header, strict=True))
@@ -210,18 +211,15 @@ class _Lines:
 
     Attributes:
         taken: the lines of the row that is being read.
-        has_nul: whether there are NUL bytes in them.
-        is_ascii: whether they are ASCII alone.
     """
 
     def __init__(self, path: Path, text: TextIO) -> None:
         self.taken: list[str] = []
-        self.has_nul = False
-        self.is_ascii = True
         self._path = path
         self._text = text
         self._again: deque[str] = deque()
         self._size = 0
+        self._is_plain = True
         self._number = 1
 
     def __iter__(self) -> "_Lines":
@@ -236,9 +234,7 @@ class _Lines:
             raise undecodable(self._path, self._number + len(self.taken), error) from None
         self.taken.append(line)
         self._size += len(line)
-        self.is_ascii = self.is_ascii and line.isascii()
-        if "\0" in line:
-            self.has_nul = True
+        self._is_plain = self._is_plain and line.isascii() and "\0" not in line
         return line
 
     def begin(self) -> int:
@@ -246,9 +242,20 @@ class _Lines:
         self._number += len(self.taken)
         self.taken.clear()
         self._size = 0
-        self.has_nul = False
-        self.is_ascii = True
+        self._is_plain = True
         return self._number
+
+    def damage(self) -> str:
+        """Return what is wrong with the bytes of the row, if they are not UTF-8."""
+        return "" if self._is_plain else damage(self._number, "".join(self.taken))
+
+    def bad_bytes(self, where: str) -> BadRow | None:
+        """Return the bad row that this one is by its bytes, if it is one."""
+        if self._is_plain:
+            return None
+        if what := self.damage():
+            return damaged(where, what)
+        return nul_bytes(where) if any("\0" in line for line in self.taken) else None
 
     def give_back(self, dialect: Dialect, fields: int) -> None:
         """Read all lines of a damaged row but the first again, if those between are rows of so many fields."""

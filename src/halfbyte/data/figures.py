@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from halfbyte.data.samples import one_line
 from halfbyte.data.survey import LITTLE, NEARLY_ALL, Answers, Spread, Survey
+from halfbyte.errors import counted
 
 SCRIPTS = 6
 STOPPED = 0.99
@@ -50,7 +51,7 @@ def figures(survey: Survey) -> list[tuple[str, str]]:
     if survey.shapes:
         lines.append(("shapes", ", ".join(f"{one_line(shape)} {count:,}" for shape, count in survey.shapes.items())))
     if survey.bad:
-        lines.append(("left out", f"{sum(survey.bad.values()):,} rows"))
+        lines.append(("left out", counted(sum(survey.bad.values()), "row")))
     return lines
 
 
@@ -59,7 +60,7 @@ def hints(survey: Survey) -> list[str]:
     lines = [one_line(sentence) for sentence in survey.said]
     lines += [f"In {count:,} of the examples: {one_line(note)}." for note, count in survey.notes.items()]
     lines += [
-        f"Left out, {count:,} rows: {one_line(kind)}." + _first(survey.first_bad.get(kind))
+        f"Left out, {counted(count, 'row')}: {one_line(kind)}." + _first(survey.first_bad.get(kind))
         for kind, count in survey.bad.items()
     ]
     if survey.unused:

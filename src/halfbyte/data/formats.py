@@ -8,13 +8,14 @@ An example says which columns of its row were not used and what was made of the 
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from halfbyte.data import trees
+from halfbyte.data import preferences, trees
 from halfbyte.data.cells import Cells, Names, plain, shown
 from halfbyte.data.columns import Own, check_used
 from halfbyte.data.contents import check_media
@@ -34,6 +35,10 @@ TOLD: list[tuple[str, Groups]] = [
 """Shapes that rows of other columns may have been meant to have; of the others, their values say more."""
 TOLD_NAMES = {name for _, groups in TOLD for names in groups for name in names}
 _NAME = re.compile(r"[^\W\d][\w.:/-]*")
+MAYBE_JUDGED = {"messages", "alpaca", "completion", "question"}
+"""Shapes of rows that a label would make judged ones."""
+AHEAD = 1000
+"""Rows at the beginning whose labels are no judgements, behind which the first judgement may come."""
 LIKELY = 0.7
 """How alike two names must be for one to be taken for the other, misspelt."""
 
@@ -73,7 +78,9 @@ def examples_of(
 
 
 def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter[str]) -> Iterator[Example | BadRow]:
-    for where, value in rows:
+    rest = iter(rows)
+    first, judged = _first(rest, own) if format is None else ([], False)
+    for where, value in itertools.chain(first, rest):
         if isinstance(value, BadRow):
             yield value
             continue
@@ -85,6 +92,9 @@ def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter
         try:
             cells = own.cells(where, value) if own else Cells(where, value)
             name = _format_of(cells) if format is None else _checked(format, cells)
+            judged = judged or name == "unpaired"
+            if judged and format is None and name in MAYBE_JUDGED and preferences.is_unreadable(cells):
+                raise preferences.unreadable(cells, name)
             check_media(cells)
             example = FORMATS[name].read(cells)
             if own:
@@ -96,6 +106,22 @@ def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter
         else:
             counts[name] += 1
             yield dataclasses.replace(example, **cells.rest)
+
+
+def _first(rows: Iterator[Row], own: Own) -> tuple[list[Row], bool]:
+    """Return the first rows, as long as a judgement may be missing, and whether one follows: then it is missing."""
+    first: list[Row] = []
+    for where, value in itertools.islice(rows, AHEAD):
+        first.append((where, value))
+        if not isinstance(value, Mapping):
+            break
+        try:
+            cells = own.cells(where, value) if own else Cells(where, value)
+            if not preferences.is_unreadable(cells):
+                return first, preferences.is_judged(cells)
+        except (BadRow, RecursionError):  # which is told when it comes to that
+            break
+    return first, False
 
 
 def _format_of(cells: Cells) -> str:

@@ -2,7 +2,8 @@
 
     lines       an object a line (JSON lines), each by itself: a bad one is a bad row
     objects     one behind the other, each over several lines
-    an array    of objects; if it is cut off, its whole rows are read and the rest is one bad row
+    an array    of objects; if it is cut off, its whole rows are read and the rest is one bad row; behind an object that
+                cannot be read it goes on with the next one that begins with the same name
     an object   that holds the array of rows, or a list for each column, or rows by number, or is one row itself
 
 They are told apart by what the file holds, not by its name. Control characters within texts are taken as they are.
@@ -15,10 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from halfbyte.data.cells import plain
+from halfbyte.data.conversations import TURNS
 from halfbyte.data.examples import BadRow
-from halfbyte.data.json_text import Json, Undecoded, problem
-from halfbyte.data.texts import lines_of, not_utf8, nul_bytes
-from halfbyte.errors import InputError, named
+from halfbyte.data.json_text import Json, problem
+from halfbyte.data.texts import damage, damaged, lines_of, nul_bytes
+from halfbyte.errors import InputError, counted, named
 
 FIRST = 1 << 20
 """Characters of a first line that are looked at; a longer one may as well be all of an array."""
@@ -81,8 +84,8 @@ def _lines(path: Path, text: TextIO) -> Found:
         if "\0" in line:
             yield where, nul_bytes(where)
             continue
-        if bad := not_utf8(where, line):
-            yield where, bad
+        if what := damage(number, line):
+            yield where, damaged(where, what)
             continue
         try:
             yield where, _decode(line)
@@ -106,23 +109,39 @@ def _array(path: Path, source: Json, *, whole: bool = True) -> Found:
                 source.finish()
             return
         except InputError as error:
+            where, why = f"{path}, row {row + 1} (line {source.line})", _reason(path, error)
+            if source.resume():
+                row += 1
+                yield where, BadRow(where, "not JSON", f": it cannot be read ({why}).")
+                elements = source.elements(begun=True)
+                continue
             if not row:
                 raise
             yield _rest(path, row, source, error)
             return
         row += 1
-        where = f"{path}, row {row} (line {line})"
-        yield where, value.as_row(where) if isinstance(value, Undecoded) else value
+        yield _sound(f"{path}, row {row} (line {line})", value, source)
+
+
+def _sound(where: str, value: Any, source: Json) -> tuple[str, Any]:
+    """Return a row of the value that was taken last, a bad one if bytes of it are no text."""
+    return where, damaged(where, source.damage) if source.damage else value
 
 
 def _rest(path: Path, row: int, source: Json, error: InputError) -> tuple[str, BadRow]:
     where = f"{path}, row {row + 1} (line {source.line})"
     if source.cut:
-        return where, BadRow(where, "cut off", f": the file is cut off here; {row:,} rows before it are whole.")
-    why = str(error).removeprefix(f"{path}, ").rstrip(".")
-    return where, BadRow(
-        where, "not JSON", f": from here on it cannot be read ({why}); {row:,} rows before it are whole."
-    )
+        return where, BadRow(where, "cut off", f": the file is cut off here; {_whole(row)}.")
+    why = _reason(path, error)
+    return where, BadRow(where, "not JSON", f": from here on it cannot be read ({why}); {_whole(row)}.")
+
+
+def _whole(rows: int) -> str:
+    return f"{counted(rows, 'row')} before it {'is' if rows == 1 else 'are'} whole"
+
+
+def _reason(path: Path, error: InputError) -> str:
+    return str(error).removeprefix(f"{path}, ").rstrip(".")
 
 
 def _object(path: Path, open_again: Open) -> Found:
@@ -134,7 +153,7 @@ def _object(path: Path, open_again: Open) -> Found:
     broken: InputError | None = None
     try:
         for place, name in enumerate(source.members()):
-            members[name] = Member(place)
+            members[name] = Member(place, talk=plain(name) in TURNS)
             members[name].take(source)
     except InputError as error:
         broken = error
@@ -164,17 +183,21 @@ def _object(path: Path, open_again: Open) -> Found:
         source = Json(path, open_again())
         for row, _ in enumerate(source.members(), start=1):
             source.peek()
-            yield f"{path}, row {row} (line {source.line})", source.value()
+            where = f"{path}, row {row} (line {source.line})"
+            yield _sound(where, source.value(), source)
         return
-    value = Json(path, open_again()).value()
+    source = Json(path, open_again())
+    value = source.value()
     if _are_columns(path, members):
         columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
         for row, cells in enumerate(zip(*columns, strict=True), start=1):
-            yield f"{path}, row {row}", dict(zip(value, cells, strict=True))
+            where, found = f"{path}, row {row}", dict(zip(value, cells, strict=True))
+            whole = not source.damage or not damage(1, json.dumps(found, ensure_ascii=False))
+            yield where, found if whole else damaged(where, source.damage)
         return
     if members and (("data" in members and members["data"].count == 0) or {m.count for m in members.values()} == {0}):
         return
-    yield f"{path}, row 1 (line {begins})", value
+    yield _sound(f"{path}, row 1 (line {begins})", value, source)
 
 
 MAPPING, NUMBERED = "mapping", "numbered"
@@ -186,13 +209,15 @@ class Member:
 
     Attributes:
         place: how many stand before it.
-        kind: of the first element of a list: the name of its type, or "turn"; ``NUMBERED`` (an object whose names are
-            numbers, as pandas writes a column), ``MAPPING`` (any other object), or nothing.
+        talk: whether it is called as a conversation is.
+        kind: of the first element of a list: the name of its type, or "turn" (of a conversation any); ``NUMBERED`` (an
+            object whose names are numbers, as pandas writes a column), ``MAPPING`` (any other object), or nothing.
         count: elements of a list or of a numbered object, else -1.
         whole: whether it was read to its end.
     """
 
     place: int
+    talk: bool = False
     kind: str = ""
     count: int = -1
     whole: bool = False
@@ -203,7 +228,8 @@ class Member:
             self.count = 0
             for _, value in source.elements():
                 kind = "turn" if isinstance(value, dict) and {"role", "from"} & value.keys() else type(value).__name__
-                self.kind = self.kind or kind
+                if not self.kind or (self.talk and kind == "turn"):
+                    self.kind = kind
                 self.count += 1
         elif isinstance(value := source.value(), dict):
             numbered = bool(value) and all(name.isdecimal() for name in value)
@@ -231,13 +257,12 @@ def _objects(path: Path, source: Json) -> Found:
             return
         where = f"{path}, row {row} (line {source.line})"
         try:
-            value = source.value()
+            found = _sound(where, source.value(), source)
             source.skip(",")
-        except Undecoded as bad:
-            yield where, bad.as_row(where)
-            source.skip(",")
-            continue
         except InputError as error:
-            yield _rest(path, row - 1, source, error)
-            return
-        yield where, value
+            why = _reason(path, error)
+            if not source.resume():
+                yield _rest(path, row - 1, source, error)
+                return
+            found = where, BadRow(where, "not JSON", f": it cannot be read ({why}).")
+        yield found

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from halfbyte.data.examples import BadRow
-from halfbyte.data.texts import not_utf8, undecodable
+from halfbyte.data.texts import damage, undecodable
 from halfbyte.errors import InputError
 
 PIECE = 1 << 20
 """Characters of a file that are read at once."""
 MARGIN = 16
 """An error so near to the end of a piece may be the cut: no literal and no escape of JSON is longer."""
+
+
+SPACES = 1000
+"""Characters of whitespace that may stand between two elements where one is looked for."""
 
 
 class Json:
@@ -23,6 +26,7 @@ class Json:
         path: for messages.
         line: of what comes next.
         cut: whether an error was that the text ends too early.
+        damage: what was wrong with the bytes of the value that was taken last, if anything (``texts.damage``).
     """
 
     def __init__(self, path: Path, text: TextIO) -> None:
@@ -30,10 +34,13 @@ class Json:
         self.line = 1
         self._text = text
         self.cut = False
+        self.damage = ""
+        self._is_damaged = False  # what was read into the piece
         self._ended = False
         self._piece = ""
         self._at = 0  # what comes next in the piece
         self._before = 0  # characters that stood before the piece in its first line
+        self._first: re.Match[str] | None = None  # how the first element of an array begins
         self._decoder = json.JSONDecoder(strict=False)
 
     def peek(self) -> str:
@@ -46,24 +53,38 @@ class Json:
             if not self._more():
                 return ""
 
-    def elements(self) -> Iterator[tuple[int, Any]]:
-        """Take the array that comes next: yield the line and the value of each element, or why it cannot be decoded."""
-        self._take("[")
-        if self._took("]"):
-            return
-        while True:
-            if self.peek() == "]":  # behind a last comma
-                self._at += 1
-                return
-            line = self.line
-            try:
-                value = self.value()
-            except Undecoded as bad:
-                value = bad
-            yield line, value
+    def elements(self, *, begun: bool = False) -> Iterator[tuple[int, Any]]:
+        """Take the array that comes next: yield the line and the value of each element.
+
+        A comma behind the last is left alone. With ``begun`` the elements that are left are taken (:meth:`resume`).
+        """
+        if not begun:
+            self._take("[")
+            self.peek()
+            self._first = _BEGINNING.match(self._piece, self._at)
+        while not self._took("]"):
+            self.peek()
+            yield self.line, self.value()
             if not self._took(","):
                 self._take("]", "Expecting ',' delimiter")
                 return
+
+    def resume(self) -> bool:
+        """Go on behind an element that cannot be read, with one that begins with the same name; tell if there is any.
+
+        Objects within an element usually begin with another name than the elements themselves.
+        """
+        self.peek()
+        begin = _BEGINNING.match(self._piece, self._at) or self._first
+        if self.cut or not begin:
+            return False
+        following = re.compile(r"\}\s*,?\s*(?=\{\s*" + re.escape(begin[1]) + r"\s*:)")
+        while not (found := following.search(self._piece, self._at + 1)):
+            self._to(max(self._at, len(self._piece) - len(begin[1]) - SPACES))
+            if not self._more():
+                return False
+        self._to(found.end())
+        return True
 
     def members(self) -> Iterator[str]:
         """Take the object that comes next: yield each member's name; who asks for the next has taken its value."""
@@ -81,12 +102,7 @@ class Json:
                 return
 
     def value(self) -> Any:
-        """Take the next value, of whatever kind.
-
-        Raises:
-            Undecoded: bytes in it are not of the file's encoding; what comes behind it can be taken.
-            InputError: it is not JSON.
-        """
+        """Take the next value, of whatever kind."""
         self.peek()
         while True:
             try:
@@ -99,10 +115,8 @@ class Json:
                 raise not_json(self.path, self.line, error) from error
             else:
                 if not isinstance(value, int | float) or end + MARGIN <= len(self._piece) or not self._more():
-                    text = self._piece[self._at : end]
+                    self.damage = damage(self.line, self._piece[self._at : end]) if self._is_damaged else ""
                     self._to(end)
-                    if bad := not_utf8(f"{self.path}, line {self.line}", text):
-                        raise Undecoded(bad)
                     return value
 
     def skip(self, character: str) -> None:
@@ -142,6 +156,7 @@ class Json:
         self._before = len(last_line) + (self._before if len(last_line) == len(taken) else 0)
         self._piece = self._piece[self._at :] + new
         self._at = 0
+        self._is_damaged = bool(damage(1, self._piece if self._is_damaged else new))
         return True
 
     def _wrong(self, what: str, at: int) -> InputError:
@@ -151,19 +166,6 @@ class Json:
         begin = self._piece.rfind("\n", 0, at) + 1
         column = at - begin + 1 + (0 if begin else self._before)
         return InputError(f"{self.path}, line {line} is not JSON: {what.removesuffix(' at')} at column {column}.")
-
-
-class Undecoded(InputError):
-    """A value with bytes that are not of its file's encoding."""
-
-    def __init__(self, bad: BadRow) -> None:
-        """Make an error of what is wrong with a line."""
-        super().__init__(str(bad))
-        self._bad = bad
-
-    def as_row(self, where: str) -> BadRow:
-        """Return the bad row that the value is."""
-        return BadRow(where, self._bad.kind, str(self._bad).removeprefix(f"{self._bad.where} "))
 
 
 def not_json(path: Path, line: int, error: Exception) -> InputError:
@@ -189,4 +191,5 @@ def _is_cut(rest: str, what: str) -> bool:
     return any(literal.startswith(rest) for literal in ("true", "false", "null", "NaN", "Infinity", "-Infinity"))
 
 
+_BEGINNING = re.compile(r'\{\s*("[^"\\]{1,80}")\s*:')
 _SOMETHING = re.compile(r"[^ \t\n\r]")

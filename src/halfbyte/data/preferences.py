@@ -8,7 +8,6 @@ prompt, completion, label    one answer, judged (KTO); messages and label: the l
 """
 
 import itertools
-import re
 from typing import Any
 
 from halfbyte.data.calls import tools_of
@@ -31,29 +30,39 @@ CHOSEN = ("chosen", "chosen_messages")
 REJECTED = ("rejected", "rejected_messages")
 LABELS = ("label", "kto_tag")
 HUMAN = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
-JUDGED = {
-    "true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "-1": False, "-1.0": False,
-    "yes": True, "no": False, "good": True, "bad": False,
-}  # fmt: skip
-NUMBERED = "of the labels, 1 was read as good and 0 or -1 as bad"
-_NUMBER = re.compile(r"-?[\d.]+")
+BOOLEANS = {"true": True, "false": False}
+JUDGED = BOOLEANS | dict.fromkeys(("1", "1.0", "yes", "good"), True)
+JUDGED |= dict.fromkeys(("0", "0.0", "-1", "-1.0", "no", "bad"), False)
+NUMBERED = "of the labels, 1, yes and good were read as good, and 0, -1, no and bad as bad"
 
 
 def is_judged(cells: Cells) -> bool:
     """Tell whether a row has an answer and whether that is good; a ``label`` of another kind is some class.
 
-    Words and numbers are classes more often than judgements, so others than true and false count beside a prompt and
-    its completion only.
+    Numbers are classes more often than judgements, so they count beside a prompt and its completion only, and so do
+    words other than true and false.
     """
-    name = cells.find(*LABELS)
-    if name is None:
-        return False
-    label = words(cells.peek(name)).strip().casefold()
-    if label in ("true", "false"):
+    label = words(cells.peek(cells.find(*LABELS) or "")).strip().casefold()
+    if label in BOOLEANS:
         return bool(cells.find(*TURNS) or (cells.find(*PROMPTS) and cells.find(*COMPLETIONS)))
-    if not (cells.find("prompt") and cells.find("completion", "response")):
+    return label in JUDGED and bool(cells.find("prompt") and cells.find("completion", "response"))
+
+
+def is_unreadable(cells: Cells) -> bool:
+    """Tell whether a row has an answer and a label that is no judgement: it lacks one if other rows have one."""
+    if not cells.find(*LABELS) or is_judged(cells):
         return False
-    return label in JUDGED
+    return bool(cells.filled(*TURNS) or (cells.filled(*PROMPTS) and cells.filled(*COMPLETIONS)))
+
+
+def unreadable(cells: Cells, shape: str) -> Exception:
+    """Return the bad row that this one, else of such a shape, is among rows that are judged."""
+    name = cells.find(*LABELS) or LABELS[0]
+    return cells.bad(
+        f"{name} is no judgement",
+        f": {name} is {shown(cells.peek(name))}, but in other rows it says whether the answer is good; write true or "
+        f"false, or if it is a class, name the format (--format {shape}).",
+    )
 
 
 def judged(cells: Cells) -> Judged:
@@ -69,7 +78,7 @@ def judged(cells: Cells) -> Judged:
         raise cells.bad(
             f"{name} is no judgement", f": {name} is {shown(label)}, and must be true or false; write that."
         )
-    if not isinstance(label, bool) and _NUMBER.fullmatch(words(label).strip()):
+    if words(label).strip().casefold() not in BOOLEANS:
         cells.note(NUMBERED)
     if not (cells.find(*PROMPTS) and cells.find(*COMPLETIONS)):
         turns = system_of(cells) + messages(cells, cells.find(*TURNS) or "", cells.get(*TURNS))

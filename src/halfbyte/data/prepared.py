@@ -29,7 +29,7 @@ from halfbyte.data.stops import choose_pad
 from halfbyte.data.table import ABOUT, Counts, Table, Tokenized, last_answer, open_table
 from halfbyte.data.template import chat_template
 from halfbyte.data.tokens import encode_examples
-from halfbyte.errors import InputError, named
+from halfbyte.errors import InputError, counted, named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class Prepared:
         if self.train.counts.unused:
             lines.append(f"Columns not used: {named(self.train.counts.unused)}")
         if self.bad.total:
-            lines.append(f"Left out, {self.bad.total:,} rows:\n{self.bad.told()}")
+            lines.append(f"Left out, {counted(self.bad.total, 'row')}:\n{self.bad.told()}")
         return lines
 
 

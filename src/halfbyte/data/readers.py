@@ -36,6 +36,8 @@ FOREIGN = {
     b"SQLite f": "a database (SQLite); save its table as CSV",
 }
 """First bytes of files that are no data to be read here, and what to do."""
+TAR, TAR_AT = b"ustar", 257
+"""What an archive of tar holds, usually packed, and where."""
 LONGEST_PATH = 300
 LOOKED_AT = 1 << 16
 """Characters that tell whether a file is JSON."""
@@ -158,6 +160,8 @@ def _rows(
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return tabular.read_arrow(file_path, path, file)
     by_name = kind_of(path)
+    if texts.open_bytes(path, file).read(TAR_AT + len(TAR))[TAR_AT:] == TAR:
+        raise InputError(f"{path} is an archive (tar); unpack it.")
     if what := next((what for mark, what in FOREIGN.items() if head.startswith(mark)), None):
         raise InputError(f"{path} is {what}.")
     if by_name in (PARQUET, ARROW):
@@ -226,7 +230,10 @@ def _plain(path: Path, text: TextIO, longest: int | None) -> Iterator[tuple[str,
         nonlocal row, line
         if piece.strip():
             where = f"{path}, row {row} (line {line + len(piece) - len(piece.lstrip(chr(10)))})"
-            yield where, texts.nul_bytes(where) if "\0" in piece else {"text": piece.strip("\n")}
+            if what := texts.damage(line, piece):
+                yield where, texts.damaged(where, what)
+            else:
+                yield where, texts.nul_bytes(where) if "\0" in piece else {"text": piece.strip("\n")}
             row += 1
         line += piece.count("\n")
 

@@ -3,8 +3,8 @@
 A template is a program from the internet. transformers runs it in Jinja's sandbox: it sees the conversation and nothing
 else, and ``range`` ends at 100,000. Loops within loops could still take hours, so the first texts that a template
 writes (:meth:`Renderer.trial`) are watched: between two lines of the template its time and memory are looked at, and
-where the system can, no single operation gets more memory than that. Left out: a single operation that takes hours,
-such as a power of powers, which no line ends.
+the system gives no more memory than that (``'a' * 10 ** 10`` is one line). Left out: a single operation that takes
+hours, such as a power of powers, which no line ends.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SECONDS = 5.0
 MEMORY = 1 << 30
 """Bytes that may come into use during a trial."""
 
-NO_END = "The chat template runs without end, or its text has none; take another one (--chat-template)."
+NO_END = "The chat template runs without end, or takes too much memory; take another one (--chat-template)."
 
 
 class Refused(Exception):
@@ -99,13 +99,13 @@ class Renderer:
             Refused: likewise.
             TooLong: it would take too long, or too much memory.
         """
-        with _watched():
-            try:
+        try:
+            with _watched(), _bounded():
                 return self(messages, tools, prompt=prompt)
-            except Refused as error:
-                if isinstance(error.__cause__, MemoryError):
-                    raise TooLong from None
-                raise
+        except Refused as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise TooLong from None
+            raise
 
     def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
         # As apply_chat_template does it: what is None is left away; that looks up the tokens anew for each text.
@@ -159,26 +159,31 @@ def _watched() -> Iterator[None]:
     before = sys.gettrace()
     sys.settrace(look)
     try:
-        with _bounded(process.memory_info().vms + MEMORY):  # a single operation may ask for any number of bytes
-            yield
+        yield
     finally:
         sys.settrace(before)
 
 
 @contextlib.contextmanager
-def _bounded(size: int) -> Iterator[None]:
-    """Let a request for memory fail that would make the process larger than ``size`` bytes, where the system can."""
+def _bounded() -> Iterator[None]:
+    """Have the system refuse more memory than ``MEMORY``, where it can: a MemoryError is raised then."""
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:  # there is none on Windows
         yield
         return
-    kept = resource.getrlimit(resource.RLIMIT_AS)
-    if any(limit != resource.RLIM_INFINITY and limit < size for limit in kept):
+    import psutil
+
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    bound = psutil.Process().memory_info().vms + MEMORY
+    if before != resource.RLIM_INFINITY:
+        bound = min(bound, before)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (bound, most))
+    except (OSError, ValueError):  # macOS has no such bound
         yield
         return
-    resource.setrlimit(resource.RLIMIT_AS, (size, kept[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, kept)
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))

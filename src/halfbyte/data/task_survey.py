@@ -8,6 +8,7 @@ import numpy as np
 from halfbyte import tables
 from halfbyte.choices import Task
 from halfbyte.data.prepared import Prepared
+from halfbyte.errors import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,9 @@ class TaskSurvey:
         """Return what should be looked at before training, a sentence each."""
         lines = list(self.said)
         lines += [f"In {count:,} of the examples: {note}." for note, count in self.notes.items()]
-        lines += [f"Left out, {count:,} rows: {kind}. {self.first_bad[kind]}" for kind, count in self.bad.items()]
+        lines += [
+            f"Left out, {counted(count, 'row')}: {kind}. {self.first_bad[kind]}" for kind, count in self.bad.items()
+        ]
         total = sum(self.classes.values())
         if few := [name for name, count in self.classes.items() if count < RARE]:
             more = f" and {len(few) - 5} more classes" if len(few) > 5 else ""

@@ -192,8 +192,12 @@ def _encoding_of(path: Path, sample: bytes) -> str:
 def _guess(sample: bytes) -> str | None:
     from charset_normalizer import from_bytes  # takes a while to import
 
-    best = from_bytes(sample).best()
-    return None if best is None or best.encoding in ("ascii", "utf_8") else best.encoding
+    guesses = from_bytes(sample)
+    best = guesses.best()
+    if best is None or best.encoding in ("ascii", "utf_8"):
+        return None
+    equal = [guess for guess in guesses if (guess.chaos, guess.coherence) == (best.chaos, best.coherence)]
+    return "cp1252" if any("cp1252" in guess.could_be_from_charset for guess in equal) else best.encoding
 
 
 def _decodes(sample: bytes, encoding: str) -> bool:
@@ -225,12 +229,11 @@ def checked_pieces(path: Path, text: TextIO) -> Iterator[str]:
     """Yield a text in pieces of some size.
 
     Raises:
-        InputError: it has bytes that its encoding does not have.
+        InputError: it has bytes that its encoding does not have; of UTF-8 they are told by :func:`damage`.
     """
     line = 1
     try:
         while piece := text.read(BLOCK):
-            check(path, line, piece)
             yield piece
             line += piece.count("\n")
     except UnicodeDecodeError as error:
@@ -238,18 +241,18 @@ def checked_pieces(path: Path, text: TextIO) -> Iterator[str]:
 
 
 def lines_of(path: Path, text: TextIO) -> Iterator[str]:
-    """Yield the lines of a text; in UTF-8, invalid ones too (:func:`not_utf8`).
+    """Yield the lines of a text.
 
     Raises:
-        InputError: a line has bytes that another encoding does not have.
+        InputError: a line has bytes that its encoding does not have; of UTF-8 they are told by :func:`damage`.
     """
-    number = 1
+    number = 0
     try:
         for line in text:
-            yield line
             number += 1
+            yield line
     except UnicodeDecodeError as error:
-        raise undecodable(path, number, error) from None
+        raise undecodable(path, number + 1, error) from None
 
 
 def undecodable(path: Path, line: int, error: UnicodeError) -> InputError:
@@ -267,32 +270,21 @@ def nul_bytes(where: str) -> BadRow:
     return BadRow(where, "NUL bytes", "holds NUL bytes, as files do that were not written to their end; remove it.")
 
 
-def broken(text: str) -> tuple[int, int] | None:
-    """Return where ``text`` was not valid UTF-8 and which byte stood there, or None if it was."""
+def damage(line: int, text: str) -> str:
+    """Return what is wrong with ``text``, which begins in ``line``, as the end of a sentence; if nothing, ""."""
     if text.isascii():
-        return None
+        return ""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return error.start, ord(text[error.start]) & 0xFF
-    return None
+        byte, place = ord(text[error.start]) & 0xFF, line + text.count("\n", 0, error.start)
+        return (
+            f"is not UTF-8 text (byte 0x{byte:02x} in line {place}); save the file as UTF-8, or name its encoding "
+            "(--encoding)."
+        )
+    return ""
 
 
-def not_utf8(where: str, text: str) -> BadRow | None:
-    """Return the bad row ``where`` a row is of whose ``text`` bytes were not valid UTF-8, or None if they were."""
-    found = broken(text)
-    return found and BadRow(
-        where,
-        "not UTF-8 text",
-        f"is not UTF-8 text (byte 0x{found[1]:02x}); mend it, or name the encoding of the file (--encoding).",
-    )
-
-
-def check(path: Path, number: int, text: str) -> None:
-    """Make sure that ``text``, which begins in line ``number``, was valid UTF-8."""
-    if found := broken(text):
-        line = number + text.count("\n", 0, found[0])
-        raise InputError(
-            f"{path}, line {line} is not UTF-8 text (byte 0x{found[1]:02x}); save the file as UTF-8, or name its "
-            "encoding (--encoding)."
-        ) from None
+def damaged(where: str, what: str) -> BadRow:
+    """Return the bad row ``where`` bytes are no UTF-8, which :func:`damage` has told as ``what``."""
+    return BadRow(where, "not UTF-8 text", what)
