@@ -234,16 +234,21 @@ BROKEN = {
         "d.json", '{"text":\n"äöü"}\n{"text": "'.encode() + b'\xe9t"}\n{"text": "a"}', 3, "0xe9",
     ),
     "a field": ("d.csv", "text\näöü\n".encode() + b"\xfcber\na\n", 3, "0xfc"),
+    "two bytes a letter": (
+        "d.jsonl",
+        '{"text": "äöü"}\n{"text": "'.encode("utf-16") + b"\x00\xd8" + '"}\n{"text": "a"}\n'.encode("utf-16-le"),
+        2, "0x00",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "line", "byte"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_row_that_is_not_utf_8_costs_that_row_alone(
+def test_a_row_that_is_not_of_the_encoding_costs_that_row_alone(
     tmp_path: Path, name: str, content: bytes, line: int, byte: str
 ) -> None:
     (_, first), (where, bad), (_, last) = read_rows(write(tmp_path, name, content))
     assert (first, last) == ({"text": "äöü"}, {"text": "a"})
-    assert isinstance(bad, BadRow) and bad.kind == "not UTF-8 text"
+    assert isinstance(bad, BadRow) and bad.kind in ("not UTF-8 text", "not UTF-16 text")
     assert where.endswith(f"row 2 (line {line})") and str(bad).startswith(where)
     assert byte in str(bad) and "--encoding" in str(bad)
 

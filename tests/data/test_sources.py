@@ -77,7 +77,7 @@ def test_a_part_of_few_rows_is_as_large_as_the_weight_says_and_is_told(folder: P
     assert len(drawn) > 95  # any row may be among them
     said = []
     assert len([*read_source(resolve("few.jsonl@2.25")[0], said=said)]) == 225
-    assert said == [f"{folder / 'few.jsonl'}@2.25: 100 rows make 225"]
+    assert said == [f"{folder / 'few.jsonl'}@2.25: 225 from 100 rows"]
     assert len([*read_source(resolve("few.jsonl@2")[0], said=said)]) == 200 and len(said) == 1
 
 

@@ -422,7 +422,7 @@ def test_a_text_begins_at_its_beginning_and_is_no_answer(tokenizer: Any) -> None
 
 
 def test_where_nothing_would_be_learnt_it_says_so(tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="none of the 3 tokens of 1 rows is trained"):
+    with pytest.raises(InputError, match="none of the 3 tokens of 1 row is trained"):
         survey.survey(table([row(([1, 2, 3], False))]), tokenizer)
     with pytest.raises(InputError, match="no rows"):
         survey.survey(table([]), tokenizer)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli.console import TABLE_WIDTH
+from halfbyte.errors import counted
 from halfbyte.files import absolute, write_text
 
 MOST_CLASSES = 30
@@ -41,7 +42,7 @@ def show_task(opened: Any, numbers: list[int] | None, count: int, json_file: Pat
     lines = [("rows", f"{found.rows:,}"), ("rows for evaluation", f"{found.evaluation_rows:,}")]
     lines += [("tokens a row", _spread(found.tokens))]
     lines += [("tokens of its target", _spread(found.target_tokens))] if found.target_tokens else []
-    lines += [("cut", f"{found.truncated:,} rows"), ("repeat an earlier input", f"{found.repeated:,} rows")]
+    lines += [("cut", counted(found.truncated, "row")), ("repeat an earlier input", counted(found.repeated, "row"))]
     for name, value in lines:
         table.add_row(Text(name, style="dim"), Text(value))
     console.print(table)

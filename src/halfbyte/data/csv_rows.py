@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from halfbyte.data.examples import BadRow
-from halfbyte.data.texts import damage, damaged, nul_bytes, undecodable
+from halfbyte.data.texts import damage, damaged, nul_bytes
 from halfbyte.errors import InputError
 
 DELIMITERS = {",": "commas", ";": "';'", "\t": "tabs", "|": "'|'"}
@@ -146,7 +146,7 @@ def read_csv(path: Path, text: TextIO, dialect: Dialect) -> Iterator[tuple[str, 
     out.
     """
     csv.field_size_limit(sys.maxsize)  # again, for somebody may have set it
-    lines = _Lines(path, text)
+    lines = _Lines(text)
     reader = csv.reader(lines, **dialect.options)
     header: list[str] | None = None
     row, alike = 0, 0
@@ -213,9 +213,8 @@ class _Lines:
         taken: the lines of the row that is being read.
     """
 
-    def __init__(self, path: Path, text: TextIO) -> None:
+    def __init__(self, text: TextIO) -> None:
         self.taken: list[str] = []
-        self._path = path
         self._text = text
         self._again: deque[str] = deque()
         self._size = 0
@@ -228,10 +227,7 @@ class _Lines:
     def __next__(self) -> str:
         if self._size > LONGEST_ROW:
             raise StopIteration
-        try:
-            line = self._again.popleft() if self._again else next(self._text)
-        except UnicodeDecodeError as error:
-            raise undecodable(self._path, self._number + len(self.taken), error) from None
+        line = self._again.popleft() if self._again else next(self._text)
         self.taken.append(line)
         self._size += len(line)
         self._is_plain = self._is_plain and line.isascii() and "\0" not in line
@@ -246,8 +242,8 @@ class _Lines:
         return self._number
 
     def damage(self) -> str:
-        """Return what is wrong with the bytes of the row, if they are not UTF-8."""
-        return "" if self._is_plain else damage(self._number, "".join(self.taken))
+        """Return what is wrong with the bytes of the row, if they are not of its encoding."""
+        return "" if self._is_plain else damage(self._number, "".join(self.taken), self._text.encoding)
 
     def bad_bytes(self, where: str) -> BadRow | None:
         """Return the bad row that this one is by its bytes, if it is one."""

@@ -20,15 +20,15 @@ def figures(survey: Survey) -> list[tuple[str, str]]:
         ("trained tokens", f"{survey.trained_tokens:,} ({percent(survey.trained_tokens, survey.tokens)})"),
         ("tokens a row", _spread(survey.lengths)),
         ("trained tokens a row", _spread(survey.trained_lengths)),
-        (f"cut at {survey.max_length:,} tokens", f"{survey.truncated:,} examples"),
-        (f"under {LITTLE:.0%} trained", f"{survey.little_trained:,} rows"),
-        (f"over {NEARLY_ALL:.0%} trained", f"{survey.nearly_all_trained:,} rows"),
+        (f"cut at {survey.max_length:,} tokens", counted(survey.truncated, "example")),
+        (f"under {LITTLE:.0%} trained", counted(survey.little_trained, "row")),
+        (f"over {NEARLY_ALL:.0%} trained", counted(survey.nearly_all_trained, "row")),
         ("answers", f"{answers.count:,}"),
         ("they end with", _ends(answers)),
         ("equal rows", f"{survey.duplicates.rows:,} repeat an earlier one"),
         (
             "one prompt, other answers",
-            f"{survey.contradictions.rows:,} rows, {survey.contradictions.prompts:,} prompts",
+            f"{counted(survey.contradictions.rows, 'row')}, {counted(survey.contradictions.prompts, 'prompt')}",
         ),
         ("nearly equal rows", f"{near.rows:,} of {near.sampled:,} different rows{_of(near.sampled, survey)}"),
         ("answers mostly in", f"{_shares(texts.main_scripts)} of the rows{_of(texts.sampled, survey)}"),
@@ -44,9 +44,12 @@ def figures(survey: Survey) -> list[tuple[str, str]]:
     if overlap := survey.overlap:
         lines += [
             ("evaluation rows", f"{overlap.rows:,}"),
-            ("trained on too", f"{overlap.equal:,} evaluation rows"),
-            ("their prompt is trained on", f"{overlap.same_prompt:,} evaluation rows"),
-            ("nearly a training row", f"{overlap.near:,} of {overlap.sampled:,}, compared with {overlap.of:,} rows"),
+            ("trained on too", counted(overlap.equal, "evaluation row")),
+            ("their prompt is trained on", counted(overlap.same_prompt, "evaluation row")),
+            (
+                "nearly a training row",
+                f"{overlap.near:,} of {overlap.sampled:,}, compared with {counted(overlap.of, 'row')}",
+            ),
         ]
     if survey.shapes:
         lines.append(("shapes", ", ".join(f"{one_line(shape)} {count:,}" for shape, count in survey.shapes.items())))

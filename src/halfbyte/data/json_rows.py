@@ -20,7 +20,7 @@ from halfbyte.data.cells import plain
 from halfbyte.data.conversations import TURNS
 from halfbyte.data.examples import BadRow
 from halfbyte.data.json_text import Json, problem
-from halfbyte.data.texts import damage, damaged, lines_of, nul_bytes
+from halfbyte.data.texts import damage, damaged, nul_bytes
 from halfbyte.errors import InputError, counted, named
 
 FIRST = 1 << 20
@@ -75,7 +75,7 @@ def _is_value(line: str) -> bool:
 
 def _lines(path: Path, text: TextIO) -> Found:
     row = 0
-    for number, line in enumerate(lines_of(path, text), start=1):
+    for number, line in enumerate(text, start=1):
         if line.isspace():
             continue
         row += 1
@@ -84,7 +84,7 @@ def _lines(path: Path, text: TextIO) -> Found:
         if "\0" in line:
             yield where, nul_bytes(where)
             continue
-        if what := damage(number, line):
+        if what := damage(number, line, text.encoding):
             yield where, damaged(where, what)
             continue
         try:
@@ -192,7 +192,7 @@ def _object(path: Path, open_again: Open) -> Found:
         columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
         for row, cells in enumerate(zip(*columns, strict=True), start=1):
             where, found = f"{path}, row {row}", dict(zip(value, cells, strict=True))
-            whole = not source.damage or not damage(1, json.dumps(found, ensure_ascii=False))
+            whole = not source.damage or not damage(1, json.dumps(found, ensure_ascii=False), source.encoding)
             yield where, found if whole else damaged(where, source.damage)
         return
     if members and (("data" in members and members["data"].count == 0) or {m.count for m in members.values()} == {0}):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from halfbyte.data.texts import damage, undecodable
+from halfbyte.data.texts import damage
 from halfbyte.errors import InputError
 
 PIECE = 1 << 20
@@ -24,6 +24,7 @@ class Json:
 
     Attributes:
         path: for messages.
+        encoding: of the bytes of the text.
         line: of what comes next.
         cut: whether an error was that the text ends too early.
         damage: what was wrong with the bytes of the value that was taken last, if anything (``texts.damage``).
@@ -32,6 +33,7 @@ class Json:
     def __init__(self, path: Path, text: TextIO) -> None:
         self.path = path
         self.line = 1
+        self.encoding = text.encoding
         self._text = text
         self.cut = False
         self.damage = ""
@@ -115,7 +117,9 @@ class Json:
                 raise not_json(self.path, self.line, error) from error
             else:
                 if not isinstance(value, int | float) or end + MARGIN <= len(self._piece) or not self._more():
-                    self.damage = damage(self.line, self._piece[self._at : end]) if self._is_damaged else ""
+                    self.damage = ""
+                    if self._is_damaged:
+                        self.damage = damage(self.line, self._piece[self._at : end], self.encoding)
                     self._to(end)
                     return value
 
@@ -144,10 +148,7 @@ class Json:
 
     def _more(self) -> bool:
         """Read on if there is more, and forget what was taken: the piece begins with what comes next, then."""
-        try:
-            new = self._text.read(max(PIECE, len(self._piece) - self._at))
-        except UnicodeDecodeError as error:
-            raise undecodable(self.path, self.line, error) from None
+        new = self._text.read(max(PIECE, len(self._piece) - self._at))
         if not new:
             self._ended = True
             return False
@@ -156,7 +157,7 @@ class Json:
         self._before = len(last_line) + (self._before if len(last_line) == len(taken) else 0)
         self._piece = self._piece[self._at :] + new
         self._at = 0
-        self._is_damaged = bool(damage(1, self._piece if self._is_damaged else new))
+        self._is_damaged = bool(damage(1, self._piece if self._is_damaged else new, self.encoding))
         return True
 
     def _wrong(self, what: str, at: int) -> InputError:

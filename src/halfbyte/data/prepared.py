@@ -264,7 +264,7 @@ class _Maker:
         (self.folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
 
     def _left_out_told(self) -> list[str]:
-        return [f"Left out, {count:,} rows {why}" for why, count in self.left_out.items()]
+        return [f"Left out, {counted(count, 'row')} {why}" for why, count in self.left_out.items()]
 
     def _why_nothing(self) -> str:
         reasons = [*self._left_out_told(), *([self.bad.told()] if self.bad.total else [])]

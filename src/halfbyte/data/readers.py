@@ -144,7 +144,7 @@ def _read(
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeError as error:
-        raise texts.undecodable(path, 1, error) from None
+        raise InputError(f"{path} is not text of the given encoding ({error}); name another (--encoding).") from None
     if not row:
         raise InputError(f"{path} holds no rows.")
     if progress:
@@ -230,14 +230,14 @@ def _plain(path: Path, text: TextIO, longest: int | None) -> Iterator[tuple[str,
         nonlocal row, line
         if piece.strip():
             where = f"{path}, row {row} (line {line + len(piece) - len(piece.lstrip(chr(10)))})"
-            if what := texts.damage(line, piece):
+            if what := texts.damage(line, piece, text.encoding):
                 yield where, texts.damaged(where, what)
             else:
                 yield where, texts.nul_bytes(where) if "\0" in piece else {"text": piece.strip("\n")}
             row += 1
         line += piece.count("\n")
 
-    pieces = texts.checked_pieces(path, text)
+    pieces = iter(lambda: text.read(texts.BLOCK), "")
     if longest is None:
         yield from found("".join(pieces))
         return

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from halfbyte import tables
 from halfbyte.choices import IGNORED
 from halfbyte.data.forms import GOOD, sides
+from halfbyte.errors import counted
 
 if TYPE_CHECKING:
     import datasets
@@ -217,7 +218,8 @@ def preview_lines(tokenized: "Tokenized", tokenizer: "PreTrainedTokenizerBase", 
     """
     counts = tokenized.counts
     share = counts.trained_tokens / max(counts.tokens, 1)
-    lines = [f"{counts.rows:,} rows: {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained ({share:.0%})"]
+    rows, tokens = counted(counts.rows, "row"), counted(counts.tokens, "token")
+    lines = [f"{rows}: {tokens}, {counts.trained_tokens:,} of them trained ({share:.0%})"]
     lengths = row_lengths(tokenized.rows)
     if not len(lengths):
         return lines

@@ -26,7 +26,7 @@ from halfbyte.data import catalog, hub
 from halfbyte.data.named_files import BLOCK, STANDARD_INPUT, Files, files_of
 from halfbyte.data.readers import Progress, is_there, kind_of, near, read_rows, shown_path
 from halfbyte.data.trees import gathered
-from halfbyte.errors import InputError, named, nearest
+from halfbyte.errors import InputError, counted, named, nearest
 from halfbyte.files import absolute
 
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[^@:]+))?(@(?P<split>[^@]+))?")
@@ -183,8 +183,8 @@ def read_source(
         taken += times
         yield from itertools.repeat(row, times)
     if source.weight % 1:
-        rest = f"{taken:,} of {read:,} rows" if source.weight < 1 else f"{read:,} rows make {taken:,}"
-        said.append(f"{source.path}@{source.weight:g}: {rest}")
+        of = "of" if source.weight < 1 else "from"
+        said.append(f"{source.path}@{source.weight:g}: {taken:,} {of} {counted(read, 'row')}")
 
 
 def _times(weight: float, seed: int) -> Iterator[int]:

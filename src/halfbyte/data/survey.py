@@ -19,7 +19,7 @@ from halfbyte.data.forms import GOOD, REJECTED_IDS
 from halfbyte.data.measure import OPENING, Measured, Progress, measure
 from halfbyte.data.scripts import Texts
 from halfbyte.data.stops import stop_ids
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, counted
 
 if TYPE_CHECKING:
     import datasets
@@ -193,8 +193,8 @@ def survey(
     trained = int(measured.trained.sum(dtype=np.int64))
     if not trained:
         raise InputError(
-            f"Nothing would be learnt: none of the {counts.tokens:,} tokens of {counts.rows:,} rows is trained; look "
-            "at which turns of the data are answers, and at max_length."
+            f"Nothing would be learnt: none of the {counted(counts.tokens, 'token')} of {counted(counts.rows, 'row')} "
+            "is trained; look at which turns of the data are answers, and at max_length."
         )
     longest = int(measured.lengths.max())
     limit = max_length or longest

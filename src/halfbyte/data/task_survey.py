@@ -70,9 +70,9 @@ class TaskSurvey:
         if self.classes and (most := max(self.classes.values())) >= UNEVEN * total:
             lines.append(f"{most / total:.0%} of the examples are of one class: look at f1 and matthews, not accuracy.")
         if self.contradicting:
-            lines.append(f"{self.contradicting:,} rows have an input that an earlier row answers otherwise.")
+            lines.append(f"Of {counted(self.contradicting, 'row')} the input has another answer in an earlier row.")
         if self.truncated:
-            lines.append(f"{self.truncated:,} rows are cut; raise max_length if the model reads more.")
+            lines.append(f"Cut: {counted(self.truncated, 'row')}; raise max_length if the model reads more.")
         return lines
 
 

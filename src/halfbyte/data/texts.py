@@ -11,7 +11,6 @@ import codecs
 import io
 import lzma
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, TextIO, cast
 
@@ -31,8 +30,21 @@ MARKS = (
 BLOCK = 1 << 20
 SAMPLE = 1 << 16
 """Bytes, from the first that is not ASCII, that tell an encoding."""
+ENOUGH = 200
+"""Bytes beyond ASCII that are in pairs throughout by no chance."""
 SHOWN = {"cp1252": "Windows-1252", "utf_16_le": "UTF-16", "utf_16_be": "UTF-16", "utf-16": "UTF-16", "utf-32": "UTF-32",
-         "gb18030": "GB18030"}  # fmt: skip
+         "gb18030": "GB18030", "utf-8": "UTF-8", "utf-8-sig": "UTF-8"}  # fmt: skip
+KEPT = "halfbyte.kept"
+"""How bytes that an encoding does not have are read: each as a lone surrogate, which no text holds (:func:`damage`)."""
+
+
+def _keep(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(KEPT, _keep)
 
 
 def open_bytes(path: Path, file: BinaryIO) -> BinaryIO:
@@ -110,10 +122,9 @@ def find_encoding(path: Path, file: BinaryIO, given: str | None = None) -> str:
 
 
 def open_text(path: Path, file: BinaryIO, encoding: str, newline: str | None = None) -> TextIO:
-    """Return the text of a file from its beginning; an invalid byte of UTF-8 becomes a lone surrogate."""
-    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    """Return the text of a file from its beginning; a byte that the encoding does not have becomes a lone surrogate."""
     stream = open_bytes(path, file)
-    return io.TextIOWrapper(io.BufferedReader(_Kept(stream), BLOCK), encoding, errors, newline)
+    return io.TextIOWrapper(io.BufferedReader(_Kept(stream), BLOCK), encoding, KEPT, newline)
 
 
 def shown(encoding: str) -> str:
@@ -177,16 +188,33 @@ def _encoding_of(path: Path, sample: bytes) -> str:
         return "utf-8-sig"  # if there are invalid bytes, they will be told with their lines
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", sample)]
     alone = sum(length for length in runs if length == 1) / sum(runs)
-    if alone < 0.5 and _decodes(sample, "gb18030"):
-        guess = _guess(sample)
-        others = ("cp949", "euc_kr", "euc_jp", *(() if _decodes(sample, "gb2312") else ("big5", "shift_jis", "cp932")))
-        return guess if guess and guess in others else "gb18030"
+    if alone < 0.5 and (paired := _pairs(sample)):
+        return paired
     if alone >= 0.5 and _decodes(sample, "cp1252"):
         return "cp1252"
     found = _guess(sample) or ("cp1252" if _decodes(sample, "cp1252") else None)
     if found is None:
         raise InputError(f"{path} is text in no encoding that can be found; name it with encoding (--encoding).")
     return found
+
+
+def _pairs(sample: bytes) -> str | None:
+    """Return the encoding of some lines, or of half of them if others are damaged, if it writes letters in pairs."""
+    if _decodes(sample, "gb18030"):
+        guess = _guess(sample)
+        others = ("cp949", "euc_kr", "euc_jp", *(() if _decodes(sample, "gb2312") else ("big5", "shift_jis", "cp932")))
+        if guess and guess in others:
+            return guess
+        text = sample.decode("gb18030", "ignore")  # kana stand at the same places in EUC-JP, the characters elsewhere
+        is_japanese = len(_KANA.findall(text)) > 0.2 * sum(not character.isascii() for character in text)
+        return "euc_jp" if is_japanese and _decodes(sample, "euc_jp") else "gb18030"
+    lines = sample.splitlines(keepends=True)
+    halves = (b"".join(lines[: len(lines) // 2]), b"".join(lines[len(lines) // 2 :])) if len(lines) > 1 else ()
+    enough = (half for half in halves if sum(byte > 127 for byte in half) >= ENOUGH)
+    return next(filter(None, map(_pairs, enough)), None)
+
+
+_KANA = re.compile("[\u3041-\u30fe]")
 
 
 def _guess(sample: bytes) -> str | None:
@@ -225,52 +253,12 @@ _BEGINS = re.compile(rb"([\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]|[\xf0-\xf4][\x80-\xb
 """A character of UTF-8 that is cut off: one that is not as well a word's last letter (an é is e9) in Windows-1252."""
 
 
-def checked_pieces(path: Path, text: TextIO) -> Iterator[str]:
-    """Yield a text in pieces of some size.
-
-    Raises:
-        InputError: it has bytes that its encoding does not have; of UTF-8 they are told by :func:`damage`.
-    """
-    line = 1
-    try:
-        while piece := text.read(BLOCK):
-            yield piece
-            line += piece.count("\n")
-    except UnicodeDecodeError as error:
-        raise undecodable(path, line, error) from None
-
-
-def lines_of(path: Path, text: TextIO) -> Iterator[str]:
-    """Yield the lines of a text.
-
-    Raises:
-        InputError: a line has bytes that its encoding does not have; of UTF-8 they are told by :func:`damage`.
-    """
-    number = 0
-    try:
-        for line in text:
-            number += 1
-            yield line
-    except UnicodeDecodeError as error:
-        raise undecodable(path, number + 1, error) from None
-
-
-def undecodable(path: Path, line: int, error: UnicodeError) -> InputError:
-    """Return the error that a file, somewhere behind ``line``, is not in its encoding."""
-    if not isinstance(error, UnicodeDecodeError):
-        return InputError(f"{path} is not text of the given encoding ({error}); name another (--encoding).")
-    return InputError(
-        f"{path}, near line {line} is not {shown(error.encoding)} text (byte 0x{error.object[error.start]:02x}); name "
-        "its encoding (--encoding), or save the file as UTF-8."
-    )
-
-
 def nul_bytes(where: str) -> BadRow:
     """Return the bad row ``where`` NUL bytes are: no text has them, but files that were not written to their end."""
     return BadRow(where, "NUL bytes", "holds NUL bytes, as files do that were not written to their end; remove it.")
 
 
-def damage(line: int, text: str) -> str:
+def damage(line: int, text: str, encoding: str) -> str:
     """Return what is wrong with ``text``, which begins in ``line``, as the end of a sentence; if nothing, ""."""
     if text.isascii():
         return ""
@@ -279,12 +267,12 @@ def damage(line: int, text: str) -> str:
     except UnicodeEncodeError as error:
         byte, place = ord(text[error.start]) & 0xFF, line + text.count("\n", 0, error.start)
         return (
-            f"is not UTF-8 text (byte 0x{byte:02x} in line {place}); save the file as UTF-8, or name its encoding "
-            "(--encoding)."
+            f"is not {shown(encoding)} text (byte 0x{byte:02x} in line {place}); save the file as UTF-8, or name its "
+            "encoding (--encoding)."
         )
     return ""
 
 
 def damaged(where: str, what: str) -> BadRow:
-    """Return the bad row ``where`` bytes are no UTF-8, which :func:`damage` has told as ``what``."""
-    return BadRow(where, "not UTF-8 text", what)
+    """Return the bad row ``where`` bytes are not of the file's encoding, which :func:`damage` has told as ``what``."""
+    return BadRow(where, what.partition(" (")[0].removeprefix("is "), what)
