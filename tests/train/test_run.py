@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,8 @@ from halfbyte.nn import QuantizedLinear
 from halfbyte.runs.events import Begin, End, Evaluation, Event, Note, Progress, StepMetrics
 from halfbyte.runs.metrics import read_events
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
+from halfbyte.train.build import _alike_together
+from halfbyte.train.methods import METHODS
 
 ANSWERS = ["yes", "no, never", "perhaps on Sunday", "ask again"]
 
@@ -472,3 +475,9 @@ def test_experts_train_where_trl_cannot_balance_them(
     fine_tune(TrainConfig(**options, lora_dropout=0.0), recorder)
     assert len(recorder.steps) == 2
     assert "without TRL's loss that balances them, which does not know Llama4TextConfig" in caplog.text
+
+
+def test_rows_of_like_length_are_evaluated_together_where_a_mean_over_tokens_is_all_that_is_taken() -> None:
+    rows = datasets.Dataset.from_list([{"input_ids": [0] * n, "number": i} for i, n in enumerate((2, 5, 1, 5, 3))])
+    assert _alike_together(rows, METHODS["sft"])["number"][:] == [1, 3, 4, 0, 2]
+    assert _alike_together(rows, METHODS["kto"]) is rows

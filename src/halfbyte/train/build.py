@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
-from halfbyte import data, hf, optim
+from halfbyte import data, hf, optim, tables
 from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
@@ -143,12 +144,17 @@ def build_trainer(
         model=model,
         args=method.arguments(config, common),
         train_dataset=rows.train.rows,
-        eval_dataset=rows.evaluation.rows if rows.evaluation else None,
+        eval_dataset=_alike_together(rows.evaluation.rows, method) if rows.evaluation else None,
         data_collator=method.collator(config, tokenizer.pad_token_id),
         processing_class=tokenizer,
         optimizers=(optimizer, None),
         **({"packer": packer} if packer else {}),
     )
+
+
+def _alike_together(rows: Any, method: Method) -> Any:
+    """Return ``rows`` with the longest first where the mean over tokens is all that is taken: less is padded then."""
+    return rows.select(np.argsort(-tables.lengths(rows), kind="stable")) if method.packs else rows
 
 
 def _groups(config: TrainConfig, model: Any) -> list[dict[str, Any]]:
