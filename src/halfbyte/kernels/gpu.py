@@ -106,9 +106,9 @@ def gated_gradient(dy: Tensor, gate: Tensor, up: Tensor, name: str, dgate: Tenso
     if liger is not None:
         liger.gated_gradient[name](dgate.copy_(gate), dup.copy_(up), dy)
         return
-    wide, of_value = gate.float(), dy.float()
-    dup.copy_(_activation(wide, name).mul_(of_value))
-    of_value.mul_(up)
+    wide = gate.float()
+    dup.copy_(_activation(wide, name).mul_(dy))
+    of_value = dy.float() * up
     if name == "silu":
         dgate.copy_(torch.ops.aten.silu_backward.default(of_value, wide))
     else:
