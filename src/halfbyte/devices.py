@@ -29,6 +29,15 @@ def choose(wish: Device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
+def check(wish: Device) -> None:
+    """Refuse a device that is not there, before there is work on it.
+
+    Raises:
+        InputError: as :func:`choose`.
+    """
+    chosen(wish, torch.cuda.is_available(), torch.version.cuda)
+
+
 def chosen(wish: Device, has_gpu: bool, built_for: str | None) -> str:
     """Return the type of device for ``wish``.
 

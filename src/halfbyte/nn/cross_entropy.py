@@ -227,7 +227,7 @@ def _head_gradient(
     dweight = torch.empty_like(weight) if weight_is_trained and isinstance(weight, Tensor) else None
     dbias = torch.empty_like(bias) if bias_is_trained and bias is not None else None
     inner = hidden.to(dtype)
-    for first, head, offset in _chunks(weight, bias, dtype, WIDTH):
+    for first, head, offset in _chunks(weight, bias, dtype, chunk_width(len(inner), inner.device.type)):
         z = linear(inner, head, offset).float() * scale
         slope = torch.full_like(z, scale)
         if cap is not None:
