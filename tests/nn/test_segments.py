@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MistralConfig, Qwen2Config
 
 from halfbyte import kernels
 from halfbyte.hf.layers.attention import RangedMask, attention_forward
+from halfbyte.hf.layers.separation import needs_mask
 from halfbyte.nn.attention import attention, key_ranges
 from halfbyte.nn.segments import Segment, attention_over_segments, segments_of
 
@@ -132,3 +134,24 @@ def test_a_mask_on_a_gpu_knows_its_segments_when_it_is_made() -> None:
     assert RangedMask(ranges, LENGTH, "meta").segments == CASES["packed"][2]
     longer = key_ranges((1, 3, 13), ahead=0)
     assert longer is not None and RangedMask(longer, 13, "meta").segments is None
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "longest", "expected"),
+    [
+        ("cuda", {"sliding_window": 512}, 513, True),
+        ("cuda", {"sliding_window": 512}, 512, False),
+        ("cuda", {"sliding_window": None}, 10**6, False),
+        ("cpu", {"sliding_window": 512}, 513, False),
+        ("mps", {"sliding_window": None}, 5, True),
+    ],
+)
+def test_packing_on_a_gpu_needs_windows_that_no_row_exceeds(
+    device: str, options: dict[str, Any], longest: int, expected: bool
+) -> None:
+    assert needs_mask(device, MistralConfig(**options), longest) is expected
+
+
+def test_a_window_that_is_not_used_is_none() -> None:
+    config = Qwen2Config(sliding_window=512, use_sliding_window=False)
+    assert not needs_mask("cuda", config, 5000)
