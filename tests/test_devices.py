@@ -1,5 +1,6 @@
 """Where a model runs: the choices, over plain values."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import halfbyte
 from halfbyte import devices
 from halfbyte.errors import InputError
+from halfbyte.hf.models import quantizer
 
 GIB = 2**30
 
@@ -57,3 +59,21 @@ def test_a_model_opens_on_the_device_that_is_named(tiny_model_folder: Path) -> N
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="device is cuda, but"):
             halfbyte.load(tiny_model_folder, device="cuda")
+
+
+def test_no_more_than_one_weight_is_dense_while_a_model_is_quantized(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+    most = 0
+
+    def watched(name: str, dense: torch.Tensor, *rest: Any) -> Any:
+        nonlocal most
+        alive.append(weakref.ref(dense.untyped_storage()))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return quantized(name, dense, *rest)
+
+    quantized = quantizer.quantized
+    monkeypatch.setattr(quantizer, "quantized", watched)
+    halfbyte.load(tiny_model_folder, device="cpu")
+    assert len(alive) == 14 and most == 1
