@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, Qwen2Config
+from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
 from halfbyte import kernels
-from halfbyte.hf.layers.attention import RangedMask, attention_forward
+from halfbyte.hf.layers.attention import RangedMask, attention_forward, attention_mask
 from halfbyte.hf.layers.separation import needs_mask
 from halfbyte.nn.attention import attention, key_ranges
 from halfbyte.nn.segments import Segment, attention_over_segments, segments_of
@@ -134,6 +135,18 @@ def test_a_mask_on_a_gpu_knows_its_segments_when_it_is_made() -> None:
     assert RangedMask(ranges, LENGTH, "meta").segments == CASES["packed"][2]
     longer = key_ranges((1, 3, 13), ahead=0)
     assert longer is not None and RangedMask(longer, 13, "meta").segments is None
+
+
+def test_the_mask_for_a_gpu_is_segments_made_on_the_cpu() -> None:
+    # which needs no GPU, since nothing is computed there
+    causal = {"device": "cuda", "mask_function": causal_mask_function}
+    real = padded((0, 9), (0, 13))
+    made = attention_mask(2, LENGTH, LENGTH, attention_mask=real, **causal)
+    assert isinstance(made, RangedMask) and made.device.type == "cuda"
+    assert made.segments == CASES["padded right"][2]
+    together = and_masks(causal_mask_function, packed_sequence_mask_function(packed(5, 1, 7)))
+    made = attention_mask(1, LENGTH, LENGTH, device="cuda", mask_function=together)
+    assert isinstance(made, RangedMask) and made.segments == CASES["packed"][2]
 
 
 @pytest.mark.parametrize(
