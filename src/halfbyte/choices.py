@@ -14,6 +14,8 @@ QuantType = Literal[SaveableType, "none"]
 """What the base weights of a model are held in; ``none`` leaves them in the compute dtype."""
 FloatType = Literal["float32", "bfloat16", "float16"]
 """A dtype of torch in which can be computed."""
+Device = Literal["auto", "cpu", "cuda"]
+"""Where a model runs; see :mod:`halfbyte.devices`."""
 Optimizer = Literal[
     "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit", "adamw_torch", "paged_lion_8bit",
     "paged_lion_32bit", "lion_8bit", "lion_32bit", "adafactor", "sgd", "rmsprop", "adagrad",

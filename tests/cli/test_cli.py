@@ -134,6 +134,21 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(run, tmp_path, tiny_model_f
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["generate", "classify", "train"])
+def test_a_gpu_that_is_not_there_is_refused(run, tmp_path, tiny_model_folder, command):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = {
+        "generate": [str(tiny_model_folder), "--prompt", "x"],
+        "classify": [str(tiny_model_folder), "--text", "x"],
+        "train": ["--model", str(tiny_model_folder), "--data", str(tmp_path / "rows.jsonl"), f"--output={tmp_path}/o"],
+    }
+    code, out, err = run(command, *words[command], "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"Error: device is cuda, but .* use device cpu\.\n", err), err
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_fresh_program_says_nothing_else_while_it_imports(tmp_path):
     script = "from halfbyte.cli import main; main()"
     command = [sys.executable, "-c", script, "generate", str(tmp_path / "no"), "--prompt", "x"]

@@ -125,6 +125,14 @@ def test_one_chunk_and_many_agree(provider: None, monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 511, 512, 2048])
+def test_chunks_on_a_gpu_are_as_large_as_their_bound_lets_them_be(rows: int) -> None:
+    width = cross_entropy.chunk_width(rows, "cuda")
+    assert width % cross_entropy.WIDTH == 0  # rows of 4-bit heads begin with a block
+    assert max(rows, 1) * width <= cross_entropy.GPU_CHUNK < 2 * max(rows, 1) * width
+    assert cross_entropy.chunk_width(rows, "cpu") == cross_entropy.WIDTH
+
+
 def test_no_position_gives_no_scores_and_zero_gradients(provider: None) -> None:
     hidden = torch.zeros(0, 8, requires_grad=True)
     weight = torch.ones(20, 8, requires_grad=True)

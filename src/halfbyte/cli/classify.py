@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli.console import notes
-from halfbyte.cli.options import Model, RemoteCode
+from halfbyte.cli.options import Device, Model, RemoteCode
 from halfbyte.cli.talk import opened
 from halfbyte.errors import InputError
 
@@ -37,6 +37,7 @@ def classify(
     text_pair: Pair = None,
     as_json: Json = False,
     batch_size: Batch = 32,
+    device: Device = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Name the class of texts: for each a line with the class, its probability and the text."""
@@ -48,7 +49,7 @@ def classify(
     if (first := next(texts, None)) is None:
         raise InputError(f"{file} holds no text; write one a line.")
     texts = itertools.chain([first], texts)
-    with opened(model, None, trust_remote_code) as (loaded, tokenizer):
+    with opened(model, None, trust_remote_code, device) as (loaded, tokenizer):
         from halfbyte.generate import classify_texts
 
         cut = 0

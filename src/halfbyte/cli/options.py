@@ -11,6 +11,7 @@ import typer
 import typer.core
 from pydantic import BaseModel, ByteSize
 
+from halfbyte import choices
 from halfbyte.errors import InputError
 
 Model = Annotated[str, typer.Argument(help="Run folder, adapter folder, model folder or hub id.")]
@@ -20,6 +21,10 @@ Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest t
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this probability.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed, to draw the same answers again.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Device = Annotated[
+    choices.Device,
+    typer.Option(help="Where the model runs; auto: on the CUDA GPU if there is one, else on the CPU."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each side.  [default: torch's]")]
 Results = Annotated[
     Path | None,

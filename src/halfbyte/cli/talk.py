@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from halfbyte import choices
 from halfbyte.cli.console import fail, notes, status
-from halfbyte.cli.options import MaxNewTokens, Model, RemoteCode, Seed, System, Temperature, TopP
+from halfbyte.cli.options import Device, MaxNewTokens, Model, RemoteCode, Seed, System, Temperature, TopP
 from halfbyte.errors import InputError
 from halfbyte.quiet import quiet
 
@@ -20,10 +21,11 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     seed: Seed = None,
+    device: Device = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
-    with opened(model, seed, trust_remote_code) as (loaded, tokenizer):
+    with opened(model, seed, trust_remote_code, device) as (loaded, tokenizer):
         from halfbyte.generate import stream_reply
 
         if loaded.config.is_encoder_decoder:
@@ -70,13 +72,14 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    device: Device = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Answer one prompt on standard output."""
     if raw and system is not None:
         raise InputError("--raw takes the prompt as it stands, without --system; give one of the two.")
     text = _standard_input() if prompt == "-" else prompt
-    with opened(model, seed, trust_remote_code) as (loaded, tokenizer):
+    with opened(model, seed, trust_remote_code, device) as (loaded, tokenizer):
         from halfbyte.generate import stream_reply
 
         for piece in stream_reply(
@@ -92,7 +95,9 @@ def generate(
 
 
 @contextlib.contextmanager
-def opened(path: str, seed: int | None, trust_remote_code: bool) -> Iterator[tuple[Any, Any]]:
+def opened(
+    path: str, seed: int | None, trust_remote_code: bool, device: choices.Device = "auto"
+) -> Iterator[tuple[Any, Any]]:
     """Yield a model and its tokenizer, the libraries silent meanwhile."""
     with quiet():
         with status(f"Loading {path}"):
@@ -103,7 +108,7 @@ def opened(path: str, seed: int | None, trust_remote_code: bool) -> Iterator[tup
             if seed is not None:
                 transformers.set_seed(seed)
             tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-            loaded = load(path, trust_remote_code=trust_remote_code)
+            loaded = load(path, trust_remote_code=trust_remote_code, device=device)
         if notes.is_terminal:  # else nobody watches, and loading has warned of less than half
             notes.print(f"The weights: {describe_base(loaded)}.", style="dim")
         yield loaded, tokenizer

@@ -62,13 +62,14 @@ def score_choices(
         progress: called with the numbers of rows done and in all.
     """
     seen = [(len(row["input_ids"]), _first_label(row)) for row in rows]
-    choices = torch.tensor(sorted({label for _, label in seen}))
+    choices = torch.tensor(sorted({label for _, label in seen}), device=model.device)
     by_length = sorted(range(len(seen)), key=lambda number: seen[number][0], reverse=True)
     collate = Collator(pad_token_id=None)
     right = tokens = 0
     surprise = 0.0
     for start in range(0, len(by_length), batch_size):
         batch = collate(rows[number] for number in by_length[start : start + batch_size])
+        batch = {name: values.to(model.device) for name, values in batch.items()}
         targets = batch.pop("labels")[:, 1:]
         columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
         targets = targets[:, columns]

@@ -10,8 +10,9 @@ What bitsandbytes cannot do the reference does:
 - Coded 8 bits: tables of fewer than 256 values; blocks of other sizes than the powers of two from 64 to 4096.
 - 8-bit optimizer state: blocks of other sizes than 256.
 - Tensors of 2³¹ elements and more, which its kernels count in 32 bits, and empty ones.
-- Block-wise int8 weights, and the other pieces of a training step: attention, norms, gating, rotary embedding, the
-  softmax of the output head.
+- Block-wise int8 weights, and attention (which on a GPU does not come here: :mod:`halfbyte.hf.layers.attention`).
+
+Norms, gating, rotary embedding and the softmax of the output head are :mod:`halfbyte.kernels.gpu`'s.
 
 Its fused product takes rows of whole blocks and double quantization in blocks of 256; for others, and for the gradient,
 the weight is dequantized and torch multiplies. A short last block is filled up first, since its AVX-512 kernel places
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from halfbyte.kernels import reference
+from halfbyte.kernels import gpu, reference
 from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.terms import Sum
 from halfbyte.kernels.weights import Statistics, Weight4bit, WeightInt8
@@ -46,10 +47,15 @@ LARGEST_COUNT = 2**31 - 1
 
 quantize_int8, dequantize_int8 = reference.quantize_int8, reference.dequantize_int8
 attention, attention_backward = reference.attention, reference.attention_backward
-rms_norm, rms_norm_gradient = reference.rms_norm, reference.rms_norm_gradient
+rms_norm, rms_norm_gradient = gpu.rms_norm, gpu.rms_norm_gradient
 rms_norm_weight_gradient = reference.rms_norm_weight_gradient
-gated, gated_gradient, rotary = reference.gated, reference.gated_gradient, reference.rotary
-fold_softmax = reference.fold_softmax
+gated, gated_gradient, rotary = gpu.gated, gpu.gated_gradient, gpu.rotary
+fold_softmax = gpu.fold_softmax
+
+TAKES_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+"""Whether ``torch.mm`` gives fp32 of 16-bit factors, on CUDA."""
+FEW = 64
+"""Rows up to which its fused product serves in a sum: above, a dense weight and one large product are faster."""
 
 
 @functools.cache
@@ -122,19 +128,57 @@ def matmul_4bit_dx(dy: Tensor, weight: Weight4bit) -> Tensor:
 
 
 def matmul_sums(sums: Sequence[Sum]) -> None:
-    """Sums of products, each rounded to the dtype of ``x`` and added up in fp32."""
+    """Sums of products, the factors in the dtype of ``x``.
+
+    One or two terms (a projection and its adapter) are summed by the second product itself, over the narrower one
+    rounded: what an adapter adds is rounded by itself, at its own size. More than two, and sums in fp32, are fp32.
+    """
     for terms, out, bias in sums:
-        y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
-        for x, factor, transposed in terms:
-            if isinstance(factor, WeightInt8):
-                factor = reference.dequantize_int8(factor, x.dtype)
-            if not isinstance(factor, Weight4bit):
-                y = y + x @ (factor.to(x.dtype).T if transposed else factor.to(x.dtype))
-            elif transposed:
-                y = y + matmul_4bit(x.contiguous(), factor, None)
+        products = [_factors(x, factor, transposed) for x, factor, transposed in sorted(terms, key=_width)]
+        if len(products) > 2 or out.dtype != terms[0].x.dtype:
+            total = None if bias is None else bias.float().expand_as(out)
+            for x, factor in products:
+                y = x.float() if factor is None else _product(x, factor)
+                total = y if total is None else total + y
+            out.copy_(torch.zeros_like(out) if total is None else total)
+            continue
+        if bias is not None:
+            out.copy_(bias.expand_as(out))
+        for number, (x, factor) in enumerate(products):
+            begun = bias is not None or number > 0
+            if factor is None:
+                out.copy_(out + x if begun else x)
+            elif begun:
+                out.addmm_(x, factor)
             else:
-                y = y + matmul_4bit_dx(x, factor)
-        out.copy_(y)
+                torch.mm(x, factor, out=out)
+
+
+def _width(term: Any) -> int:
+    """The length of a term's products; an adapter's is its rank."""
+    width: int = term.x.shape[1]
+    return width
+
+
+def _factors(x: Tensor, factor: Any, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the two factors of a term's product; of few rows and 4 bits the product, and None."""
+    if isinstance(factor, Weight4bit) and transposed and len(x) <= FEW:
+        return matmul_4bit(x.contiguous(), factor, None), None
+    if isinstance(factor, Weight4bit):
+        factor = dequantize_4bit(factor, x.dtype)
+    elif isinstance(factor, WeightInt8):
+        factor = reference.dequantize_int8(factor, x.dtype)
+    factor = factor.to(x.dtype)
+    return x, factor.T if transposed else factor
+
+
+def _product(x: Tensor, factor: Tensor) -> Tensor:
+    """The product in fp32 of factors that may be rounded."""
+    if x.dtype == torch.float32:
+        return x @ factor
+    if x.is_cuda and TAKES_OUT_DTYPE:
+        return torch.mm(x, factor, out_dtype=torch.float32)
+    return x.float() @ factor.float() if x.device.type == "cpu" else (x @ factor).float()
 
 
 def adamw_32bit(

@@ -30,6 +30,8 @@ ROWS = 2048
 """Positions that are taken together."""
 WIDTH = 2048
 """Vocabulary in a chunk: its logits and rows of W stay in cache, and the products run at the speed of large ones."""
+GPU_CHUNK = 2**24
+"""Logits in a chunk on a GPU, where each operation has to be worth its launch."""
 
 
 Weight = Tensor | QuantizedWeight | QuantizedInt8
@@ -159,10 +161,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, dbias, *none
 
 
-def _chunks(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def chunk_width(rows: int, device: str) -> int:
+    """Return how much of the vocabulary is taken at once for so many rows; a power of two."""
+    return WIDTH if device == "cpu" else max(WIDTH, 1 << (GPU_CHUNK // max(rows, 1)).bit_length() - 1)
+
+
+def _chunks(
+    weight: Weight, bias: Tensor | None, dtype: torch.dtype, width: int
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """The head in chunks of the vocabulary: the first index, and its part of weight and bias as ``dtype``."""
-    for first in range(0, weight.shape[0], WIDTH):
-        last = min(first + WIDTH, weight.shape[0])
+    for first in range(0, weight.shape[0], width):
+        last = min(first + width, weight.shape[0])
         dense = (
             weight[first:last].to(dtype) if isinstance(weight, Tensor) else weight.rows(first, last).dequantize(dtype)
         )
@@ -181,18 +190,22 @@ def _fold_vocabulary(
     """The softmax of each row; for a gradient also ``W[label]`` and Σ exp(z - m) z' W over the others, fp32."""
     rows = len(hidden)
     softmax = RunningSoftmax.empty(rows, hidden.device)
+    width = chunk_width(rows, hidden.device.type)
     own, taken = (torch.zeros_like(hidden, dtype=torch.float32) if gradient else None for _ in range(2))
-    buffer = hidden.new_empty(rows * min(WIDTH, weight.shape[0]))
+    if own is not None and isinstance(weight, Tensor):
+        own = weight.index_select(0, labels).to(hidden.dtype).float()
+    buffer = hidden.new_empty(rows * min(width, weight.shape[0]))
     product = torch.empty_like(hidden)
-    for first, head, offset in _chunks(weight, bias, hidden.dtype):
+    for first, head, offset in _chunks(weight, bias, hidden.dtype, width):
         logits = buffer[: rows * len(head)].view(rows, len(head))
         torch.mm(hidden, head.T, out=logits)
         if offset is not None:
             logits.add_(offset)
         kernels.fold_softmax(logits, labels, first, softmax, scale=scale, cap=cap, gradient=gradient)
         if own is not None and taken is not None:
-            inside = ((labels >= first) & (labels < first + len(head))).nonzero().squeeze(1)
-            own[inside] = head[labels[inside] - first].float()
+            if not isinstance(weight, Tensor):
+                inside = ((labels >= first) & (labels < first + len(head))).nonzero().squeeze(1)
+                own[inside] = head[labels[inside] - first].float()
             taken.mul_(softmax.shrink.unsqueeze(1)).add_(torch.mm(logits, head, out=product))
     return softmax, own, taken
 
@@ -214,7 +227,7 @@ def _head_gradient(
     dweight = torch.empty_like(weight) if weight_is_trained and isinstance(weight, Tensor) else None
     dbias = torch.empty_like(bias) if bias_is_trained and bias is not None else None
     inner = hidden.to(dtype)
-    for first, head, offset in _chunks(weight, bias, dtype):
+    for first, head, offset in _chunks(weight, bias, dtype, chunk_width(len(inner), inner.device.type)):
         z = linear(inner, head, offset).float() * scale
         slope = torch.full_like(z, scale)
         if cap is not None:

@@ -13,7 +13,7 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.errors import size_text
-from halfbyte.kernels import native, provider_for, providers
+from halfbyte.kernels import gpu, native, provider_for, providers
 from halfbyte.memory import memory_limit
 from halfbyte.runs.circumstances import kernels_in_force
 
@@ -50,6 +50,7 @@ def report() -> list[Finding]:
         _memory(),
         *(Finding(name, importlib.metadata.version(name)) for name in LIBRARIES),
         _bitsandbytes(),
+        _liger(),
         _cuda(),
         _cache(),
     ]
@@ -107,9 +108,21 @@ def _bitsandbytes() -> Finding:
         return Finding("bitsandbytes", "none (optional)")
 
 
+def _liger() -> Finding:
+    try:
+        version = importlib.metadata.version("liger-kernel")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("liger-kernel", "none (optional)")
+    if not gpu.available():
+        return Finding("liger-kernel", f"{version}, without Triton", "Its kernels need Triton: pip install triton.")
+    return Finding("liger-kernel", f"{version} (its kernels serve decoder layers on CUDA)")
+
+
 def _cuda() -> Finding:
     if not torch.cuda.is_available():
-        return Finding("CUDA", "none (the CPU is used)")
+        others = [name for name in ("mps", "xpu") if getattr(torch, name).is_available()]
+        unused = f"; {' and '.join(others)} would run on torch's operations, and are not chosen" if others else ""
+        return Finding("CUDA", f"none (the CPU is used{unused})")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     kernels = _provider("cuda")
     hint = "To get the fast kernels for it, install bitsandbytes." if kernels == "reference" else ""

@@ -24,6 +24,7 @@ from halfbyte.choices import (
     QUANT_TYPES,
     SMOOTHED,
     TRANSFORMERS_OPTIMIZERS,
+    Device,
     DpoLoss,
     FloatType,
     KtoLoss,
@@ -113,6 +114,9 @@ class TrainConfig(AdapterOptions, DataOptions):
     compute_dtype: FloatType = Field(
         default=COMPUTE_DTYPE, description="Type of activations and of weights while they are multiplied."
     )
+    device: Device = Field(
+        default="auto", description="Where the model runs; auto: on the CUDA GPU if torch sees one, or else on the CPU."
+    )
 
     rank: int = Field(default=64, ge=1, description="Rank of the LoRA matrices.")
     lora_alpha: float = Field(default=16, gt=0, description="LoRA scale: updates are multiplied by lora_alpha / rank.")
@@ -137,8 +141,8 @@ class TrainConfig(AdapterOptions, DataOptions):
     memory: ByteSize | None = Field(
         default=None,
         json_schema_extra=CHANGEABLE,
-        description="Memory for the process, such as 8GiB; activations that do not fit are recomputed in the backward "
-        "pass. Without it: what is free.",
+        description="Memory for the process, such as 8GiB, on a GPU of the GPU's; activations that do not fit are "
+        "recomputed in the backward pass. Without it: what is free.",
     )
     gradient_checkpointing: bool | None = Field(
         default=None,

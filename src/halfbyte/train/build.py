@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
-from halfbyte import data, hf, optim, tables
+from halfbyte import data, devices, hf, optim, tables
 from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
@@ -43,6 +43,7 @@ def build_model(config: TrainConfig, beginning: Beginning | None = None, classes
             trust_remote_code=config.trust_remote_code,
             task=config.task,
             classes=classes or None,
+            device=config.device,
         )
     if hasattr(model, "peft_config"):
         raise InputError(f"{config.model} is an adapter; name its base model, and it as the adapter to train on from.")
@@ -80,15 +81,21 @@ def plan_activations(
         InputError: nothing fits.
     """
     logits = logits_bytes(config, model, longest)
-    free = (
-        int(FREE_SHARE * free_memory()) // distributed.on_this_machine()
-        if config.memory is None
-        else config.memory - anonymous_memory()
-    )
+    free = free_for(config, next(model.parameters()).device)
     [lacking] = distributed.largest([logits - free])
     recompute = config.gradient_checkpointing
     rows = max(config.rows_a_pass * sequences, -(-(tokens or 0) // longest))
     return activations.plan(model, length=longest, batch_size=rows, free=-lacking, recompute=recompute)
+
+
+def free_for(config: TrainConfig, device: torch.device) -> int:
+    """Return the bytes that training may still take: on a GPU of the GPU's memory, or else of the machine's."""
+    share = FREE_SHARE if config.memory is None else 1.0
+    if device.type == "cuda":
+        return int(share * devices.free_on(device, config.memory))
+    if config.memory is None:
+        return int(share * free_memory()) // distributed.on_this_machine()
+    return config.memory - anonymous_memory()
 
 
 def build_trainer(
@@ -106,6 +113,7 @@ def build_trainer(
     It evaluates, if there is data for that, every ``eval_steps``, and first of all where the run is to ``begin``. A
     ``packer`` packs the samples of each step.
     """
+    device = next(model.parameters()).device.type
     common = {
         "output_dir": str(config.output),
         "per_device_train_batch_size": config.rows_a_pass,
@@ -128,7 +136,8 @@ def build_trainer(
         "eval_on_start": begin and rows.evaluation is not None,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device == "cuda",
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from halfbyte import data, hf
+from halfbyte import data, devices, hf
 from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
 from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
@@ -84,6 +84,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
     method = method_of(config)
     schedules.check(config)
     check_options(config)
+    devices.check(config.device)
     folder = RunFolder(config.output)
     with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():

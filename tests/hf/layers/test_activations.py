@@ -60,6 +60,12 @@ def test_a_budget_that_nothing_fits_in_is_refused_with_what_would(free: int, rem
         activations.choose(layers, 2**30, free, batch_size=4)
 
 
+def test_on_a_gpu_nothing_waits_on_the_disk() -> None:
+    assert activations.choose(LAYERS, 7, 7 + BUSY + 40, disk=False) == Policy(0, 4, 0, 7 + BUSY + 40, 7 + BUSY + 40)
+    with pytest.raises(InputError, match=r"every activation recomputed, but"):
+        activations.choose(LAYERS, 7, 7 + BUSY + 39, disk=False)
+
+
 def test_the_cost_of_recomputing_is_stated() -> None:
     text = str(activations.choose(LAYERS, 0, BUSY + 220))
     assert "2 of 4 layers are recomputed" in text and "25% more matrix work" in text

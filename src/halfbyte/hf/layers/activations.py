@@ -4,7 +4,7 @@ A layer's activations are
 
     kept         all that its backward reads stays in memory;
     recomputed   only its input stays, and the forward runs again in the backward (arXiv 1604.06174);
-    offloaded    recomputed, and the input waits in an unnamed file (:mod:`halfbyte.optim.paged`).
+    offloaded    recomputed, and the input waits in an unnamed file (:mod:`halfbyte.optim.paged`); not on a GPU.
 
 A step is ``2 N T`` forward and ``2 N T`` backward operations of matrix work over the frozen weights (N parameters,
 T tokens), so recomputing k of n layers costs ``k / (2 n)`` more of it. As few layers as possible are recomputed, the
@@ -31,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.errors import InputError, size_text
+from halfbyte.nn import QuantizedLinear
+from halfbyte.nn.cross_entropy import GPU_CHUNK
 from halfbyte.optim import paged
 
 SEAM = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -80,7 +82,7 @@ class Policy:
         return f"{text}: {share}, for {again / layers / 2:.0%} more matrix work"
 
 
-def choose(layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1) -> Policy:
+def choose(layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1, disk: bool = True) -> Policy:
     """Return the policy with the least recomputation, then the least on the disk, that fits.
 
     Args:
@@ -88,20 +90,23 @@ def choose(layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1) 
         fixed: bytes that the step needs whatever the policy is.
         free: bytes that there are for all.
         batch_size: sequences that the layers hold this for.
+        disk: whether inputs may wait on the disk.
 
     Raises:
         InputError: nothing fits; it names what would.
     """
     count = len(layers)
-    for offloaded, recomputed in [*((0, r) for r in range(count + 1)), *((o, count - o) for o in range(1, count + 1))]:
+    on_disk = ((o, count - o) for o in range(1, count + 1)) if disk else ()
+    for offloaded, recomputed in [*((0, r) for r in range(count + 1)), *on_disk]:
         needed = _needed(layers, fixed, offloaded, recomputed)
         if needed <= free:
             return Policy(offloaded, recomputed, count - offloaded - recomputed, needed, free)
     fitting = (free - fixed) * batch_size // (needed - fixed) if needed > fixed else 0
     remedy = f"lower batch_size from {batch_size} to {fitting}" if fitting > 0 else "lower max_length"
+    either = "recomputed or on the disk" if disk else "recomputed"
     raise InputError(
-        f"A step needs {size_text(needed)} of memory even with every activation recomputed or on the disk, but "
-        f"{size_text(free)} may be used: {remedy}, or raise memory by {size_text(needed - free)}."
+        f"A step needs {size_text(needed)} of memory even with every activation {either}, but {size_text(free)} may "
+        f"be used: {remedy}, or raise memory by {size_text(needed - free)}."
     )
 
 
@@ -180,10 +185,24 @@ def plan(model: nn.Module, *, length: int, batch_size: int, free: int, recompute
     """
     layers = measure(model, length, batch_size)
     fixed = WORKSPACE + BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    disk = next(model.parameters()).device.type == "cpu"
+    if not disk:
+        fixed += gpu_workspace(model)
     if recompute is None:
-        return choose(layers, fixed, free, batch_size)
+        return choose(layers, fixed, free, batch_size, disk)
     recomputed = len(layers) if recompute else 0
     return Policy(0, recomputed, len(layers) - recomputed, _needed(layers, fixed, 0, recomputed), free)
+
+
+def gpu_workspace(model: nn.Module) -> int:
+    """Return the bytes that a step takes on a GPU beside :data:`WORKSPACE`, where the CPU's kernels need none.
+
+    The largest quantized weight is there densely, twice where one is still in use as the next is made, and the head
+    works on a chunk of logits and fp32 values of it (:data:`halfbyte.nn.cross_entropy.GPU_CHUNK`).
+    """
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    dense = (m.in_features * m.out_features * (m.compute_dtype or torch.float32).itemsize for m in quantized)
+    return 2 * max(dense, default=0) + 6 * torch.float32.itemsize * GPU_CHUNK
 
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

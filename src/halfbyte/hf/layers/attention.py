@@ -9,6 +9,9 @@ decided where transformers decides it: causality, sliding windows, padding, cach
 
 What ranges cannot say, and what the kernel does not do, goes the usual way, with the mask built: to SDPA, or where SDPA
 would leave something out (soft caps, attention sinks) to the model's own eager function.
+
+On a CUDA GPU ranges that are segments go to SDPA without a mask (:mod:`halfbyte.nn.segments`). They are made on the
+CPU, once for all layers of a pass, for which the CPU waits for padding and positions.
 """
 
 import contextlib
@@ -33,6 +36,7 @@ from transformers.utils.import_utils import is_tracing
 from halfbyte.kernels.attention import LARGEST_HEAD, MOST_KEYS
 from halfbyte.kernels.checks import FLOATING
 from halfbyte.nn.attention import attention, key_ranges, mask_of, within_segments
+from halfbyte.nn.segments import Segment, attention_over_segments, segments_of
 
 NAME = "halfbyte"
 
@@ -70,26 +74,30 @@ class RangedMask(Tensor):
     """The mask ``[B, 1, L, S]`` that says the same as ``ranges``, bool, built when something is computed with it.
 
     Attributes:
-        ranges: int32 ``[B, L, 2]``.
+        ranges: int32 ``[B, L, 2]``, on the CPU wherever the mask is.
+        segments: what they mean, if the mask is on a GPU and they are segments.
     """
 
     ranges: Tensor
+    segments: list[Segment] | None
     _built: Tensor | None
 
     @staticmethod
-    def __new__(cls, ranges: Tensor, keys: int) -> "RangedMask":
+    def __new__(cls, ranges: Tensor, keys: int, device: torch.device | str = "cpu") -> "RangedMask":
         batches, queries, _ = ranges.shape
         self: RangedMask = Tensor._make_wrapper_subclass(
-            cls, (batches, 1, queries, keys), dtype=torch.bool, device=ranges.device
+            cls, (batches, 1, queries, keys), dtype=torch.bool, device=torch.device(device)
         )
         self.ranges = ranges
+        on_gpu = torch.device(device).type != "cpu"
+        self.segments = segments_of(ranges) if on_gpu and queries == keys else None
         self._built = None
         return self
 
     def built(self) -> Tensor:
         """Return the mask as an ordinary tensor."""
         if self._built is None:
-            self._built = _whole_mask(self.ranges, self.shape[-1])
+            self._built = _whole_mask(self.ranges.to(self.device), self.shape[-1])
         return self._built
 
     @classmethod
@@ -142,17 +150,19 @@ def attention_mask(
         kwargs: for SDPA's mask.
     """
     rule = None
-    if torch.device(device).type == "cpu" and not is_tracing(attention_mask):
+    kind = torch.device(device).type
+    if (kind == "cpu" or (kind == "cuda" and q_length > 1)) and not is_tracing(attention_mask):
         rule = _rule(mask_function)
     if rule is not None:
-        real = attention_mask
+        real = None if attention_mask is None else attention_mask.cpu()
+        rule = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in rule.items()}
         if real is not None:
             missing = kv_offset + kv_length - real.shape[-1]
             real = nn.functional.pad(real, (0, max(missing, 0)))[:, kv_offset : kv_offset + kv_length]
         shape = (batch_size, q_length, kv_length)
         ranges = key_ranges(shape, offset=int(q_offset) - int(kv_offset), real=real, cross="ahead" not in rule, **rule)
         if ranges is not None:
-            return RangedMask(ranges, kv_length)
+            return RangedMask(ranges, kv_length, device)
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
@@ -189,6 +199,13 @@ def attention_forward(
         ``[B, L, H, D]``, and None for the weights.
     """
     bounds = _bounds(kwargs)
+    if isinstance(attention_mask, RangedMask) and attention_mask.segments and softcap is None and not dropout:
+        segments: list[Segment] | None = attention_mask.segments
+        if bounds is not None:
+            segments = segments_of(within_segments(attention_mask.ranges, bounds.cpu()))
+        fits = attention_mask.shape == _mask_shape(query, key)
+        if fits and segments and _supported(query, key, value, kwargs):
+            return attention_over_segments(query, key, value, segments, scaling), None
     ranges = _ranges(module, query, key, attention_mask, kwargs)
     if ranges is not None and bounds is not None and query.shape[2] == key.shape[2]:
         ranges = within_segments(ranges, bounds)
@@ -251,8 +268,7 @@ def _ranges(
     if query.device.type != "cpu" or is_tracing(query):
         return None
     if isinstance(mask, RangedMask):
-        fits = mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
-        return mask.ranges if fits else None
+        return mask.ranges if mask.shape == _mask_shape(query, key) else None
     if mask is None:
         return _unmasked(module, query, key, kwargs)
     window, keys = kwargs.get("sliding_window"), key.shape[2]
@@ -262,6 +278,10 @@ def _ranges(
     shape = (query.shape[0], query.shape[2], keys)
     behind, ahead = None if window is None else window - 1, 0 if is_causal else None
     return key_ranges(shape, behind=behind, ahead=ahead, real=mask.bool(), cross=not is_causal)
+
+
+def _mask_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    return query.shape[0], 1, query.shape[2], key.shape[2]
 
 
 def _unmasked(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor | None:

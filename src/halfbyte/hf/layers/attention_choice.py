@@ -56,7 +56,7 @@ def describe_attention(model: nn.Module) -> str:
     for part in parts_of(model):
         name = part.config._attn_implementation
         if name == attention.NAME:
-            ways.append("over key ranges")
+            ways.append("over key ranges" if part.device.type == "cpu" else "over segments, by torch's own kernels")
         elif name is not None:
             obstacle = _obstacle(part)
             ways.append(f"{name}: {type(part).__name__} {obstacle}" if obstacle else name)

@@ -17,6 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+FUSED_ON = ("cpu", "cuda")
+"""Types of devices on which there are pieces to fuse."""
+
 
 def _nothing(attention: Any) -> dict[str, Any]:
     return {}
@@ -66,14 +69,14 @@ class Family:
         return vars(sys.modules[self.module]).get(part)
 
     def fits(self, layer: Any) -> bool:
-        """Whether a decoder layer of this family is built from the family's own parts, and on a CPU."""
+        """Whether a decoder layer of this family is built from the family's own parts, and where it is fused."""
         attention, mlp = layer.self_attn, layer.mlp
         return (
             type(attention) is self.of(f"{self.name}Attention")
             and type(mlp) is self.of(f"{self.name}MLP")
             and not any("forward" in vars(module) for module in (layer, attention, mlp))
             and getattr(attention.config, "clip_qkv", None) is None
-            and all(parameter.device.type == "cpu" for parameter in layer.parameters())
+            and all(parameter.device.type in FUSED_ON for parameter in layer.parameters())
         )
 
     def turns(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:

@@ -8,7 +8,7 @@ one input sharing its work. Attention itself goes through transformers' attentio
 
 Which families are known stands in :mod:`halfbyte.hf.layers.families`; this file relies on their private layout
 (transformers 5.23). At a call a norm, projection or activation with hooks or with a forward of its own runs as it is,
-and so does everything under autocast or on another device.
+and so does everything under autocast or on a device other than a CPU or a CUDA GPU.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halfbyte.hf.layers.adapters import project, untouched
-from halfbyte.hf.layers.families import FAMILIES, Family, recognise
+from halfbyte.hf.layers.families import FAMILIES, FUSED_ON, Family, recognise
 from halfbyte.nn import gated, gated_halves, rms_norm, rotary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +50,7 @@ def fuse(model: nn.Module) -> str:
         layer.family.of(f"{layer.family.name}RMSNorm"): layer.family for layer in layers if isinstance(layer, _Fused)
     }
     for module in model.modules():
-        if type(module) in norms and module.weight.device.type == "cpu":
+        if type(module) in norms and module.weight.device.type in FUSED_ON:
             module.__class__ = _fused(_Norm, type(module), norms[type(module)])
     return describe_layers(model)
 
@@ -71,7 +71,7 @@ def describe_layers(model: nn.Module) -> str:
     fused = Counter(layer.family.name for layer in layers if isinstance(layer, _Fused))
     lines = [f"fused: {count} {name} layer{'s' * (count > 1)}" for name, count in fused.items()]
     for name in sorted({type(layer).__name__ for layer in layers if not isinstance(layer, _Fused)}):
-        reason = "is not the one that is known, or not on a CPU" if name in FAMILIES else "is not known"
+        reason = "is not the one that is known, or not on a CPU or CUDA GPU" if name in FAMILIES else "is not known"
         lines.append(f"unfused: {name} {reason}")
     return "; ".join(lines) or "unfused: there is no decoder layer"
 
@@ -271,8 +271,8 @@ def _activation(mlp: Any) -> nn.Module:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether the fused pieces give what the family's own give: on a CPU, without autocast."""
-    return x.device.type == "cpu" and x.dtype in _DTYPES and not torch.is_autocast_enabled("cpu")
+    """Whether the fused pieces give what the family's own give: without autocast."""
+    return x.device.type in FUSED_ON and x.dtype in _DTYPES and not torch.is_autocast_enabled(x.device.type)
 
 
 _LAYERS = {"before": _PreNorm, "around": _BothNorms, "after": _PostNorm}

@@ -41,7 +41,7 @@ def obstacle(model: nn.Module, longest: int) -> str | None:
     if not separates:
         return f"the samples of a packed row would see each other in {name}"
     ways = {part.config._attn_implementation for part in parts_of(model)} - {attention.NAME, None}
-    if built or ways or next(model.parameters()).device.type != "cpu":
+    if built or ways or needs_mask(next(model.parameters()).device.type, model.config, longest):
         return f"{name} attends with a whole mask, which would be as large as a packed row is long, squared"
     rope = _growing(model, longest)
     return f"{name}'s positions ({rope}) depend on the longest sample of a batch" if rope else None
@@ -54,6 +54,17 @@ def packing_obstacle(model: nn.Module, longest: int) -> str | None:
     if hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", None):
         return BALANCE
     return obstacle(model, longest)
+
+
+def needs_mask(device: str, config: Any, longest: int) -> bool:
+    """Tell whether rows of ``longest`` tokens need a whole mask where ``device`` runs short ones without.
+
+    A GPU attends over segments (:mod:`halfbyte.nn.segments`), in which a sliding window must be no narrower; of other
+    devices nothing is known.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    return device not in ("cpu", "cuda") or (device == "cuda" and window is not None and longest > window)
 
 
 def _separates(model: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.choices import QUANT_TYPE, Task
+from halfbyte import devices
+from halfbyte.choices import QUANT_TYPE, Device, Task
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.models.adapter_files import put_adapter
@@ -45,6 +46,7 @@ def load(
     trust_remote_code: bool = False,
     task: Task = "lm",
     classes: Sequence[str] | None = None,
+    device: Device | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
     """Open the model at ``path`` in 4 bits.
@@ -61,6 +63,8 @@ def load(
         task: what it is to do; an adapter's folder says it itself. A classifier's head is in fp32.
         classes: names of a classifier's classes, in the order of their numbers; None takes the model's own. A head for
             so many others than these is made anew.
+        device: where it runs (:mod:`halfbyte.devices`); None: where ``device_map`` says, or else as ``auto``. A weight
+            is quantized there, on its way from the file: no more of the model is in 16 bits than one tensor.
         **kwargs: handed to transformers' ``from_pretrained``.
 
     Returns:
@@ -69,8 +73,10 @@ def load(
 
     Raises:
         InputError: there is no such folder, nothing in it that can be opened, or its weights are damaged or not those
-            that its configuration describes.
+            that its configuration describes; or there is no such device.
     """
+    if device is not None:
+        kwargs = {"device_map": {"": str(devices.choose(device))}} | kwargs
     place = locate(path)
     folder = Path(place.path)
     if (folder / ADAPTER).is_file():

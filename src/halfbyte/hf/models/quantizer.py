@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.generic import is_flash_attention_requested
 
+from halfbyte import devices
 from halfbyte.choices import BITSANDBYTES_TYPES, BLOCKSIZE, SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.attention_choice import choose_attention
@@ -155,16 +156,19 @@ class HalfbyteQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """Without a wish: the GPU if there is one."""
         if device_map is None:
-            device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
-        self.on_cpu = not torch.cuda.is_available() or all(str(device) == "cpu" for device in devices)
+            device_map = {"": str(devices.choose("auto"))}
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        self.on_cpu = not torch.cuda.is_available() or all(str(place) == "cpu" for place in places)
+        if not self.on_cpu:
+            config = self.quantization_config
+            config.compute_dtype = devices.dtype_on(config.compute_dtype, devices.choose("auto"))
         return device_map
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """On a CPU, attention is ours where the caller left the choice, or wished for flash attention."""
+        """Attention is ours where the caller left the choice or, on a CPU, wished for flash attention."""
         wish = config._attn_implementation
         flash = wish is not None and is_flash_attention_requested(requested_attention_implementation=wish)
-        self.choose_attention = self.on_cpu and (wish is None or flash)
+        self.choose_attention = wish is None or (self.on_cpu and flash)
         if self.choose_attention and flash:
             config._attn_implementation = None  # transformers would look for the package
         return config

@@ -78,6 +78,8 @@ class BaseTrainer(Checkpoints):
                 "use_cpu=True, or use the configurations of halfbyte.hf.trainers."
             )
         arguments.check(given["args"])
+        # transformers would divide each batch over all GPUs it sees (DataParallel), copying the model for each
+        given["args"]._n_gpu = min(given["args"].n_gpu, 1)
         super().__init__(**given)
         self._check_built()
         if any(isinstance(module, FrozenLinear) for module in self.model.modules()):

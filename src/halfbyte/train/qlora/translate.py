@@ -172,6 +172,9 @@ def translate(given: Flags) -> Translated:
     }
     if "max_memory_MB" in flags.given:
         values["memory"] = f"{flags['max_memory_MB']}MB"
+    if flags["no_cuda"]:
+        values["device"] = "cpu"
+        lacking.pop("no_cuda", None)
     if "gradient_checkpointing" in flags.given:
         values["gradient_checkpointing"] = flags["gradient_checkpointing"]
     if flags["save_strategy"] == "steps":
