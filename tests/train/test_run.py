@@ -139,6 +139,7 @@ def test_a_finished_run_folder_holds_its_results_and_nothing_else(options: dict[
         "generation_config.json",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
         "run.json",
         "summary.json",
         "tokenizer.json",
@@ -267,7 +268,7 @@ def test_the_last_two_checkpoints_are_kept_and_each_is_a_peft_adapter(options: d
 def test_nothing_is_pickled(options: dict[str, Any]) -> None:
     interrupt(options, 2)
     suffixes = {path.suffix for path in options["output"].rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".jinja", ".jsonl", ".safetensors", ".yaml"}
+    assert suffixes == {".html", ".json", ".jinja", ".jsonl", ".safetensors", ".yaml"}
     for path in options["output"].rglob("*"):
         assert not path.is_file() or path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 

@@ -4,6 +4,7 @@ They are what one writes to have the same run again. Options are taken as ``conf
 gone included, so nothing is looked up.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,10 +23,8 @@ def defaults_of(options: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: field.default for name, field in fields.items() if not field.is_required()}
     preset, method = str(options.get("preset", "paper")), str(options.get("method", "sft"))
     values |= PRESETS.get(preset, {}) | METHOD_DEFAULTS.get((method, preset.partition("-")[0]), {})
-    try:
+    with contextlib.suppress(InputError):  # of a format that this version does not know
         values["blocksize"], values["double_quant"] = base_format(str(options.get("quant_type", QUANT_TYPE)))
-    except InputError:  # a format that this version does not know
-        pass
     return values
 
 

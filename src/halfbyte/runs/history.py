@@ -237,7 +237,8 @@ def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         return {str(name): value for name, value in read_mapping(path).items()}
     except InputError as error:
-        problems.append(f"{str(error).removeprefix(f'{path}: ').rstrip('.').capitalize()} ({path.name}).")
+        reason = str(error).removeprefix(f"{path}: ").partition(";")[0].rstrip(".")
+        problems.append(f"{path.name} is left out: {reason}.")
         return {}
 
 

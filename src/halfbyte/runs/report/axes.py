@@ -5,10 +5,10 @@ on a logarithmic scale they are powers of ten. A scale begins and ends where its
 zero where that is near.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 LARGEST = 1e300
 """Values beyond are drawn as those that are not finite: differences of such ones may overflow."""
@@ -92,9 +92,6 @@ def fitting(values: Sequence[float], begin: float, end: float, *, zero: bool = T
     return Scale(10 ** max(low - margin, -300.0), 10 ** min(high + margin, 300.0), begin, end, logarithmic=True)
 
 
-Form = Literal["number", "count", "bytes"]
-
-
 def labels(ticks: Sequence[float], *, logarithmic: bool = False) -> list[str]:
     """Return ``ticks`` as they are written beside an axis, all with as many digits as the finest needs."""
     if logarithmic:
@@ -102,7 +99,7 @@ def labels(ticks: Sequence[float], *, logarithmic: bool = False) -> list[str]:
     greatest = max((abs(tick) for tick in ticks), default=0.0)
     if greatest and (greatest < 1e-3 or greatest >= 1e7):
         return ["0" if tick == 0 else _scientific(tick) for tick in ticks]
-    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=greatest)
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=greatest)
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
     return [f"{tick + 0.0:,.{min(digits, 12)}f}" for tick in ticks]
 

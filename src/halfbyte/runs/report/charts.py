@@ -19,8 +19,8 @@ FONT, LETTER = 12, 6.6
 """Height of letters, and about how wide a digit is."""
 DOTS = 120
 """A series of at most so many points shows them as dots."""
-WINDOW_SHARE = 20
-"""A moving mean is over so many-th part of the points."""
+WINDOW, WINDOW_SHARE = 5, 20
+"""A moving mean is over so many points, a quarter of few ones, or so many-th part of many."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _add(one: tuple[float, int], other: tuple[float, int]) -> tuple[float, int]:
 
 def mean_of(points: Sequence[Point]) -> tuple[int, list[Point]]:
     """Return the window of a curve's moving mean, and the means, each at the middle of its window."""
-    window = max(1, len(points) // WINDOW_SHARE)
+    window = max(1, min(WINDOW, len(points) // 4), len(points) // WINDOW_SHARE)
     means = moving_mean([y for _, y in points], window)
     middles = [x for x, _ in points][(window - 1) // 2 :]
     return window, list(zip(middles, means, strict=False))
@@ -157,7 +157,7 @@ def _y_axis(scale: Scale, ticks: Sequence[float], texts: Sequence[str], left: in
 def _x_axis(scale: Scale, height: int, name: str) -> list[str]:
     bottom = height - BOTTOM
     parts = [f'<line class="axis" x1="{scale.begin:g}" x2="{scale.end:g}" y1="{bottom}" y2="{bottom}"/>']
-    most = max(2, int((scale.end - scale.begin) / 64))
+    most = max(2, int((scale.end - scale.begin) / 76))
     ticks = [tick for tick in scale.ticks(most) if tick == round(tick)]
     for tick, text in zip(ticks, labels(ticks), strict=True):
         place = scale.place(tick)
@@ -193,7 +193,7 @@ def _curve(series: Series, x: Scale, y: Scale, places: float) -> list[str]:
         dots.append(f'<circle cx="{across:.2f}" cy="{up:.2f}" r="{2.8 if series.dots else 1.8}"/>')
         is_begin = False
     parts = [f'<path class="{classes}" data-name="{_text(series.name)}" d="{"".join(line)}"/>'] if line else []
-    if series.dots or len(points) <= DOTS and (series.faint or len(points) == 1):
+    if series.dots or (len(points) <= DOTS and (series.faint or len(points) == 1)):
         parts.append(f'<g class="dots {series.style}{" faint" if series.faint else ""}">{"".join(dots)}</g>')
     return parts + odd
 

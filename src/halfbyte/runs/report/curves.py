@@ -52,7 +52,9 @@ def drawings(run: Run) -> list[Drawing]:
 def compared(runs: Sequence[tuple[str, Run]]) -> list[Drawing]:
     """Return charts with a curve for each of several runs, under their names: moving means where steps differ much."""
     found = []
-    loss = [Series(name, mean_of(_points(run.steps, lambda s: s.loss))[1], _style(at)) for at, (name, run) in _each(runs)]
+    loss = [
+        Series(name, mean_of(_points(run.steps, lambda s: s.loss))[1], _style(at)) for at, (name, run) in _each(runs)
+    ]
     found.append(_large("Training loss, moving mean", Chart("Training loss of the runs", X, "loss (nats)", loss)))
     names = dict.fromkeys(name for _, run in runs for one in run.evaluations for name in one.figures)
     for name in names:
@@ -107,7 +109,7 @@ def _curve_and_mean(points: list[Point]) -> list[Series]:
     window, means = mean_of(points)
     if window == 1:
         return [Series("each step", points)]
-    return [Series("each step", points, faint=True), Series(f"mean of {window} steps", means)]
+    return [Series("each step", points, faint=True), Series(f"mean of {window:,} steps", means)]
 
 
 def _smoothed(run: Run, take: Callable[[StepMetrics], float]) -> list[Series]:

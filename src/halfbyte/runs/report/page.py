@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import jinja2
 
 HERE = Path(__file__).parent
-SHOWN_PROMPTS = 20
-"""Prompts of which answers are shown."""
+OPEN_PROMPTS = 6
+"""Prompts whose answers are seen at once; those of others are folded away."""
 
 
 def report_page(run: Run) -> str:
@@ -44,7 +44,9 @@ def report_page(run: Run) -> str:
         look=[*_troubles(run), *run.problems],
         cards=words.cards(run),
         changes=words.changes(run),
-        samples=[(prompt, answers[0], answers[-1]) for prompt, answers in list(run.samples.items())[:SHOWN_PROMPTS]],
+        heads=words.change_heads(run),
+        samples=[(prompt, answers[0], answers[-1]) for prompt, answers in run.samples.items()],
+        open_prompts=OPEN_PROMPTS,
         drawings=curves.drawings(run) if run.steps else [],
         data=_data(run),
         given=[(name, words.value(value)) for name, value in options.items()],
@@ -134,8 +136,10 @@ def _render(template: str, **values: Any) -> str:
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
         "form-action 'none'"
     )
-    return _environment().get_template(template).render(
-        style=Markup(style), script=Markup(script), policy=policy, version=__version__, **values
+    return (
+        _environment()
+        .get_template(template)
+        .render(style=Markup(style), script=Markup(script), policy=policy, version=__version__, **values)
     )
 
 
@@ -159,7 +163,9 @@ def _about(run: Run) -> list[tuple[str, str]]:
 def _troubles(run: Run) -> list[str]:
     match run.state:
         case "running":
-            return ["The run is going on; this page shows it so far and is rewritten at each evaluation and checkpoint."]
+            return [
+                "The run is going on; this page shows it so far and is rewritten at each evaluation and checkpoint."
+            ]
         case "interrupted":
             return [f"The run was interrupted after step {run.step:,}; what to do next stands at the end of this page."]
         case "failed":

@@ -51,9 +51,11 @@ def value(given: Any) -> str:
     """Return an option's value on one line as YAML writes it."""
     if isinstance(given, str) and given.isprintable():
         return given
-    return str(yaml.safe_dump(given, default_flow_style=True, width=math.inf, allow_unicode=True)).removesuffix(
-        "\n"
-    ).removesuffix("\n...")
+    return (
+        str(yaml.safe_dump(given, default_flow_style=True, width=math.inf, allow_unicode=True))
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )
 
 
 def model_name(run: Run) -> str:
@@ -91,6 +93,13 @@ def changes(run: Run) -> list[tuple[str, float, float]]:
     return found
 
 
+def change_heads(run: Run) -> tuple[str, str]:
+    """Return what stands over the two values of :func:`changes`."""
+    if not run.evaluations or run.evaluations[0].step == 0:
+        return "before", "after"
+    return f"after step {run.evaluations[0].step:,}", f"after step {run.evaluations[-1].step:,}"
+
+
 def cards(run: Run) -> list[tuple[str, str, str]]:
     """Return what a run comes to: names, numbers, and what they are of."""
     found = []
@@ -104,10 +113,10 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     if run.steps:
         last_step = run.steps[-1]
         found.append(("steps", progress(run), f"{last_step.epoch:.3g} passes over the data"))
-        found.append((rate_unit(run), f"{last_step.trained_tokens:,}", "each as often as it was trained on"))
+        found.append((rate_unit(run), f"{last_step.trained_tokens:,}", "counted each time"))
         found.append(("training time", duration(last_step.elapsed), "without loading"))
         if speed := rate(run):
-            found.append(("speed", f"{number(speed)}/s", rate_unit(run)))
+            found.append((f"{rate_unit(run)} a second", number(speed), "over all of the training"))
     if run.peak_memory:
-        found.append(("peak memory", size_text(run.peak_memory), "of the process, mapped files included"))
+        found.append(("peak memory", size_text(run.peak_memory), "mapped files included"))
     return found
