@@ -25,6 +25,8 @@ from halfbyte.locks import lock
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import Begin, End, Evaluation, Event, Header, Note, Stage, StepMetrics, to_line
 from halfbyte.runs.folder import VERSION, RunFolder
+from halfbyte.runs.history import read_run
+from halfbyte.runs.report import words
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -92,6 +94,19 @@ def test_runs_lists_each_with_its_state_and_figures_and_says_what_is_wrong_with_
     ]
     assert run("runs", home) == (0, out.replace("running   ", "broken off"), err)
     assert run("runs", "runs/one")[1].splitlines()[1].startswith("one ")
+
+
+def test_where_the_terminal_is_too_narrow_for_a_line_nothing_is_cut_off(home: Path) -> None:
+    script = "import sys; sys.argv = ['halfbyte', 'runs', 'runs/one']; from halfbyte.cli import main; main()"
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_terminal(script, [44])).replace("\r", "")
+    assert max(map(len, text.splitlines())) <= 44
+    name, *lines = text.splitlines()
+    assert name == "one" and " ".join(" ".join(lines).split()) == (
+        "finished step 8/8 loss 0.5 evaluation 0.75 sft user/some-model begun "
+        + words.moment(read_run(home / "one").begun) + " 4.0 s"
+    )  # fmt: skip
+    wide = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_terminal(script, [150]))
+    assert len(wide.splitlines()) == 2 and "user/some-model" in wide
 
 
 def test_runs_stand_in_the_order_in_which_they_began(run: Run, tmp_path: Path) -> None:

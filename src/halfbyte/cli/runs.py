@@ -1,15 +1,19 @@
 """``runs`` lists runs, ``runs compare`` puts some beside each other, ``report`` makes the page of a run anew."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from halfbyte.cli.console import notes, print_table, shown
+from halfbyte.cli.console import TABLE_WIDTH, notes, print_table, shown
+from halfbyte.cli.live import flow
 from halfbyte.errors import InputError, check_writable, counted, nearest
 from halfbyte.files import absolute, write_text
 from halfbyte.runs.folder import RunFolder
@@ -20,9 +24,14 @@ from halfbyte.runs.report.axes import number
 HOME = Path("runs")
 """The folder that is looked at without a name, if it is there; else the working directory."""
 BLOCKS = "▁▂▃▄▅▆▇█"
-CURVE = 32
+WIDEST = 1000
+"""Characters within which a table is measured."""
+CURVE = 24
 """Characters of a curve in the terminal."""
 PAGES = (".html", ".htm")
+RIGHT = ("step", "loss", "evaluation", "time")
+NAMED = ("step", "loss", "evaluation", "begun")
+"""Figures that need their name where they stand in no column."""
 COLOURS = {"running": "blue", "finished": "green", "interrupted": "yellow", "failed": "red", "killed": "red"}
 
 
@@ -65,35 +74,50 @@ def list_runs(
     if not found and not said:
         raise InputError(f"There is no run in {home}; halfbyte train makes one, or name another folder.")
     if found:
-        print_table(_listing(home, sorted(found, key=_when)))
+        _print_listing(home, sorted(found, key=_when))
     for line in said:
         notes.print(_text(line), soft_wrap=True)
 
 
-def _when(run: Run) -> str:
-    return run.begun.isoformat() if run.begun else ""
+def _when(run: Run) -> float:
+    return run.begun.timestamp() if run.begun else 0.0
 
 
-def _listing(home: Path, runs: Sequence[Run]) -> Table:
+def _print_listing(home: Path, runs: Sequence[Run]) -> None:
+    """Print a line a run, or where the terminal is too narrow for that, each run's name and its figures below."""
+    rows = [_row(home, run) for run in runs]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("name", "state", "step", "loss", "evaluation", "method", "model", "begun", "time"):
-        table.add_column(name, justify="right" if name in ("step", "loss", "evaluation", "time") else "left",
-                         overflow="fold")  # fmt: skip
-    for run in runs:
-        name = run.path.name if run.path == home else str(run.path.relative_to(home))
-        last = run.evaluations[-1].figures if run.evaluations else {}
-        table.add_row(
-            _text(name),
-            Text(words.STATES[run.state], COLOURS[run.state]),
-            f"{run.step:,}/{run.total_steps:,}" if run.total_steps else f"{run.step:,}",
-            "" if run.loss is None else number(run.loss),
-            number(last["loss"]) if "loss" in last else "",
-            _text(str(run.options.get("method", ""))),
-            _text(words.model_name(run)),
-            words.moment(run.begun),
-            "" if run.seconds is None else words.duration(run.seconds),
-        )
-    return table
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
+    for run, row in zip(runs, rows, strict=True):
+        table.add_row(*(Text(text, COLOURS[run.state] if name == "state" else "") for name, text in row.items()))
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False)
+    if (
+        Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum <= console.width
+        or not sys.stdout.isatty()
+    ):
+        print_table(table)
+        return
+    for row in rows:
+        pieces = [f"{name} {text}" if name in NAMED else text for name, text in row.items() if text]
+        console.print(Text(pieces[0], style="bold"))
+        for line in flow(pieces[1:], console.width - 2):
+            console.print(Text(f"  {line}"))
+
+
+def _row(home: Path, run: Run) -> dict[str, str]:
+    last = run.evaluations[-1].figures if run.evaluations else {}
+    return {
+        "name": _visible(run.path.name if run.path == home else str(run.path.relative_to(home))),
+        "state": words.STATES[run.state],
+        "step": f"{run.step:,}/{run.total_steps:,}" if run.total_steps else f"{run.step:,}",
+        "loss": "" if run.loss is None else number(run.loss),
+        "evaluation": number(last["loss"]) if "loss" in last else "",
+        "method": _visible(str(run.options.get("method", ""))),
+        "model": _visible(words.model_name(run)),
+        "begun": words.moment(run.begun),
+        "time": "" if run.seconds is None else words.duration(run.seconds),
+    }
 
 
 def compare(
@@ -211,6 +235,10 @@ def _page_target(html: Path) -> Path:
     return target
 
 
-def _text(text: str) -> Text:
+def _visible(text: str) -> str:
     """Return ``text`` without anything that a terminal would obey."""
-    return Text("".join(one if one.isprintable() else ascii(one)[1:-1] for one in text))
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def _text(text: str) -> Text:
+    return Text(_visible(text))
