@@ -346,7 +346,7 @@ def test_a_run_that_diverges_stops_before_its_weights_do(options: dict[str, Any]
     with pytest.raises(InputError, match=told):
         fine_tune(TrainConfig(**options))
     assert "failed</span>" in (page := (options["output"] / "report.html").read_text())
-    assert re.search(r"<li dir=\"auto\">The run failed after step \d+: Training diverged: the gradient of step", page)
+    assert re.search(r"<li dir=\"auto\">The run failed after step \d+: Training diverged: the .*gradient of step", page)
     last = max((options["output"] / "checkpoints").iterdir())
     assert all(tensor.isfinite().all() for tensor in load_file(last / "adapter_model.safetensors").values())
 
