@@ -30,6 +30,7 @@ from halfbyte.runs.events import (
 from halfbyte.runs.folder import VERSION, RunFolder
 from halfbyte.runs.history import Run, read_run
 from halfbyte.runs.report import words, writer
+from halfbyte.runs.report.curves import drawings
 from halfbyte.runs.report.page import compare_page, report_page
 from halfbyte.runs.report.writer import ReportFile
 
@@ -128,6 +129,31 @@ def test_a_page_says_what_the_run_came_to() -> None:
     begun = text.index("Other than the preset"), text.index("Every option"), text.index("Circumstances")
     first, folded = text[begun[0] : begun[1]], text[begun[1] : begun[2]]
     assert "rank\n8\n" in first and "lora_alpha" not in first and "lora_alpha\n32.0" in folded
+
+
+def test_a_figure_of_steps_and_of_evaluations_has_one_chart_and_one_of_evaluations_alone_says_so() -> None:
+    events: list[Event] = [
+        step(1, margin=0.1),
+        step(2, margin=0.3),
+        Evaluation(step=2, figures={"margin": 0.2, "f1": 0.9}),
+    ]
+    charts = {drawing.heading: drawing.svg for drawing in drawings(made(events=events))}
+    assert {"margin", "Evaluation: F1"} <= set(charts) and "Evaluation: margin" not in charts
+    for heading, curves in (("margin", ["each step", "evaluation"]), ("Evaluation: F1", ["evaluation"])):
+        assert re.findall(r'class="curve [^"]*" data-name="([^"]+)"', charts[heading]) == curves
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "unit"),
+    [
+        ("sft", "lm", "loss (nats per trained token)"),
+        ("sft", "classify", "loss (nats per label)"),
+        ("dpo", "lm", "loss"),
+    ],
+)
+def test_the_loss_has_the_unit_of_its_method(method: str, task: str, unit: str) -> None:
+    first = drawings(made(options={"method": method, "task": task}))[0]
+    assert f">{unit}</text>" in first.svg
 
 
 def test_the_configuration_in_the_page_makes_the_run_again() -> None:

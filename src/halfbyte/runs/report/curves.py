@@ -12,8 +12,8 @@ WIDE, NARROW, SMALL = (880, 320), (400, 270), (400, 220)
 """Sizes of a drawing: over the whole page, the same on a telephone, and one of several."""
 STYLES = "abcdef"
 X = "optimizer step"
-STEP_FIGURES = 6
-"""Figures of a method that are drawn, at most."""
+FIGURES = 12
+"""Figures beside the loss that are drawn, at most."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ def drawings(run: Run) -> list[Drawing]:
     """Return the charts of a run: its loss first, large."""
     steps = run.steps
     found = [_large("Loss", _loss(run))]
-    names = dict.fromkeys(name for one in run.evaluations for name in one.figures if name != "loss")
-    for name in names:
-        points = [(one.step, one.figures[name]) for one in run.evaluations if name in one.figures]
-        series = [Series("evaluation", points, "b", dots=True)]
-        found.append(_small(f"Evaluation: {words.figure(name)}", words.figure(name), series))
+    for name in _names(run):
+        series = _curve_and_mean([(step.step, step.figures[name]) for step in steps if name in step.figures])
+        evaluated = [(one.step, one.figures[name]) for one in run.evaluations if name in one.figures]
+        series = [one for one in series if one.points] + [Series("evaluation", evaluated, "b", dots=True)] * bool(
+            evaluated
+        )
+        alone = len(series) == 1 and bool(evaluated)
+        found.append(_small(f"{'Evaluation: ' * alone}{words.figure(name)}", words.figure(name), series))
     rates = [Series("learning rate", _points(steps, lambda step: step.learning_rate))]
     found.append(_small("Learning rate", "learning rate", rates))
     found.append(_small("Gradient norm before clipping", "L2 norm", [*_clipping(run), *_smoothed(run, _norm)]))
@@ -43,10 +46,13 @@ def drawings(run: Run) -> list[Drawing]:
         unit, size = _unit(max(step.memory_bytes for step in steps))
         memory = [Series("resident memory", _points(steps, lambda step: step.memory_bytes / size))]
         found.append(_small("Memory of the process", unit, memory))
-    for name in list(dict.fromkeys(name for step in steps for name in step.figures))[:STEP_FIGURES]:
-        series = _curve_and_mean([(step.step, step.figures[name]) for step in steps if name in step.figures])
-        found.append(_small(words.figure(name).capitalize(), words.figure(name), series))
     return found
+
+
+def _names(run: Run) -> list[str]:
+    """Return the figures beside the loss: those of evaluations, and of the method's steps."""
+    evaluated = [name for one in run.evaluations for name in one.figures if name != "loss"]
+    return list(dict.fromkeys([*evaluated, *(name for step in run.steps for name in step.figures)]))[:FIGURES]
 
 
 def compared(runs: Sequence[tuple[str, Run]]) -> list[Drawing]:
@@ -125,12 +131,16 @@ def _clipping(run: Run) -> list[Series]:
 
 
 def _loss(run: Run) -> Chart:
-    unit = "label" if run.options.get("task") == "classify" else "trained token"
+    unit = " (nats per trained token)"
+    if run.options.get("task") == "classify":
+        unit = " (nats per label)"
+    elif run.options.get("method", "sft") not in ("sft", "text"):
+        unit = ""  # of pairs and judgements, which methods weigh by themselves
     series = _smoothed(run, lambda step: step.loss)
     evaluated = [(one.step, one.figures["loss"]) for one in run.evaluations if "loss" in one.figures]
     if evaluated:
         series.append(Series("evaluation", evaluated, "b", dots=True))
-    return Chart("Loss of each optimizer step", X, f"loss (nats per {unit})", series)
+    return Chart("Loss of each optimizer step", X, f"loss{unit}", series)
 
 
 def _unit(most: float) -> tuple[str, float]:
