@@ -138,8 +138,8 @@ def test_a_figure_of_steps_and_of_evaluations_has_one_chart_and_one_of_evaluatio
         Evaluation(step=2, figures={"margin": 0.2, "f1": 0.9}),
     ]
     charts = {drawing.heading: drawing.svg for drawing in drawings(made(events=events))}
-    assert {"margin", "Evaluation: F1"} <= set(charts) and "Evaluation: margin" not in charts
-    for heading, curves in (("margin", ["each step", "evaluation"]), ("Evaluation: F1", ["evaluation"])):
+    assert {"Margin", "Evaluation: F1"} <= set(charts) and "Evaluation: margin" not in charts
+    for heading, curves in (("Margin", ["each step", "evaluation"]), ("Evaluation: F1", ["evaluation"])):
         assert re.findall(r'class="curve [^"]*" data-name="([^"]+)"', charts[heading]) == curves
 
 

@@ -154,4 +154,5 @@ def _large(heading: str, chart: Chart) -> Drawing:
 
 def _small(heading: str, y: str, series: list[Series]) -> Drawing:
     names = legend(series) if len(series) > 1 else ""
+    heading = heading[:1].upper() + heading[1:]
     return Drawing(heading, draw(Chart(heading, X, y, series), *SMALL), names)

@@ -104,7 +104,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     """Return what a run comes to: names, numbers, and what they are of."""
     found = []
     if run.loss is not None:
-        found.append(("training loss", number(run.loss), "nats, mean of the last 10 steps"))
+        found.append(("training loss", number(run.loss), "mean of the last 10 steps"))
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         if "loss" in last.figures:
