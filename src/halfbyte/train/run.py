@@ -71,8 +71,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             or training diverged.
         Interrupted: SIGINT or SIGTERM came during training.
     """
-    metrics, folder = MetricsFile(), RunFolder(config.output)
-    page = ReportFile(folder, lambda text: note(text))
+    metrics = MetricsFile()
+    page = ReportFile(RunFolder(config.output), lambda text: note(text))
     everybody: tuple[Listener, ...] = (metrics, page, *listeners)
 
     def tell(event: Event) -> None:
@@ -86,6 +86,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
     method = method_of(config)
     schedules.check(config)
     check_options(config)
+    folder = RunFolder(config.output)
     with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
             folder.check(config)
