@@ -25,8 +25,11 @@ from rich.table import Table
 
 import halfbyte
 from halfbyte.cli.console import TerminalDisplay
-from halfbyte.files import write_text
+from halfbyte.files import append, write_text
 from halfbyte.quiet import quiet
+from halfbyte.runs.events import Sample, to_line
+from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.report.writer import write_report
 from halfbyte.train import TrainConfig
 from reviews import Snippet, read_snippets, split, write_chats
 from sources import MODEL, REVIEWS, cache_folder, convert, fetch
@@ -86,6 +89,7 @@ def main(output: Path = Path("runs/quickstart"), train: int = 900, held_out: int
     }
     summary = output / "summary.json"
     write_text(summary, json.dumps(json.loads(summary.read_text(encoding="utf-8")) | figures, indent=2) + "\n")
+    put_into_report(output, samples, before, after, run.steps)
     console.print(side_by_side(samples, before, after))
     console.print(
         f"Right on {held_out} held-out snippets: {before.accuracy:.1%} before, [bold]{after.accuracy:.1%} after[/].\n"
@@ -95,7 +99,7 @@ def main(output: Path = Path("runs/quickstart"), train: int = 900, held_out: int
     )
     command = Path(sys.prefix, "bin", "halfbyte")
     command = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
-    console.print(f"The adapter is in {output}, with summary.json and loss.png. What to do next:")
+    console.print(f"The adapter is in {output}, with summary.json and report.html, a page to send. What to do next:")
     console.print(f"  {command} chat {output}", soft_wrap=True)
     console.print(
         f"  {command} train --preset quick --model {base} --data your-file.jsonl --output runs/yours", soft_wrap=True
@@ -138,6 +142,15 @@ def side_by_side(samples: list[Snippet], before: Measurement, after: Measurement
     for snippet, old, new in zip(samples, before.answers, after.answers, strict=True):
         table.add_row(*map(escape, (snippet.text, snippet.answer, old, new)))
     return table
+
+
+def put_into_report(output: Path, samples: list[Snippet], before: Measurement, after: Measurement, steps: int) -> None:
+    """Tell the run of the sample answers, and write its page again, which shows them beside each other."""
+    folder = RunFolder(output)
+    for step, answers in ((0, before.answers), (steps, after.answers)):
+        for snippet, answer in zip(samples, answers, strict=True):
+            append(folder.metrics, to_line(Sample(step=step, prompt=snippet.question, answer=answer)))
+    write_report(folder)
 
 
 @contextlib.contextmanager

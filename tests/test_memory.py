@@ -38,3 +38,14 @@ def test_anonymous_memory_grows_by_what_is_allocated_and_touched():
 
 def test_what_is_free_is_less_than_the_machine_has():
     assert 0 < memory.free_memory() < psutil.virtual_memory().total
+
+
+def test_resident_memory_is_what_the_system_says_and_has_mapped_files_in_it(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(2**26))
+    before = memory.resident_memory()
+    mapped = np.memmap(file, np.uint8, "r")
+    assert int(mapped.sum()) == 0
+    now = memory.resident_memory()
+    assert 0.9 * 2**26 < now - before < 1.5 * 2**26
+    assert now == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)

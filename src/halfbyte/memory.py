@@ -5,6 +5,7 @@ The memory limit of a container is read from its control groups, version 2 (``me
 """
 
 import contextlib
+import os
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -24,6 +25,15 @@ def anonymous_memory() -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process().memory_info().rss)
+
+
+def resident_memory() -> int:
+    """Return the bytes of this process that are in memory, mapped files included; takes microseconds on Linux."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as about:
+            return int(about.read(256).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
 
 
 def memory_limit() -> int | None:

@@ -31,6 +31,8 @@ def test_a_short_quick_start_learns_to_answer_and_can_be_repeated_and_talked_to(
     assert summary["held_out"] == 64
     assert summary["loss_after"] < 0.5 < summary["loss_before"]
     assert f"{summary['accuracy_after']:.1%} after" in output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "accuracy, measured apart" in page and page.count('<section class="sample">') == quickstart.SAMPLES
     question = json.loads((tmp_path / "run" / "data" / "held_out.jsonl").read_text().splitlines()[0])["messages"][0]
     answer = python(
         "from halfbyte.cli import main; main()", tmp_path, "generate", "run", "--prompt", question["content"]

@@ -9,6 +9,7 @@ from halfbyte.runs.events import (
     VERSION,
     Begin,
     Checkpoint,
+    DataSummary,
     End,
     Evaluation,
     Event,
@@ -41,6 +42,7 @@ EVENTS: list[Event] = [
     Stage(name="model", text="Loading m"),
     Progress(done=1, total=3, unit="rows"),
     Note(text="13 examples: “ü”\n第二行"),
+    DataSummary(examples=13, rows=13, tokens=99, trained_tokens=20, left_out={"no answer": 1}),
     Begin(step=0, total_steps=4),
     step(1),
     Evaluation(step=1, figures={"loss": 0.25}),
@@ -100,4 +102,4 @@ def test_going_on_takes_later_steps_out_and_keeps_what_was_told_at_this_one(tmp_
     second(Note(text="Going on"))
     assert second.open(path, 1) == [step(1)]
     second(step(2))
-    assert read_events(path) == [*EVENTS[3:8], Note(text="Going on"), step(2)]
+    assert read_events(path) == [*EVENTS[3:9], Note(text="Going on"), step(2)]

@@ -1,5 +1,6 @@
 """The run folder: who may write to it, from what it goes on, and what is said when something is other than it was."""
 
+import datetime
 import json
 import signal
 import subprocess
@@ -126,6 +127,15 @@ def hold(path: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
+
+
+def test_pages_and_pictures_of_an_earlier_run_go_with_it(begun: RunFolder) -> None:
+    for file in (begun.report, begun.curve):
+        file.write_text("of the earlier run")
+    begun.begin(config(begun.path, overwrite=True), CIRCUMSTANCES)
+    assert not begun.report.exists() and not begun.curve.exists()
+    time = datetime.datetime.fromisoformat(json.loads(begun.about.read_text())["begun"])
+    assert abs(time - datetime.datetime.now(datetime.UTC)) < datetime.timedelta(minutes=5)
 
 
 def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:

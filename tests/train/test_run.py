@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,7 @@ def test_a_finished_run_folder_holds_its_results_and_nothing_else(options: dict[
         "generation_config.json",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
         "run.json",
         "summary.json",
         "tokenizer.json",
@@ -270,7 +272,7 @@ def test_the_last_two_checkpoints_are_kept_and_each_is_a_peft_adapter(options: d
 def test_nothing_is_pickled(options: dict[str, Any]) -> None:
     interrupt(options, 2)
     suffixes = {path.suffix for path in options["output"].rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".jinja", ".jsonl", ".safetensors", ".yaml"}
+    assert suffixes == {".html", ".json", ".jinja", ".jsonl", ".safetensors", ".yaml"}
     for path in options["output"].rglob("*"):
         assert not path.is_file() or path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
@@ -346,6 +348,8 @@ def test_a_run_that_diverges_stops_before_its_weights_do(options: dict[str, Any]
     )
     with pytest.raises(InputError, match=told):
         fine_tune(TrainConfig(**options))
+    assert "failed</span>" in (page := (options["output"] / "report.html").read_text())
+    assert re.search(r"<li dir=\"auto\">The run failed after step \d+: Training diverged: the .*gradient of step", page)
     last = max((options["output"] / "checkpoints").iterdir())
     assert all(tensor.isfinite().all() for tensor in load_file(last / "adapter_model.safetensors").values())
 

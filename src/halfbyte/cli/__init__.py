@@ -24,7 +24,7 @@ import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, run, talk, train
+from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, run, runs, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import DataCommand, complete
 from halfbyte.errors import InputError
@@ -40,11 +40,16 @@ app = typer.Typer(
     add_completion=False,
 )
 benchmarks = typer.Typer(help="Measure speed on this machine.")
+shown_runs = typer.Typer(cls=runs.RunsGroup, help="List runs (runs FOLDER), or put some beside each other.")
 
 app.command(cls=DataCommand)(train.train)
 app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
 app.command()(convert.convert_config)
 app.command(cls=DataCommand)(data.data)
+app.add_typer(shown_runs, name="runs")
+shown_runs.command("list")(runs.list_runs)
+shown_runs.command()(runs.compare)
+app.command()(runs.report)
 app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(classify.classify)

@@ -4,32 +4,21 @@ import contextlib
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from halfbyte.cli.live import StepView
 from halfbyte.runs import events
+from halfbyte.runs.report.words import figure
 
 INTERRUPTED = 130
 TABLE_WIDTH = 160
 """Characters, where standard output is not a terminal."""
-PLAIN_INTERVAL = 15.0
-"""Seconds between two lines of a run where the output is not a terminal."""
-
-FIGURES = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-"""What of a step's figures is shown, and under which name."""
 
 notes = Console(stderr=True, highlight=False)
 
@@ -77,7 +66,7 @@ def bar(*columns: str) -> Iterator[Progress]:
 
 
 class TerminalDisplay:
-    """A listener of a run: a bar with step, loss, rate, elapsed and remaining time; plain lines without a terminal.
+    """A listener of a run: its step, figures and times, drawn anew; a line a step without a terminal.
 
     Args:
         console: where it shows; None: standard error.
@@ -87,14 +76,15 @@ class TerminalDisplay:
     def __init__(self, console: Console | None = None, unit: str = "trained tokens") -> None:
         self._console = console or notes
         self._unit = unit
+        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._progress: Progress | None = None
-        self._total = 0
-        self._last_line = 0.0
+        self._live: Live | None = None
+        self._view = StepView(0)
 
     def __call__(self, event: events.Event) -> None:
         """Show ``event``."""
         match event:
-            case events.Stage(name="data", text=text) if self._console.is_terminal:
+            case events.Stage(name="data", text=text) if self._is_live:
                 self._progress = Progress(
                     TextColumn(text), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
                     console=self._console, transient=True,
@@ -111,45 +101,30 @@ class TerminalDisplay:
             case events.Begin():
                 self._begin(event.step, event.total_steps)
             case events.StepMetrics():
-                self._step(event)
+                self._view.step(event)
+                if not self._live:
+                    self._say(self._view.line())
             case events.Evaluation(step=step, figures=figures):
-                self._say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+                self._view.evaluated(event)
+                told = ", ".join(f"{figure(name)} {value:.4g}" for name, value in figures.items())
+                self._say(f"evaluation after step {step}: {told}")
             case events.Sample(step=step, prompt=prompt, answer=answer):
                 self._say(f"step {step}  {prompt}\n→ {answer}")
             case events.End():
                 self.close()
 
     def close(self) -> None:
-        """Take the bar away, which stays where a run ends with an error."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
+        """Leave the terminal with what was drawn last, also where a run ends with an error."""
+        for drawn in (self._progress, self._live):
+            if drawn:
+                drawn.stop()
+        self._progress = self._live = None
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=not self._is_live)
 
     def _begin(self, step: int, total_steps: int) -> None:
-        self._total = total_steps
-        self._last_line = time.monotonic()
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=self._console,
-            )
-            self._progress.add_task("", completed=step, total=total_steps, figures="")
-            self._progress.start()
-
-    def _step(self, step: events.StepMetrics) -> None:
-        shown = [f"{name} {step.figures[key]:.3g}" for key, name in FIGURES.items() if key in step.figures]
-        figures = "  ".join([f"loss {step.loss:.3f}", *shown, f"{step.tokens_per_second:,.0f} {self._unit}/s"])
-        if self._progress:
-            self._progress.update(self._progress.task_ids[0], completed=step.step, figures=figures)
-        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL or step.step == self._total:
-            self._last_line = time.monotonic()
-            self._say(f"step {step.step}/{self._total}  {figures}  {step.elapsed:.0f} s")
+        self._view = StepView(total_steps, step, self._unit)
+        if self._is_live:
+            self._live = Live(self._view, console=self._console, refresh_per_second=4, vertical_overflow="visible")
+            self._live.start()

@@ -47,7 +47,7 @@ def train(**options: Any) -> None:
         f"{summary.trained_tokens_per_second:,.0f} {unit}/s, "
         f"{size_text(summary.peak_memory_bytes)} peak memory."
     )
-    typer.echo(f"The adapter is in {folder}. Next:")
+    typer.echo(f"The adapter is in {folder}, a page about the run in {folder}/report.html. Next:")
     if config.task == "classify":
         typer.echo(f"  {command('classify', folder, '--text', 'your text')}")
         return

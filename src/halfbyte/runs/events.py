@@ -60,6 +60,33 @@ class Note(Event):
     text: str
 
 
+class DataSummary(Event):
+    """What is trained on.
+
+    Attributes:
+        examples: that were read, those that are left out apart; rows, tokens: what became of them.
+        trained_tokens: tokens that have a label.
+        truncated: examples that were cut to the greatest length.
+        longest: tokens of the longest row.
+        repeated: rows that are equal to an earlier one; None if nobody counted.
+        evaluation: examples for evaluation.
+        left_out: rows that were left out, by kind.
+        notes: what was made of examples that their author might not expect, with the number of examples.
+    """
+
+    kind: Literal["data"] = "data"
+    examples: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int = 0
+    longest: int = 0
+    repeated: int | None = None
+    evaluation: int = 0
+    left_out: dict[str, int] = Field(default_factory=dict)
+    notes: dict[str, int] = Field(default_factory=dict)
+
+
 class Begin(Event):
     """Training starts after ``step`` steps (0, or those of the checkpoint) of ``total_steps``."""
 
@@ -79,6 +106,7 @@ class StepMetrics(Event):
         grad_norm: L2 norm of the gradient before clipping.
         trained_tokens: tokens with a label, since the start of the run.
         tokens_per_second: trained tokens of this step over its seconds.
+        memory_bytes: resident memory of the process at the end of the step, mapped files included; 0: not told.
         elapsed: seconds of training since the start of the run, the time between an interruption and resuming apart.
         figures: what the method tells beside the loss, by TRL's names, such as ``rewards/accuracies``.
     """
@@ -92,6 +120,7 @@ class StepMetrics(Event):
     trained_tokens: int
     tokens_per_second: float
     elapsed: float
+    memory_bytes: int = 0
     figures: dict[str, float] = Field(default_factory=dict)
 
 
@@ -121,15 +150,16 @@ class Checkpoint(Event):
 
 
 class End(Event):
-    """Training is over, for whatever reason, after ``step`` steps."""
+    """Training is over, for whatever reason, after ``step`` steps; ``error`` says why it failed."""
 
     kind: Literal["end"] = "end"
     step: int
     reason: Literal["finished", "interrupted", "failed"]
+    error: str = ""
 
 
 AnyEvent = Annotated[
-    Header | Stage | Progress | Note | Begin | StepMetrics | Evaluation | Sample | Checkpoint | End,
+    Header | Stage | Progress | Note | DataSummary | Begin | StepMetrics | Evaluation | Sample | Checkpoint | End,
     Field(discriminator="kind"),
 ]
 Listener = Callable[[Event], None]

@@ -9,12 +9,14 @@
     base_format.json              how the base was held, where that is not the default
     config.json                   of a classifier: the base model's configuration with the names of the classes
     loss.png
+    report.html                   a page of all this to read and to send (``runs/report/``)
     summary.json                  what the run came to; written last, so a folder that has it holds a finished run
 
 Whoever wants to see, continue, stop or compare a run does it through this class, also from another process.
 """
 
 import contextlib
+import datetime
 import json
 import shutil
 from collections.abc import Iterator
@@ -49,6 +51,8 @@ class RunFolder:
         self.model_config = path / "config.json"
         self.skipped = path / "skipped.jsonl"
         self.curve = path / "loss.png"
+        self.report = path / "report.html"
+        self.lock = path / ".lock"
         self.summary = path / "summary.json"
 
     @property
@@ -140,11 +144,13 @@ class RunFolder:
             rows_a_pass: the batch size, which ``auto`` does not say.
         """
         # a configuration beside run.json is that of a classifier's adapter
-        for file in [*([self.model_config] if self.about.exists() else []), *self._own_files]:
+        pages = [self.curve, self.report]
+        for file in [*([self.model_config] if self.about.exists() else []), *self._own_files, *pages]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}
         about["rows_a_pass"] = rows_a_pass
+        about["begun"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")
         if skipped:
             with files.whole_file(self.skipped) as part:
@@ -173,7 +179,7 @@ class RunFolder:
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with locks.lock(self.path / ".lock"):
+            with locks.lock(self.lock):
                 files.repair_within(self.path)
                 files.repair_within(self.checkpoints)
                 yield

@@ -1,4 +1,4 @@
-"""What a run came to: its summary and the picture of its loss."""
+"""What a run is told to begin with and what it came to: its data in numbers, its summary, the picture of its loss."""
 
 import resource
 import sys
@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from halfbyte.data.duplicates import duplicates
+from halfbyte.data.measure import measure
+from halfbyte.data.prepared import Prepared
 from halfbyte.data.table import Counts
-from halfbyte.runs.events import StepMetrics
+from halfbyte.runs.events import DataSummary, StepMetrics
+from halfbyte.runs.history import LOSS_STEPS
 
-LOSS_STEPS = 10
-"""The loss of a run is the mean over its last so many steps."""
+COUNTED_TOKENS = 20_000_000
+"""Of data with more tokens equal rows are not counted: that takes seconds, and ``halfbyte data`` does it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,24 @@ class Summary:
     peak_memory_bytes: int
     figures: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
+
+
+def describe_data(rows: Prepared) -> DataSummary:
+    """Return what is trained on, in numbers."""
+    counts = rows.train.counts
+    is_counted = rows.task == "lm" and counts.tokens <= COUNTED_TOKENS and counts.rows
+    return DataSummary(
+        examples=counts.examples,
+        rows=counts.rows,
+        tokens=counts.tokens,
+        trained_tokens=counts.trained_tokens,
+        truncated=counts.truncated,
+        longest=counts.longest,
+        repeated=duplicates(measure(rows.train.rows, counts.longest)).rows if is_counted else None,
+        evaluation=rows.evaluation.counts.examples if rows.evaluation else 0,
+        left_out=rows.bad.counts,
+        notes=counts.notes,
+    )
 
 
 def summarize(

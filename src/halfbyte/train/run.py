@@ -38,13 +38,14 @@ from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
+from halfbyte.runs.report.writer import ReportFile
 from halfbyte.train import schedules
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
-from halfbyte.train.report import Summary, plot_loss, summarize
+from halfbyte.train.report import Summary, describe_data, plot_loss, summarize
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
 from halfbyte.train.tasks import check_options, known_classes, preview, save_beside
@@ -71,7 +72,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         Interrupted: SIGINT or SIGTERM came during training.
     """
     metrics = MetricsFile()
-    everybody: tuple[Listener, ...] = (metrics, *listeners)
+    page = ReportFile(RunFolder(config.output), lambda text: note(text))
+    everybody: tuple[Listener, ...] = (metrics, page, *listeners)
 
     def tell(event: Event) -> None:
         if distributed.is_first():
@@ -119,7 +121,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             if config.task != "lm" and rows.evaluation and steps.evaluated[0] != trainer.state.global_step:
                 trainer.evaluate()
         summary = summarize(steps.made, rows.train.counts, hf.count_parameters(model)[0], steps.evaluated[1])
-        _finish(folder, config, trainer, tokenizer, steps, summary)
+        _finish(folder, config, trainer, tokenizer, steps, summary, page)
     return RunResult(folder.path, summary)
 
 
@@ -154,6 +156,7 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, lis
     shown = preview_lines(rows.train, tokenizer)[1:] if config.task == "lm" else preview(rows, tokenizer)
     for line in [*rows.told(), *check_rows(config, rows.train), *shown]:
         tell(Note(text=line))
+    tell(describe_data(rows))
     return tokenizer, added, rows
 
 
@@ -205,7 +208,13 @@ def _begin(
 
 
 def _finish(
-    folder: RunFolder, config: TrainConfig, trainer: Any, tokenizer: Any, steps: Steps, summary: Summary
+    folder: RunFolder,
+    config: TrainConfig,
+    trainer: Any,
+    tokenizer: Any,
+    steps: Steps,
+    summary: Summary,
+    page: ReportFile,
 ) -> None:
     """Put the results into the run folder, each file whole, the summary last; remove the checkpoints."""
     part = folder.path / ".adapter"
@@ -223,6 +232,7 @@ def _finish(
             part.rmdir()
             with whole_file(folder.curve) as target:
                 plot_loss(steps.made, target, "label" if config.task == "classify" else "trained token")
+            page.finish(asdict(summary))
             write_text(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
@@ -231,14 +241,17 @@ def _finish(
 def end_told(trainer: Any, tell: Listener) -> Iterator[None]:
     """Tell that training is over and why, and give the memory of its steps back."""
 
-    def end(reason: Any) -> None:
-        tell(End(step=trainer.state.global_step, reason=reason))
+    def end(reason: Any, error: str = "") -> None:
+        tell(End(step=trainer.state.global_step, reason=reason, error=error))
 
     try:
         yield
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk, told by the first error
-            end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            if isinstance(error, KeyboardInterrupt):
+                end("interrupted")
+            else:
+                end("failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
         raise
     else:
         end("finished")

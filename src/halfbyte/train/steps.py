@@ -7,6 +7,7 @@ from typing import Any
 from transformers import IntervalStrategy, TrainerCallback
 
 from halfbyte.hf.trainers.state import state_folder
+from halfbyte.memory import resident_memory
 from halfbyte.runs.events import Begin, Checkpoint, Evaluation, Event, StepMetrics
 from halfbyte.train.stop import Stop
 
@@ -66,6 +67,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             trained_tokens=tokens,
             tokens_per_second=new_tokens / (now - self.step_begun),
             elapsed=self.seconds_before + now - self.begun,
+            memory_bytes=resident_memory(),
             figures={name: logs[name] for name in self.figures if name in logs},
         )
         self.made.append(step)
