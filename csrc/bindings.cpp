@@ -171,9 +171,7 @@ Weight4bit weight_4bit(Address packed, Address code, Address absmax, Address nes
     weight.nested_blocksize = Divisor(nested_blocksize);
     weight.rows = rows;
     weight.columns = columns;
-    // the largest power of two that divides both
-    const int64_t piece = (blocksize | columns) & -(blocksize | columns);
-    weight.piece = piece >= 32 ? piece : 0;
+    weight.piece = piece_of(blocksize, columns);
     return weight;
 }
 
@@ -217,7 +215,7 @@ class Sum {
     void add_bytes(Address x, int64_t stride, int64_t step, bool gradient, Address codes, Address absmax,
                    int64_t blocksize, int64_t rows, int64_t columns) {
         bytes_.push_back({pointer<const int8_t>(codes), pointer<const float>(absmax), Divisor(blocksize), rows, columns,
-                          blocksize % 32 == 0 && columns % 32 == 0});
+                          piece_of(blocksize, columns)});
         terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, &bytes_.back(), {}});
     }
 
