@@ -56,6 +56,10 @@ def test_a_block_of_zeros_and_an_empty_matrix_stay_what_they_are(provider: str) 
     for shape in [(4, 8), (0, 5)]:
         weight = kernels.quantize_int8(torch.zeros(shape), 16)
         assert torch.equal(kernels.dequantize_int8(weight), torch.zeros(shape))
+    for rows, columns in [(0, 5), (4, 0)]:
+        weight, bias = kernels.quantize_int8(torch.zeros(rows, columns), 16), torch.arange(float(rows))
+        y = kernels.matmul_int8(torch.ones(2, 3, columns), weight, bias)
+        assert torch.equal(y, bias.expand(2, 3, rows))
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
