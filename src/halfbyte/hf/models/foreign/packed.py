@@ -114,10 +114,9 @@ class Packing:
         inputs = codes.shape[0]
         group_size = inputs if self.group_size == -1 else self.group_size
         index = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // group_size
-        wanted = (groups, len(index), outputs, True)
-        found = (zeros.shape[0], inputs, codes.shape[1], zeros.shape[1] >= outputs)
-        if "g_idx" not in parts and found == wanted:
-            wanted, found = (groups,), (-(-inputs // group_size),)
+        counted = groups if "g_idx" in parts else -(-inputs // group_size)
+        wanted = (groups, groups, len(index), outputs, True)
+        found = (counted, zeros.shape[0], inputs, codes.shape[1], zeros.shape[1] >= outputs)
         if found != wanted or not 0 <= int(index.min()) <= int(index.max()) < groups:
             shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in parts.items())
             raise InputError(
