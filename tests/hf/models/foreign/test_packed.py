@@ -186,7 +186,10 @@ def test_an_old_folder_says_how_in_quantize_config(tmp_path: Path) -> None:
         ({"group_size": 7}, "which do not fit each other in 4 bits and groups of 7"),
         ({"group_size": 64}, "which do not fit each other in 4 bits and groups of 64"),
         ({"quant_method": "awq", "version": "gemv"}, "AWQ's version 'gemv', but only gemm is read"),
-        ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, "'auto_round:llm_compressor'.*not read"),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+            "'auto_round:llm_compressor'.*not read",
+        ),
         (
             {"quant_method": "auto-round", "packing_format": "auto_round", "data_type": "mx_fp"},
             "data_type 'mx_fp', which is not read",

@@ -121,7 +121,8 @@ class Packing:
             shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in parts.items())
             raise InputError(
                 f"{name} has {shapes}, which do not fit each other in {self.bits} bits and groups of {self.group_size} "
-                f"({32 // self.bits} values an integer): the checkpoint is damaged, or its quantization_config another's."
+                f"({32 // self.bits} values an integer): the checkpoint is damaged, or its quantization_config "
+                "another's."
             )
         weight: Tensor = (codes - zeros[:, :outputs][index]).float() * scales.float()[index]
         return weight.T.contiguous()
