@@ -101,11 +101,20 @@ void dequantize_4bit(int isa, int threads, Address packed, Address code, Address
     over_blocks(tier(isa).dequantize_4bit, arguments, threads);
 }
 
+// Whether a table of 256 values has the int8 that each byte is.
+bool integers(const float* code, int size) {
+    if (size != 256) return false;
+    float wanted[256];
+    for (int i = 0; i < 256; ++i) wanted[i] = static_cast<int8_t>(i);
+    return !std::memcmp(code, wanted, sizeof wanted);
+}
+
 void dequantize_8bit(int isa, int threads, Address codes, Address code, int size, Address absmax, int64_t n,
                      int64_t blocksize, Address out, int type) {
     Dequantize8bit arguments{};
     arguments.codes = pointer<const uint8_t>(codes);
     std::memcpy(arguments.code, pointer<const void>(code), static_cast<size_t>(size) * sizeof(float));
+    arguments.integers = integers(arguments.code, size);
     arguments.scales.absmax = pointer<const void>(absmax);
     arguments.n = n;
     arguments.blocksize = blocksize;

@@ -122,6 +122,15 @@ def test_neither_neighbours_nor_threads_nor_addresses_change_a_bit(
         assert torch.equal(kernels.matmul_int8(x[:1], weight), together[:1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tier_dequantizes_to_the_bits_of_the_formula(vector_tier: None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for shape, blocksize in [((9, 96), 32), ((5, 160), 160), ((7, 100), 100), ((6, 33), 7), ((3, 70), 64)]:
+        weight = kernels.quantize_int8(torch.randn(shape), blocksize)
+        weight.codes.view(-1)[:3] = torch.tensor([-128, 127, 0])
+        assert torch.equal(kernels.dequantize_int8(weight, dtype), kernels.reference.dequantize_int8(weight, dtype))
+
+
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_nan_and_infinity_come_out_where_the_dense_product_has_them(vector_tier: None, rows: int) -> None:
     for dtype in DTYPES:
