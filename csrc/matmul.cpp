@@ -386,6 +386,10 @@ void read_scales(const Weight4bit& w, int64_t first, int64_t step, int64_t count
 void read_scales(const Weight8bit& w, int64_t first, int64_t step, int64_t count, float* out) {
     const int64_t size = w.blocksize.value();
     int64_t block = w.blocksize.quotient(first), left = (block + 1) * size - first;  // of the block, in values
+    if (size == 2 * step && left == size && count % 2 == 0) {                        // blocks of 64 by pieces of 32
+        for (int64_t i = 0; i < count; i += 2, ++block) out[i] = out[i + 1] = load<float>(w.absmax, block) / 127.0f;
+        return;
+    }
     for (int64_t i = 0; i < count; ++block, left += size) {
         const float scale = load<float>(w.absmax, block) / 127.0f;
         for (; left > 0 && i < count; left -= step) out[i++] = scale;
