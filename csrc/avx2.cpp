@@ -178,6 +178,15 @@ void dequantize(const Dequantize4bit& a, int64_t first, int64_t last) {
 template <class T>
 void dequantize(const Dequantize8bit& a, int64_t first, int64_t last) {
     ScaleReader scales(a.scales, first);
+    for (int64_t block = first; a.integers && block < last; ++block) {
+        const __m256 scale = _mm256_set1_ps(scales.next());
+        const int64_t begin = block * a.blocksize;
+        for (int64_t i = begin; i < begin + a.blocksize; i += 8) {
+            const __m256i values = _mm256_cvtepi8_epi32(_mm_loadl_epi64(at(a.codes, i)));
+            T::store(a.out, i, _mm256_mul_ps(_mm256_cvtepi32_ps(values), scale));
+        }
+    }
+    if (a.integers) return;
     for (int64_t block = first; block < last; ++block) {
         const __m256 scale = _mm256_set1_ps(scales.next());
         const int64_t begin = block * a.blocksize;

@@ -1,9 +1,10 @@
 // The AVX2 tier's products of few rows, in fp32 for every type.
 //
-// A group is 64 values of a row of W, which have one scale: 32 bytes of codes. Values of 16 bits are looked up by byte
-// shuffles, 32 low bytes and 32 high ones at a time, and interleaved; their order along the depth, which results from
-// that, `arrange` gives to x. One row is multiplied with values as they are looked up. For more, eight rows of W are
-// expanded a stretch at a time, into cache, and serve all rows of x.
+// Of 4 bits a group is 64 values of a row of W, which have one scale: 32 bytes of codes. Values of 16 bits are looked
+// up by byte shuffles, 32 low bytes and 32 high ones at a time, and interleaved; their order along the depth, which
+// results from that, `arrange` gives to x. Of bytes a group is 32 values, which are converted as they lie. One row is
+// multiplied with values as they are made. For more, eight rows of W are expanded a stretch at a time, into cache, and
+// serve all rows of x.
 
 #if defined(__x86_64__)
 
@@ -20,18 +21,25 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kGroup = 64, kStretch = kStretchBytes / 4, kRow = kArrangedBytes / 4;
+constexpr int64_t kStretch = kStretchBytes / 4, kRow = kArrangedBytes / 4;
 constexpr int64_t kColumns = 8;   // rows of W at a time
-constexpr int64_t kLookedUp = 4;  // the same for one row of x
+constexpr int64_t kReadRows = 4;  // the same for one row of x
 constexpr int64_t kTile = 3;      // rows of x at a time
+
+// A group of 4-bit values, of which two are a byte.
+struct Group4bit {
+    using Weight = Weight4bit;
+    using Code = uint8_t;
+    static constexpr int64_t kGroup = 64, kPerCode = 2;
+};
 
 // By permutes: values as they lie.
 template <class T>
-struct Permuted {
+struct Permuted : Group4bit {
     using Type = T;
     Table<T> table;
 
-    Permuted(const float* code, float scale) : table(code, scale) {}
+    Permuted(const Weight4bit& w, float scale) : table(w.code, scale) {}
 
     // Call use(i, values) for the places i, i + 1, ... i + 7 of a half of a group, in order.
     template <int half, class Use>
@@ -44,12 +52,12 @@ struct Permuted {
 };
 
 // By byte shuffles, rounded to bf16.
-struct Shuffled {
+struct Shuffled : Group4bit {
     using Type = Bf16;
     __m256i low, high;  // the bytes of the sixteen values, twice
 
-    Shuffled(const float* code, float scale) {
-        const __m256 first = _mm256_loadu_ps(code), second = _mm256_loadu_ps(code + 8);
+    Shuffled(const Weight4bit& w, float scale) {
+        const __m256 first = _mm256_loadu_ps(w.code), second = _mm256_loadu_ps(w.code + 8);
         const __m256i words = _mm256_packus_epi32(bits(_mm256_permute2f128_ps(first, second, 0x20), scale),
                                                   bits(_mm256_permute2f128_ps(first, second, 0x31), scale));
         const __m256i apart =
@@ -89,9 +97,31 @@ struct Shuffled {
     static const __m256i* at(const void* x) { return static_cast<const __m256i*>(x); }
 };
 
+// Bytes times their scale, rounded to T: values as they lie.
+template <class T>
+struct Converted {
+    using Type = T;
+    using Weight = Weight8bit;
+    using Code = int8_t;
+    static constexpr int64_t kGroup = 32, kPerCode = 1;
+    __m256 scale;
+
+    Converted(const Weight8bit&, float scale) : scale(_mm256_set1_ps(scale)) {}
+
+    template <int half, class Use>
+    void each(const int8_t* codes, const Use& use) const {
+#pragma GCC unroll 2
+        for (int i = 16 * half; i < 16 * half + 16; i += 8) {
+            const __m256i values = _mm256_cvtepi8_epi32(_mm_loadl_epi64(at(codes, i)));
+            use(i, T::nearest(_mm256_mul_ps(_mm256_cvtepi32_ps(values), scale)));
+        }
+    }
+};
+
 template <class L>
 void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
     using T = typename L::Type;
+    constexpr int64_t kGroup = L::kGroup;
     __m256i index[8];
     for (int i = 0; i < 64; ++i) reinterpret_cast<int32_t*>(index)[i] = L::position(i);
     float* out = static_cast<float*>(arranged);
@@ -105,6 +135,18 @@ void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
                     _mm256_storeu_ps(out + (i - begin) + 8 * j, _mm256_i32gather_ps(group, index[j], 4));
                 }
             }
+        }
+    }
+}
+
+// As x lies.
+template <class T>
+void arrange_bytes(const void* x, int64_t rows, int64_t depth, void* arranged) {
+    float* out = static_cast<float*>(arranged);
+    for (int64_t begin = 0; begin < depth; begin += kStretch) {
+        const int64_t count = least(kStretch, depth - begin);
+        for (int64_t r = 0; r < rows; ++r, out += kRow) {
+            for (int64_t i = 0; i < count; i += 8) Fp32::store(out, i, T::load(x, r * depth + begin + i));
         }
     }
 }
@@ -135,49 +177,53 @@ void multiply_tile(const float* w, int64_t count, const float* x, float* sums, b
     }
 }
 
-// One row of x times `count` rows of W from `column` on, at most kLookedUp. What does not wait for each other stands
+// One row of x times `count` rows of W from `column` on, at most kReadRows. What does not wait for each other stands
 // close together: the tables of all rows of W, then halves of groups in turn.
 template <class L>
-void look_up_row(const Weight4bit& w, int64_t column, int64_t count, const float* x, float* sums) {
+void read_row(const typename L::Weight& w, int64_t column, int64_t count, const float* x, float* sums) {
+    constexpr int64_t kGroup = L::kGroup;
     const int64_t depth = w.columns;
     for (int64_t begin = 0; begin < depth; begin += kStretch, x += kRow) {
         const int64_t values = least(kStretch, depth - begin);
-        const uint8_t* codes[kLookedUp];
-        float scales[kLookedUp][kStretch / kGroup];
-        __m256 sum[kLookedUp];
-        for (int64_t c = 0; c < kLookedUp; ++c) {  // the last row again where there are no more
+        const typename L::Code* codes[kReadRows];
+        float scales[kReadRows][kStretch / kGroup];
+        __m256 sum[kReadRows];
+        for (int64_t c = 0; c < kReadRows; ++c) {  // the last row again where there are no more
             const int64_t first = (column + least(c, count - 1)) * depth + begin;
-            codes[c] = w.codes + first / 2;
+            codes[c] = w.codes + first / L::kPerCode;
             read_scales(w, first, kGroup, values / kGroup, scales[c]);
             sum[c] = _mm256_setzero_ps();
         }
         for (int64_t j = 0; j < values; j += kGroup) {
-            const L tables[kLookedUp] = {{w.code, scales[0][j / kGroup]},
-                                         {w.code, scales[1][j / kGroup]},
-                                         {w.code, scales[2][j / kGroup]},
-                                         {w.code, scales[3][j / kGroup]}};
+            const L tables[kReadRows] = {{w, scales[0][j / kGroup]},
+                                         {w, scales[1][j / kGroup]},
+                                         {w, scales[2][j / kGroup]},
+                                         {w, scales[3][j / kGroup]}};
             const auto multiply_add = [&](int c) {
                 return [&sum = sum[c], x, j](int i, __m256 looked_up) {
                     sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + j + i), looked_up, sum);
                 };
             };
 #pragma GCC unroll 4
-            for (int c = 0; c < kLookedUp; ++c) tables[c].template each<0>(codes[c] + j / 2, multiply_add(c));
+            for (int c = 0; c < kReadRows; ++c) tables[c].template each<0>(codes[c] + j / L::kPerCode, multiply_add(c));
 #pragma GCC unroll 4
-            for (int c = 0; c < kLookedUp; ++c) {
-                tables[c].template each<1>(codes[c] + j / 2, multiply_add(c));
-                _mm_prefetch(reinterpret_cast<const char*>(codes[c] + j / 2 + kLookedUp * depth / 2), _MM_HINT_T0);
+            for (int c = 0; c < kReadRows; ++c) {
+                const typename L::Code* const from = codes[c] + j / L::kPerCode;
+                tables[c].template each<1>(from, multiply_add(c));
+                _mm_prefetch(reinterpret_cast<const char*>(from + kReadRows * depth / L::kPerCode), _MM_HINT_T0);
             }
         }
-        for (int c = 0; c < kLookedUp; ++c) sums[c] = begin > 0 ? sums[c] + total(sum[c]) : total(sum[c]);
+        for (int c = 0; c < kReadRows; ++c) sums[c] = begin > 0 ? sums[c] + total(sum[c]) : total(sum[c]);
     }
 }
 
 template <class L>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums) {
+void dot(const typename L::Weight& w, int64_t column, int64_t columns, const void* arranged, int64_t rows,
+         float* sums) {
+    constexpr int64_t kGroup = L::kGroup;
     if (rows == 1) {
-        for (int64_t c = 0; c < columns; c += kLookedUp) {
-            look_up_row<L>(w, column + c, least(kLookedUp, columns - c), static_cast<const float*>(arranged), sums + c);
+        for (int64_t c = 0; c < columns; c += kReadRows) {
+            read_row<L>(w, column + c, least(kReadRows, columns - c), static_cast<const float*>(arranged), sums + c);
         }
         return;
     }
@@ -193,10 +239,10 @@ void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arran
                 float scales[kStretch / kGroup];
                 read_scales(w, first, kGroup, values / kGroup, scales);
                 for (int64_t j = 0; j < values; j += kGroup) {
-                    const uint8_t* const codes = w.codes + (first + j) / 2;
-                    _mm_prefetch(reinterpret_cast<const char*>(codes + kColumns * depth / 2), _MM_HINT_T0);
+                    const typename L::Code* const codes = w.codes + (first + j) / L::kPerCode;
+                    _mm_prefetch(reinterpret_cast<const char*>(codes + kColumns * depth / L::kPerCode), _MM_HINT_T0);
                     float* const out = expanded + i * kRow + j;
-                    const L table(w.code, scales[j / kGroup]);
+                    const L table(w, scales[j / kGroup]);
                     const auto store = [&](int place, __m256 value) { _mm256_storeu_ps(out + place, value); };
                     table.template each<0>(codes, store);
                     table.template each<1>(codes, store);
@@ -223,11 +269,15 @@ void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arran
     }
 }
 
+template <class L>
+constexpr FewKernels few = {
+    16, 4, arrange<L>, dot<L>, arrange_bytes<typename L::Type>, dot<Converted<typename L::Type>>};
+
 }  // namespace
 
-const FewKernels avx2_few_fp32 = {16, 4, arrange<Permuted<Fp32>>, dot<Permuted<Fp32>>};
-const FewKernels avx2_few_bf16 = {16, 4, arrange<Shuffled>, dot<Shuffled>};
-const FewKernels avx2_few_fp16 = {16, 4, arrange<Permuted<Fp16>>, dot<Permuted<Fp16>>};
+const FewKernels avx2_few_fp32 = few<Permuted<Fp32>>;
+const FewKernels avx2_few_bf16 = few<Shuffled>;
+const FewKernels avx2_few_fp16 = few<Permuted<Fp16>>;
 
 }  // namespace halfbyte
 

@@ -120,7 +120,7 @@ struct BytesRows {
     const Weight8bit& m;
     __m256 read(int64_t row, int64_t i, int64_t count) const {
         const int64_t begin = row * m.columns + i;
-        if (m.pieces) {
+        if (m.piece) {
             const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(at(m.codes, begin)));
             return T::nearest(_mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(m.scale(begin))));
         }

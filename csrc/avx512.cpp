@@ -133,9 +133,18 @@ void dequantize(const Dequantize4bit& a, int64_t first, int64_t last) {
 
 template <class T>
 void dequantize(const Dequantize8bit& a, int64_t first, int64_t last) {
+    ScaleReader scales(a.scales, first);
+    for (int64_t block = first; a.integers && block < last; ++block) {
+        const __m512 scale = _mm512_set1_ps(scales.next());
+        const int64_t begin = block * a.blocksize;
+        for (int64_t i = begin; i < begin + a.blocksize; i += 16) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.codes + i));
+            T::store(a.out, i, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale));
+        }
+    }
+    if (a.integers) return;
     __m512 table[16];
     for (int i = 0; i < 16; ++i) table[i] = _mm512_loadu_ps(a.code + 16 * i);
-    ScaleReader scales(a.scales, first);
     for (int64_t block = first; block < last; ++block) {
         const __m512 scale = _mm512_set1_ps(scales.next());
         const int64_t begin = block * a.blocksize;

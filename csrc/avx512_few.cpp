@@ -1,9 +1,10 @@
 // The AVX-512 tier's products of few rows.
 //
-// A group is 128 values of a row of W: 64 bytes of codes, looked up as they lie. Nibble k of every 16-bit word (pairs
-// of bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it takes; the order
-// that results, `arrange` gives to x. The two blocks of a group are the halves of a register: a lookup reads one bit
-// more than a code has, and that bit tells them apart.
+// Of 4 bits a group is 128 values of a row of W: 64 bytes of codes, looked up as they lie. Nibble k of every 16-bit
+// word (pairs of bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it
+// takes; the order that results, `arrange` gives to x. The two blocks of a group are the halves of a register: a lookup
+// reads one bit more than a code has, and that bit tells them apart. Of bytes a group is 32 values, which are converted
+// as they lie.
 //
 // Up to four rows, values are multiplied as they are looked up: then reading W from memory bounds the product. For
 // more, eight rows of W are expanded a stretch at a time, into cache, and serve all rows of x.
@@ -26,7 +27,6 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kGroup = 128;
 constexpr int64_t kFused = 4;     // rows of x that are multiplied at once with values in registers
 constexpr int kColumns = 4;       // rows of W that are multiplied at once
 constexpr int kExpanded = 8;      // rows of W that are expanded at once
@@ -39,10 +39,16 @@ __m512i nibbles(__m512i codes, int k) {
     return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(15), second, 0xea);  // (shifted & 15) | second
 }
 
+// Sixteen bytes times their scale.
+__m512 scaled(const int8_t* codes, __m512 scale) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale);
+}
+
 // Vectors of 32 bf16 values, multiplied in pairs.
 struct Pairs {
     using Element = uint16_t;
-    static constexpr int kVectors = 4;  // of a group
+    static constexpr int64_t kWidth = 32;
 
     struct Table {
         __m512i both;
@@ -61,7 +67,7 @@ struct Pairs {
         // clang-format on
         const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(x + 32);
         const __m512i c = _mm512_loadu_si512(x + 64), d = _mm512_loadu_si512(x + 96);
-        for (int k = 0; k < kVectors; ++k) {
+        for (int k = 0; k < 4; ++k) {
             const __m512i index = _mm512_add_epi16(step, _mm512_set1_epi16(static_cast<int16_t>(k ^ 1)));
             const __m512i low = _mm512_permutex2var_epi16(a, index, b), high = _mm512_permutex2var_epi16(c, index, d);
             _mm512_storeu_si512(out + 32 * k, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
@@ -70,6 +76,11 @@ struct Pairs {
 
     static void copy(const void* x, int64_t count, uint16_t* out) {
         std::memcpy(out, x, static_cast<size_t>(count) * sizeof *out);
+    }
+
+    // Vector k of a group of bytes.
+    static __m512i convert(const int8_t* codes, __m512 scale, int) {
+        return (__m512i)_mm512_cvtne2ps_pbh(scaled(codes + 16, scale), scaled(codes, scale));
     }
 
     static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
@@ -81,7 +92,7 @@ struct Pairs {
 template <class T>
 struct Singles {
     using Element = float;
-    static constexpr int kVectors = 8;
+    static constexpr int64_t kWidth = 16;
 
     struct Table {
         __m512 first, second;
@@ -96,7 +107,7 @@ struct Singles {
     // A group: value 8 j + (k ^ 1) to element j of vector k.
     static void arrange(const float* x, float* out) {
         const __m512i step = _mm512_set_epi32(120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0);
-        for (int k = 0; k < kVectors; ++k) _mm512_storeu_ps(out + 16 * k, _mm512_i32gather_ps(step, x + (k ^ 1), 4));
+        for (int k = 0; k < 8; ++k) _mm512_storeu_ps(out + 16 * k, _mm512_i32gather_ps(step, x + (k ^ 1), 4));
     }
 
     // Writes up to 15 more.
@@ -108,6 +119,10 @@ struct Singles {
             std::memcpy(rest, at(x, i, T::kSize), static_cast<size_t>((count - i) * T::kSize));
             Fp32::store(out, i, T::load(rest, 0));
         }
+    }
+
+    static __m512i convert(const int8_t* codes, __m512 scale, int k) {
+        return _mm512_castps_si512(T::nearest(scaled(codes + 16 * k, scale)));
     }
 
     static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
@@ -123,16 +138,27 @@ constexpr int64_t kRow = kArrangedBytes / static_cast<int64_t>(sizeof(typename L
 
 template <class L, class T>
 void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
+    constexpr int64_t size = 128;  // of a group of 4-bit values
     auto* out = static_cast<typename L::Element*>(arranged);
     for (int64_t begin = 0; begin < depth; begin += kStretch<L>) {
         const int64_t end = least(begin + kStretch<L>, depth);
         for (int64_t r = 0; r < rows; ++r, out += kRow<L>) {
-            for (int64_t i = begin; i < end; i += kGroup) {
-                typename L::Element group[kGroup] = {};
-                L::copy(at(x, r * depth + i, T::kSize), least(kGroup, end - i), group);
+            for (int64_t i = begin; i < end; i += size) {
+                typename L::Element group[size] = {};
+                L::copy(at(x, r * depth + i, T::kSize), least(size, end - i), group);
                 L::arrange(group, out + (i - begin));
             }
         }
+    }
+}
+
+// As x lies.
+template <class L, class T>
+void arrange_bytes(const void* x, int64_t rows, int64_t depth, void* arranged) {
+    auto* out = static_cast<typename L::Element*>(arranged);
+    for (int64_t begin = 0; begin < depth; begin += kStretch<L>) {
+        const int64_t count = least(kStretch<L>, depth - begin);
+        for (int64_t r = 0; r < rows; ++r, out += kRow<L>) L::copy(at(x, r * depth + begin, T::kSize), count, out);
     }
 }
 
@@ -149,29 +175,97 @@ void read_runs(const Weight4bit& w, const __m512* code, int64_t first, int64_t c
     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(value, factor), _mm512_set1_ps(scales.offset)));
 }
 
-// A stretch of a row of W: `count` values, a multiple of 64.
-struct Stretch {
-    const uint8_t* codes;
-    float scales[kStretchBytes / 128];
-};
-
-// Groups of a stretch as codes and tables. Of one that is half, the other half is zero.
+// What reads W of 4 bits: groups of a stretch of one of its rows, `count` values, a multiple of 64. Of a group that is
+// half, the other half is zero.
 template <class L>
-struct Reader {
-    __m512 code;
-    int64_t count, ahead;  // bytes
+class Reader4bit {
+  public:
+    static constexpr int64_t kGroup = 128;
 
+    struct Stretch {
+        const uint8_t* codes;
+        float scales[kStretchBytes / 128];
+    };
+
+    // `ahead`: how many rows of W further the values are that are asked for from memory.
+    Reader4bit(const Weight4bit& w, int64_t ahead)
+        : w_(w), code_(_mm512_loadu_ps(w.code)), ahead_(ahead * w.columns / 2) {
+        for (int i = 0; i < 16; ++i) nested_code_[i] = _mm512_loadu_ps(w.scales.nested_code + 16 * i);
+    }
+
+    // Before the groups of a stretch are read.
+    void begin(int64_t count) { count_ = count; }
+    int64_t count() const { return count_; }
+
+    void stretch(int64_t first, Stretch& out) const {
+        out.codes = w_.codes + first / 2;
+        read_runs(w_, nested_code_, first, count_ / 64, out.scales);
+    }
+
+    struct Group {
+        typename L::Table table;
+        __m512i codes;
+
+        __m512i vector(int k) const { return table.look_up(codes, k); }
+    };
+
+    Group group(const Stretch& from, int64_t i) const { return {table(from, i), codes(from, i)}; }
+
+  private:
     typename L::Table table(const Stretch& from, int64_t i) const {
-        const auto whole = static_cast<__mmask16>(i + kGroup <= count ? 0xffff : 0);
-        const __m512 first = _mm512_mul_ps(code, _mm512_set1_ps(from.scales[i / 64]));
-        return {first, _mm512_maskz_mul_ps(whole, code, _mm512_set1_ps(from.scales[i / 64 + (whole & 1)]))};
+        const auto whole = static_cast<__mmask16>(i + kGroup <= count_ ? 0xffff : 0);
+        const __m512 first = _mm512_mul_ps(code_, _mm512_set1_ps(from.scales[i / 64]));
+        return {first, _mm512_maskz_mul_ps(whole, code_, _mm512_set1_ps(from.scales[i / 64 + (whole & 1)]))};
     }
 
     __m512i codes(const Stretch& from, int64_t i) const {
         const uint8_t* const bytes = from.codes + i / 2;
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead), _MM_HINT_T0);
-        return _mm512_maskz_loadu_epi8(i + kGroup <= count ? ~__mmask64{0} : ~__mmask64{0} >> 32, bytes);
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead_), _MM_HINT_T0);
+        return _mm512_maskz_loadu_epi8(i + kGroup <= count_ ? ~__mmask64{0} : ~__mmask64{0} >> 32, bytes);
     }
+
+    const Weight4bit& w_;
+    __m512 code_, nested_code_[16];
+    int64_t ahead_, count_ = 0;
+};
+
+// The same of bytes; `count` is a multiple of 32.
+template <class L>
+class Reader8bit {
+  public:
+    static constexpr int64_t kGroup = 32;
+
+    struct Stretch {
+        const int8_t* codes;
+        float scales[kStretchBytes / 64];
+    };
+
+    Reader8bit(const Weight8bit& w, int64_t ahead) : w_(w), ahead_(ahead * w.columns) {}
+
+    void begin(int64_t count) { count_ = count; }
+    int64_t count() const { return count_; }
+
+    void stretch(int64_t first, Stretch& out) const {
+        out.codes = w_.codes + first;
+        read_scales(w_, first, kGroup, count_ / kGroup, out.scales);
+    }
+
+    struct Group {
+        const int8_t* codes;
+        __m512 scale;
+
+        __m512i vector(int k) const { return L::convert(codes, scale, k); }
+    };
+
+    Group group(const Stretch& from, int64_t i) const {
+        const int8_t* const codes = from.codes + i;
+        _mm_prefetch(reinterpret_cast<const char*>(codes + ahead_), _MM_HINT_T0);
+        return {codes, _mm512_set1_ps(from.scales[i / kGroup])};
+    }
+
+  private:
+    const Weight8bit& w_;
+    int64_t ahead_, count_ = 0;
 };
 
 // The sum of each of four registers.
@@ -193,25 +287,22 @@ void finish_tile(const __m512 (*sum)[kColumns], float* sums, bool add) {
     }
 }
 
-// A stretch of four rows of W times `rows` of x, looked up on the way.
-template <class L, int rows>
-void look_up_tile(const Reader<L>& reader, const Stretch* w, const typename L::Element* x, float* sums, bool add) {
-    constexpr int64_t width = kGroup / L::kVectors;
+// A stretch of four rows of W times `rows` of x, made on the way.
+template <class L, class R, int rows>
+void read_tile(const R& reader, const typename R::Stretch* w, const typename L::Element* x, float* sums, bool add) {
     __m512 sum[rows][kColumns];
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < kColumns; ++c) sum[r][c] = _mm512_setzero_ps();
     }
-    for (int64_t i = 0; i < reader.count; i += kGroup) {
-        const typename L::Table table[kColumns] = {reader.table(w[0], i), reader.table(w[1], i), reader.table(w[2], i),
-                                                   reader.table(w[3], i)};
-        const __m512i codes[kColumns] = {reader.codes(w[0], i), reader.codes(w[1], i), reader.codes(w[2], i),
-                                         reader.codes(w[3], i)};
+    for (int64_t i = 0; i < reader.count(); i += R::kGroup) {
+        const typename R::Group group[kColumns] = {reader.group(w[0], i), reader.group(w[1], i), reader.group(w[2], i),
+                                                   reader.group(w[3], i)};
 #pragma GCC unroll 8
-        for (int k = 0; k < L::kVectors; ++k) {
+        for (int k = 0; k < R::kGroup / L::kWidth; ++k) {
             __m512i from_w[kColumns];
-            for (int c = 0; c < kColumns; ++c) from_w[c] = table[c].look_up(codes[c], k);
+            for (int c = 0; c < kColumns; ++c) from_w[c] = group[c].vector(k);
             for (int r = 0; r < rows; ++r) {
-                const __m512i from_x = _mm512_loadu_si512(x + r * kRow<L> + i + k * width);
+                const __m512i from_x = _mm512_loadu_si512(x + r * kRow<L> + i + k * L::kWidth);
                 for (int c = 0; c < kColumns; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
             }
         }
@@ -220,26 +311,23 @@ void look_up_tile(const Reader<L>& reader, const Stretch* w, const typename L::E
 }
 
 // The values of a stretch.
-template <class L>
-void expand(const Reader<L>& reader, const Stretch& w, typename L::Element* out) {
-    constexpr int64_t width = kGroup / L::kVectors;
-    for (int64_t i = 0; i < reader.count; i += kGroup) {
-        const typename L::Table table = reader.table(w, i);
-        const __m512i codes = reader.codes(w, i);
+template <class L, class R>
+void expand(const R& reader, const typename R::Stretch& w, typename L::Element* out) {
+    for (int64_t i = 0; i < reader.count(); i += R::kGroup) {
+        const typename R::Group group = reader.group(w, i);
 #pragma GCC unroll 8
-        for (int k = 0; k < L::kVectors; ++k) _mm512_storeu_si512(out + i + k * width, table.look_up(codes, k));
+        for (int k = 0; k < R::kGroup / L::kWidth; ++k) _mm512_storeu_si512(out + i + k * L::kWidth, group.vector(k));
     }
 }
 
-// The same as look_up_tile, of values that are expanded.
+// The same as read_tile, of values that are expanded.
 template <class L, int rows>
 void multiply_tile(const typename L::Element* w, int64_t count, const typename L::Element* x, float* sums, bool add) {
-    constexpr int64_t width = kGroup / L::kVectors;
     __m512 sum[rows][kColumns];
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < kColumns; ++c) sum[r][c] = _mm512_setzero_ps();
     }
-    for (int64_t i = 0; i < count; i += width) {
+    for (int64_t i = 0; i < count; i += L::kWidth) {
         __m512i from_w[kColumns];
         for (int c = 0; c < kColumns; ++c) from_w[c] = _mm512_loadu_si512(w + c * kRow<L> + i);
         for (int r = 0; r < rows; ++r) {
@@ -251,32 +339,27 @@ void multiply_tile(const typename L::Element* w, int64_t count, const typename L
 }
 
 // `rows` of x times `columns` rows of W, in registers or from cache, stretch by stretch.
-template <class L, int columns>
-void dot_columns(const Weight4bit& w, const __m512* nested_code, int64_t column, int64_t last, const void* arranged,
-                 int64_t rows, float* sums) {
+template <class L, class R, int columns>
+void dot_columns(R& reader, int64_t depth, int64_t column, int64_t last, const void* arranged, int64_t rows,
+                 float* sums) {
     alignas(64) typename L::Element expanded[columns * kRow<L>];
-    const int64_t depth = w.columns;
     const auto* x = static_cast<const typename L::Element*>(arranged);
     for (int64_t begin = 0; begin < depth; begin += kStretch<L>, x += rows * kRow<L>) {
         const int64_t count = least(kStretch<L>, depth - begin);
-        const Reader<L> reader = {_mm512_loadu_ps(w.code), count, columns * depth / 2};
-        Stretch from[columns];  // of the last row again where there are no more
-        for (int64_t i = 0; i < columns; ++i) {
-            const int64_t first = least(column + i, last) * depth + begin;
-            from[i].codes = w.codes + first / 2;
-            read_runs(w, nested_code, first, count / 64, from[i].scales);
-        }
+        reader.begin(count);
+        typename R::Stretch from[columns];  // of the last row again where there are no more
+        for (int64_t i = 0; i < columns; ++i) reader.stretch(least(column + i, last) * depth + begin, from[i]);
         const bool add = begin > 0;
         if constexpr (columns == kColumns) {
             switch (rows) {
-                case 1: look_up_tile<L, 1>(reader, from, x, sums, add); break;
-                case 2: look_up_tile<L, 2>(reader, from, x, sums, add); break;
-                case 3: look_up_tile<L, 3>(reader, from, x, sums, add); break;
-                default: look_up_tile<L, kFused>(reader, from, x, sums, add); break;
+                case 1: read_tile<L, R, 1>(reader, from, x, sums, add); break;
+                case 2: read_tile<L, R, 2>(reader, from, x, sums, add); break;
+                case 3: read_tile<L, R, 3>(reader, from, x, sums, add); break;
+                default: read_tile<L, R, kFused>(reader, from, x, sums, add); break;
             }
         } else {
-            for (int i = 0; i < columns; ++i) expand(reader, from[i], expanded + i * kRow<L>);
-            const int64_t padded = (count + kGroup - 1) / kGroup * kGroup;
+            for (int i = 0; i < columns; ++i) expand<L>(reader, from[i], expanded + i * kRow<L>);
+            const int64_t padded = (count + R::kGroup - 1) / R::kGroup * R::kGroup;
             for (int64_t r = 0, n; r < rows; r += n) {
                 const int64_t tiles = (rows - r + kTileRows - 1) / kTileRows;
                 n = (rows - r + tiles - 1) / tiles;  // 3 to 6: as many in each tile as can be
@@ -296,23 +379,30 @@ void dot_columns(const Weight4bit& w, const __m512* nested_code, int64_t column,
     }
 }
 
-template <class L>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums) {
-    __m512 nested_code[16];
-    for (int i = 0; i < 16; ++i) nested_code[i] = _mm512_loadu_ps(w.scales.nested_code + 16 * i);
-    const auto part = rows <= kFused ? dot_columns<L, kColumns> : dot_columns<L, kExpanded>;
+template <class L, class R, class Weight>
+void dot(const Weight& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums) {
+    const auto part = rows <= kFused ? dot_columns<L, R, kColumns> : dot_columns<L, R, kExpanded>;
     const int64_t step = rows <= kFused ? kColumns : kExpanded;
+    R reader(w, step);
     for (int64_t c = 0; c < columns; c += step) {
-        part(w, nested_code, column + c, column + columns - 1, arranged, rows, sums + c);
+        part(reader, w.columns, column + c, column + columns - 1, arranged, rows, sums + c);
     }
 }
 
+template <class L, class T>
+constexpr FewKernels few = {16,
+                            sizeof(typename L::Element),
+                            arrange<L, T>,
+                            dot<L, Reader4bit<L>, Weight4bit>,
+                            arrange_bytes<L, T>,
+                            dot<L, Reader8bit<L>, Weight8bit>};
+
 }  // namespace
 
-const FewKernels avx512_few_pairs = {16, 2, arrange<Pairs, Bf16>, dot<Pairs>};
-const FewKernels avx512_few_fp32 = {16, 4, arrange<Singles<Fp32>, Fp32>, dot<Singles<Fp32>>};
-const FewKernels avx512_few_bf16 = {16, 4, arrange<Singles<Bf16>, Bf16>, dot<Singles<Bf16>>};
-const FewKernels avx512_few_fp16 = {16, 4, arrange<Singles<Fp16>, Fp16>, dot<Singles<Fp16>>};
+const FewKernels avx512_few_pairs = few<Pairs, Bf16>;
+const FewKernels avx512_few_fp32 = few<Singles<Fp32>, Fp32>;
+const FewKernels avx512_few_bf16 = few<Singles<Bf16>, Bf16>;
+const FewKernels avx512_few_fp16 = few<Singles<Fp16>, Fp16>;
 
 }  // namespace halfbyte
 

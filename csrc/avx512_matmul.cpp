@@ -275,7 +275,7 @@ struct BytesRows {
     }
     __m512i read(int64_t row, int64_t i, int64_t count) const {
         const int64_t begin = row * m.columns + i;
-        if (m.pieces && count > 0) {
+        if (m.piece && count > 0) {
             const __m512 scale = _mm512_set1_ps(m.scale(begin));
             const auto values = [&](int64_t from) {
                 const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(m.codes + begin + from));

@@ -101,11 +101,20 @@ void dequantize_4bit(int isa, int threads, Address packed, Address code, Address
     over_blocks(tier(isa).dequantize_4bit, arguments, threads);
 }
 
+// Whether a table of 256 values has the int8 that each byte is.
+bool integers(const float* code, int size) {
+    if (size != 256) return false;
+    float wanted[256];
+    for (int i = 0; i < 256; ++i) wanted[i] = static_cast<int8_t>(i);
+    return !std::memcmp(code, wanted, sizeof wanted);
+}
+
 void dequantize_8bit(int isa, int threads, Address codes, Address code, int size, Address absmax, int64_t n,
                      int64_t blocksize, Address out, int type) {
     Dequantize8bit arguments{};
     arguments.codes = pointer<const uint8_t>(codes);
     std::memcpy(arguments.code, pointer<const void>(code), static_cast<size_t>(size) * sizeof(float));
+    arguments.integers = integers(arguments.code, size);
     arguments.scales.absmax = pointer<const void>(absmax);
     arguments.n = n;
     arguments.blocksize = blocksize;
@@ -171,9 +180,7 @@ Weight4bit weight_4bit(Address packed, Address code, Address absmax, Address nes
     weight.nested_blocksize = Divisor(nested_blocksize);
     weight.rows = rows;
     weight.columns = columns;
-    // the largest power of two that divides both
-    const int64_t piece = (blocksize | columns) & -(blocksize | columns);
-    weight.piece = piece >= 32 ? piece : 0;
+    weight.piece = piece_of(blocksize, columns);
     return weight;
 }
 
@@ -217,7 +224,7 @@ class Sum {
     void add_bytes(Address x, int64_t stride, int64_t step, bool gradient, Address codes, Address absmax,
                    int64_t blocksize, int64_t rows, int64_t columns) {
         bytes_.push_back({pointer<const int8_t>(codes), pointer<const float>(absmax), Divisor(blocksize), rows, columns,
-                          blocksize % 32 == 0 && columns % 32 == 0});
+                          piece_of(blocksize, columns)});
         terms_.push_back({pointer<const void>(x), stride, step, gradient, nullptr, &bytes_.back(), {}});
     }
 

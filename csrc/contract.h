@@ -72,6 +72,7 @@ struct Dequantize {
     int64_t blocksize;
     void* out;  // out: n values of `type`
     Type type;
+    bool integers = false;  // whether code[q] is the int8 that the byte q is, which is told and not looked for
 };
 using Dequantize4bit = Dequantize<4>;
 using Dequantize8bit = Dequantize<8>;

@@ -91,7 +91,10 @@ class Product {
     void pack_to(char* tiles) { tiles_ = tiles; }
 
     void pack(int64_t packing) const {
-        if (few_) return k_.few->arrange(a_.terms->x, a_.rows, a_.terms->depth(), tiles_);
+        if (few_) {
+            const auto arrange = a_.terms->weight ? k_.few->arrange : k_.few->arrange_bytes;
+            return arrange(a_.terms->x, a_.rows, a_.terms->depth(), tiles_);
+        }
         const int64_t row = packing * kTile, rows = std::min(kTile, a_.rows - row);
         char* tiles = tiles_;
         for (const Term* term = a_.terms; term < a_.terms + a_.count; ++term) {
@@ -105,7 +108,8 @@ class Product {
     // Whether `dot` can take this term.
     bool dots(const Term& term) const {
         const bool without_gaps = a_.rows == 1 || term.stride == term.depth();
-        return term.weight && !term.gradient && term.weight->piece >= 64 && term.depth() > 0 && without_gaps;
+        const bool in_pieces = term.weight ? term.weight->piece >= 64 : term.bytes && term.bytes->piece;
+        return in_pieces && !term.gradient && term.depth() > 0 && without_gaps;
     }
 
     int64_t depth() const {
@@ -168,7 +172,8 @@ class Product {
         Piece next{a_.terms, 0, 0, 0};
         bool add = false;
         if (few_) {
-            k_.few->dot(*a_.terms->weight, column, columns, tiles_, end, s.sums);
+            a_.terms->weight ? k_.few->dot(*a_.terms->weight, column, columns, tiles_, end, s.sums)
+                             : k_.few->dot_bytes(*a_.terms->bytes, column, columns, tiles_, end, s.sums);
             if (a_.count == 1) return finish(begin, end, column, columns, s.sums, s);
             ++next.term;
             add = true;
@@ -375,6 +380,19 @@ void read_scales(const Weight4bit& w, int64_t first, int64_t step, int64_t count
         for (int64_t i = 0; i < run; ++i) out[i] = code[absmax[block + i]] * factor + offset;
         out += run;
         block += run;
+    }
+}
+
+void read_scales(const Weight8bit& w, int64_t first, int64_t step, int64_t count, float* out) {
+    const int64_t size = w.blocksize.value();
+    int64_t block = w.blocksize.quotient(first), left = (block + 1) * size - first;  // of the block, in values
+    if (size == 2 * step && left == size && count % 2 == 0) {                        // blocks of 64 by pieces of 32
+        for (int64_t i = 0; i < count; i += 2, ++block) out[i] = out[i + 1] = load<float>(w.absmax, block) / 127.0f;
+        return;
+    }
+    for (int64_t i = 0; i < count; ++block, left += size) {
+        const float scale = load<float>(w.absmax, block) / 127.0f;
+        for (; left > 0 && i < count; left -= step) out[i++] = scale;
     }
 }
 

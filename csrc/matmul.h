@@ -47,15 +47,20 @@ class Divisor {
     bool power_ = true;
 };
 
+// Where not 0: a power of two from 32 on, such that each piece of so many values of a row has one scale and begins with
+// a byte.
+inline int64_t piece_of(int64_t blocksize, int64_t columns) {
+    const int64_t largest = (blocksize | columns) & -(blocksize | columns);  // power of two that divides both
+    return largest >= 32 ? largest : 0;
+}
+
 struct Weight4bit {
     const uint8_t* codes;
     float code[16];
     Scales scales;
     Divisor blocksize, nested_blocksize;
     int64_t rows, columns;  // N, K
-    // Where not 0: a power of two from 32 on, such that each piece of so many values of a row has one scale and
-    // begins with a byte.
-    int64_t piece;
+    int64_t piece;          // see piece_of
 };
 
 // The scales of the values first, first + step, ... of the flattened weight.
@@ -67,10 +72,12 @@ struct Weight8bit {
     const float* absmax;  // one per block
     Divisor blocksize;
     int64_t rows, columns;  // N, K
-    bool pieces;            // whether each 32 values from a multiple of 32 of a row on have one scale
+    int64_t piece;          // as that of Weight4bit
 
     float scale(int64_t i) const { return load<float>(absmax, blocksize.quotient(i)) / 127.0f; }
 };
+
+void read_scales(const Weight8bit& w, int64_t first, int64_t step, int64_t count, float* out);
 
 // A dense matrix of any address, row-major.
 struct Dense {
@@ -91,6 +98,11 @@ struct FewKernels {
     // sums[r][0 .. columns) = x[r] times the columns [column, column + columns) of Wᵀ, at most kStrip, of a W in pieces
     // of at least 64; up to 7 more are written.
     void (*dot)(const Weight4bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows, float* sums);
+
+    // The same of a weight in bytes, in pieces of at least 32.
+    void (*arrange_bytes)(const void* x, int64_t rows, int64_t depth, void* arranged);
+    void (*dot_bytes)(const Weight8bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows,
+                      float* sums);
 };
 
 // A tier's share, for one storage type of x. Pointers to float are aligned to 64 bytes. A panel takes kStrip

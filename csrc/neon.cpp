@@ -104,6 +104,16 @@ void dequantize(const Dequantize4bit& a, int64_t first, int64_t last) {
 template <class T>
 void dequantize(const Dequantize8bit& a, int64_t first, int64_t last) {
     ScaleReader scales(a.scales, first);
+    for (int64_t block = first; a.integers && block < last; ++block) {
+        const float scale = scales.next();
+        const int64_t begin = block * a.blocksize;
+        for (int64_t i = begin; i < begin + a.blocksize; i += 8) {
+            const int16x8_t values = vmovl_s8(vreinterpret_s8_u8(vld1_u8(a.codes + i)));
+            T::store(a.out, i, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(values))), scale));
+            T::store(a.out, i + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(values))), scale));
+        }
+    }
+    if (a.integers) return;
     for (int64_t block = first; block < last; ++block) {
         const float scale = scales.next();
         const int64_t begin = block * a.blocksize;

@@ -112,7 +112,7 @@ struct BytesRows {
         const int64_t begin = row * m.columns + i;
         float values[4] = {};
         for (int64_t n = 0; n < least(count, 4); ++n) values[n] = static_cast<float>(m.codes[begin + n]);
-        if (m.pieces) return T::nearest(vmulq_n_f32(load4(values), m.scale(begin)));
+        if (m.piece) return T::nearest(vmulq_n_f32(load4(values), m.scale(begin)));
         for (int64_t n = 0; n < least(count, 4); ++n) values[n] *= m.scale(begin + n);
         return T::nearest(load4(values));
     }
@@ -180,25 +180,50 @@ void multiply(const void* x, int64_t stride, int64_t rows, const float* panel, i
     }
 }
 
+// What makes values of a piece with one scale, sixteen at a time from position i of W on.
+template <class T>
+struct LookedUp {
+    using Weight = Weight4bit;
+    Table<T> table;
+
+    LookedUp(const Weight4bit& w, float scale) : table(w.code, scale) {}
+    float32x4x4_t values(const Weight4bit& w, int64_t i) const { return table.look_up(unpack(w.codes + i / 2)); }
+};
+
+template <class T>
+struct Converted {
+    using Weight = Weight8bit;
+    float scale;
+
+    Converted(const Weight8bit&, float scale) : scale(scale) {}
+    float32x4x4_t values(const Weight8bit& w, int64_t i) const {
+        const int8x16_t codes = vreinterpretq_s8_u8(vld1q_u8(at(w.codes, i)));
+        const int16x8_t low = vmovl_s8(vget_low_s8(codes)), high = vmovl_s8(vget_high_s8(codes));
+        return {{value(vget_low_s16(low)), value(vget_high_s16(low)), value(vget_low_s16(high)),
+                 value(vget_high_s16(high))}};
+    }
+
+  private:
+    float32x4_t value(int16x4_t codes) const { return T::nearest(vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(codes)), scale)); }
+};
+
 // Two rows of W, from the positions `first` on, times `rows` of x.
-template <class T, int rows>
-void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* sums) {
+template <class T, class L, int rows>
+void dot_tile(const typename L::Weight& w, const int64_t* first, const void* x, float* sums) {
     constexpr int64_t stretch = 2048;  // values whose scales are read at once
     const int64_t depth = w.columns, piece = least(w.piece, stretch);
-    const uint8_t *codes0 = w.codes + first[0] / 2, *codes1 = w.codes + first[1] / 2;
     float32x4_t sum[rows][2][2];  // of each product the even and the odd vectors, since a sum is slow to follow another
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < 2; ++c) sum[r][c][0] = sum[r][c][1] = vdupq_n_f32(0);
     }
     for (int64_t begin = 0; begin < depth; begin += stretch) {
         const int64_t end = least(begin + stretch, depth);
-        float scales[2][stretch / 64];
+        float scales[2][stretch / 32];
         for (int c = 0; c < 2; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
         for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
-            const Table<T> table0(w.code, scales[0][k]), table1(w.code, scales[1][k]);
+            const L one(w, scales[0][k]), other(w, scales[1][k]);
             for (int64_t j = i; j < i + piece; j += 16) {
-                const float32x4x4_t from_w0 = table0.look_up(unpack(codes0 + (j >> 1)));
-                const float32x4x4_t from_w1 = table1.look_up(unpack(codes1 + (j >> 1)));
+                const float32x4x4_t from_w0 = one.values(w, first[0] + j), from_w1 = other.values(w, first[1] + j);
                 for (int r = 0; r < rows; ++r) {
                     for (int v = 0; v < 4; ++v) {
                         const float32x4_t from_x = T::load(x, r * depth + j + 4 * v);
@@ -214,14 +239,14 @@ void dot_tile(const Weight4bit& w, const int64_t* first, const void* x, float* s
     }
 }
 
-// Values are looked up in their order, so that rows of x stay as they are.
+// Values are made in their order, so that rows of x stay as they are.
 template <class T>
 void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
     std::memcpy(arranged, x, static_cast<size_t>(rows * depth * T::kSize));
 }
 
-template <class T>
-void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums) {
+template <class T, class L>
+void dot(const typename L::Weight& w, int64_t column, int64_t columns, const void* x, int64_t rows, float* sums) {
     for (int64_t c = 0; c < columns; c += 2) {
         const int64_t n = column + c;  // the last row again where there are no two
         const int64_t first[2] = {n * w.columns, (column + least(c + 1, columns - 1)) * w.columns};
@@ -229,10 +254,10 @@ void dot(const Weight4bit& w, int64_t column, int64_t columns, const void* x, in
             const void* from = at(x, r * w.columns * T::kSize);
             float* out = sums + r * kStrip + c;
             switch (least(rows - r, 4)) {
-                case 1: dot_tile<T, 1>(w, first, from, out); break;
-                case 2: dot_tile<T, 2>(w, first, from, out); break;
-                case 3: dot_tile<T, 3>(w, first, from, out); break;
-                default: dot_tile<T, 4>(w, first, from, out); break;
+                case 1: dot_tile<T, L, 1>(w, first, from, out); break;
+                case 2: dot_tile<T, L, 2>(w, first, from, out); break;
+                case 3: dot_tile<T, L, 3>(w, first, from, out); break;
+                default: dot_tile<T, L, 4>(w, first, from, out); break;
             }
         }
     }
@@ -254,7 +279,7 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 }
 
 template <class T>
-const FewKernels few = {8, T::kSize, arrange<T>, dot<T>};
+const FewKernels few = {8, T::kSize, arrange<T>, dot<T, LookedUp<T>>, arrange<T>, dot<T, Converted<T>>};
 
 template <class T>
 const MatmulKernels kernels = {

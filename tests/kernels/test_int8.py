@@ -1,11 +1,25 @@
 """int8 weights against bitsandbytes' LLM.int8 codes, and their products against the dequantized weight in fp64."""
 
+from collections.abc import Iterator
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from halfbyte import kernels
-from halfbyte.kernels import WeightInt8, providers
+from halfbyte.kernels import WeightInt8, native, providers
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FEW_ROWS = 16 if "neon" not in native.tiers() else 8
+
+
+@pytest.fixture(params=[tier for tier in native.tiers() if tier != "scalar"])
+def vector_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HALFBYTE_ISA", request.param)
+    before = torch.get_num_threads()
+    with kernels.use_provider("native"):
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=list(providers()))
@@ -42,6 +56,10 @@ def test_a_block_of_zeros_and_an_empty_matrix_stay_what_they_are(provider: str) 
     for shape in [(4, 8), (0, 5)]:
         weight = kernels.quantize_int8(torch.zeros(shape), 16)
         assert torch.equal(kernels.dequantize_int8(weight), torch.zeros(shape))
+    for rows, columns in [(0, 5), (4, 0)]:
+        weight, bias = kernels.quantize_int8(torch.zeros(rows, columns), 16), torch.arange(float(rows))
+        y = kernels.matmul_int8(torch.ones(2, 3, columns), weight, bias)
+        assert torch.equal(y, bias.expand(2, 3, rows))
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
@@ -62,6 +80,68 @@ def test_products_and_gradients_are_those_of_the_dequantized_weight(
         ):
             assert got.dtype == dtype and got.shape == result.shape
             assert (got.double() - result).norm() <= bound * result.norm()
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("shape", [(1, 32), (5, 96), (35, 1056), (18, 2144), (9, 100)])
+def test_few_rows_are_multiplied_within_the_rounding_of_each_value(
+    vector_tier: None, shape: tuple[int, int], dtype: torch.dtype, rounding: float
+) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(shape) * torch.logspace(-2, 1, shape[0])[:, None]
+    for blocksize in (32, 64, 4096, shape[1]):
+        weight = kernels.quantize_int8(values, blocksize)
+        dense = kernels.reference.dequantize_int8(weight, dtype).double()
+        for rows in (1, 2, 3, 4, 5, 7, 8, 16, 17):
+            x, bias = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+            expected = x.double() @ dense.T + bias.double()
+            sizes = x.double().abs() @ dense.T.abs() + bias.double().abs()
+            apart = (kernels.matmul_int8(x, weight, bias).double() - expected).abs()
+            assert (apart <= rounding * expected.abs() + 2e-6 * sizes).all(), (blocksize, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", [64, "row"])
+def test_neither_neighbours_nor_threads_nor_addresses_change_a_bit(
+    vector_tier: None, blocksize: int | str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    columns = 2144
+    weight = kernels.quantize_int8(torch.randn(130, columns), columns if isinstance(blocksize, str) else blocksize)
+    codes = torch.cat([weight.codes.new_zeros(3), weight.codes.view(-1)])[3:].view(130, columns)
+    moved = WeightInt8(codes, weight.absmax, weight.blocksize)
+    x = torch.randn(FEW_ROWS, columns).to(dtype)
+    torch.set_num_threads(1)
+    together = kernels.matmul_int8(x, weight)
+    assert torch.equal(together, kernels.matmul_int8(x, moved))
+    for rows in range(1, FEW_ROWS):
+        assert torch.equal(kernels.matmul_int8(x[:rows], weight), together[:rows]), rows
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(kernels.matmul_int8(x, weight), together)
+        assert torch.equal(kernels.matmul_int8(x[:1], weight), together[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tier_dequantizes_to_the_bits_of_the_formula(vector_tier: None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for shape, blocksize in [((9, 96), 32), ((5, 160), 160), ((7, 100), 100), ((6, 33), 7), ((3, 70), 64)]:
+        weight = kernels.quantize_int8(torch.randn(shape), blocksize)
+        weight.codes.view(-1)[:3] = torch.tensor([-128, 127, 0])
+        assert torch.equal(kernels.dequantize_int8(weight, dtype), kernels.reference.dequantize_int8(weight, dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_nan_and_infinity_come_out_where_the_dense_product_has_them(vector_tier: None, rows: int) -> None:
+    for dtype in DTYPES:
+        weight = kernels.quantize_int8(torch.randn(9, 96), 32)
+        weight.absmax[4], weight.absmax[-1] = torch.nan, torch.inf
+        x = torch.randn(rows, 96).to(dtype)
+        x[0, 5] = torch.inf
+        expected = x.double() @ kernels.reference.dequantize_int8(weight, dtype).double().T
+        got = kernels.matmul_int8(x, weight).double()
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got[expected.isinf()], expected[expected.isinf()])
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -37,7 +37,7 @@ struct Factors {
           stride(transposed ? 1 : depth + c.note("x_gap", few ? 0 : c.gap())),
           step(transposed ? x_rows + c.note("x_gap", c.gap()) : 1),
           gradient(c.note("gradient", !few && c.random.once_in(2))),
-          bits(c.note("bits", few ? 4 : c.random.of({4, 4, 4, 8, 8, 0}))),
+          bits(c.note("bits", few ? c.random.of({4, 8}) : c.random.of({4, 4, 4, 8, 8, 0}))),
           rows(gradient ? depth : width),
           columns(gradient ? width : depth),
           dense_stride(columns + c.note("gap", c.gap())),
@@ -51,12 +51,15 @@ struct Factors {
           statistics(c, blocks, false),
           absmax(c.floats(blocks, 0, 0.1f, 1.0f)),
           weight{values.data, {}, statistics.scales, Divisor(blocksize), Divisor(statistics.size), rows, columns, 0},
-          weight8{reinterpret_cast<const int8_t*>(values.data), absmax.floats(), Divisor(blocksize), rows, columns,
-                  blocksize % 32 == 0 && columns % 32 == 0},
+          weight8{reinterpret_cast<const int8_t*>(values.data),
+                  absmax.floats(),
+                  Divisor(blocksize),
+                  rows,
+                  columns,
+                  piece_of(blocksize, columns)},
           factor(static_cast<size_t>(depth * width)) {
         std::memcpy(weight.code, code.data(), sizeof weight.code);
-        const int64_t piece = (blocksize | columns) & -(blocksize | columns);
-        weight.piece = piece >= 32 ? piece : 0;
+        weight.piece = piece_of(blocksize, columns);
         for (int64_t i = 0; i < x.size / size_of(type); ++i) put(x.data, i, type, c.random.normal());
         if (c.note("special", c.random.once_in(4))) {
             for (int64_t i = c.random.of({1, 3, 99}); i > 0 && x.size > 0; --i) {
@@ -204,7 +207,7 @@ void matmul(Case& c) {
     check_sums(c, sums);
 }
 
-// Sums whose first term is a product of few rows with a 4-bit weight.
+// Sums whose first term is a product of few rows with a quantized weight.
 void few(Case& c) {
     std::deque<Sum> sums;
     sums.emplace_back(c, true);

@@ -56,10 +56,12 @@ void dequantize(Case& c, void (*kernel)(const Dequantize<bits>&, int64_t, int64_
     const Type type = c.type();
     const int64_t n = c.length(), blocksize = c.blocksize(), blocks = (n + blocksize - 1) / blocksize;
     const Buffer codes = c.bytes(codes_size(bits, n), c.shift());
-    const std::vector<float> code = table_of(c, 1 << bits);
+    std::vector<float> code = table_of(c, 1 << bits);
+    const bool integers = bits == 8 && c.note("integers", c.random.once_in(3));
+    for (int i = 0; integers && i < 256; ++i) code[static_cast<size_t>(i)] = static_cast<int8_t>(i);
     const Statistics statistics(c, blocks, c.note("special", c.random.once_in(3)));
     const Buffer out(n * size_of(type), c.shift(), kOurs), theirs(out.size, 0, kTheirs);
-    Dequantize<bits> a{codes.data, {}, statistics.scales, n, blocksize, out.data, type};
+    Dequantize<bits> a{codes.data, {}, statistics.scales, n, blocksize, out.data, type, integers};
     std::memcpy(a.code, code.data(), sizeof a.code);
     in_ranges(c, kernel, a);
     a.out = theirs.data;

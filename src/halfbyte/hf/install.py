@@ -10,8 +10,8 @@ code), so that names which a script imported before are served as well; models a
 weights go through the libraries' own code.
 """
 
+import contextlib
 import importlib.metadata
-from collections.abc import Callable
 
 from packaging.specifiers import SpecifierSet
 
@@ -19,7 +19,8 @@ from halfbyte.errors import InputError
 from halfbyte.hf.dropin import adapters, arguments, bitsandbytes, chat_format, cuda, loading, optimizers, said, trainers
 from halfbyte.hf.replacement import Replacement
 
-_undos: list[Callable[[], None]] = []
+_installed = contextlib.ExitStack()
+"""What puts back everything, each name though another's was an error."""
 
 
 def table() -> list[Replacement]:
@@ -43,7 +44,7 @@ def install(cuda: bool = True) -> None:
     check_versions(rows)
     try:
         for row in rows:
-            _undos.append(row.put())
+            _installed.callback(row.put())
     except BaseException:
         undo()
         raise
@@ -51,8 +52,7 @@ def install(cuda: bool = True) -> None:
 
 def undo() -> None:
     """Put back everything that :func:`install` replaced."""
-    while _undos:
-        _undos.pop()()
+    _installed.close()
     said.forget()
 
 

@@ -32,18 +32,10 @@ def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Te
     """
     check_floating("x", x.dtype)
     check_4bit(weight)
-    device, shape = weight.packed.device, weight.shape
-    if x.device != device:
-        raise TypeError(f"x is on {x.device} and the weight on {device}; both must be on one device")
-    if len(shape) != 2:
-        raise ValueError(f"the weight has shape {tuple(shape)}; it must be a matrix")
-    if x.ndim == 0 or x.shape[-1] != shape[1]:
-        raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {tuple(shape)} needs [..., {shape[1]}]")
-    if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != device):
-        raise ValueError(
-            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, but this product needs {x.dtype} "
-            f"({shape[0]},) on {device}"
-        )
+    device = weight.packed.device
+    if len(weight.shape) != 2:
+        raise ValueError(f"the weight has shape {tuple(weight.shape)}; it must be a matrix")
+    _check_product(x, weight.shape, device, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _Matmul4bit.apply(x, bias, weight)  # type: ignore[no-untyped-call]
         return y
@@ -65,10 +57,9 @@ def matmul_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None = None) -> Te
     """
     check_int8(weight)
     check_floating("x", x.dtype)
+    _check_product(x, weight.shape, weight.codes.device, bias)
     rows, columns = weight.shape
-    if x.ndim == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {weight.shape} needs [..., {columns}]")
-    flat = x.reshape(-1, columns)
+    flat = x.reshape(x.shape[:-1].numel(), columns)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _MatmulInt8.apply(flat, bias, weight)  # type: ignore[no-untyped-call]
     else:
@@ -118,7 +109,9 @@ class _Matmul4bit(torch.autograd.Function):
 
 def _product_int8(x: Tensor, weight: WeightInt8, bias: Tensor | None) -> Tensor:
     y = pool.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
-    matmul_sums([Sum([Term(x, weight)], y, None if bias is None else bias.contiguous())])
+    terms = [Term(x, weight)]
+    with _no_autocast(x.device):
+        provider_for(x.device).matmul_sums([Sum(terms, y, None if bias is None else bias.contiguous())])
     return y
 
 
@@ -146,6 +139,19 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[obje
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _UNCHANGED
+
+
+def _check_product(x: Tensor, shape: tuple[int, ...], device: torch.device, bias: Tensor | None) -> None:
+    """Check the operands of a product with a weight of this shape, ``[N, K]``, on this device."""
+    if x.device != device:
+        raise TypeError(f"x is on {x.device} and the weight on {device}; both must be on one device")
+    if x.ndim == 0 or x.shape[-1] != shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but a weight of shape {tuple(shape)} needs [..., {shape[1]}]")
+    if bias is not None and (bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != device):
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, but this product needs {x.dtype} "
+            f"({shape[0]},) on {device}"
+        )
 
 
 def _check_sum(terms: Sequence[Term], out: Tensor, bias: Tensor | None, device: torch.device) -> None:

@@ -54,6 +54,14 @@ def test_old_names_are_read_as_those_of_today(
     assert f"halfbyte: {config.__name__}(evaluation_strategy=...) is eval_strategy= now." in said
 
 
+@pytest.mark.parametrize(("steps", "wanted"), [(0, 0.03), (5, 5)])
+def test_a_ratio_counts_where_no_number_of_warmup_steps_is_given(
+    installed: None, tmp_path: Path, steps: int, wanted: float
+) -> None:
+    for given in ({"warmup_ratio": 0.03, "warmup_steps": steps}, {"warmup_steps": steps, "warmup_ratio": 0.03}):
+        assert TrainingArguments(str(tmp_path), **given).warmup_steps == wanted
+
+
 def test_bf16_without_a_gpu_is_no_error_and_false_values_stay_false(installed: None, tmp_path: Path) -> None:
     args = TrainingArguments(
         str(tmp_path), bf16=True, tf32=True, group_by_length=False, warmup_ratio=0.0, report_to=None

@@ -255,6 +255,16 @@ def test_an_int8_layer_holds_the_bytes_of_bitsandbytes_and_is_nearer_to_its_weig
     fresh = bnb_layers_8bit.Linear8bitLt(96, 70, has_fp16_weights=False)
     fresh.load_state_dict(written)
     assert torch.equal(fresh(x), y)
+    for kind in (bnb_layers_8bit.Linear8bitLt, RealLinear8bitLt):
+        with pytest.raises(RuntimeError, match="Loading a quantized checkpoint into"):
+            kind(96, 70, has_fp16_weights=True).load_state_dict(written)
+
+
+def test_rows_of_any_number_of_dimensions_are_rounded_as_bitsandbytes_does() -> None:
+    x = random(3, 5, 96)
+    ours = bnb_functional.int8_vectorwise_quant(x)
+    theirs = F.int8_vectorwise_quant(x.view(15, 96))  # which takes more dimensions on a GPU only
+    assert torch.equal(ours[0], theirs[0].view(3, 5, 96)) and torch.equal(ours[1], theirs[1])
 
 
 def test_layers_of_a_model_of_ours_count_as_those_of_bitsandbytes() -> None:

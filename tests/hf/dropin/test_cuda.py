@@ -9,6 +9,7 @@ import pytest
 import torch
 from packaging.specifiers import SpecifierSet
 
+import halfbyte
 from halfbyte.hf.dropin import callers, cuda
 from halfbyte.hf.dropin.cuda_answers import ANSWERS
 
@@ -113,6 +114,9 @@ def test_who_is_the_user() -> None:
     assert callers.is_users(frame_of("/home/me/train.py")) and callers.is_users(frame_of("<stdin>", "__main__", "x.py"))
     assert callers.is_users(frame_of("/x/site-packages/trl/scripts/sft.py", "__main__"))
     assert not callers.is_users(frame_of("/x/site-packages/trl/trainer.py"))
-    assert not callers.is_users(frame_of(f"{callers.TORCH}/distributed/run.py", "__main__"))
+    torch_folder = str(Path(torch.__file__).parent)
+    assert not callers.is_users(frame_of(f"{torch_folder}/distributed/run.py", "__main__"))
+    assert callers.is_users(frame_of(f"{torch_folder}tune/recipes/lora.py", "__main__"))
+    assert callers.is_users(frame_of(f"{Path(halfbyte.__file__).parent}_demo/train.py"))
     assert not callers.is_users(frame_of("<string>", "m", transformers.__file__))  # a dataclass's own __init__
     assert not callers.is_users(frame_of(json.__file__)) and not callers.is_users(frame_of(callers.__file__))

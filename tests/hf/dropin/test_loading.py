@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import halfbyte
 from halfbyte.errors import InputError
+from halfbyte.hf.dropin import said
 from halfbyte.hf.dropin.loading import as_halfbyte
 from halfbyte.hf.layers.adapters import LoraLinear4bit
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Linear4bit, Linear8bit
 
 
 def four(**more: Any) -> BitsAndBytesConfig:
@@ -119,6 +120,27 @@ def test_what_there_is_not_is_refused_in_one_sentence(config: BitsAndBytesConfig
     with pytest.raises(InputError, match=words) as refusal:
         as_halfbyte(config)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
+def test_8_bit_layers_compute_in_the_dtype_of_the_model(
+    installed: None, tiny_model_folder: Path, dtype: torch.dtype, computed: torch.dtype
+) -> None:
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, quantization_config=config, dtype=dtype)
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer) is Linear8bit and layer.compute_dtype == computed and model.dtype == computed
+
+
+def test_fields_that_mean_nothing_here_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    said.forget()
+    as_halfbyte(BitsAndBytesConfig(load_in_8bit=True))
+    assert not caplog.records
+    as_halfbyte(BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_enable_fp32_cpu_offload=True))
+    assert "llm_int8_threshold=0.0" in caplog.text and "llm_int8_enable_fp32_cpu_offload=True" in caplog.text
 
 
 def test_every_field_of_the_configuration_is_known() -> None:

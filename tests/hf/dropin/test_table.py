@@ -64,6 +64,21 @@ def test_a_failure_while_installing_leaves_nothing_replaced(monkeypatch: pytest.
     assert all(old is value_of(row) for row, old in zip(ROWS, before, strict=True))
 
 
+def test_a_name_that_cannot_be_put_back_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(new: Any) -> None:
+        raise RuntimeError("no")
+
+    where = "transformers.trainer:Trainer.get_num_trainable_parameters"
+    bad = Replacement(where, lambda old: lambda self: 0, "a test", "transformers", ">=5", after=fail)
+    middle = len(ROWS) // 2
+    monkeypatch.setattr(install, "table", lambda: [*ROWS[:middle], bad, *ROWS[middle:]])
+    before = [value_of(row) for row in ROWS]
+    halfbyte.install()
+    with pytest.raises(RuntimeError, match="no"):
+        halfbyte.undo()
+    assert all(old is value_of(row) for row, old in zip(ROWS, before, strict=True))
+
+
 def test_another_version_of_a_library_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     old = Replacement("transformers.trainer:Trainer.train", lambda old: old, "a test", "transformers", "<5")
     monkeypatch.setattr(install, "table", lambda: [old])

@@ -192,13 +192,15 @@ def test_dense_models_go_through_trl_s_own_class(
     trainer.train()
 
 
-@pytest.mark.parametrize("how", ["model_init_kwargs", "folder"])
-def test_a_model_s_name_is_opened_in_4_bits(
+@pytest.mark.parametrize("how", ["model_init_kwargs", "load_in_8bit", "folder"])
+def test_a_model_s_name_is_opened_quantized(
     installed: None, tiny_model_folder: Path, lora: Any, tokenizer: Any, tmp_path: Path, how: str
 ) -> None:
     config = BitsAndBytesConfig(load_in_4bit=True)
     name = str(tiny_model_folder)
     options: dict[str, Any] = {"model_init_kwargs": {"quantization_config": config}}
+    if how == "load_in_8bit":
+        options = {"model_init_kwargs": {how: True}}
     if how == "folder":
         name, options = str(tmp_path / "packed"), {}
         AutoModelForCausalLM.from_pretrained(tiny_model_folder, quantization_config=config).save_pretrained(name)

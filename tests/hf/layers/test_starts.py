@@ -162,6 +162,15 @@ def test_loftq_finds_weights_that_were_quantized_before_missing(tiny_model_folde
         loftq.apply(get_peft_model(base, lora()))
 
 
+def test_loftq_refuses_a_rank_that_a_layer_does_not_have(tiny_model_folder: Path) -> None:
+    config = lora(r=500)
+    loftq = hf.LoftQ(config)
+    with loftq.watching():
+        base = halfbyte.load(tiny_model_folder)
+    with pytest.raises(InputError, match="rank 500 is larger than the layer"):
+        loftq.apply(get_peft_model(base, config))
+
+
 def test_length_of_dora_is_that_of_the_start(tiny_model_folder: Path) -> None:
     config = lora(use_dora=True)
     loftq = hf.LoftQ(config)

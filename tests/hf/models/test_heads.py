@@ -16,6 +16,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within, save_config, set_pad
 from halfbyte.hf.models.limits import most_positions
+from halfbyte.hf.models.new_tokens import add_tokens, give_rows
 from halfbyte.nn import Linear4bit
 
 ENCODERS = {
@@ -213,6 +214,18 @@ def test_a_pad_token_is_told_to_a_decoder_that_classifies(tiny_model_folder: Pat
     padded = torch.cat([ids, torch.full((1, 3), model.config.pad_token_id)], 1)
     mask = torch.tensor([[1] * 6 + [0] * 3])
     torch.testing.assert_close(model(padded, attention_mask=mask).logits, model(ids).logits, rtol=0.02, atol=0.02)
+
+
+def test_a_classifier_gets_rows_for_new_tokens_though_it_writes_none(tiny_model_folder: Path) -> None:
+    model: Any = hf.load(tiny_model_folder, task="classify", classes=CLASSES)
+    tokens = add_tokens(hf.load_tokenizer(tiny_model_folder), ["<never>", "<ever>"])
+    rows = give_rows(model, tokens)
+    assert rows == {"model.embed_tokens": [token.id for token in tokens]}
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows, task_type="SEQ_CLS")
+    peft = get_peft_model(model, lora)
+    peft(torch.tensor([[5, tokens[1].id]])).logits.square().sum().backward()
+    (delta,) = [value for name, value in peft.named_parameters() if "token_adapter" in name and value.requires_grad]
+    assert delta.grad[1].any() and not delta.grad[0].any()
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,16 @@ def translated(given: dict[str, Any], known: Iterable[str], kind: str) -> dict[s
     """
     known = set(known)
     new: dict[str, Any] = {}
-    for name, value in given.items():
+    # An old name beside the one of today counts where that says nothing: warmup_steps=0 beside a ratio.
+    for name, value in sorted(given.items(), key=lambda item: item[0] not in known):
         if name in known:
             new[name] = value
         elif RENAMED.get(name) in known:
             new.setdefault(RENAMED[name], value)
             say(f"{kind}({name}=...) is {RENAMED[name]}= now.")
         elif name in SPECIAL and SPECIAL[name][0] in known:
-            new.setdefault(SPECIAL[name][0], SPECIAL[name][1](value)) if value else None
+            if value and not new.get(SPECIAL[name][0]):
+                new[SPECIAL[name][0]] = SPECIAL[name][1](value)
             say(f"{kind}({name}={value!r}) is {SPECIAL[name][0]}={new.get(SPECIAL[name][0])!r} now.")
         elif name == "logging_dir":
             if value is not None:

@@ -151,11 +151,11 @@ def matmul_4bit(
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Quantize the rows of ``A`` ``[N, K]``: int8 ``[N, K]``, largest magnitudes fp32 ``[N]``, and no outliers."""
+    """Quantize the rows of ``A`` ``[..., K]``: int8 in its shape, largest magnitudes fp32, one a row, no outliers."""
     if threshold > 0:
         raise NotImplementedError("int8_vectorwise_quant(threshold=...): outliers are not taken out here; leave it 0.")
-    weight = kernels.quantize_int8(A.detach(), A.shape[-1])
-    return weight.codes, weight.absmax, None
+    weight = kernels.quantize_int8(A.detach().reshape(-1, A.shape[-1]), A.shape[-1])
+    return weight.codes.view(A.shape), weight.absmax, None
 
 
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:

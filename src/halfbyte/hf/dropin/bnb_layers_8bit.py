@@ -145,6 +145,10 @@ class Linear8bitLt(nn.Linear, metaclass=_OursIn8Bits):
         form = state_dict.pop(f"{prefix}{FORMAT}", None)
         if form is not None and int(form) != 0:
             raise ValueError(f"Only 'row' weight format is supported, got {int(form)}")
+        if constants is not None and self.state.has_fp16_weights:
+            raise RuntimeError(
+                "Loading a quantized checkpoint into a Linear8bitLt with has_fp16_weights=True is not supported."
+            )
         if constants is not None and self.weight.dtype != torch.int8:
             self.weight._quantize(self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -5,6 +5,7 @@ A function's code is the user's if its module is ``__main__`` or its file lies n
 cell, ``python -c``) is the user's. torch's and accelerate's launchers are libraries even as ``__main__``.
 """
 
+import os
 import sysconfig
 from pathlib import Path
 from types import CodeType, FrameType
@@ -12,12 +13,18 @@ from types import CodeType, FrameType
 import accelerate
 import torch
 
-OWN = str(Path(__file__).parents[2])
-HERE = str(Path(__file__).parent)
-TORCH = str(Path(torch.__file__).parent)
-LAUNCHERS = (TORCH, OWN, str(Path(accelerate.__file__).parent))
+
+def _within(folder: Path | str) -> str:
+    """Return what the names of files in ``folder`` begin with; those of torchtune are not torch's."""
+    return f"{folder}{os.sep}"
+
+
+OWN = _within(Path(__file__).parents[2])
+HERE = _within(Path(__file__).parent)
+TORCH = _within(Path(torch.__file__).parent)
+LAUNCHERS = (TORCH, OWN, _within(Path(accelerate.__file__).parent))
 INSTALLED = frozenset({"site-packages", "dist-packages"})
-STANDARD = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
+STANDARD = tuple({_within(sysconfig.get_path("stdlib")), _within(sysconfig.get_path("platstdlib"))})
 PASSING = frozenset({"to", "cuda", "wrapper", "<dictcomp>", "<listcomp>", "<genexpr>", "<lambda>"})
 """Functions of libraries that hand a wish on: ``BatchEncoding.to`` and what transformers wraps around ``to``."""
 

@@ -10,7 +10,8 @@ Each field of the configuration is obeyed, refused by name, or translated, which
                              taken where what lies between the layers is float32 too. Elsewhere layers take and give
                              16 bits, and sums are in float32 whatever the dtype.
     bnb_4bit_quant_storage   the bytes are the same whatever dtype they are called.
-    llm_int8_*               mean something with load_in_8bit only, but for the names of modules to skip.
+    llm_int8_*               mean something with load_in_8bit only, but for the names of modules to skip. 8-bit
+                             layers take and give float32 where the model is in it, and else bfloat16.
 """
 
 import functools
@@ -32,6 +33,8 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer
 from halfbyte.hf.replacement import MISSING, Replacement
 
+THRESHOLD = 6.0
+"""bitsandbytes' default of ``llm_int8_threshold``."""
 OLD_NAMES = {"use_auth_token": "token"}
 """Keyword arguments of ``from_pretrained`` that have another name now."""
 
@@ -66,6 +69,13 @@ def _in_8_bits(config: BitsAndBytesConfig) -> HalfbyteConfig:
         raise InputError(
             "BitsAndBytesConfig(llm_int8_has_fp16_weight=True) keeps a 16-bit copy of each weight; leave it out."
         )
+    if config.llm_int8_threshold != THRESHOLD:
+        say(
+            f"llm_int8_threshold={config.llm_int8_threshold}: activations are not rounded to int8 here, so that no "
+            "outlier has to be taken out of them."
+        )
+    if config.llm_int8_enable_fp32_cpu_offload:
+        say("llm_int8_enable_fp32_cpu_offload=True: nothing is offloaded; 8-bit weights are used where they lie.")
     return HalfbyteConfig.from_folder(config.to_dict())
 
 
@@ -81,6 +91,11 @@ class BitsAndBytesQuantizer(HalfbyteQuantizer):
         wished = config.compute_dtype
         if not self.on_cpu:
             return dtype
+        if config.bits == 8:  # whose products are in the dtype of the activations
+            if dtype == torch.float16:
+                say("dtype=float16: a CPU has units for bfloat16, which is taken instead.")
+            config.compute_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            return config.compute_dtype
         if wished == torch.float16:
             say("bnb_4bit_compute_dtype=float16: a CPU has units for bfloat16, which is taken instead.")
         if wished == torch.float32 and dtype == torch.float32:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from torch.utils.data import RandomSampler
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from halfbyte.hf.dropin import arguments, memory
 from halfbyte.hf.dropin.adapters import is_ours
@@ -33,10 +33,14 @@ from halfbyte.hf.dropin.old_names import TO_CONFIGURATION
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.layers.prepare import prepare
+from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
 from halfbyte.hf.replacement import MISSING, Replacement
 from halfbyte.hf.trainers import methods
 from halfbyte.hf.trainers.base import BaseTrainer, _few_walks
 from halfbyte.hf.trainers.state import saved_states
+
+WISHES = ("quantization_config", "load_in_4bit", "load_in_8bit")
+"""Arguments of ``from_pretrained`` that ask for a quantized model."""
 
 
 class FromScript:
@@ -214,7 +218,7 @@ def _trl(ours: type, config: type[TrainingArguments]) -> Any:
             if isinstance(model, PeftModel) and given.get("peft_config") is not None:
                 del given["peft_config"]
                 say(f"{kind}(peft_config=...): the model has its adapter already, which is trained.")
-            if is_ours(model) or (isinstance(model, str) and _opens_in_4_bits(model, given)):
+            if is_ours(model) or (isinstance(model, str) and _opens_quantized(model, given)):
                 self.__class__ = joined(type(self), ours)
                 ours.__init__(self, model, **given)  # type: ignore[misc]
             else:
@@ -244,12 +248,15 @@ def _configuration(
     return config(**{name: value for name, value in held.items() if name in known} | moved)
 
 
-def _opens_in_4_bits(name: str, given: dict[str, Any]) -> bool:
+def _opens_quantized(name: str, given: dict[str, Any]) -> bool:
     options = getattr(given["args"], "model_init_kwargs", None) or {}
-    if given.get("quantization_config") or options.get("quantization_config") or options.get("load_in_4bit"):
+    wishes = (given.get("quantization_config"), *map(options.get, WISHES))
+    if any(wish is True or isinstance(wish, BitsAndBytesConfig | HalfbyteConfig) for wish in wishes):
         return True
-    about = AutoConfig.from_pretrained(name, trust_remote_code=options.get("trust_remote_code", False))
-    return getattr(about, "quantization_config", None) is not None
+    places = {key: options[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in options}
+    held: Any = getattr(AutoConfig.from_pretrained(name, **places), "quantization_config", None) or {}
+    about = held if isinstance(held, dict) else held.to_dict()
+    return about.get("quant_method") in ("bitsandbytes", QUANT_METHOD)
 
 
 def _ours(name: str, theirs: type, sequences: int = 1) -> type:

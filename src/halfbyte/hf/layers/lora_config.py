@@ -97,7 +97,7 @@ def lora_config(
             raise InputError(f"layers_to_transform {number} matches no layer of the model, counted from 0.")
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         _check_pattern(name, pattern or {}, layers)
-    _check_ranks(model, layers)
+    check_ranks(model, layers)
     _check_saved(model, modules_to_save)
     return config
 
@@ -129,7 +129,7 @@ def _check_pattern(option: str, pattern: Mapping[str, float], layers: Iterable[s
             raise InputError(f"{option} {key!r} matches no layer that gets LoRA{_near(key, paths)}.")
 
 
-def _check_ranks(model: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None:
+def check_ranks(model: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None:
     """Refuse a rank that is larger than a layer's smaller side, and name the smallest of such layers."""
     wrong = [(*_sides(model.get_submodule(path)), path, rank) for path, (rank, _) in layers.items()]
     wrong = [each for each in wrong if each[3] > min(each[:2])]

@@ -22,7 +22,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from halfbyte.errors import InputError
-from halfbyte.hf.layers.lora_config import adapted_layers
+from halfbyte.hf.layers.lora_config import adapted_layers, check_ranks
 from halfbyte.hf.layers.starts import set_factors
 from halfbyte.hf.models.quantizer import watched
 from halfbyte.nn.principal import principal
@@ -75,7 +75,7 @@ class LoftQ:
         """Give ``adapter``, new and of the configuration that this was made with, its start, in place.
 
         Raises:
-            InputError: a layer of it was not quantized meanwhile.
+            InputError: a layer of it was not quantized meanwhile, or is smaller than the rank.
         """
         layers = [
             (path.removeprefix("base_model.model."), layer)
@@ -88,6 +88,7 @@ class LoftQ:
                 f"init_lora_weights 'loftq' needs the weights before they are quantized, and {missing[0]} of "
                 f"{model.config._name_or_path} was not: name the 16-bit model, or take pissa or the default."
             )
+        check_ranks(model.get_base_model(), {path: (layer.r[adapter], 1.0) for path, layer in layers})
         for path, layer in layers:
             set_factors(layer, adapter, *self._found.pop(path))
         return model

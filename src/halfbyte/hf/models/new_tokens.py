@@ -48,6 +48,8 @@ def give_rows(model: PreTrainedModel, tokens: Sequence[NewToken]) -> dict[str, l
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module, what in ((embedding, "input embedding"), (head, "output head")):
+        if module is None and what == "output head":
+            continue  # a classifier's
         if isinstance(module, QuantizedLinear) or not isinstance(module, nn.Embedding | nn.Linear):
             held = "quantized" if isinstance(module, QuantizedLinear) else type(module).__name__
             raise InputError(
@@ -58,11 +60,11 @@ def give_rows(model: PreTrainedModel, tokens: Sequence[NewToken]) -> dict[str, l
     if max(ids) >= embedding.weight.shape[0]:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embedding.weight
-    for module in [embedding] if tied else [embedding, head]:
+    alone = head is None or head.weight is embedding.weight
+    trained = [embedding] if alone else [embedding, head]
+    for module in trained:
         _begin_rows(module.weight, tokens)
     paths = {id(module): path for path, module in model.named_modules()}
-    trained = [embedding] if tied else [embedding, head]
     return {paths[id(module)]: ids for module in trained}
 
 

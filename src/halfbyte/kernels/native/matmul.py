@@ -31,7 +31,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     """Sums of products, each value rounded once, all in one parallel region.
 
     As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; few rows are
-    summed in another order than more where the first term is a 4-bit weight, transposed.
+    summed in another order than more where the first term is a quantized weight, transposed.
     """
     isa = tier_index()
     if not extension.multiplies(isa):

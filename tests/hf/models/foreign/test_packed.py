@@ -63,8 +63,16 @@ CASES: list[dict[str, Any]] = [
     {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False},
     {"quant_method": "gptq", "bits": 2, "group_size": 32, "sym": True},
     {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "packing_format": "auto_round:auto_gptq"},
+    {"quant_method": "auto-round", "bits": 2, "group_size": 32, "sym": False, "packing_format": "auto_round"},
+    {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:gptqmodel"},
+    {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_awq"},
     {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
 ]
+
+LESS = {2: 0b01010101010101010101010101010101, 4: 0x11111111, 8: 0x01010101}
+"""What GPTQModel 7.7 takes from the integers of zeros before it writes them (``utils/model.py``)."""
+WHOLE = ("auto_round", "auto_round:gptqmodel")
+"""Those of which AutoRound 0.16 takes nothing (``GPTQ_FORMAT_NO_ZP`` of ``inference/backend.py``)."""
 
 
 def packed(weight: Tensor, about: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
@@ -75,13 +83,16 @@ def packed(weight: Tensor, about: dict[str, Any]) -> tuple[dict[str, Tensor], Te
     if about.get("desc_act"):
         index = index[torch.randperm(inputs)]
     codes, zeros, scales, values = rounded(weight, bits, index, about.get("sym", False))
-    if about["quant_method"] == "awq":
+    if "awq" in (about["quant_method"], about.get("packing_format", "")[-3:]):
         order = (0, 2, 4, 6, 1, 3, 5, 7)
         parts = {"qweight": pack_along_columns(codes, 4, order), "qzeros": pack_along_columns(zeros, 4, order)}
     else:
-        held = zeros if about.get("checkpoint_format") == "gptq_v2" else (zeros - 1) % 2**bits
-        parts = {"qweight": pack_along_rows(codes, bits), "qzeros": pack_along_columns(held, bits)}
-        parts["g_idx"] = index.int()
+        words = pack_along_columns(zeros, bits)
+        if about.get("checkpoint_format") != "gptq_v2" and about.get("packing_format") not in WHOLE:
+            words -= LESS[bits]
+        parts = {"qweight": pack_along_rows(codes, bits), "qzeros": words}
+        if about["quant_method"] == "gptq":
+            parts["g_idx"] = index.int()
     return parts | {"scales": scales.half()}, values
 
 
@@ -89,7 +100,9 @@ def packed(weight: Tensor, about: dict[str, Any]) -> tuple[dict[str, Tensor], Te
 @pytest.mark.parametrize("shape", [(32, 64), (64, 96)])
 def test_a_weight_means_what_was_packed(about: dict[str, Any], shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    parts, values = packed(torch.randn(shape), about)
+    weight = torch.randn(shape)
+    weight[::3] = weight[::3].abs()  # whose zeros are 0, and borrow where 1 is taken from them
+    parts, values = packed(weight, about)
     assert torch.equal(Packing.of(about).dequantize("x", parts), values)
 
 
@@ -171,8 +184,16 @@ def test_an_old_folder_says_how_in_quantize_config(tmp_path: Path) -> None:
         ({"bits": 3}, "3 bits in groups of 32; of gptq 2, 4 and 8 bits are read"),
         ({"bits": None}, "does not say bits and group_size"),
         ({"group_size": 7}, "which do not fit each other in 4 bits and groups of 7"),
+        ({"group_size": 64}, "which do not fit each other in 4 bits and groups of 64"),
         ({"quant_method": "awq", "version": "gemv"}, "AWQ's version 'gemv', but only gemm is read"),
-        ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, "which is not known here"),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+            "'auto_round:llm_compressor'.*not read",
+        ),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round", "data_type": "mx_fp"},
+            "data_type 'mx_fp', which is not read",
+        ),
         (
             {"quant_method": "fbgemm_fp8"},
             r"quantized \(fbgemm_fp8\), which is not opened: .* GPTQ, AWQ and GGUF",

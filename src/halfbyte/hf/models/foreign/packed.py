@@ -11,7 +11,9 @@
       g_idx    int32 [K], if there is one
 
 The lowest bits of an integer hold the first value; AWQ's eight are those of the columns 0 2 4 6 1 3 5 7. GPTQ's files
-hold ``z - 1`` (of 2 ** bits values, so that 0 is held as the largest), unless their format is ``gptq_v2``.
+hold ``z - 1``, unless their format is ``gptq_v2`` or AutoRound's of GPTQModel: 1 is taken from each value of an integer
+by one subtraction of integers (GPTQModel 7.7, ``convert_gptq_v2_to_v1_format_module``), so that a zero of 0 borrows
+from the next, and is put back so.
 """
 
 import json
@@ -33,6 +35,13 @@ QUANTIZE_CONFIG = "quantize_config.json"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = {"gptq": (2, 4, 8), "awq": (4,)}
+AUTO_ROUND = {
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:gptqmodel": ("gptq", 0),
+    "auto_round": ("gptq", 0),
+    "auto_round:auto_awq": ("awq", 0),
+}
+"""AutoRound's (0.16) ``packing_format``: the method whose layout it is, and what was taken from its zeros."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Packing:
         method: ``gptq`` or ``awq``.
         bits: of a code.
         group_size: values along K that share scale and zero; -1 is all.
-        offset: what is added to the zeros of the file.
+        offset: what was taken from the zeros of the file.
     """
 
     method: str
@@ -59,12 +68,15 @@ class Packing:
             InputError: it lacks a number, or says something that is not known here.
         """
         method, form = str(about.get("quant_method")), str(about.get("packing_format", ""))
+        offset = 1 if method == "gptq" and about.get("checkpoint_format") != "gptq_v2" else 0
         if method == "auto-round":
-            method = "awq" if "awq" in form else "gptq" if "gptq" in form else form
-        if method not in BITS:
-            raise InputError(
-                f"config.json has a packing_format {form!r}, which is not known here: GPTQ's and AWQ's are."
-            )
+            kind = about.get("data_type", "int")
+            if form not in AUTO_ROUND or kind != "int":
+                raise InputError(
+                    f"config.json has AutoRound's packing_format {form!r} with a data_type {kind!r}, which is not read "
+                    f"here; read are {named(AUTO_ROUND)} with 'int'."
+                )
+            method, offset = AUTO_ROUND[form]
         numbers = [about.get("bits", about.get("w_bit")), about.get("group_size", about.get("q_group_size"))]
         try:
             bits, group_size = (int(str(number)) for number in numbers)
@@ -82,8 +94,7 @@ class Packing:
             raise InputError(
                 f"config.json has AWQ's version {version!r}, but only gemm is read; take a folder of that."
             )
-        v2 = about.get("checkpoint_format", form) in ("gptq_v2", "auto_round:gptq_v2")
-        return cls(method, bits, group_size, 1 if method == "gptq" and not v2 else 0)
+        return cls(method, bits, group_size, offset)
 
     def dequantize(self, name: str, parts: dict[str, Tensor]) -> Tensor:
         """Return the weight ``[N, K]``, fp32, of the layer ``name``.
@@ -92,23 +103,26 @@ class Packing:
             InputError: shapes do not fit each other.
         """
         qweight, scales = parts["qweight"], parts["scales"]
-        per, mask = 32 // self.bits, 2**self.bits - 1
         groups, outputs = scales.shape
         if self.method == "gptq":
             codes = unpack(qweight.T, self.bits).T
-            zeros = (unpack(parts["qzeros"], self.bits) + self.offset) & mask
+            ones = sum(self.offset << place for place in range(0, 32, self.bits))
+            held = parts["qzeros"].long() + ones  # beyond 32 bits nothing is read
+            zeros = unpack((held << 32 >> 32).int(), self.bits)
         else:
             codes, zeros = (unpack(parts[key], self.bits, AWQ_ORDER) for key in ("qweight", "qzeros"))
         inputs = codes.shape[0]
         group_size = inputs if self.group_size == -1 else self.group_size
         index = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // group_size
-        wanted = (groups, len(index), outputs, True)
-        found = (zeros.shape[0], inputs, codes.shape[1], zeros.shape[1] >= outputs)
+        counted = groups if "g_idx" in parts else -(-inputs // group_size)
+        wanted = (groups, groups, len(index), outputs, True)
+        found = (counted, zeros.shape[0], inputs, codes.shape[1], zeros.shape[1] >= outputs)
         if found != wanted or not 0 <= int(index.min()) <= int(index.max()) < groups:
             shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in parts.items())
             raise InputError(
                 f"{name} has {shapes}, which do not fit each other in {self.bits} bits and groups of {self.group_size} "
-                f"({per} values an integer): the checkpoint is damaged, or its quantization_config another's."
+                f"({32 // self.bits} values an integer): the checkpoint is damaged, or its quantization_config "
+                "another's."
             )
         weight: Tensor = (codes - zeros[:, :outputs][index]).float() * scales.float()[index]
         return weight.T.contiguous()
