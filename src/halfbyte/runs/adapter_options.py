@@ -12,6 +12,9 @@ from halfbyte.errors import InputError
 from halfbyte.files import absolute
 from halfbyte.options import Options, check_start, is_subtracted
 
+OF_AN_ADAPTER = ("rank", "lora_alpha", "lora_dropout", "target_modules")
+"""Options that an adapter which is trained on from has decided; presets say nothing of them then."""
+
 
 class AdapterOptions(Options):
     """What an adapter is. Part of a run's configuration."""
