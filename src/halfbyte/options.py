@@ -157,4 +157,7 @@ def _sentence(error: ValidationError, place: Mapping[str, str], options: type[Ba
 
 
 def _problem(error: ErrorDetails) -> str:
+    if error["type"] == "literal_error":
+        words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return error["msg"].removeprefix("Input ") + nearest(str(error["input"]), words)
     return error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to ")[0]

@@ -95,7 +95,7 @@ BAD = {
     "unknown flag": (["train", "--learning-rat", "1"], r"No such option: --learning-rat .*--learning-rate"),
     "flag of another type": (["train", "--rank", "many"], r"'--rank'"),
     "flag out of bounds": (["train", "--model", "m", "--data", "d", "--output", "o", "--rank", "0"], r"'rank'.* 0 "),
-    "unknown choice": (["quantize", "m", "o", "--quant-type", "nf5"], r"'--quant-type'.*'nf4', 'fp4'"),
+    "unknown choice": (["quantize", "m", "o", "--quant-type", "nf5"], r"'nf5' is not one of nf4, fp4.*mean 'nf4'"),
     "option with another value": (["train", "--model", "m", "--data", "d", "--skip-bad-rows", "al"], r"'al'.* 'all'"),
     "missing option": (["train"], r"'model' is missing"),
     "missing argument": (["chat"], r"'\{?model\}?'"),

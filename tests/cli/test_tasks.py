@@ -78,6 +78,8 @@ def test_a_classifier_from_its_data_to_the_classes_of_new_texts(run, rows, task_
 
     code, _, err = run("generate", folder, "--prompt", "a")
     assert code == 2 and "does not generate text" in err and "use classify" in err
+    code, out, err = run("chat", folder)
+    assert code == 2 and "does not generate text" in err and "use classify" in err and not out
 
 
 def test_what_classify_refuses(run, task_folder, tiny_model_folder, rows):

@@ -60,6 +60,11 @@ def test_a_saved_configuration_reads_back_the_same_without_run_options(tmp_path:
         ({"rank": 0}, "option 'rank': 0 is wrong, it should be greater than or equal to 1"),
         ({"quant_type": "nf5"}, "option 'quant_type': 'nf5' is wrong, it should be 'nf4'"),
         ({"preset": "quik"}, "option 'preset': 'quik' is wrong, it should be 'paper', 'paper-7b'"),
+        (
+            {"bias": "al"},
+            "option 'bias': 'al' is wrong, it should be 'none', 'all' or 'lora_only' (did you mean 'all'?)",
+        ),
+        ({"method": "kto", "bias": "lora_only"}, "bias 'lora_only' does not go with method kto"),
         ({"learning_rate": float("inf")}, "option 'learning_rate': inf is wrong"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"model": None}, "option 'model'"),

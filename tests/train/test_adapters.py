@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -251,21 +252,73 @@ def test_an_adapter_of_peft_s_own_is_trained_on(options: dict[str, Any], tmp_pat
     get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
         tmp_path / "a"
     )
-    output = fine_tune(TrainConfig(**(options | {"adapter": tmp_path / "a", "rank": 16}))).output
+    rank = options.pop("rank")
+    output = fine_tune(TrainConfig(**(options | {"adapter": tmp_path / "a"}))).output
     assert {
         tensor.shape[0] for name, tensor in load_file(output / "adapter_model.safetensors").items() if "_A" in name
     } == {3}
     assert "<never>" not in AutoTokenizer.from_pretrained(output).get_vocab()
-    with pytest.raises(InputError, match=r"rank 8 is not that of the adapter .*, which is 3; leave rank away"):
-        fine_tune(TrainConfig(**(options | {"adapter": tmp_path / "a", "output": tmp_path / "b"})))
+    for wrong, words in (
+        ({"rank": rank}, "rank 8"),
+        ({"rank": 16}, "rank 16"),
+        ({"lora_alpha": 32}, "lora_alpha 32.0"),
+    ):
+        with pytest.raises(InputError, match=rf"{words} is not that of the adapter .*, which is \d; leave \w+ away"):
+            fine_tune(TrainConfig(**(options | wrong | {"adapter": tmp_path / "a", "output": tmp_path / "b"})))
+    saved = TrainConfig.from_yaml(output / "config.yaml", {"output": tmp_path / "b"})
+    assert not {"rank", "lora_alpha", "lora_dropout", "target_modules"} & saved.model_fields_set
     other = tmp_path / "other"
     shutil.copytree(options["model"], other)
     config = LlamaConfig.from_pretrained(other, hidden_size=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(other)
-    wrong = options | {"model": str(other), "adapter": tmp_path / "a", "rank": 16, "output": tmp_path / "c"}
+    wrong = options | {"model": str(other), "adapter": tmp_path / "a", "output": tmp_path / "c"}
     with pytest.raises(InputError, match=r"does not fit the base model .*lora_A.weight is \[3, 32\] and should be"):
         fine_tune(TrainConfig(**wrong))
     assert not (tmp_path / "c").exists()
+
+
+def test_an_adapter_of_another_base_is_refused_or_told(options: dict[str, Any], tmp_path: Path) -> None:
+    first = fine_tune(TrainConfig(**options)).output
+    more = {key: value for key, value in options.items() if key != "rank"} | {"adapter": first, "max_steps": 1}
+
+    def base(name: str, **change: Any) -> dict[str, Any]:
+        folder = tmp_path / name
+        shutil.copytree(options["model"], folder)
+        if change:
+            about = json.loads((folder / "config.json").read_text()) | change
+            (folder / "config.json").write_text(json.dumps(about))
+        return more | {"model": str(folder), "output": tmp_path / f"over {name}"}
+
+    mistral = base("mistral", model_type="mistral", architectures=["MistralForCausalLM"])
+    with pytest.raises(
+        InputError, match=r"was trained over \S+, whose model_type is 'llama' and not 'mistral'; name that"
+    ):
+        fine_tune(TrainConfig(**mistral))
+    assert not mistral["output"].exists()
+    with pytest.raises(InputError, match=r"whose rms_norm_eps is 1e-06 and not 0\.01"):
+        fine_tune(TrainConfig(**base("norms", rms_norm_eps=0.01)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine_tune(TrainConfig(**base("copy")))
+    other = base("other")
+    AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(other["model"])).save_pretrained(other["model"])
+    with pytest.warns(UserWarning, match=r"was trained over \S+tiny, and this run trains it on over \S+other"):
+        fine_tune(TrainConfig(**other))
+    with pytest.warns(UserWarning, match="over a base in quant_type nf4, and this run holds it in int8"):
+        fine_tune(TrainConfig(**(more | {"quant_type": "int8", "output": tmp_path / "int8"})))
+
+
+def test_biases_that_were_trained_leave_no_reference(
+    options: dict[str, Any], untied_folder: Path, tmp_path: Path
+) -> None:
+    options |= {"model": str(untied_folder), "max_steps": 1}
+    first = fine_tune(TrainConfig(**(options | {"bias": "all"}))).output
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    del options["rank"]
+    options |= {"adapter": first, "method": "dpo", "data": str(pairs), "output": tmp_path / "dpo"}
+    with pytest.raises(InputError, match=r"has trained biases, .* method dpo has no reference"):
+        fine_tune(TrainConfig(**options))
 
 
 def test_noise_is_drawn_in_training_alone_and_rows_are_padded(options: dict[str, Any], tmp_path: Path) -> None:
@@ -318,6 +371,27 @@ def test_what_fits_nothing_is_one_sentence_and_leaves_no_folder(
     assert "\n" not in str(told.value) and not options["output"].exists()
 
 
+@pytest.mark.parametrize("start", ["loftq", "pissa"])
+def test_a_start_from_the_weights_over_layers_that_stay_dense(
+    start: str, options: dict[str, Any], task_folder: Any, tmp_path: Path
+) -> None:
+    """T5's ``wo`` is never quantized: LoftQ has no residual there, PiSSA says how to leave it out."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{i}?", "target": ANSWERS[i % 4]}) + "\n" for i in range(8)))
+    options |= {"task": "seq2seq", "model": str(task_folder("t5")), "data": str(rows), "max_steps": 1, "rank": 4}
+    options |= {"init_lora_weights": start}
+    if start == "pissa":
+        with pytest.raises(
+            InputError, match=r"DenseReluDense\.wo \(Linear\) is none; leave it out with exclude_modules wo"
+        ):
+            fine_tune(TrainConfig(**options))
+        options |= {"exclude_modules": "wo"}
+    model = build_model(TrainConfig(**options)) if start == "pissa" else None
+    output = fine_tune(TrainConfig(**options)).output
+    kept = {name for name in load_file(output / "adapter_model.safetensors") if ".wo." in name}
+    assert bool(kept) == (start == "loftq") and (model is None or hf.layers.starts.has_starts(model))
+
+
 def test_loftq_over_a_4_bit_base_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     hf.quantize_checkpoint(Path(options["model"]), tmp_path / "four")
     with pytest.raises(InputError, match=r"needs the weights before they are quantized"):
@@ -360,3 +434,12 @@ def test_eva_spans_the_principal_directions_of_a_layer_s_inputs(options: dict[st
     most = torch.linalg.svdvals(centred)[:4].square().sum()
     assert (centred @ a.T).square().sum() > 0.98 * most  # of any four directions, the most that can be
     assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage")
+def test_eva_begins_in_fp32_over_a_base_in_bf16(options: dict[str, Any]) -> None:
+    """PEFT makes new matrices in the dtype of the model, whose small steps bf16 would lose."""
+    output = fine_tune(
+        TrainConfig(**(options | {"init_lora_weights": "eva", "rank": 2, "max_steps": 1, "compute_dtype": "bfloat16"}))
+    ).output
+    assert {x.dtype for x in load_file(output / "adapter_model.safetensors").values()} == {torch.float32}

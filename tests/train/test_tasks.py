@@ -88,7 +88,9 @@ def without_dropout(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("task", "family"), [("classify", "roberta"), ("classify", "bert"), ("seq2seq", "t5")])
+@pytest.mark.parametrize(
+    ("task", "family"), [("classify", "roberta"), ("classify", "bert"), ("classify", "t5"), ("seq2seq", "t5")]
+)
 def test_losses_of_the_first_steps_are_those_of_plain_trainers_on_the_dense_model(
     task: Any, family: str, task_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -282,6 +284,18 @@ def test_a_classifier_goes_on_with_the_classes_that_it_knows_in_their_order(
     assert halfbyte.load(result.output).config.id2label == dict(enumerate(CLASSES[::-1]))
 
 
+def test_a_classifier_s_adapter_goes_on_with_its_own_classes_alone(
+    options: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    given = options("classify") | {"max_steps": 1}
+    first = fine_tune(TrainConfig(**given)).output
+    renamed = [row | {"label": f"not {row['label']}"} for row in rows_for("classify")]
+    given |= {"adapter": first, "output": tmp_path / "more", "data": write(tmp_path / "renamed.jsonl", renamed)}
+    with pytest.raises(InputError, match=f"tells apart {', '.join(sorted(CLASSES))}, and the data has not "):
+        fine_tune(TrainConfig(**given))
+    assert not given["output"].exists()
+
+
 @pytest.mark.parametrize(
     ("task", "change", "sentence"),
     [
@@ -296,7 +310,8 @@ def test_a_classifier_goes_on_with_the_classes_that_it_knows_in_their_order(
         ("classify", {"rows": [{"text": "a", "label": None}] * 2}, "label is empty; fill it in"),
         ("seq2seq", {"rows": [{"text": "a", "label": "x"}] * 4}, "for a text and its label use task classify"),
         ("classify", {"max_length": 200}, "tokens long, but the model attends to 129: set max_length to 129"),
-        ("classify", {"target_modules": "classifier"}, "."),
+        ("classify", {"target_modules": "classifier"}, "which is no layer that LoRA goes on"),
+        ("classify", {"target_modules": "out_proj"}, "less exclude_modules .* leaves no layer to put LoRA on; name"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence_and_leaves_nothing(

@@ -14,6 +14,7 @@ this package do not import them; each command does, when it runs.
 
 import io
 import os
+import re
 import signal
 import sys
 import warnings
@@ -27,7 +28,7 @@ from halfbyte import __version__
 from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, run, runs, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import DataCommand, complete
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, nearest
 from halfbyte.files import disk_full
 
 CLOSED_PIPE = 141
@@ -78,7 +79,7 @@ def main() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except (InputError, typer.TyperException) as error:
-        code = fail(error.format_message() if isinstance(error, typer.TyperException) else str(error))
+        code = fail(_told(error.format_message()) if isinstance(error, typer.TyperException) else str(error))
     except BrokenPipeError:
         # Nobody reads any more; what the interpreter would still write at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,6 +105,15 @@ def _run() -> int:
     except typer.Exit as end:
         return end.exit_code
     return 0
+
+
+def _told(text: str) -> str:
+    """Return what typer (0.29) says of a wrong word, with the nearest of those that there are."""
+    found = re.fullmatch(r"Invalid value for '(--\S+)': Value error, '(.*)' is not one of (.*)\.", text, re.DOTALL)
+    if not found:
+        return text
+    words = re.findall(r"'([^']*)'", found[3])
+    return f"{found[1]} {found[2]!r} is not one of {', '.join(words)}{nearest(found[2], words)}."
 
 
 def _check_surroundings() -> None:

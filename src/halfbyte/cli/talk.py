@@ -26,8 +26,9 @@ def chat(
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
     with opened(model, seed, trust_remote_code, device) as (loaded, tokenizer):
-        from halfbyte.generate import stream_reply
+        from halfbyte.generate import check_generates, stream_reply
 
+        check_generates(loaded)
         if loaded.config.is_encoder_decoder:
             raise InputError(f"{model} turns one text into another and has no conversation; use generate --prompt.")
         with contextlib.suppress(ImportError):

@@ -27,6 +27,19 @@ COLDEST = 1e-5
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
+def check_generates(model: PreTrainedModel | PeftModel) -> None:
+    """Refuse a model that writes nothing.
+
+    Raises:
+        InputError: it is one, such as a classifier.
+    """
+    if not model.can_generate():
+        raise InputError(
+            f"{type(model).__name__} does not generate text; give a causal language model, or a sequence-to-sequence "
+            "model, or use classify for a classifier."
+        )
+
+
 def stream_reply(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,11 +67,7 @@ def stream_reply(
         InputError: the model does not generate text, or the prompt is empty, no text, longer than the model can attend
             to, or holds a token that the model has no embedding for.
     """
-    if not model.can_generate():
-        raise InputError(
-            f"{type(model).__name__} does not generate text; give a causal language model, or a sequence-to-sequence "
-            "model, or use classify for a classifier."
-        )
+    check_generates(model)
     reads_apart = model.config.is_encoder_decoder  # what is written then takes none of its positions
     ids = encode_source(prompt, tokenizer) if reads_apart else encode(prompt, tokenizer)
     check_tokens(model, tokenizer, max(ids), "The prompt")

@@ -12,6 +12,15 @@ from halfbyte.errors import InputError
 from halfbyte.files import absolute
 from halfbyte.options import Options, check_start, is_subtracted
 
+OF_AN_ADAPTER = ("rank", "lora_alpha", "lora_dropout", "target_modules")
+"""Options that an adapter which is trained on from has decided; presets say nothing of them then."""
+
+OF_A_NEW_ADAPTER = (
+    "init_lora_weights", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "exclude_modules",
+    "layers_to_transform", "bias", "modules_to_save", "new_tokens",
+)  # fmt: skip
+"""Options that are refused beside an adapter which is trained on."""
+
 
 class AdapterOptions(Options):
     """What an adapter is. Part of a run's configuration."""
@@ -134,9 +143,7 @@ class AdapterOptions(Options):
                 raise ValueError(
                     "adapter and output are one folder, and the run would replace its beginning; name another"
                 )
-            for name in ("init_lora_weights", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-                self._refuse_beside_adapter(name)
-            for name in ("exclude_modules", "layers_to_transform", "bias", "modules_to_save", "new_tokens"):
+            for name in OF_A_NEW_ADAPTER:
                 self._refuse_beside_adapter(name)
         return self
 

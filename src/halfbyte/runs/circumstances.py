@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import psutil
 import torch
+from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel, ConfigDict
 
 from halfbyte import __version__
@@ -116,7 +117,7 @@ def fingerprint(model: str) -> str:
     It tells another model, or another revision, from the same one in milliseconds; it is no checksum of all bytes.
     """
     digest = hashlib.sha256()
-    home = _folder(model)
+    home = folder_of(model)
     for file in [home] if home.is_file() else sorted(home.glob("*")):
         if file.name == "config.json":
             digest.update(file.read_bytes())
@@ -130,9 +131,12 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder(model: str) -> Path:
-    """Return the folder of a model, or its GGUF file; of a hub id the snapshot that was downloaded."""
+def folder_of(model: str) -> Path:
+    """Return the folder of a model, or its GGUF file; of a hub id the snapshot that is here."""
     if Path(model).exists():
         return Path(model)
-    cached: Any = huggingface_hub.try_to_load_from_cache(model, "config.json")
+    try:
+        cached: Any = huggingface_hub.try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        return Path(model)  # a folder that is gone
     return Path(cached).parent if isinstance(cached, str) else Path(model)

@@ -22,6 +22,7 @@ from halfbyte.choices import (
     DOUBLE_QUANT,
     QUANT_TYPE,
     QUANT_TYPES,
+    REFERENCED,
     SMOOTHED,
     TRANSFORMERS_OPTIMIZERS,
     Device,
@@ -37,7 +38,7 @@ from halfbyte.data.options import DataOptions
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute, write_text
 from halfbyte.options import base_format, is_subtracted, not_empty
-from halfbyte.runs.adapter_options import AdapterOptions
+from halfbyte.runs.adapter_options import OF_AN_ADAPTER, AdapterOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -229,6 +230,8 @@ class TrainConfig(AdapterOptions, DataOptions):
             recipe = (str(values.get("method")), str(values.get("preset", "paper")).partition("-")[0])
             own = {name for name in METHOD_DEFAULTS.get(recipe, {}) if name not in given}
             values = dict(values) | {name: METHOD_DEFAULTS[recipe][name] for name in own}
+            if values.get("adapter"):
+                values = {name: value for name, value in values.items() if name in given or name not in OF_AN_ADAPTER}
         return values
 
     @model_validator(mode="before")
@@ -297,11 +300,16 @@ class TrainConfig(AdapterOptions, DataOptions):
     @model_validator(mode="after")
     def _fitting_start(self) -> Self:
         start = self.init_lora_weights
-        if is_subtracted(start) and self.method in ("dpo", "kto"):
+        if is_subtracted(start) and self.method in REFERENCED:
             # TRL (1.16) makes its reference of a copy of the adapter, which would subtract nothing.
             raise ValueError(
                 f"init_lora_weights {start!r} does not go with method {self.method}, whose reference would not be the "
                 "base; take another one"
+            )
+        if self.bias != "none" and self.method in REFERENCED:
+            raise ValueError(
+                f"bias {self.bias!r} does not go with method {self.method}: biases are the base's, and so would be its "
+                "reference's; leave it out"
             )
         if (start == "eva" and self.task != "lm") or (start == "loftq" and self.task == "classify"):
             raise ValueError(f"init_lora_weights {start!r} is for language models, and the task is {self.task}")
@@ -346,7 +354,8 @@ class TrainConfig(AdapterOptions, DataOptions):
     def save(self, path: Path) -> None:
         """Write every option of the run but ``resume`` and ``overwrite`` to ``path``, as :meth:`from_yaml` reads it."""
         others = {name for name, methods in _owners().items() if self.method not in methods}
-        values = self.model_dump(mode="json", exclude=_marked(OF_THE_CALL) | others)
+        own = {name for name in OF_AN_ADAPTER if self.adapter and name not in self.model_fields_set}
+        values = self.model_dump(mode="json", exclude=_marked(OF_THE_CALL) | others | own)
         write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 

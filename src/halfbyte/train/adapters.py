@@ -14,17 +14,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from halfbyte import data, hf
+from halfbyte.choices import REFERENCED
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.eva import TOKENS, batches_of, begin_with_eva, eva_config
 from halfbyte.hf.layers.lora_config import adapted_layers, lora_config
 from halfbyte.hf.layers.starts import OF_WEIGHTS, begin_lengths, make_room
+from halfbyte.hf.layers.targets import ALL
 from halfbyte.hf.layers.whole import train_in_fp32
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.new_tokens import NewToken, add_tokens, give_rows
 from halfbyte.options import is_subtracted
+from halfbyte.runs.adapter_options import OF_AN_ADAPTER
 from halfbyte.runs.config import TrainConfig
+from halfbyte.train.bases import check_base
 
-OWN = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules"}
+OWN = dict(zip(OF_AN_ADAPTER, ("r", "lora_alpha", "lora_dropout", "target_modules"), strict=True))
 """Options that an adapter which is trained on from has decided, and PEFT's names for them."""
 TOKENIZER = "tokenizer_config.json"
 
@@ -50,12 +54,17 @@ class Beginning:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """See what has to be seen while the base model is loaded."""
-        if self.config.init_lora_weights != "loftq" or self.checkpoint:
+        if self.config.init_lora_weights != "loftq" or not self._begins:
             yield
             return
         self._loftq = hf.LoftQ(lambda model: _lora_config(self.config, model, None), self.config.seed)
         with self._loftq.watching():
             yield
+
+    @property
+    def _begins(self) -> bool:
+        """Whether the adapter gets its first values; where a checkpoint replaces them, they may be the reference."""
+        return not self.checkpoint or self.config.method in REFERENCED
 
     def put(self, model: Any, **more: Any) -> PeftModel:
         """Put the adapter on the base ``model``, to be trained.
@@ -86,10 +95,15 @@ class Beginning:
         try:
             adapted: PeftModel = get_peft_model(model, lora)
         except ValueError as error:
+            if "No modules were targeted" in str(error):
+                raise InputError(
+                    f"target_modules {config.target_modules!r}, less exclude_modules and what is trained whole, leaves "
+                    "no layer to put LoRA on; name others, or exclude fewer."
+                ) from error
             raise InputError(f"target_modules {config.target_modules!r}: {error}{_remedy(config, error)}") from error
         if is_subtracted(start) and self.checkpoint:
             make_room(adapted)
-        elif start.startswith(OF_WEIGHTS) and not self.checkpoint:
+        elif start.startswith(OF_WEIGHTS) and self._begins:
             hf.initialize(adapted, start, seed=config.seed)
         elif start == "eva" and not self.checkpoint:
             begin_with_eva(adapted, self._batches(2 * TOKENS * max(ranks.values())))
@@ -145,15 +159,20 @@ def _trained_on(config: TrainConfig, model: Any) -> PeftModel:
     own = adapted.peft_config["default"]
     if own.peft_type != "LORA":
         raise InputError(f"{folder} is an adapter of the kind {own.peft_type.value}; only LoRA is trained on from.")
-    needed = ("model", "data", "output", "preset", "method")  # what else there is takes its default
-    defaults = TrainConfig(**{name: config.model_dump(mode="json")[name] for name in needed})
+    if own.bias != "none" and config.method in REFERENCED:
+        raise InputError(
+            f"{folder} has trained biases, which are the base's too, so that method {config.method} has no reference; "
+            "choose method orpo, or another adapter."
+        )
     for name, theirs in OWN.items():
         given, has = getattr(config, name), getattr(own, theirs)
-        if given not in (getattr(defaults, name), has) and not (isinstance(has, set) and {*_list(given)} == has):
+        same = given in (has, ALL) or (isinstance(has, set) and {*_list(given)} == has)
+        if name in config.model_fields_set and not same:
             raise InputError(
                 f"{name} {given!r} is not that of the adapter {folder}, which is {has!r}; leave {name} away, or train "
                 "a new adapter."
             )
+    check_base(config, folder, own.base_model_name_or_path)
     train_in_fp32(adapted)
     return adapted
 

@@ -192,6 +192,13 @@ METHODS: dict[str, Method] = {
 }
 
 
+UNUSED: dict[str, tuple[str, ...]] = {
+    "text": ("thinking", "train_on"),
+    **dict.fromkeys(("dpo", "kto", "orpo"), ("train_on",)),
+}
+"""Options of conversations that say nothing to a method: texts have no turns, and what is compared is an answer."""
+
+
 def check_rows(config: TrainConfig, rows: data.Tokenized) -> list[str]:
     """Hold the rows to what the method needs of all of them together; return what to say of them, a sentence each.
 
@@ -226,9 +233,12 @@ def method_of(config: TrainConfig) -> Method:
     """Return the method that ``config`` names.
 
     Raises:
-        InputError: an option was given that belongs to other methods only.
+        InputError: an option was given that belongs to other methods only, or says nothing to this one.
     """
     method = METHODS[config.method]
+    for option in UNUSED.get(config.method, ()):
+        if getattr(config, option) != type(config).model_fields[option].default:
+            raise InputError(f"option {option!r} says nothing to method {config.method}; leave it out.")
     for option in sorted(config.model_fields_set - method.options):
         owners = [name for name, other in METHODS.items() if option in other.options]
         if owners:

@@ -48,7 +48,7 @@ from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, describe_data, plot_loss, summarize
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
-from halfbyte.train.tasks import check_options, known_classes, preview, save_beside
+from halfbyte.train.tasks import check_classes, check_options, known_classes, preview, save_beside
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, lis
 
 def _load(config: TrainConfig, beginning: Beginning, tokenizer: Any, rows: data.Prepared, tell: Listener) -> Any:
     """Return the model with its adapter, held to be one that these rows can be trained on."""
+    check_classes(config, list(rows.classes))
     tell(Stage(name="model", text=f"Loading {config.model}"))
     model = build_model(config, beginning, list(rows.classes))
     if config.task == "classify":

@@ -4,7 +4,7 @@ The run itself (:mod:`halfbyte.train.run`) is the same: options, folder, checkpo
 options say nothing then, how the trainer is made, and what is measured in evaluation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from halfbyte.errors import InputError
 from halfbyte.evaluate.labels import label_scores
 from halfbyte.evaluate.references import reference_scores
 from halfbyte.hf.models.configs import read_config
-from halfbyte.hf.models.heads import check_task, classes_of, save_config
+from halfbyte.hf.models.heads import adapter_classes, check_task, classes_of, save_config
 from halfbyte.hf.trainers.tasks import ClassifyConfig, ClassifyTrainer, Seq2SeqConfig, Seq2SeqTrainer, TaskCollator
 from halfbyte.runs.config import TrainConfig
 
@@ -116,10 +116,26 @@ def check_options(config: TrainConfig) -> None:
 
 
 def known_classes(config: TrainConfig) -> list[str] | None:
-    """Return the names of the classes that the base model of a classifier knows, if it has any."""
+    """Return the names of the classes that a classifier's base model knows, or the adapter that is trained on."""
+    if config.task == "classify" and config.adapter:
+        return adapter_classes(config.adapter)
     if config.task != "classify" or (Path(config.model) / "adapter_config.json").is_file():
         return None
     return classes_of(read_config(config.model, config.trust_remote_code))
+
+
+def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
+    """Hold the classes of the data to those of the adapter that a classifier is trained on from.
+
+    Raises:
+        InputError: they are others.
+    """
+    known = known_classes(config) if config.adapter else None
+    if known and list(classes) != known:
+        raise InputError(
+            f"The adapter {config.adapter} tells apart {', '.join(known)}, and the data has {', '.join(classes)}; name "
+            "data with its classes, or train a new adapter."
+        )
 
 
 def build_task_trainer(

@@ -37,6 +37,12 @@ FAMILIES: dict[str, Any] = {
 }
 
 
+OPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 24, "ffn_dim": 40, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "word_embed_proj_dim": 24, "max_position_embeddings": 32, "dropout": 0.1,
+}  # fmt: skip
+
+
 def small_model(family: str = "llama") -> Any:
     torch.manual_seed(0)
     model = t.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
@@ -246,8 +252,10 @@ def test_binding_again_over_a_forward_that_calls_ours_ends() -> None:
     assert torch.equal(model(input_ids=batch["input_ids"]).logits, expected)
 
 
-def test_the_trial_leaves_the_random_numbers_and_the_layers_alone() -> None:
-    model = small_model()
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_trial_leaves_the_random_numbers_and_the_layers_alone(family: str) -> None:
+    """OPT's own forward runs its decoder in the trial, with dropout."""
+    model = small_model() if family == "llama" else t.OPTForCausalLM(t.OPTConfig(**OPT)).train()
     before, backbone = torch.get_rng_state(), dict(vars(model.model))
     head_of(model)
     assert torch.equal(torch.get_rng_state(), before) and vars(model.model) == backbone

@@ -50,7 +50,7 @@ REFUSED = {
     "mlp": r"'mlp' matches model\.layers\.0\.mlp \(LlamaMLP\), which is no layer that LoRA goes on",
     ".*mlp.*": r"'\.\*mlp\.\*' matches model\.layers\.0\.mlp \(LlamaMLP\)",
     "norm": r"'norm' matches model\.norm \(LlamaRMSNorm\)",
-    "lm_head": r"'lm_head' matches the output head lm_head.*modules_to_save=\['lm_head'\]",
+    "lm_head": r"'lm_head' matches the output head lm_head.*modules_to_save 'lm_head'",
     ".*(proj|head)": r"matches the output head lm_head",
 }
 

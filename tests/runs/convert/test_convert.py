@@ -254,3 +254,17 @@ def test_the_command_writes_a_file_once_and_tells_what_is_lost(tmp_path: Path):
         file.write_text(text)
         with pytest.raises(InputError, match=told):
             convert(file)
+
+
+def test_tokens_layers_and_an_adapter_to_train_on_are_options(tmp_path: Path):
+    made = changed(AXOLOTL / "llama-3_qlora-1b.yml", tmp_path, tokens=["<x>"], lora_layers_to_transform=[0, 1])
+    assert (made.values["new_tokens"], made.values["layers_to_transform"]) == (["<x>"], [0, 1])
+    made = changed(LLAMA_FACTORY / "train_qlora_qwen3_lora_sft_otfq.yaml", tmp_path, add_tokens="<x>,<y>")
+    assert made.values["new_tokens"] == ["<x>", "<y>"]
+    for file, key in (
+        (AXOLOTL / "llama-2_qlora.yml", "lora_model_dir"),
+        (LLAMA_FACTORY / "train_qlora_qwen3_lora_sft_otfq.yaml", "adapter_name_or_path"),
+    ):
+        made = changed(file, tmp_path, **{key: "runs/first"})
+        assert made.values["adapter"] == "runs/first" and not {"rank", "target_modules"} & made.values.keys()
+        assert made.config().adapter and "has its own lora_alpha" in made.notes[-1]

@@ -24,6 +24,7 @@ from halfbyte.nn import Linear4bit
 from halfbyte.runs.events import Event, Note, StepMetrics
 from halfbyte.train import Interrupted
 from halfbyte.train.qlora import data
+from halfbyte.train.qlora.arguments import trainer_arguments
 from halfbyte.train.qlora.flags import Flags, parse
 from halfbyte.train.qlora.mmlu import MmluCallback, questions_of, read_questions
 from halfbyte.train.qlora.outputs import Outputs
@@ -304,6 +305,12 @@ def test_flags_of_the_trainer_reach_it(command: Callable[..., list[str]], tmp_pa
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4]
 
 
+def test_epochs_count_where_there_are_no_steps():
+    flags = parse(FLAGS, ["--max_steps", "0", "--num_train_epochs", "2"])
+    arguments = trainer_arguments(flags, Path("out"))
+    assert (arguments.max_steps, arguments.num_train_epochs) == (-1, 2)
+
+
 def test_mmlu_of_the_hub_has_the_form_of_the_scripts_files():
     """Two questions of data/mmlu/zero_shot_mmlu_val.json of artidoro/qlora, and one behind an answered one."""
     rows = [
@@ -328,9 +335,10 @@ def test_mmlu_of_the_hub_has_the_form_of_the_scripts_files():
     [
         (["--do_eval"], "eval_dataset_size is 1024"),
         (["--dataset_format", "self-instruct"], "no column 'prompt'"),
-        (["--load_best_model_at_end", "--do_eval"], "do not fit together"),
+        (["--load_best_model_at_end", "--do_eval"], "do not fit together.* Save strategy: "),
         (["--report_to", "nobody"], "do not fit together"),
-        (["--lora_modules", "nothing_like_it"], "nothing_like_it"),
+        (["--lora_modules", "nothing_like_it"], "^--lora_modules 'nothing_like_it' matches no layer"),
+        (["--lora_r", "64"], r"^--lora_r 64 is larger than the layer \S+, of 16 by 32; take a rank of at most 16\.$"),
         (["--source_max_len", "300", "--target_max_len", "1", "--dataset", "LONG"], "The longest row of the data"),
         (["--do_eval", "--eval_dataset_size", "3", "--do_mmlu_eval"], "five_shot_mmlu_val.json"),
     ],

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from halfbyte.errors import InputError
@@ -48,6 +49,10 @@ def begin_with_eva(model: PeftModel, batches: Sequence[dict[str, Tensor]]) -> No
     initialize_lora_eva_weights(model, _Bounded(batches), show_progress_bar=False, gather_distributed_inputs=False)
     config = model.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None  # whoever opens the adapter has its values
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.lora_A.float()  # PEFT has made new ones, in the dtype of the model
+            layer.lora_B.float()
 
 
 class _Bounded:

@@ -276,7 +276,8 @@ def _tried(model: PreTrainedModel, layer: nn.Linear | _Rows) -> Head | None:
     rows, width = (layer.out_features, layer.in_features) if isinstance(layer, QuantizedLinear) else weight.shape
     hidden = torch.randn(1, 3, width, generator=generator).to(weight.device, model.dtype)
     labels = torch.randint(rows, (1, 3), generator=generator).to(weight.device)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    # the model's own dropout may run: random numbers that a run would miss which goes on
+    with torch.no_grad(), torch.random.fork_rng(), torch.autocast(weight.device.type, enabled=False):
         largest = float(layer(hidden).abs().max())
         if not 0 < largest < math.inf:
             return None

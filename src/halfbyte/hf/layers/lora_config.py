@@ -75,7 +75,7 @@ def lora_config(
         use_dora=use_dora,
         bias=bias,
         modules_to_save=[*modules_to_save] or None,
-        trainable_token_indices=token_indices,
+        trainable_token_indices=_rows_alone(token_indices or {}, modules_to_save, targets) or None,
         ensure_weight_tying=_trains_tied(model, modules_to_save),
         init_lora_weights=PLAIN.get(init_lora_weights, True),
         task_type=task_type,
@@ -163,6 +163,22 @@ def _check_saved(model: nn.Module, names: Sequence[str]) -> None:
                 )
             if not any(True for _ in modules[path].parameters()):
                 raise InputError(f"modules_to_save {name!r} matches {path}, which has nothing to train.")
+
+
+def _rows_alone(
+    indices: Mapping[str, Sequence[int]], saved: Sequence[str], targets: str | Sequence[str]
+) -> dict[str, list[int]]:
+    """Return the rows that are trained by themselves: not those of a module that is trained as a whole."""
+    found = {}
+    for path, rows in indices.items():
+        if any(path == name or path.endswith(f".{name}") for name in saved):
+            continue
+        if targets != ALL and check_target_module_exists(LoraConfig(target_modules=targets), path):
+            raise InputError(
+                f"new_tokens train rows of {path}, and target_modules gives it LoRA; leave one of them out."
+            )
+        found[path] = [*rows]
+    return found
 
 
 def _trains_tied(model: PreTrainedModel, names: Sequence[str]) -> bool:

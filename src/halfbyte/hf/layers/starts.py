@@ -145,7 +145,7 @@ def _layers(model: PeftModel, adapter: str, name: str) -> Iterator[tuple[str, Lo
             base, path = type(layer.get_base_layer()).__name__, path.removeprefix("base_model.model.")
             raise InputError(
                 f"init_lora_weights {name!r} is for frozen linear layers, and {path} ({base}) is none; leave it out "
-                "of target_modules, or take the default."
+                f"with exclude_modules {path.rsplit('.', 1)[-1]}, or take the default."
             )
         yield path, layer
 

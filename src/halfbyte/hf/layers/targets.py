@@ -83,8 +83,8 @@ def _refuse_unfit(model: PreTrainedModel, word: str, found: Iterable[str], modul
         if module is model.get_output_embeddings():
             raise InputError(
                 f"target_modules {word!r} matches the output head {path}, whose weight TRL's loss (1.16) reads past an "
-                "adapter, so that it would never be trained; leave it out, or train it whole in a script "
-                f"(LoraConfig(modules_to_save=[{path!r}]))."
+                "adapter, so that it would never be trained; leave it out, or train it whole (modules_to_save "
+                f"{path!r})."
             )
         if not isinstance(module, ADAPTED):
             raise InputError(

@@ -100,6 +100,10 @@ def _read(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, T
         weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise InputError(f"The adapter {folder} cannot be read: {_sentence(error)}.") from error
+    if config.peft_type is None:
+        raise InputError(
+            f"{folder / 'adapter_config.json'} names no kind of adapter (peft_type): it is not a PEFT adapter."
+        )
     # PEFT saves an embedding that was resized and is trained as a whole twice
     twice = [name for name in weights if name.replace(".modules_to_save.", ".") in weights.keys() - {name}]
     return config, {name: tensor for name, tensor in weights.items() if name not in twice}

@@ -25,6 +25,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf.layers.lora_config import adapted_layers, check_ranks
 from halfbyte.hf.layers.starts import set_factors
 from halfbyte.hf.models.quantizer import watched
+from halfbyte.nn import QuantizedLinear
 from halfbyte.nn.principal import principal
 from halfbyte.quant import QuantizedWeight
 
@@ -82,7 +83,12 @@ class LoftQ:
             for path, layer in model.named_modules()
             if isinstance(layer, LoraLinear) and adapter in layer.lora_A
         ]
-        missing = [path for path, _ in layers if path not in self._found]
+        # a layer that stays dense (T5's wo) has no residual, and begins as by default
+        missing = [
+            path for path, each in layers if path not in self._found and isinstance(each.base_layer, QuantizedLinear)
+        ]
+        if layers and not self._found:
+            missing = [layers[0][0]]
         if missing:
             raise InputError(
                 f"init_lora_weights 'loftq' needs the weights before they are quantized, and {missing[0]} of "
@@ -90,5 +96,6 @@ class LoftQ:
             )
         check_ranks(model.get_base_model(), {path: (layer.r[adapter], 1.0) for path, layer in layers})
         for path, layer in layers:
-            set_factors(layer, adapter, *self._found.pop(path))
+            if path in self._found:
+                set_factors(layer, adapter, *self._found.pop(path))
         return model

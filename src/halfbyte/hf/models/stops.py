@@ -39,7 +39,7 @@ def check_stop_token(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: I
     return [
         f"The model has never seen {tokenizer.convert_ids_to_tokens(token)!r}, the token that answers end with "
         f"({found[token]}), so it may not learn to stop; choose a chat template that the model knows, or train the "
-        'embeddings too (modules_to_save=["embed_tokens", "lm_head"] in PEFT)'
+        "embeddings too (modules_to_save: embed_tokens, lm_head)"
         for token in sorted(found)
     ]
 

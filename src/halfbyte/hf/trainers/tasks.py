@@ -118,10 +118,12 @@ class TaskCollator:
         base: Any = base_of(model)
         self._takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._pad = pad_token_id or 0
-        self._shift: Callable[..., Tensor] | None = (
-            base.prepare_decoder_input_ids_from_labels if base.config.is_encoder_decoder else None
-        )
         self._classifies = base.config.problem_type == "single_label_classification"
+        self._shift: Callable[..., Tensor] | None = (
+            base.prepare_decoder_input_ids_from_labels
+            if base.config.is_encoder_decoder and not self._classifies
+            else None
+        )
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch."""

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from halfbyte.runs.adapter_options import OF_A_NEW_ADAPTER, OF_AN_ADAPTER
 from halfbyte.runs.config import TrainConfig
 
-CHECKED_LATER = {"model", "data", "eval_data", "output", "columns"}
+CHECKED_LATER = {"adapter", "model", "data", "eval_data", "output", "columns"}
 """Options whose values the configuration itself reads, from more than their type says."""
 
 
@@ -140,6 +141,10 @@ def convert_keys(tool: Tool, values: dict[str, Any], source: Path) -> Converted:
             instead = known.instead if isinstance(known, Lack) else "halfbyte has no option for it"
             made.lacking[key] = (value, instead)
     tool.finish(dict(tool.defaults) | values, made)
+    if "adapter" in made.values:
+        own = sorted({*OF_AN_ADAPTER, *OF_A_NEW_ADAPTER} & made.values.keys())
+        made.values = {name: value for name, value in made.values.items() if name not in own}
+        made.notes.append(f"The adapter that is trained on has its own {', '.join(own)}.")
     return made
 
 

@@ -34,6 +34,7 @@ def trainer_arguments(flags: Flags, output: Path) -> SFTConfig:
         "output_dir": str(output),
         "run_name": flags["run_name"],
         "num_train_epochs": flags["num_train_epochs"],
+        "max_steps": flags["max_steps"] if flags["max_steps"] > 0 else -1,  # today 0 is a step, in 4.31 it was none
         "warmup_steps": flags["warmup_steps"] or flags["warmup_ratio"],
         "optim": flags["optim"],
         "train_sampling_strategy": "group_by_length" if flags["group_by_length"] else "random",
@@ -56,7 +57,7 @@ def trainer_arguments(flags: Flags, output: Path) -> SFTConfig:
             callback()  # raises where its package is not installed
         return SFTConfig(**values)
     except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"These flags do not fit together: {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise InputError(f"These flags do not fit together: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
 def generation_settings(flags: Flags, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

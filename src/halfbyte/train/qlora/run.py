@@ -12,6 +12,7 @@ What differs from the script, on purpose:
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,7 +226,11 @@ def _read(flags: Flags, config: TrainConfig, tell: Listener) -> tuple[Any, data.
 
 def _load(config: TrainConfig, tokenizer: Any, rows: rows_of.Prepared, tell: Listener) -> Any:
     tell(Stage(name="model", text=f"Loading {config.model}"))
-    model = build_model(config)
+    try:
+        model = build_model(config)
+    except InputError as error:
+        words = re.sub(r"^target_modules\b", "--lora_modules", re.sub(r"^rank\b", "--lora_r", str(error)))
+        raise InputError(words.partition(", for that layer alone with rank_pattern")[0].rstrip(".") + ".") from None
     check_tokens(model, tokenizer, rows.largest_id, "The data")
     check_length(model, rows.longest, "The longest row of the data", "set smaller source_max_len and target_max_len")
     trained, parameters = model.get_nb_trainable_parameters()
