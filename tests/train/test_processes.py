@@ -85,7 +85,7 @@ def test_two_processes_evaluate_a_classifier_as_one_does(
         _, err = run.communicate()
         assert run.returncode == 0, err
         told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        figures.append([event["figures"] for event in told if event["kind"] == "evaluation"][0])
+        figures.append(next(event["figures"] for event in told if event["kind"] == "evaluation"))
     assert figures[1] == pytest.approx(figures[0], rel=1e-4)
 
 
