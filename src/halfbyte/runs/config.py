@@ -69,6 +69,9 @@ example; KTO's is the same, as TRL advises (its documentation: 5e-7 to 5e-6 for 
 example (examples/scripts/orpo.py). The quick ones are for models of some hundred million parameters. Dropout is off, as
 TRL's trainers have it: the log-ratios would be of two different models."""
 
+WITH_REFERENCE = ("dpo", "kto")
+"""Methods that hold the model to the one before training."""
+
 # Marks of fields: what may change when a run goes on, since its result does not depend on it; and what says how to
 # begin, not what to do, and is not written down.
 CHANGEABLE: Any = {"on_resume": "may change"}
@@ -293,8 +296,14 @@ class TrainConfig(AdapterOptions, DataOptions):
     @model_validator(mode="after")
     def _fitting_start(self) -> Self:
         start = self.init_lora_weights
-        if is_subtracted(start) and self.method in ("dpo", "kto"):
-            # TRL (1.16) makes its reference of a copy of the adapter, which would subtract nothing.
+        # TRL (1.16) makes its reference of a copy of the adapter, which would subtract nothing; and PEFT (0.21) has
+        # the biases of one adapter alone.
+        if self.bias != "none" and self.method in WITH_REFERENCE:
+            raise ValueError(
+                f"bias {self.bias} does not go with method {self.method}, whose reference would have the trained "
+                "biases; leave it away"
+            )
+        if is_subtracted(start) and self.method in WITH_REFERENCE:
             raise ValueError(
                 f"init_lora_weights {start!r} does not go with method {self.method}, whose reference would not be the "
                 "base; take another one"

@@ -22,7 +22,7 @@ from halfbyte.hf.layers.whole import train_in_fp32
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.new_tokens import NewToken, add_tokens, give_rows
 from halfbyte.options import is_subtracted
-from halfbyte.runs.config import TrainConfig
+from halfbyte.runs.config import WITH_REFERENCE, TrainConfig
 
 OWN = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules"}
 """Options that an adapter which is trained on from has decided, and PEFT's names for them."""
@@ -47,10 +47,15 @@ class Beginning:
     checkpoint: Path | None = None
     _loftq: hf.LoftQ | None = field(default=None, init=False)
 
+    @property
+    def _first_values(self) -> bool:
+        """Whether the first values matter: a checkpoint's take their place, but for what dpo and kto compare with."""
+        return self.checkpoint is None or self.config.method in WITH_REFERENCE
+
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """See what has to be seen while the base model is loaded."""
-        if self.config.init_lora_weights != "loftq" or self.checkpoint:
+        if self.config.init_lora_weights != "loftq" or not self._first_values:
             yield
             return
         self._loftq = hf.LoftQ(lambda model: _lora_config(self.config, model, None), self.config.seed)
@@ -89,7 +94,7 @@ class Beginning:
             raise InputError(f"target_modules {config.target_modules!r}: {error}{_remedy(config, error)}") from error
         if is_subtracted(start) and self.checkpoint:
             make_room(adapted)
-        elif start.startswith(OF_WEIGHTS) and not self.checkpoint:
+        elif start.startswith(OF_WEIGHTS) and self._first_values:
             hf.initialize(adapted, start, seed=config.seed)
         elif start == "eva" and not self.checkpoint:
             begin_with_eva(adapted, self._batches(2 * TOKENS * max(ranks.values())))
