@@ -251,10 +251,7 @@ def test_an_adapter_of_peft_s_own_is_trained_on(options: dict[str, Any], tmp_pat
     get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
         tmp_path / "a"
     )
-    seen: list[Event] = []
-    output = fine_tune(TrainConfig(**(options | {"adapter": tmp_path / "a", "rank": 16})), seen.append).output
-    own = "rank 3, lora_alpha 8, lora_dropout 0 and layers are its own"
-    assert any(isinstance(event, Note) and own in event.text for event in seen)  # rank 16 is the preset's
+    output = fine_tune(TrainConfig(**(options | {"adapter": tmp_path / "a", "rank": 16}))).output
     assert {
         tensor.shape[0] for name, tensor in load_file(output / "adapter_model.safetensors").items() if "_A" in name
     } == {3}

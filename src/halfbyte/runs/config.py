@@ -22,6 +22,7 @@ from halfbyte.choices import (
     DOUBLE_QUANT,
     QUANT_TYPE,
     QUANT_TYPES,
+    REFERENCED,
     SMOOTHED,
     TRANSFORMERS_OPTIMIZERS,
     DpoLoss,
@@ -68,9 +69,6 @@ METHOD_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
 example; KTO's is the same, as TRL advises (its documentation: 5e-7 to 5e-6 for beta 0.1); ORPO's is that of TRL's LoRA
 example (examples/scripts/orpo.py). The quick ones are for models of some hundred million parameters. Dropout is off, as
 TRL's trainers have it: the log-ratios would be of two different models."""
-
-WITH_REFERENCE = ("dpo", "kto")
-"""Methods that hold the model to the one before training."""
 
 # Marks of fields: what may change when a run goes on, since its result does not depend on it; and what says how to
 # begin, not what to do, and is not written down.
@@ -296,17 +294,16 @@ class TrainConfig(AdapterOptions, DataOptions):
     @model_validator(mode="after")
     def _fitting_start(self) -> Self:
         start = self.init_lora_weights
-        # TRL (1.16) makes its reference of a copy of the adapter, which would subtract nothing; and PEFT (0.21) has
-        # the biases of one adapter alone.
-        if self.bias != "none" and self.method in WITH_REFERENCE:
-            raise ValueError(
-                f"bias {self.bias} does not go with method {self.method}, whose reference would have the trained "
-                "biases; leave it away"
-            )
-        if is_subtracted(start) and self.method in WITH_REFERENCE:
+        if is_subtracted(start) and self.method in REFERENCED:
+            # TRL (1.16) makes its reference of a copy of the adapter, which would subtract nothing.
             raise ValueError(
                 f"init_lora_weights {start!r} does not go with method {self.method}, whose reference would not be the "
                 "base; take another one"
+            )
+        if self.bias != "none" and self.method in REFERENCED:
+            raise ValueError(
+                f"bias {self.bias!r} does not go with method {self.method}: biases are the base's, and so would be its "
+                "reference's; leave it out"
             )
         if (start == "eva" and self.task != "lm") or (start == "loftq" and self.task == "classify"):
             raise ValueError(f"init_lora_weights {start!r} is for language models, and the task is {self.task}")

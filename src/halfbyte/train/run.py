@@ -167,10 +167,6 @@ def _load(config: TrainConfig, beginning: Beginning, tokenizer: Any, rows: data.
     check_length(model, rows.longest, "The longest row of the data", f"set max_length to {most_positions(model)}")
     for line in _stops_told(model, tokenizer) if config.task == "lm" else ():
         tell(Note(text=line))
-    if config.adapter:
-        own = model.peft_config["default"]
-        tell(Note(text=f"Training on from {config.adapter}: rank {own.r}, lora_alpha {own.lora_alpha:g}, lora_dropout "
-                  f"{own.lora_dropout:g} and layers are its own"))  # fmt: skip
     trained, parameters = model.get_nb_trainable_parameters()
     share = hf.describe_base(model)
     tell(Note(text=f"Training {trained:,} parameters over {parameters - trained:,} frozen ones, {share}"))
