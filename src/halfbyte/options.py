@@ -116,7 +116,7 @@ def check_start(name: str) -> str:
 
 
 def is_subtracted(start: str) -> bool:
-    """Whether an adapter begins with a part of the weight, which is subtracted again: without dropout or DoRA."""
+    """Whether an adapter begins with a part of the weight, which is subtracted again: without DoRA."""
     return start.startswith(("pissa", "olora"))
 
 

@@ -63,7 +63,6 @@ def test_a_saved_configuration_reads_back_the_same_without_run_options(tmp_path:
         ({"learning_rate": float("inf")}, "option 'learning_rate': inf is wrong"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"model": None}, "option 'model'"),
-        ({"method": "dpo", "init_lora_weights": "pissa"}, "init_lora_weights 'pissa' does not go with method dpo"),
         ({"task": "seq2seq", "init_lora_weights": "eva"}, "init_lora_weights 'eva' is for language models"),
         ({"skip_bad_rows": "al"}, "option 'skip_bad_rows': 'al' is wrong, it should be a valid boolean or be 'all'"),
         ({"split_text": "lines"}, "option 'split_text': 'lines' is wrong, it should be a valid integer or be 'docu"),

@@ -16,7 +16,18 @@ from collections.abc import Callable
 from packaging.specifiers import SpecifierSet
 
 from halfbyte.errors import InputError
-from halfbyte.hf.dropin import adapters, arguments, bitsandbytes, chat_format, cuda, loading, optimizers, said, trainers
+from halfbyte.hf.dropin import (
+    adapters,
+    arguments,
+    beginnings,
+    bitsandbytes,
+    chat_format,
+    cuda,
+    loading,
+    optimizers,
+    said,
+    trainers,
+)
 from halfbyte.hf.replacement import Replacement
 
 _undos: list[Callable[[], None]] = []
@@ -24,7 +35,7 @@ _undos: list[Callable[[], None]] = []
 
 def table() -> list[Replacement]:
     """Return all rows, in the order in which they are put in place."""
-    parts = (loading, adapters, optimizers, arguments, trainers, chat_format, bitsandbytes, cuda)
+    parts = (loading, adapters, beginnings, optimizers, arguments, trainers, chat_format, bitsandbytes, cuda)
     return [row for part in parts for row in part.rows()]
 
 
