@@ -12,6 +12,7 @@ weights go through the libraries' own code.
 
 import importlib.metadata
 from collections.abc import Callable
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
@@ -23,11 +24,14 @@ from halfbyte.hf.dropin import (
     bitsandbytes,
     chat_format,
     cuda,
+    hub,
     loading,
     optimizers,
     said,
+    services,
     trainers,
 )
+from halfbyte.hf.dropin.shell import guard
 from halfbyte.hf.replacement import Replacement
 
 _undos: list[Callable[[], None]] = []
@@ -35,7 +39,19 @@ _undos: list[Callable[[], None]] = []
 
 def table() -> list[Replacement]:
     """Return all rows, in the order in which they are put in place."""
-    parts = (loading, adapters, beginnings, optimizers, arguments, trainers, chat_format, bitsandbytes, cuda)
+    parts = (
+        loading,
+        adapters,
+        beginnings,
+        optimizers,
+        arguments,
+        trainers,
+        chat_format,
+        bitsandbytes,
+        cuda,
+        hub,
+        services,
+    )
     return [row for part in parts for row in part.rows()]
 
 
@@ -58,6 +74,11 @@ def install(cuda: bool = True) -> None:
     except BaseException:
         undo()
         raise
+
+
+def attend(shell: Any) -> None:
+    """Let the IPython ``shell`` of a notebook install no other versions; see :mod:`halfbyte.hf.dropin.shell`."""
+    _undos.append(guard(shell))
 
 
 def undo() -> None:

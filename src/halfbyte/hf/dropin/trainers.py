@@ -24,6 +24,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import RandomSampler
 from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from halfbyte.hf.dropin import arguments, memory
 from halfbyte.hf.dropin.adapters import is_ours
@@ -49,16 +50,33 @@ class FromScript:
     model_accepts_loss_kwargs: bool
 
     def __init__(self, model: Any, **given: Any) -> None:
-        args = given.get("args")
+        args: Any = given.get("args")
         self._recompute = args is not None and settle(args, model)
+        pushes = args is not None and args.push_to_hub
+        if pushes:
+            args.push_to_hub = False  # ours refuse it: their checkpoints are not transformers'
         super().__init__(model, **given)  # type: ignore[call-arg]
+        if pushes:
+            args.push_to_hub = True
+            super().init_hf_repo()  # type: ignore[misc]
+            if args.push_to_hub:
+                say("push_to_hub=True: the model is uploaded when it is trained or saved; checkpoints are not.")
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and not self.mean_of_batches
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         own: Any = self
         if own._recompute:
             memory.plan(own.model, own.train_dataset, own.args, self.sequences)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        if own.args.push_to_hub and own.args.hub_strategy != HubStrategy.END:
+            own.push_to_hub(commit_message="Training in progress, the last step")
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        own: Any = self
+        if own.args.push_to_hub and not _internal_call:
+            own.push_to_hub(commit_message="Model save")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         own: Any = self
