@@ -35,7 +35,7 @@ from halfbyte.hf.dropin.said import say
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.replacement import MISSING, Replacement
-from halfbyte.hf.trainers import methods
+from halfbyte.hf.trainers import distributed, methods
 from halfbyte.hf.trainers.base import BaseTrainer, _few_walks
 from halfbyte.hf.trainers.state import saved_states
 
@@ -83,6 +83,9 @@ class FromScript:
         sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         if sampler is None or own.args.train_sampling_strategy != "random":
             return sampler
+        if own.args.data_seed is None and distributed.world_size() > 1:
+            # ours seed each process apart, and accelerate (1.15) would take that as the seed of the order
+            own.accelerator.dataloader_config.data_seed = own.args.seed
         return RandomSampler(own.train_dataset if train_dataset is None else train_dataset)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -129,9 +132,10 @@ class FastTrainer(Trainer):
 
 def settle(args: TrainingArguments, model: Any) -> bool:
     """Take out of ``args`` what ours do otherwise; return whether recomputing of activations was asked for."""
-    if args.bf16 and getattr(base_of(model), "dtype", None) == torch.bfloat16:
+    wished = args.bf16 or args.mixed_precision == "bf16"  # accelerate launch wishes it by the environment
+    if wished and getattr(base_of(model), "dtype", None) == torch.bfloat16:
         args.bf16, args.mixed_precision = False, "no"
-        say("bf16=True: the model computes in bfloat16 already, so there is no autocast.")
+        say("bf16: the model computes in bfloat16 already, so there is no autocast.")
     return memory.take_wish(args, model)
 
 
