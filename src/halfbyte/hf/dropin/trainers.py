@@ -125,7 +125,7 @@ class FastTrainer(Trainer):
         """Train, as Trainer does."""
         self._parameters = list(self.model.parameters())
         if self._recompute:
-            memory.plan(self.model, self.train_dataset, self.args)
+            memory.plan(self.model, self.train_dataset, self.args, collate=self.data_collator)
         with _few_walks(self.model, self._parameters):
             return super().train(*args, **kwargs)
 
