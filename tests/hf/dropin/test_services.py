@@ -1,7 +1,7 @@
 """The hub, Colab and Weights & Biases as tutorials use them, where there are none: said, and never an end."""
 
 import fnmatch
-import importlib
+import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -27,6 +27,8 @@ FEW: dict[str, Any] = {
     "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True,
     "logging_steps": 1,
 }  # fmt: skip
+
+NO_WANDB = pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb itself is installed")
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_a_training_that_would_push_ends_in_its_folder(
     trainer.train()
     trainer.save_model()
     trainer.push_to_hub(dataset_name="apples")
-    trainer.model.push_to_hub("me/apples")
+    trainer.model.push_to_hub("me/apples", use_auth_token=True, create_pr=1, use_temp_dir=False)
     trainer.processing_class.push_to_hub("me/apples")
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "checkpoints").is_dir()
     told = [line for line in said() if "upload" in line]
@@ -153,6 +155,7 @@ def test_colab_s_modules(installed: None, said: Any, monkeypatch: pytest.MonkeyP
         importlib.import_module("google.colab")
 
 
+@NO_WANDB
 def test_wandb_reports_nothing_and_says_so(installed: None, said: Any) -> None:
     import wandb
 
@@ -173,6 +176,7 @@ def test_wandb_reports_nothing_and_says_so(installed: None, said: Any) -> None:
     assert "wandb" not in sys.modules
 
 
+@NO_WANDB
 def test_what_is_said_is_said_once(installed: None, said: Any, caplog: pytest.LogCaptureFixture) -> None:
     import wandb
 

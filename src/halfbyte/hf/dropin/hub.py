@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from transformers.trainer import PREFIX_CHECKPOINT_DIR
 
+from halfbyte.hf.dropin.loading import renamed
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.replacement import Replacement
 from halfbyte.hub import first_line
@@ -25,6 +26,9 @@ UNREACHABLE = (OfflineModeIsEnabled, httpx.TransportError, ConnectionError, Time
 NOT_LET = (*UNREACHABLE, HfHubHTTPError, LocalTokenNotFoundError)
 OWN_CHECKPOINTS = "checkpoints/*"
 """Where our trainers keep them; transformers' ``checkpoint-10``, which it does not upload either, is a link to one."""
+
+GONE = frozenset({"use_temp_dir", "safe_serialization"})
+"""Arguments of uploads that transformers 5 has no more: it does what they asked for."""
 
 _theirs: dict[str, Callable[..., Any]] = {}
 
@@ -135,6 +139,10 @@ def _uploading(old: Any) -> Any:
 
     @functools.wraps(old)
     def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        kwargs = renamed(kwargs, "push_to_hub")
+        for name in GONE.intersection(kwargs):
+            del kwargs[name]
+            say(f"push_to_hub({name}=...) is gone, and says nothing any more.")
         try:
             return old(self, repo_id, *args, **kwargs)
         except NOT_LET as error:
