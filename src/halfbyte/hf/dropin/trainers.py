@@ -29,7 +29,7 @@ from transformers.trainer_utils import HubStrategy
 from halfbyte.hf.dropin import arguments, memory
 from halfbyte.hf.dropin.adapters import is_ours
 from halfbyte.hf.dropin.collator import DataCollatorForCompletionOnlyLM
-from halfbyte.hf.dropin.formatting import by_example
+from halfbyte.hf.dropin.formatting import by_example, texts_alone
 from halfbyte.hf.dropin.old_names import TO_CONFIGURATION
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.layers.head import base_of
@@ -231,6 +231,9 @@ def _trl(ours: type, config: type[TrainingArguments]) -> Any:
             del given["self"]
             model = given.pop("model", None)
             given["args"] = _configuration(config, given.get("args"), moved, kind, model)
+            if (field := getattr(given["args"], "dataset_text_field", None)) and not given.get("formatting_func"):
+                for name in ("train_dataset", "eval_dataset"):
+                    given[name] = texts_alone(given.get(name), field)
             if given.get("formatting_func") is not None:
                 given["formatting_func"] = by_example(given["formatting_func"], given.get("train_dataset"))
             if isinstance(model, PeftModel) and given.get("peft_config") is not None:

@@ -165,8 +165,10 @@ def _projection(layer: nn.Module) -> _Projection | None:
 
 
 def _is_frozen(layer: nn.Module) -> TypeGuard[FrozenLinear]:
-    """Return whether ``layer`` is one of ours with a weight that gets no gradient."""
-    return type(layer) in (Linear4bit, Linear8bit, DenseLinear) and not layer.weight.requires_grad
+    """Return whether ``layer`` computes as ours do, with a weight that gets no gradient."""
+    kinds = (Linear4bit, Linear8bit, DenseLinear)
+    plain = any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds)
+    return plain and not layer.weight.requires_grad
 
 
 def _dropped_dora(layer: LoraLinear4bit) -> list[str] | None:
