@@ -73,7 +73,10 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(ipython: Any) -> None:
     """Install, as ``%load_ext halfbyte`` asks."""
-    importlib.import_module("halfbyte.hf.install").install()
+    home = importlib.import_module("halfbyte.hf.install")
+    home.install()
+    if ipython is not None:
+        home.attend(ipython)
 
 
 def unload_ipython_extension(ipython: Any) -> None:

@@ -116,7 +116,7 @@ def check_start(name: str) -> str:
 
 
 def is_subtracted(start: str) -> bool:
-    """Whether an adapter begins with a part of the weight, which is subtracted again: without dropout or DoRA."""
+    """Whether an adapter begins with a part of the weight, which is subtracted again: without DoRA."""
     return start.startswith(("pissa", "olora"))
 
 
@@ -153,7 +153,14 @@ def _sentence(error: ValidationError, place: Mapping[str, str], options: type[Ba
         name, problem = key, "should " + " or ".join(_problem(each).removeprefix("should ") for each in same)
     else:
         name, problem = ".".join(str(part) for part in first["loc"] if isinstance(part, str)), _problem(first)
-    return f"{place.get(key, '')}option {name!r}: {first['input']!r} is wrong, it {problem}."
+    near = nearest(first["input"], _words(error.errors(), key)) if isinstance(first["input"], str) else ""
+    return f"{place.get(key, '')}option {name!r}: {first['input']!r} is wrong, it {problem}{near}."
+
+
+def _words(errors: list[ErrorDetails], key: str) -> list[str]:
+    """Return the words that an option may be, by what pydantic (2) expected."""
+    expected = [each["ctx"]["expected"] for each in errors if each["type"] == "literal_error" and each["loc"][0] == key]
+    return [word for text in expected for word in re.findall(r"'([^']*)'", text)]
 
 
 def _problem(error: ErrorDetails) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -177,6 +178,13 @@ def test_any_other_error_keeps_its_traceback(monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["halfbyte", "doctor", "--line"])
     with pytest.raises(type(error)):
         cli.main()
+
+
+def test_signals_are_afterwards_as_they_were(run):
+    before = signal.getsignal(signal.SIGTERM)
+    run("--version")
+    run("doctor", "--nonsense")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_interrupt_elsewhere_is_told_with_exit_code_130(run, monkeypatch):

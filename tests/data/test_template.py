@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from halfbyte.data import BadRow, Chat, Completion, Preference, Text, chat_template, fitting, rendering
 from halfbyte.data.messages import text_of
-from halfbyte.data.template import Draft, Writer
+from halfbyte.data.template import Draft, Writer, _begin
 from halfbyte.errors import InputError
 
 from .templates import (
@@ -423,3 +423,13 @@ def test_a_template_that_always_asks_for_the_next_answer_does_not_have_that_trai
     [draft] = Writer(tokenizer)(Chat("row 1", turns))
     assert trained(draft) == ["b<|im_end|>"] * 2
     assert draft.text.endswith("<|im_start|>assistant\nb<|im_end|>") and draft.text.count("assistant") == 2
+
+
+def test_a_tokenizer_that_has_no_token_for_a_letter_has_no_beginning_either() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    few = Tokenizer(models.BPE(vocab={"<s>": 0, "b": 1}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=few, bos_token="<s>")
+    assert tokenizer("a")["input_ids"] == []
+    assert _begin(tokenizer) == []

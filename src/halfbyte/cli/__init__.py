@@ -64,7 +64,20 @@ benchmarks.command()(bench.packing)
 
 
 def main() -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit; who calls it within Python finds SIGTERM as it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code = _outcome()
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not before:
+            signal.signal(signal.SIGTERM, before)
+    while run.waiting:
+        run.waiting.pop()()
+    sys.exit(code)
+
+
+def _outcome() -> int:
+    """Run the command line and return its exit code; a script that is to be run waits."""
     # Read by libgomp when torch loads it. Its threads otherwise spin for milliseconds after each parallel region, and
     # whenever another program wants a core, a training step takes several times as long (LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -91,9 +104,7 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
         code = INTERRUPTED
-    while run.waiting:
-        run.waiting.pop()()
-    sys.exit(code)
+    return code
 
 
 def _run() -> int:

@@ -1,4 +1,4 @@
-"""``run``: a script or module as ``python`` runs it, with halfbyte installed over the libraries that it uses.
+"""``run``: a script, module or notebook as ``python`` or Jupyter runs it, with halfbyte over the libraries it uses.
 
 The command only notes what is to be run; :func:`halfbyte.cli.main` starts it when its own handlers are gone, so that
 the script's errors, exit codes and signals are as Python has them. Nothing of ours is written to standard output.
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from halfbyte.cli import notebook
 from halfbyte.errors import InputError
 
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": False}
@@ -24,11 +25,13 @@ waiting: list[Callable[[], None]] = []
 
 
 def run(
-    words: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...", help="The script, and its own arguments.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="SCRIPT [ARGS]...", help="A script and its arguments, or a notebook.")
+    ],
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name, as of python -m.")] = False,
     cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Answer for a GPU that is not there.")] = True,
 ) -> None:
-    """Run a script written for transformers, peft, trl and bitsandbytes, unchanged, on halfbyte.
+    """Run a script or notebook written for transformers, peft, trl and bitsandbytes, unchanged, on halfbyte.
 
     It trains in 4 bits on this machine's processor, with halfbyte's kernels; what is translated is said once on
     standard error. Options of halfbyte stand before the script.
@@ -37,12 +40,16 @@ def run(
     if not module and not Path(name).is_file() and not (Path(name) / "__main__.py").is_file():
         hint = f"; for a module, halfbyte run -m {name}" if "/" not in name and not name.endswith(".py") else ""
         raise InputError(f"There is no script {name}{hint}.")
+    if (as_notebook := not module and name.endswith(".ipynb")) and words[1:]:
+        raise InputError(f"A notebook takes no arguments, and after {name} stands {words[1]!r}; leave it out.")
+    if as_notebook:
+        notebook.check(Path(name))
     from halfbyte.hf.install import install
 
     install(cuda=cuda)
     sys.argv[:] = words
     sys.path[0] = os.getcwd() if module else str(Path(name).resolve().parent)
-    waiting.append(lambda: _start(name, module))
+    waiting.append(lambda: notebook.start(Path(name)) if as_notebook else _start(name, module))
 
 
 def _start(name: str, module: bool) -> None:

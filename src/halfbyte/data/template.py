@@ -347,4 +347,4 @@ _chat_template = chat_template
 def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the beginning-of-sequence id if the tokenizer puts it before a text of its own accord."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

@@ -12,11 +12,26 @@ weights go through the libraries' own code.
 
 import contextlib
 import importlib.metadata
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from halfbyte.errors import InputError
-from halfbyte.hf.dropin import adapters, arguments, bitsandbytes, chat_format, cuda, loading, optimizers, said, trainers
+from halfbyte.hf.dropin import (
+    adapters,
+    arguments,
+    beginnings,
+    bitsandbytes,
+    chat_format,
+    cuda,
+    hub,
+    loading,
+    optimizers,
+    said,
+    services,
+    trainers,
+)
+from halfbyte.hf.dropin.shell import guard
 from halfbyte.hf.replacement import Replacement
 
 _installed = contextlib.ExitStack()
@@ -25,7 +40,19 @@ _installed = contextlib.ExitStack()
 
 def table() -> list[Replacement]:
     """Return all rows, in the order in which they are put in place."""
-    parts = (loading, adapters, optimizers, arguments, trainers, chat_format, bitsandbytes, cuda)
+    parts = (
+        loading,
+        adapters,
+        beginnings,
+        optimizers,
+        arguments,
+        trainers,
+        chat_format,
+        bitsandbytes,
+        cuda,
+        hub,
+        services,
+    )
     return [row for part in parts for row in part.rows()]
 
 
@@ -48,6 +75,11 @@ def install(cuda: bool = True) -> None:
     except BaseException:
         undo()
         raise
+
+
+def attend(shell: Any) -> None:
+    """Let the IPython ``shell`` of a notebook install no other versions; see :mod:`halfbyte.hf.dropin.shell`."""
+    _installed.callback(guard(shell))
 
 
 def undo() -> None:

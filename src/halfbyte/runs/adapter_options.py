@@ -125,12 +125,7 @@ class AdapterOptions(Options):
 
     @model_validator(mode="after")
     def _compatible(self) -> Self:
-        start, dropout = self.init_lora_weights, getattr(self, "lora_dropout", 0)
-        if is_subtracted(start) and dropout:
-            raise ValueError(
-                f"init_lora_weights {start} takes no dropout, since what it subtracts would not be dropped alike: set "
-                "lora_dropout to 0"
-            )
+        start = self.init_lora_weights
         if is_subtracted(start) and self.use_dora:
             raise ValueError(f"init_lora_weights {start} and use_dora exclude each other; choose one")
         if self.neftune_noise_alpha and getattr(self, "packing", None):

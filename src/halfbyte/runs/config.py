@@ -37,7 +37,7 @@ from halfbyte.choices import (
 from halfbyte.data.options import DataOptions
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute, write_text
-from halfbyte.options import base_format, is_subtracted, not_empty
+from halfbyte.options import base_format, not_empty
 from halfbyte.runs.adapter_options import OF_AN_ADAPTER, AdapterOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -300,12 +300,6 @@ class TrainConfig(AdapterOptions, DataOptions):
     @model_validator(mode="after")
     def _fitting_start(self) -> Self:
         start = self.init_lora_weights
-        if is_subtracted(start) and self.method in REFERENCED:
-            # TRL (1.16) makes its reference of a copy of the adapter, which would subtract nothing.
-            raise ValueError(
-                f"init_lora_weights {start!r} does not go with method {self.method}, whose reference would not be the "
-                "base; take another one"
-            )
         if self.bias != "none" and self.method in REFERENCED:
             raise ValueError(
                 f"bias {self.bias!r} does not go with method {self.method}: biases are the base's, and so would be its "

@@ -36,6 +36,7 @@ from halfbyte.hf.dropin import (
     said,
 )
 from halfbyte.hf.dropin.bnb_state import QuantState
+from halfbyte.hf.layers import adapters
 from halfbyte.optim import AdamW
 
 F = real.functional
@@ -446,3 +447,39 @@ def test_where_it_is_not_installed_modules_stand_in_and_libraries_go_on_without(
     packed, state = F.quantize_4bit(x, quant_type="nf4", blocksize=64)
     assert packed.flatten().tolist() == said["packed"]
     assert defined(packed, state).tolist() == said["dequantized"]
+
+
+def test_an_adapter_over_layers_put_in_by_hand_takes_the_fast_path(tiny_model_folder: Path) -> None:
+    halfbyte.install(cuda=False)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
+        for name, dense in [*base.named_modules()]:
+            if name.endswith("_proj"):
+                layer = bnb_layers.Linear4bit(
+                    dense.in_features, dense.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                )
+                layer.load_state_dict(dense.state_dict())
+                base.set_submodule(name, layer.to("cpu"))
+        opened = AutoModelForCausalLM.from_pretrained(
+            tiny_model_folder,
+            dtype=torch.bfloat16,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+            attn_implementation="sdpa",
+        )
+        grads = []
+        for made in (base, opened):
+            torch.manual_seed(0)
+            model = get_peft_model(made, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+            first = model.base_model.model.model.layers[0]
+            assert type(first).__module__ == "halfbyte.hf.layers.fusion"
+            assert adapters._projection(first.mlp.up_proj) is not None
+            ids = torch.arange(40).view(2, 20)
+            model(input_ids=ids, labels=ids).loss.backward()
+            grads.append([p.grad for p in model.parameters() if p.requires_grad])
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    finally:
+        halfbyte.undo()

@@ -221,3 +221,31 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_norms_that_a_script_casts_to_fp32_compute_as_transformers_do(
+    installed: None, tiny_model_folder: Path, lora: Any
+) -> None:
+    """A line of the Falcon notebook of 2023, which many have copied."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny_model_folder, quantization_config=four(bnb_4bit_quant_type="nf4"), attn_implementation="sdpa"
+    )
+    model = get_peft_model(base, lora(init_lora_weights=False))
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.to(torch.float32)
+    ids = torch.arange(40).view(2, 20)
+    results = []
+    for prepared in (True, False):
+        if not prepared:
+            halfbyte.unprepare(model)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not prepared):  # as fp16=True was in that notebook
+            loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append((loss, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+    (ours, mine), (theirs, wanted) = results
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-2, atol=1e-3)
+    for one, other in zip(mine, wanted, strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()

@@ -323,3 +323,16 @@ def test_adapters_that_were_made_before_are_made_ready(
     finally:
         halfbyte.undo()
     assert type(layer) is LoraLinear4bit
+
+
+def test_texts_are_trained_where_a_prompt_stands_beside_them(
+    model: Any, lora: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = Dataset.from_list([{"prompt": f"{i}?", "output": "Yes.", "text": f"{i}? Yes."} for i in range(4)])
+    trainer = SFTTrainer(
+        model, train_dataset=rows, eval_dataset=rows, tokenizer=tokenizer, peft_config=lora(),
+        dataset_text_field="text", args=TrainingArguments(**small(tmp_path)),
+    )  # fmt: skip
+    assert tokenizer.decode(trainer.train_dataset[1]["input_ids"]).startswith("1? Yes.")
+    trainer.train()
+    assert "the texts are trained" in caplog.text and trainer.evaluate()["eval_loss"] > 0

@@ -230,7 +230,7 @@ def test_what_would_forget_the_start_is_refused(tiny_model_folder: Path) -> None
         ("pisa", {}, r"no init_lora_weights 'pisa' .did you mean 'pissa'"),
         ("corda", {}, r"'corda' does not run over 4-bit weights.*eva"),
         ("lora_ga", {}, r"'lora_ga' does not run over 4-bit weights"),
-        ("pissa", {"lora_dropout": 0.1}, r"takes no lora_dropout.*set lora_dropout to 0"),
+        ("pissa", {"r": 40}, r"rank 40 is larger than .*take a lower rank"),
         ("pissa", {"use_dora": True}, r"does not go with use_dora"),
         ("orthogonal", {"r": 3}, r"needs an even rank.*rank 3"),
         ("pissa", {"target_modules": ["q_proj", "embed_tokens"]}, r"embed_tokens \(Embedding\) is none"),

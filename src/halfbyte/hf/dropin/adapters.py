@@ -7,6 +7,7 @@ in fp32 here whatever their weights' dtype is.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import peft
 from torch import nn
 
+from halfbyte.hf.dropin.beginnings import check_beginning, complete
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.replacement import Replacement
@@ -66,11 +68,18 @@ def _int8(kbit: Any) -> Any:
 
 def _preparing(old: Any) -> Any:
     """A method after which ``self`` has an adapter: it is made ready, if the base is ours."""
+    signature = inspect.signature(old)
 
     @functools.wraps(old)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        config, base = given.get("peft_config", given.get("adapter_config")), given.get("model", self)
+        if is_ours(base):
+            check_beginning(None if base is not self else self, config)
         result = old(self, *args, **kwargs)
         if is_ours(self):
+            if isinstance(self, peft.PeftModel) and config is not None:
+                complete(self, given.get("adapter_name", "default"))
             prepare(self)
         return result
 

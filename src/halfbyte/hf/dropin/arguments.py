@@ -108,6 +108,11 @@ def _without_gpu(old: Any) -> Any:
                     say(f"report_to={name!r}: the package is not installed, so nothing is reported to it.")
             self.report_to = [name for name in wished if name in there] or "none"
         old(self)
+        if self.mixed_precision == "fp16" and not torch.accelerator.is_available():
+            self.mixed_precision = "no"
+            say(
+                "mixed_precision fp16 of accelerate's launcher: a CPU has none, so the model computes as it was loaded."
+            )
 
     return __post_init__
 

@@ -44,3 +44,17 @@ def _first_of(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return function(row)[0]
 
     return formatted
+
+
+def texts_alone(rows: Any, field: str) -> Any:
+    """Return ``rows`` without a ``prompt`` beside the texts in ``field``, where there is no ``completion`` to it.
+
+    TRL (1.16) takes such rows for prompts and answers, and ends in a KeyError; the TRL of then trained the texts.
+    """
+    if isinstance(rows, dict):
+        return {name: texts_alone(part, field) for name, part in rows.items()}
+    columns = getattr(rows, "column_names", None) or ()
+    if not {field, "prompt"} <= {*columns} or {"completion", "chosen"} & {*columns}:
+        return rows
+    say(f"SFTTrainer: rows have {field!r} and a 'prompt' without a completion; the texts are trained.")
+    return rows.remove_columns("prompt")

@@ -116,7 +116,7 @@ class BitsAndBytesQuantizer(HalfbyteQuantizer):
 
 def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of ``from_pretrained`` with old ones as what they are now."""
-    kwargs = _renamed(kwargs)
+    kwargs = renamed(kwargs)
     bits = {name: kwargs.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in kwargs}
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("bnb_4bit_", "llm_int8_"))}
     wished = any(bits.values())
@@ -131,12 +131,13 @@ def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
     return _without_gpu(kwargs)
 
 
-def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
+def renamed(kwargs: dict[str, Any], called: str = "from_pretrained") -> dict[str, Any]:
+    """Return keyword arguments of the function ``called`` under the names of today."""
     kwargs = dict(kwargs)
     for old, new in OLD_NAMES.items():
         if old in kwargs:
             kwargs.setdefault(new, kwargs.pop(old))
-            say(f"from_pretrained({old}=...) is {new}= now.")
+            say(f"{called}({old}=...) is {new}= now.")
     return kwargs
 
 
@@ -186,7 +187,7 @@ def _tokenizing(old: Any) -> Any:
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs = _renamed(kwargs)
+        kwargs = renamed(kwargs)
         kind = kwargs.get("tokenizer_type")
         if kind is not None and kind not in TOKENIZER_MAPPING_NAMES:
             del kwargs["tokenizer_type"]

@@ -1,6 +1,10 @@
-"""What a translation says: once for each sentence, on standard error, as a warning of the logger ``halfbyte``."""
+"""What a translation says: once for each sentence, on standard error, as a warning of the logger ``halfbyte``.
+
+Of several processes on a machine (torchrun) the first says it.
+"""
 
 import logging
+import os
 
 logger = logging.getLogger("halfbyte")
 
@@ -9,7 +13,7 @@ _said: set[str] = set()
 
 def say(sentence: str) -> None:
     """Say ``sentence``, if it has not been said."""
-    if sentence not in _said:
+    if sentence not in _said and os.environ.get("LOCAL_RANK", "0") == "0":
         _said.add(sentence)
         logger.warning("halfbyte: %s", sentence)
 

@@ -24,18 +24,19 @@ import torch
 from peft import PeftModel
 from torch.utils.data import RandomSampler
 from transformers import AutoConfig, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from halfbyte.hf.dropin import arguments, memory
 from halfbyte.hf.dropin.adapters import is_ours
 from halfbyte.hf.dropin.collator import DataCollatorForCompletionOnlyLM
-from halfbyte.hf.dropin.formatting import by_example
+from halfbyte.hf.dropin.formatting import by_example, texts_alone
 from halfbyte.hf.dropin.old_names import TO_CONFIGURATION
 from halfbyte.hf.dropin.said import say
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
 from halfbyte.hf.replacement import MISSING, Replacement
-from halfbyte.hf.trainers import methods
+from halfbyte.hf.trainers import distributed, methods
 from halfbyte.hf.trainers.base import BaseTrainer, _few_walks
 from halfbyte.hf.trainers.state import saved_states
 
@@ -53,22 +54,42 @@ class FromScript:
     model_accepts_loss_kwargs: bool
 
     def __init__(self, model: Any, **given: Any) -> None:
-        args = given.get("args")
+        args: Any = given.get("args")
         self._recompute = args is not None and settle(args, model)
+        pushes = args is not None and args.push_to_hub
+        if pushes:
+            args.push_to_hub = False  # ours refuse it: their checkpoints are not transformers'
         super().__init__(model, **given)  # type: ignore[call-arg]
+        if pushes:
+            args.push_to_hub = True
+            super().init_hf_repo()  # type: ignore[misc]
+            if args.push_to_hub:
+                say("push_to_hub=True: the model is uploaded when it is trained or saved; checkpoints are not.")
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and not self.mean_of_batches
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         own: Any = self
         if own._recompute:
             memory.plan(own.model, own.train_dataset, own.args, self.sequences)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        if own.args.push_to_hub and own.args.hub_strategy != HubStrategy.END:
+            own.push_to_hub(commit_message="Training in progress, the last step")
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        own: Any = self
+        if own.args.push_to_hub and not _internal_call:
+            own.push_to_hub(commit_message="Model save")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         own: Any = self
         sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         if sampler is None or own.args.train_sampling_strategy != "random":
             return sampler
+        if own.args.data_seed is None and distributed.world_size() > 1:
+            # ours seed each process apart, and accelerate (1.15) would take that as the seed of the order
+            own.accelerator.dataloader_config.data_seed = own.args.seed
         return RandomSampler(own.train_dataset if train_dataset is None else train_dataset)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -108,16 +129,17 @@ class FastTrainer(Trainer):
         """Train, as Trainer does."""
         self._parameters = list(self.model.parameters())
         if self._recompute:
-            memory.plan(self.model, self.train_dataset, self.args)
+            memory.plan(self.model, self.train_dataset, self.args, collate=self.data_collator)
         with _few_walks(self.model, self._parameters):
             return super().train(*args, **kwargs)
 
 
 def settle(args: TrainingArguments, model: Any) -> bool:
     """Take out of ``args`` what ours do otherwise; return whether recomputing of activations was asked for."""
-    if args.bf16 and getattr(base_of(model), "dtype", None) == torch.bfloat16:
+    wished = args.bf16 or args.mixed_precision == "bf16"  # accelerate launch wishes it by the environment
+    if wished and getattr(base_of(model), "dtype", None) == torch.bfloat16:
         args.bf16, args.mixed_precision = False, "no"
-        say("bf16=True: the model computes in bfloat16 already, so there is no autocast.")
+        say("bf16: the model computes in bfloat16 already, so there is no autocast.")
     return memory.take_wish(args, model)
 
 
@@ -213,6 +235,9 @@ def _trl(ours: type, config: type[TrainingArguments]) -> Any:
             del given["self"]
             model = given.pop("model", None)
             given["args"] = _configuration(config, given.get("args"), moved, kind, model)
+            if (field := getattr(given["args"], "dataset_text_field", None)) and not given.get("formatting_func"):
+                for name in ("train_dataset", "eval_dataset"):
+                    given[name] = texts_alone(given.get(name), field)
             if given.get("formatting_func") is not None:
                 given["formatting_func"] = by_example(given["formatting_func"], given.get("train_dataset"))
             if isinstance(model, PeftModel) and given.get("peft_config") is not None:

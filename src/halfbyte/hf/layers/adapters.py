@@ -115,11 +115,16 @@ class _Projection(NamedTuple):
     dropout: float
     rescaled: tuple[Tensor, Tensor | None] | None = None
     """For DoRA: what multiplies the rows of the result, and the bias, which is added after it."""
+    whole: tuple[LowRank, ...] = ()
+    """Terms that see all of the input where the adapters' loses values: what they began with, subtracted."""
 
 
 def _project(projections: Sequence[_Projection], x: Tensor) -> list[Tensor]:
     compute_dtype, dropout = projections[0].compute_dtype, max(p.dropout for p in projections)
-    ys = lora_linear(x.to(compute_dtype or x.dtype), [p.projection for p in projections], dropout)
+    taken = x.to(compute_dtype or x.dtype)
+    ys = lora_linear(taken, [p.projection for p in projections], dropout)
+    parts = [starts.summed(p.whole, taken) for p in projections]
+    ys = [y if part is None else y + part for y, part in zip(ys, parts, strict=True)]
     ys = [y if p.rescaled is None else rescale(y, *p.rescaled) for y, p in zip(ys, projections, strict=True)]
     return [y.to(x.dtype) for y in ys]
 
@@ -149,16 +154,21 @@ def _projection(layer: nn.Module) -> _Projection | None:
         adapters.append(LowRank(a.weight, b.weight, scaling))
         if b.bias is not None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
-    adapters += starts.starts_of(layer, names)
+    begun = starts.starts_of(layer, names)
+    if not dropout:
+        adapters, begun = [*adapters, *begun], []
     if is_dora:
         rescaled = (dora.factors(layer, names[0], base), bias)
         return _Projection(Projection(base.frozen_weight, None, adapters), base.compute_dtype, dropout, rescaled)
-    return _Projection(Projection(base.frozen_weight, bias, adapters), base.compute_dtype, dropout)
+    projection = Projection(base.frozen_weight, bias, adapters)
+    return _Projection(projection, base.compute_dtype, dropout, whole=tuple(begun))
 
 
 def _is_frozen(layer: nn.Module) -> TypeGuard[FrozenLinear]:
-    """Return whether ``layer`` is one of ours with a weight that gets no gradient."""
-    return type(layer) in (Linear4bit, Linear8bit, DenseLinear) and not layer.weight.requires_grad
+    """Return whether ``layer`` computes as ours do, with a weight that gets no gradient."""
+    kinds = (Linear4bit, Linear8bit, DenseLinear)
+    plain = any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds)
+    return plain and not layer.weight.requires_grad
 
 
 def _dropped_dora(layer: LoraLinear4bit) -> list[str] | None:

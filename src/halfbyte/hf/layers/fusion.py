@@ -259,7 +259,8 @@ class _Norm(_Fused):
 
 def _after_sum(module: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``x + residual`` and its norm; by calling ``module`` if it is not the family's plain RMSNorm."""
-    if isinstance(module, _Norm) and untouched(module) and module.weight.dtype == x.dtype:
+    alike = residual is None or residual.dtype == x.dtype  # not where a script has cast the norms to fp32
+    if isinstance(module, _Norm) and untouched(module) and module.weight.dtype == x.dtype and alike:
         return module.after_sum(x, residual)
     h = x if residual is None else residual + x
     return h, module(h)

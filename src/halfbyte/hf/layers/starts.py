@@ -6,11 +6,11 @@ product than zero take it out of the base. Here the base keeps its bytes, and an
 - ``pissa`` (arXiv 2404.02948) and ``olora`` (arXiv 2406.01775) begin with the principal part of the weight, or with the
   first columns of its QR decomposition. That ``s B₀ A₀`` is subtracted in the forward and stays frozen,
 
-      y = x Wᵀ + s x Aᵀ Bᵀ - s x A₀ᵀ B₀ᵀ
+      y = x Wᵀ + s dropout(x) Aᵀ Bᵀ - s x A₀ᵀ B₀ᵀ
 
-  and what is saved is plain LoRA of twice the rank, ``[A; A₀]`` and ``[B, -B₀]``, which PEFT opens over the same base
-  with the same outputs. The weight is the dequantized one, so that a base that lies in 4 bits will do; a layer at a
-  time is dense.
+  (nothing of the last term is dropped, as PEFT drops nothing of the base), and what is saved is plain LoRA of twice
+  the rank, ``[A; A₀]`` and ``[B, -B₀]``, which PEFT opens over the same base with the same outputs. The weight is the
+  dequantized one, so that a base that lies in 4 bits will do; a layer at a time is dense.
 - ``orthogonal`` has ``B A = 0`` with neither of them zero.
 - ``loftq`` needs the weight before it is quantized: :mod:`halfbyte.hf.models.loftq`.
 
@@ -21,7 +21,7 @@ DoRA is taken anew.
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -64,34 +64,47 @@ def initialize(model: PeftModel, name: str, *, adapter: str = "default", seed: i
         The same model.
 
     Raises:
-        InputError: there is no such initialisation, or the adapter has layers that it is not for, or dropout or a rank
+        InputError: there is no such initialisation, or the adapter has layers that it is not for, or DoRA or a rank
             that does not go with it.
     """
     check_start(name)
     if not name.startswith(OF_WEIGHTS):
         raise InputError(f"initialize is for {', '.join(OF_WEIGHTS)}, not for {name!r}.")
     for path, layer in _layers(model, adapter, name):
-        if is_subtracted(name) and type(layer.lora_dropout[adapter]) is not nn.Identity:
-            raise InputError(
-                f"init_lora_weights {name!r} takes no lora_dropout: what it subtracts would not be dropped alike; set "
-                "lora_dropout to 0."
-            )
-        if is_subtracted(name) and layer.lora_variant.get(adapter):
-            raise InputError(f"init_lora_weights {name!r} does not go with use_dora; choose one of them.")
-        rank = layer.r[adapter]
-        if name == "orthogonal":
-            if rank % 2:
-                raise InputError(f"init_lora_weights 'orthogonal' needs an even rank, and {path} has rank {rank}.")
-            a, b = _orthogonal(layer.out_features, layer.in_features, rank, seed + crc32(path.encode()))
-            set_factors(layer, adapter, a, b)
-            continue
-        b, a = _of_weight(layer.base_layer.dequantize(torch.float32), rank, name, seed + crc32(path.encode()))
-        root = math.sqrt(layer.scaling[adapter])
-        set_factors(layer, adapter, a / root, b / root)
-        _freeze(layer, adapter, a / root, b / root)
+        begin(layer, name, adapter=adapter, seed=seed + crc32(path.encode()), path=path)
     if is_subtracted(name):
-        _save_whole(model)
+        save_whole(model)
     return model
+
+
+def begin(
+    layer: LoraLinear, name: str, *, adapter: str, seed: int, path: str = "a layer", as_peft: bool = False
+) -> None:
+    """Give the new ``adapter`` of one layer over a frozen weight what :func:`initialize` gives each; see there.
+
+    What is subtracted changes the layer alone: :func:`save_whole` is for the model, when all have begun.
+
+    Args:
+        path: of the layer, for the sentences.
+        as_peft: let olora begin as PEFT's does, with ``B = Q`` and ``A = R`` whatever the scale.
+    """
+    if is_subtracted(name) and layer.lora_variant.get(adapter):
+        raise InputError(f"init_lora_weights {name!r} does not go with use_dora; choose one of them.")
+    rank = layer.r[adapter]
+    if name == "orthogonal":
+        if rank % 2:
+            raise InputError(f"init_lora_weights 'orthogonal' needs an even rank, and {path} has rank {rank}.")
+        set_factors(layer, adapter, *_orthogonal(layer.out_features, layer.in_features, rank, seed))
+        return
+    if rank > min(layer.out_features, layer.in_features):
+        raise InputError(
+            f"init_lora_weights {name!r} has no more directions than a layer is wide, and rank {rank} is larger than "
+            f"{path}, of {layer.out_features} by {layer.in_features}; take a lower rank."
+        )
+    b, a = _of_weight(layer.base_layer.dequantize(torch.float32), rank, name, seed)
+    root = 1.0 if as_peft and name == "olora" else math.sqrt(layer.scaling[adapter])
+    set_factors(layer, adapter, a / root, b / root)
+    _freeze(layer, adapter, a / root, b / root)
 
 
 def set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
@@ -128,13 +141,27 @@ def starts_of(layer: LoraLinear, names: list[str]) -> list[LowRank]:
 
 def subtracted(layer: LoraLinear, names: list[str], x: Tensor) -> Tensor | None:
     """Return the sum of :func:`starts_of` for ``x [..., in]``, or None where there are none."""
-    parts = [s * nn.functional.linear(nn.functional.linear(x.to(a), a), b) for a, b, s in starts_of(layer, names)]
+    return summed(starts_of(layer, names), x)
+
+
+def summed(terms: Sequence[LowRank], x: Tensor) -> Tensor | None:
+    """Return ``Σ s x Aᵀ Bᵀ`` of the ``terms`` for ``x [..., in]``, in its dtype; None where there are none."""
+    parts = [s * nn.functional.linear(nn.functional.linear(x.to(a), a), b) for a, b, s in terms]
     return sum(parts[1:], parts[0]).to(x.dtype) if parts else None
 
 
 def has_starts(model: nn.Module) -> bool:
     """Whether anything of ``model`` subtracts what its adapter began with."""
     return any(starts_of(layer, [*layer.lora_A]) for layer in model.modules() if isinstance(layer, LoraLinear))
+
+
+def untrained(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the factors that are still what is subtracted for them, so that they change nothing."""
+    for layer in (layer for layer in model.modules() if isinstance(layer, LoraLinear)):
+        for name in layer.lora_A:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if any(torch.equal(a, term.a) and torch.equal(b, term.b) for term in starts_of(layer, [name])):
+                yield from (a, b)
 
 
 def _layers(model: PeftModel, adapter: str, name: str) -> Iterator[tuple[str, LoraLinear]]:
@@ -180,7 +207,7 @@ def make_room(model: PeftModel, adapter: str = "default") -> None:
     """Let the layers subtract nothing yet: :func:`split` brings the factors of a checkpoint."""
     for _, layer in _layers(model, adapter, "pissa"):
         _freeze(layer, adapter, torch.zeros_like(layer.lora_A[adapter].weight), layer.lora_B[adapter].weight.detach())
-    _save_whole(model)
+    save_whole(model)
 
 
 def split(model: PeftModel, weights: Mapping[str, Tensor], adapter: str = "default") -> dict[str, Tensor]:
@@ -204,7 +231,7 @@ def split(model: PeftModel, weights: Mapping[str, Tensor], adapter: str = "defau
     return taken
 
 
-class _Whole:
+class Whole:
     """PEFT's ``save_pretrained`` for a model that subtracts what its adapters began with: as LoRA of twice the rank."""
 
     def __init__(self, model: PeftModel) -> None:
@@ -245,5 +272,6 @@ def _doubled(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _save_whole(model: PeftModel) -> None:
-    model.save_pretrained = _Whole(model)
+def save_whole(model: PeftModel) -> None:
+    """Let ``model`` save adapters that subtract what they began with as plain LoRA."""
+    model.save_pretrained = Whole(model)

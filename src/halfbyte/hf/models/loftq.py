@@ -13,6 +13,7 @@ already has no residual.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -24,10 +25,14 @@ from torch import Tensor, nn
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.lora_config import adapted_layers, check_ranks
 from halfbyte.hf.layers.starts import set_factors
+from halfbyte.hf.models.check import Names
+from halfbyte.hf.models.checkpoint import Checkpoint, weight_files
+from halfbyte.hf.models.hub import locate
+from halfbyte.hf.models.quantize_files import on_disk
 from halfbyte.hf.models.quantizer import watched
 from halfbyte.nn import QuantizedLinear
 from halfbyte.nn.principal import principal
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import QuantizedInt8, QuantizedWeight
 
 ITERATIONS = 4
 """Of the random decomposition: a residual of rounding errors has many directions of nearly one size."""
@@ -68,9 +73,7 @@ class LoftQ:
         path = name.removesuffix(".weight")
         if path in self._ranks:
             rank, scaling = self._ranks[path]
-            residual = dense.float() - weight.dequantize(torch.float32)
-            b, a = principal(residual, rank, ITERATIONS, self.seed + crc32(path.encode()))
-            self._found[path] = (a / math.sqrt(scaling), b / math.sqrt(scaling))
+            self._found[path] = _factors(dense, weight, rank, scaling, self.seed + crc32(path.encode()))
 
     def apply(self, model: PeftModel, adapter: str = "default") -> PeftModel:
         """Give ``adapter``, new and of the configuration that this was made with, its start, in place.
@@ -99,3 +102,76 @@ class LoftQ:
             if path in self._found:
                 set_factors(layer, adapter, *self._found.pop(path))
         return model
+
+
+def begin_from_files(
+    model: PeftModel,
+    adapter: str = "default",
+    *,
+    source: str | Path | None = None,
+    seed: int = 0,
+    keep: Callable[[PeftModel, str], bool] | None = None,
+) -> None:
+    """Give ``adapter`` its start over a base that is quantized already, whose 16-bit files are read again.
+
+    Args:
+        model: what ``get_peft_model`` has returned.
+        adapter: new.
+        source: the 16-bit model, folder, hub id or one file; None: the one that the base was loaded from.
+        seed: of the random directions.
+        keep: is asked after each layer, by its name, whether it is to begin so.
+
+    Raises:
+        InputError: the weights of a layer are not there in 16 bits.
+    """
+    base = model.get_base_model()
+    source = source or base.config._name_or_path
+    files = [Path(source)] if Path(source).suffix == ".safetensors" else _files(source, base)
+    checkpoint, names = Checkpoint(files), Names(base)
+    homes = {target: name for name in checkpoint.names for target, pattern in [names.of(name)] if pattern is None}
+    for path, layer in [*model.named_modules()]:
+        if not isinstance(layer, LoraLinear) or adapter not in layer.lora_A:
+            continue
+        path = path.removeprefix("base_model.model.")
+        name = f"{path}.weight"
+        packed = name in homes and homes[name] in checkpoint.quantized
+        if not isinstance(layer.base_layer, QuantizedLinear) or name not in homes or packed:
+            raise _without(source, path)
+        before = [layer.lora_A[adapter].weight.clone(), layer.lora_B[adapter].weight.clone()] if keep else []
+        dense = checkpoint.read(homes[name])
+        dense = dense.T if layer.base_layer.transposed else dense
+        set_factors(
+            layer,
+            adapter,
+            *_factors(
+                dense,
+                layer.base_layer.quantized_weight,
+                layer.r[adapter],
+                layer.scaling[adapter],
+                seed + crc32(path.encode()),
+            ),
+        )
+        if keep and not keep(model, path):
+            set_factors(layer, adapter, *before)
+
+
+def _files(source: str | Path, base: Any) -> list[Path]:
+    place = locate(source)
+    if place.gguf:
+        raise _without(source)
+    return weight_files(on_disk(place), getattr(base.config, "transformers_weights", None))
+
+
+def _without(source: str | Path, path: str = "") -> InputError:
+    return InputError(
+        f"init_lora_weights 'loftq' needs the weights before they are quantized, and {path + ' of ' if path else ''}"
+        f"{source} is not there in 16 bits by itself: name the 16-bit model, or take pissa or the default."
+    )
+
+
+def _factors(
+    dense: Tensor, weight: QuantizedWeight | QuantizedInt8, rank: int, scaling: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return A and B for what ``dense [out, in]`` has lost when it became ``weight``."""
+    b, a = principal(dense.float() - weight.dequantize(torch.float32), rank, ITERATIONS, seed)
+    return a / math.sqrt(scaling), b / math.sqrt(scaling)

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
+from halfbyte.hf.layers.starts import untrained
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
 
@@ -101,10 +102,11 @@ def is_tokenized(dataset: Any) -> bool:
 
 
 def is_new(model: PeftModel) -> bool:
-    """Return whether an adapter that is trained changes nothing yet: each of its products of matrices is zero."""
+    """Return whether an adapter that is trained changes nothing yet: each of its products is zero, or subtracted."""
+    begun = {id(factor) for factor in untrained(model)}
     zero = {"lora_B": False, "lora_embedding_A": False}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or id(parameter) in begun:
             continue
         parts = name.split(".")
         if {"lora_A", "lora_embedding_B"} & set(parts):
