@@ -152,6 +152,15 @@ def disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
+def unwritable(error: BaseException, folder: Path) -> bool:
+    """Return whether ``error`` says that something in ``folder`` may not be written, or that its disk has failed."""
+    numbers = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG)
+    if isinstance(error, OSError) and error.filename is not None:
+        names = (name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike))
+        return error.errno in numbers and any(Path(name).is_relative_to(folder) for name in names)
+    return any(f"(os error {number})" in str(error) for number in numbers)
+
+
 class _Part:
     """A writer's hidden folder, as the head of this file draws it; by whatever end, it comes to :meth:`settle`."""
 

@@ -24,7 +24,7 @@ import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, run, talk, train
+from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, resume, run, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import DataCommand, complete
 from halfbyte.errors import InputError
@@ -42,6 +42,7 @@ app = typer.Typer(
 benchmarks = typer.Typer(help="Measure speed on this machine.")
 
 app.command(cls=DataCommand)(train.train)
+app.command()(resume.resume)
 app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
 app.command()(convert.convert_config)
 app.command(cls=DataCommand)(data.data)

@@ -162,6 +162,17 @@ class BaseTrainer(Checkpoints):
         with _few_walks(self.model, self._parameters), distributed.ended_by_others():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        begun = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # Trainer (5.23) keeps the checkpoint's save_steps, eval_steps
+        return begun
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # asked for by nobody, Trainer (5.23) looks for unused parameters in each step and sends the buffers
         for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):

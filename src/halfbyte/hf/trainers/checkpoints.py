@@ -4,16 +4,19 @@ Of several processes one writes and the others wait; each has random numbers of 
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
+from halfbyte import checksums
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
 from halfbyte.hf.layers.adapters import vocabulary_resized
@@ -26,6 +29,8 @@ from halfbyte.hf.trainers.state import (
     saved_states,
     set_random_state,
     state_folder,
+    step_of,
+    steps_planned,
     unflatten,
 )
 
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
     from trl import SFTTrainer as _Theirs  # one of the classes that this one stands before
 else:
     _Theirs = object
+
+logger = logging.getLogger(__name__)
 
 
 def unsaved(model: PeftModel) -> list[str]:
@@ -59,11 +66,31 @@ def surplus(states: list[Path], last: Path, limit: int | None, best: str | None)
     if limit is None or limit < 1:
         return []
     others = [state for state in states if state not in kept]
+    # what is ahead of the newest was damaged: the run went back behind it
+    others.sort(key=lambda state: (step_of(state) < step_of(last), step_of(state)))
     return others[: max(0, len(others) - max(0, limit - len(kept)))]
 
 
+def set_rates(scheduler: Any, optimizer: Any) -> None:
+    """Give an optimizer the learning rates that its schedule has now, after its course was laid out anew."""
+    if isinstance(scheduler, LambdaLR):
+        lambdas = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        rates = [base * rate(scheduler.last_epoch) for base, rate in lambdas]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
 class Checkpoints(_Theirs):
-    """Checkpoints of safetensors and JSON, complete or absent, in place of Trainer's own."""
+    """Checkpoints of safetensors and JSON, complete or absent, in place of Trainer's own.
+
+    Attributes:
+        run_id: of the run that its checkpoints belong to, if that has one.
+        keep_best: whether each best evaluation gets a checkpoint, whatever ``save_steps`` is.
+    """
+
+    run_id: str | None = None
+    keep_best = False
 
     @property
     def _data_digest(self) -> str:
@@ -88,6 +115,7 @@ class Checkpoints(_Theirs):
             if writes:
                 with whole_folder(folder) as part:
                     self._write_checkpoint(part, random_tensors, random_numbers)
+                    checksums.write(part, step=self.state.global_step, run=self.run_id)
                 best_folder, limit = self.state.best_model_checkpoint, self.args.save_total_limit
                 for old in surplus(self._saved_states(), folder, limit, best_folder):
                     shutil.rmtree(old)
@@ -136,10 +164,21 @@ class Checkpoints(_Theirs):
         Raises:
             InputError: there is none.
         """
-        last = next(reversed(self._saved_states()), None)
+        states = self._saved_states()
+        last, damaged = checksums.newest_good(states)
+        for line in damaged if last else ():
+            logger.warning("%s; the checkpoint before it is taken.", line)
+        if last is None and damaged:
+            raise InputError(checksums.none_is_good(Path(self.args.output_dir), damaged))
         if last is None:
             raise InputError(f"{self.args.output_dir} holds no checkpoint to go on from (checkpoints/step-...).")
         return str(last)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        is_best = bool(super()._determine_best_metric(*args, **kwargs))
+        if is_best and self.keep_best:
+            self.control.should_save = True
+        return is_best
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -159,6 +198,10 @@ class Checkpoints(_Theirs):
             file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
             if not file.is_file():
                 raise InputError(f"{resume_from_checkpoint} holds no {file.name}: it is no checkpoint to go on from.")
+            try:
+                checksums.check(file.parent)
+            except checksums.Damaged as error:
+                raise InputError(f"{resume_from_checkpoint} cannot be gone on from: {error}.") from None
             weights = split(self.model, load_file(file))
             expected = get_peft_model_state_dict(self.model, save_embedding_layers=vocabulary_resized(self.model))
             if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
@@ -182,6 +225,8 @@ class Checkpoints(_Theirs):
                 )
             self.optimizer.load_state_dict(unflatten(tensors, numbers["optimizer"]))
             self.lr_scheduler.load_state_dict(unflatten(tensors, numbers["scheduler"]))
+            if steps_planned(Path(checkpoint)) != self.state.max_steps:
+                set_rates(self.lr_scheduler, self.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
