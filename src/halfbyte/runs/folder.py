@@ -1,6 +1,6 @@
 """The folder of a run: its layout, who may write to it, and what it takes to go on in it.
 
-    config.yaml                   every option; written first
+    config.yaml                   every option; with it a run has begun
     run.json                      the version of this layout, the run's id, the circumstances in which it began, digests
                                   of what it is made from, and where it was given more steps
     skipped.jsonl                 rows that were left out (skip_bad_rows), and why
@@ -117,6 +117,8 @@ class RunFolder:
         if not config.resume:
             raise InputError(f"{path} already holds a run; set resume or overwrite, or name another folder.")
         self._read_about()
+        if not (self.config.exists() or self.finished or self.saved()):
+            return False  # ended as it began
         self._check_options(config)
         return True
 

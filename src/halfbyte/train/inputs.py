@@ -17,12 +17,10 @@ def digests(config: TrainConfig, tokenizer: Any, rows: data.Prepared) -> dict[st
         rows: the tables of tokens; the column that says where a row comes from is no part of them.
     """
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.special_tokens_map]
-    found = {
-        "data": tables.digest(rows.train.rows),
-        "tokenizer": hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest(),
-    }
+    found = {"data": tables.digest(rows.train.rows)}
     if rows.evaluation:
         found["eval_data"] = tables.digest(rows.evaluation.rows)
+    found["tokenizer"] = hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()
     if config.adapter:
         digest = hashlib.sha256()
         for file in sorted(config.adapter.glob("adapter_*")):

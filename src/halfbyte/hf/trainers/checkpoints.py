@@ -91,6 +91,7 @@ class Checkpoints(_Theirs):
 
     run_id: str | None = None
     keep_best = False
+    _helpers: tuple[str, ...] = ()  # adapters that are not saved
 
     @property
     def _data_digest(self) -> str:
@@ -148,7 +149,10 @@ class Checkpoints(_Theirs):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, save_embedding_layers=vocabulary_resized(self.model))
+        names = [name for name in self.model.peft_config if name not in self._helpers]
+        self.model.save_pretrained(
+            folder, selected_adapters=names, save_embedding_layers=vocabulary_resized(self.model)
+        )
         (folder / "README.md").unlink()  # PEFT's card, a form that nobody has filled in
         self.processing_class.save_pretrained(folder)
 

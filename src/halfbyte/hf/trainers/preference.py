@@ -42,6 +42,7 @@ class Preferences(BaseTrainer, _Theirs):
 
     train_dataset: Any
     eval_dataset: Any
+    _helpers = (REFERENCE,)  # which a resumed run copies again from the adapter that it began with
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self._is_built = False
