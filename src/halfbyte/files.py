@@ -124,7 +124,7 @@ def read_lines(path: Path) -> list[str]:
     A last line that has no newline was torn when its writer was killed, and is left out.
     """
     data = path.read_bytes()
-    return data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]
+    return data[: data.rfind(b"\n") + 1].decode(errors="replace").split("\n")[:-1]
 
 
 def repair(path: Path) -> None:

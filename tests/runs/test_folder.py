@@ -70,6 +70,21 @@ def test_every_other_option_has_to_stay(name: str, begun: RunFolder) -> None:
         begun.check(other)
 
 
+def test_a_run_s_own_file_of_options_cannot_make_another_run_of_it(begun: RunFolder) -> None:
+    begun.config.write_text(begun.config.read_text().replace("rank: 64", "rank: 65"))
+    with pytest.raises(InputError, match=r"\(rank: 64 → 65\)"):
+        begun.check(TrainConfig.from_yaml(begun.config, {"resume": True}))
+
+
+def test_a_run_that_was_ended_as_it_began_begins_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(folder.path), CIRCUMSTANCES)
+    folder.config.unlink()
+    assert not folder.check(config(folder.path, resume=True, rank=8))
+    with pytest.raises(InputError, match="already holds a run"):
+        folder.check(config(folder.path))
+
+
 def test_all_options_that_differ_are_named(begun: RunFolder) -> None:
     with pytest.raises(InputError, match=r"\(rank: 64 → 8, batch_size: 4 → 2\); use its own config\.yaml"):
         begun.check(config(begun.path, resume=True, rank=8, batch_size=2))

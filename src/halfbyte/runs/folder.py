@@ -1,8 +1,8 @@
 """The folder of a run: its layout, who may write to it, and what it takes to go on in it.
 
     config.yaml                   every option; with it a run has begun
-    run.json                      the version of this layout, the run's id, the circumstances in which it began, digests
-                                  of what it is made from, and where it was given more steps
+    run.json                      the version of this layout, the run's id, its options, the circumstances in which it
+                                  began, digests of what it is made from, and where it was given more steps
     skipped.jsonl                 rows that were left out (skip_bad_rows), and why
     metrics.jsonl                 one line per event (``runs/events.py``), written as it happens
     checkpoints/step-000123/      while training, and with ``keep`` after it; what ``resume`` goes on from, each with
@@ -39,6 +39,7 @@ VERSION = 1
 """Of the layout; counted up when an older halfbyte could not go on in a newer one's folder."""
 
 
+OF_THE_CALL_LEFT = {"resume": False, "overwrite": False}
 INPUTS = {
     "data": "other training data",
     "eval_data": "other evaluation data",
@@ -122,8 +123,18 @@ class RunFolder:
         self._check_options(config)
         return True
 
+    def _options(self) -> TrainConfig:
+        """Return the options that the run was begun with, or gone on with: not what config.yaml has been made since."""
+        options = self._read_about().get("options")
+        if options is None:
+            return TrainConfig.from_yaml(self.config, {"output": self.path})
+        try:
+            return TrainConfig(**options | {"output": self.path} | OF_THE_CALL_LEFT)
+        except (TypeError, ValueError):
+            raise InputError(f"{self.about} is damaged; set overwrite, or name another folder.") from None
+
     def _check_options(self, config: TrainConfig) -> None:
-        before = TrainConfig.from_yaml(self.config, {"output": self.path})
+        before = self._options()
         watched = ["eval_steps", "save_steps"] if config.lr_scheduler_type in WATCHING else []
         pairs = [(name, getattr(before, name), getattr(config, name)) for name in before.fixed_options() + watched]
         other = [f"{name}: {old!r} → {new!r}" for name, old, new in pairs if old != new]
@@ -195,7 +206,7 @@ class RunFolder:
             "circumstances": circumstances.model_dump(),
             "packed_tokens": packed_tokens,
         }
-        about["rows_a_pass"] = rows_a_pass
+        about |= {"rows_a_pass": rows_a_pass, "options": config.model_dump(mode="json")}
         about["inputs"] = dict(inputs or {})
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")
         if skipped:
@@ -205,7 +216,7 @@ class RunFolder:
 
     def gets_more(self, config: TrainConfig) -> bool:
         """Return whether ``config`` has another end than the run that is there."""
-        before = TrainConfig.from_yaml(self.config, {"output": self.path})
+        before = self._options()
         return (before.max_steps, before.epochs) != (config.max_steps, config.epochs)
 
     def saved_bytes(self) -> int:
@@ -231,13 +242,15 @@ class RunFolder:
 
     def go_on(self, config: TrainConfig, course: Mapping[str, int] | None = None) -> None:
         """Write down the options that the run goes on with, and if its end is another one, the ``course``."""
+        if self._options() == config.model_copy(update=OF_THE_CALL_LEFT):
+            return
         if course:
             self.summary.unlink(missing_ok=True)
-            about = self._read_about()
-            about["courses"] = [*about.get("courses", ()), dict(course)]
-            files.write_text(self.about, json.dumps(about, indent=2) + "\n")
-        if TrainConfig.from_yaml(self.config, {"output": self.path}) != config.model_copy(update={"resume": False}):
-            config.save(self.config)
+        config.save(self.config)
+        about = self._read_about()
+        about["options"] = config.model_dump(mode="json")
+        about["courses"] = [*about.get("courses", ()), *([dict(course)] if course else ())]
+        files.write_text(self.about, json.dumps(about, indent=2) + "\n")
 
     def run_id(self) -> str | None:
         """Return what tells this run from others; None of an old one."""

@@ -37,7 +37,7 @@ class MetricsFile:
         Returns:
             The steps up to ``step``; what is told of later ones is taken out of the file.
         """
-        before = until(read_events(path), step) if step else []
+        before = until(read_events(path), step) if step and path.exists() else []
         events = [Header(halfbyte=__version__), *before, *self._waiting]
         write_text(path, "".join(to_line(event) + "\n" for event in events))
         self._path, self._waiting = path, []

@@ -227,6 +227,8 @@ def _begin(
         elif writes:
             begin(circumstances)
         before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
+        if checkpoint and writes and (lost := step_of(checkpoint) - len({event.step for event in before})) > 0:
+            note(f"{folder.metrics} lacks {lost} of the steps that were made: the curve goes on without them")
     trainer.run_id = folder.run_id()
     return before
 
