@@ -461,7 +461,7 @@ class Trial:
         place, bit = self.draw.randrange(len(whole)), self.draw.randrange(8)
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
         self.result["flipped"] = [newest.name, file.relative_to(newest).as_posix(), place, bit]
-        before = sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
+        before = self._names()
         log = self.folder / "flipped.txt"
         code = wait(fork(command_line("resume", str(self.run)), log))
         text = log.read_text()
@@ -476,10 +476,15 @@ class Trial:
                 raise Failed(f"{there[-2].name} was not taken in the place of the damaged one ({code}): {text[-400:]}")
             self.result["told"] = "the one before was taken"
             return
-        if code != 2 or sorted(path.relative_to(self.run) for path in self.run.rglob("*")) != before:
-            raise Failed(f"there is no good checkpoint, and the exit code is {code} or something was removed")
+        if code != 2 or self._names() != before:
+            raise Failed(f"there is no good checkpoint: exit code {code}, changed: {self._names() ^ before}")
         self.result["told"] = "there is none before; nothing was removed"
         file.write_bytes(whole)
+
+    def _names(self) -> set[str]:
+        """What is in the run's folder, but for what killed processes have not finished."""
+        names = {path.relative_to(self.run).as_posix() for path in self.run.rglob("*")}
+        return {name for name in names if not any(part.startswith(".") for part in name.split("/"))}
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.run / "checkpoints").glob("step-*"), key=step_of)

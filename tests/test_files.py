@@ -25,6 +25,7 @@ from halfbyte.files import (
     append,
     disk_full,
     read_lines,
+    remove_folder,
     repair,
     repair_within,
     whole_file,
@@ -247,6 +248,28 @@ def test_when_nothing_works_any_more_the_next_start_repairs(case: Case, tmp_path
         repair(target)
         assert case.found(target) in (case.old, case.new), (n, names[n])
         assert leftovers(target) == [], (n, names[n])
+
+
+def test_a_folder_that_is_removed_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    case = Case(write_folder, replaced=True)
+    with case.prepared(tmp_path / "all") as target, watched(lambda n, name, when: None) as names:
+        remove_folder(target)
+    assert (case.found(target), leftovers(target)) == (None, [])
+    seen = set()
+    for n in range(len(names)):
+
+        def fail(call: int, name: str, when: str, n: int = n) -> None:
+            if call >= n:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with case.prepared(tmp_path / str(n)) as target, watched(fail), contextlib.suppress(OSError):
+            remove_folder(target)
+        assert case.found(target) in (case.old, None), (n, names[n])
+        seen.add(target.exists())
+        repair(target)
+        assert case.found(target) in (case.old, None), (n, names[n])
+        assert leftovers(target) == [], (n, names[n])
+    assert seen == {True, False}
 
 
 @each_case

@@ -72,6 +72,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _sync(part.target.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it; whoever looks finds it whole or not at all, also if this process is killed.
+
+    What is left to be removed then, the next :func:`repair` removes.
+    """
+    with _writing(path) as part:
+        os.rename(part.target, part.new)
+        _sync(part.target.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
     with whole_file(path) as part:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
 from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
 from halfbyte.errors import InputError
-from halfbyte.files import disk_full, unwritable, whole_file, write_text
+from halfbyte.files import disk_full, remove_folder, unwritable, whole_file, write_text
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.base_format import save_base_format
 from halfbyte.hf.models.heads import set_pad
@@ -260,7 +259,8 @@ def _finish(
                 plot_loss(steps.made, target, "label" if config.task == "classify" else "trained token")
             write_text(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
             if not config.keep:
-                shutil.rmtree(folder.checkpoints, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_folder(folder.checkpoints)
 
 
 @contextlib.contextmanager

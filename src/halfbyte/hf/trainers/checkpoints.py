@@ -5,7 +5,6 @@ Of several processes one writes and the others wait; each has random numbers of 
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from halfbyte import checksums
 from halfbyte.errors import InputError
-from halfbyte.files import whole_folder
+from halfbyte.files import remove_folder, whole_folder
 from halfbyte.hf.layers.adapters import vocabulary_resized
 from halfbyte.hf.layers.starts import split
 from halfbyte.hf.trainers import distributed
@@ -119,7 +118,7 @@ class Checkpoints(_Theirs):
                     checksums.write(part, step=self.state.global_step, run=self.run_id)
                 best_folder, limit = self.state.best_model_checkpoint, self.args.save_total_limit
                 for old in surplus(self._saved_states(), folder, limit, best_folder):
-                    shutil.rmtree(old)
+                    remove_folder(old)
 
     def _write_checkpoint(
         self, part: Path, random_tensors: dict[str, Any], random_numbers: list[dict[str, Any]]
@@ -194,7 +193,7 @@ class Checkpoints(_Theirs):
             with distributed.first_writes(self.args.should_save) as writes:
                 for old in self._saved_states() if writes else ():
                     if old != Path(best):
-                        shutil.rmtree(old)
+                        remove_folder(old)
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
