@@ -156,7 +156,7 @@ def repair_within(folder: Path) -> None:
 def disk_full(error: BaseException) -> bool:
     """Return whether ``error`` says that the disk, or the user's share of it, is full.
 
-    safetensors raises errors of its own that have the operating system's number in their text alone.
+    safetensors and tokenizers raise errors of their own that have the operating system's number in their text alone.
     """
     numbers = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)

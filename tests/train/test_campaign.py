@@ -1,4 +1,4 @@
-"""Thirty trials of the campaign (``tests/campaign.py``): runs ended at random moments, resumed, held to the whole run."""
+"""Thirty trials of the campaign (``tests/campaign.py``): runs ended at random moments go on to the same bytes."""
 
 import json
 import subprocess

@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import safetensors
 import typer
 
 from halfbyte import __version__
@@ -79,7 +78,7 @@ def main() -> None:
         # Nobody reads any more; what the interpreter would still write at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = CLOSED_PIPE
-    except (OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # safetensors and tokenizers raise their own
         if not disk_full(error):
             raise
         code = fail(f"The disk is full ({error}); free some space and try again.")

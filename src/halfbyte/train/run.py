@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from halfbyte import data, hf
 from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
@@ -286,7 +284,9 @@ def end_told(trainer: Any, tell: Listener) -> Iterator[None]:
 def full_disk_told(output: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # safetensors and tokenizers raise their own
         if disk_full(error):
             raise InputError(
                 f"{output}: the disk is full. Checkpoints that were saved are whole: free some space and resume."

@@ -147,6 +147,8 @@ class BaseTrainer(Checkpoints):
         """Train; arguments and result are Trainer's, ``True`` being the newest checkpoint of ``output_dir``."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
+        if resume_from_checkpoint:
+            self._check_whole(str(resume_from_checkpoint))
         lost = unsaved(self.model)
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

@@ -183,7 +183,21 @@ class Checkpoints(_Theirs):
             self.control.should_save = True
         return is_best
 
+    def _check_whole(self, checkpoint: str) -> None:
+        """Hold a checkpoint to its checksums; what has no adapter at all is told when that is loaded.
+
+        Raises:
+            InputError: something of it is damaged.
+        """
+        with distributed.agreed_errors():
+            try:
+                if (Path(checkpoint) / "adapter_model.safetensors").is_file():
+                    checksums.check(Path(checkpoint))
+            except checksums.Damaged as error:
+                raise InputError(f"{checkpoint} cannot be gone on from: {error}.") from None
+
     def _load_best_model(self) -> None:
+        self._check_whole(str(self.state.best_model_checkpoint))
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,10 +215,6 @@ class Checkpoints(_Theirs):
             file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
             if not file.is_file():
                 raise InputError(f"{resume_from_checkpoint} holds no {file.name}: it is no checkpoint to go on from.")
-            try:
-                checksums.check(file.parent)
-            except checksums.Damaged as error:
-                raise InputError(f"{resume_from_checkpoint} cannot be gone on from: {error}.") from None
             weights = split(self.model, load_file(file))
             expected = get_peft_model_state_dict(self.model, save_embedding_layers=vocabulary_resized(self.model))
             if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
