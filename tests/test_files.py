@@ -28,6 +28,7 @@ from halfbyte.files import (
     remove_folder,
     repair,
     repair_within,
+    unwritable,
     whole_file,
     whole_folder,
     write_text,
@@ -752,12 +753,22 @@ def test_folders_that_cannot_be_synced_are_no_error_but_files_are(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_or_quota_is_recognised_by_number_and_in_the_text_of_safetensors(number: int) -> None:
     assert disk_full(OSError(number, os.strerror(number), "file"))
+    assert disk_full(Exception(f"{os.strerror(number)} (os error {number})"))  # as tokenizers says it
     assert disk_full(SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), SafetensorError("(os error 2)"), ValueError("28")])
 def test_no_other_error_is_taken_for_one(error: Exception) -> None:
     assert not disk_full(error)
+
+
+def test_what_cannot_be_written_any_more_is_told_of_the_folder_alone(tmp_path: Path) -> None:
+    for number in (errno.EACCES, errno.EROFS, errno.EIO):
+        assert unwritable(PermissionError(number, "", str(tmp_path / "run/file")), tmp_path / "run")
+        assert not unwritable(OSError(number, "", str(tmp_path / "data.jsonl")), tmp_path / "run")
+        assert unwritable(SafetensorError(f"I/O error (os error {number})"), tmp_path / "run")
+    assert not unwritable(OSError(errno.ENOENT, "", str(tmp_path / "run/file")), tmp_path / "run")
+    assert not unwritable(ValueError("what else"), tmp_path)
 
 
 if __name__ == "__main__":
