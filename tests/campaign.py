@@ -340,7 +340,7 @@ class Trial:
         else:
             self._perform(about)
         self.result["seconds"] = round(time.monotonic() - begun, 1)
-        compare(self.run, whole / "run")
+        compare(self.run, whole / "run", tidy=not self.result.get("finished"))
 
     def _perform(self, about: dict[str, Any]) -> None:
         config = self.folder / "config.yaml"
@@ -352,6 +352,8 @@ class Trial:
                 self.result["again"] = True
                 self._end_it(["resume", str(self.run)], about)
         hook = jumping(self.draw.randrange(99)) if self.end == "clock" else nothing
+        # killed as it ended: nobody tidies up any more
+        self.result |= {"finished": True} if (self.run / "summary.json").exists() else {}
         for _ in range(3):
             if (self.run / "summary.json").exists():
                 return
@@ -521,8 +523,8 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def compare(run: Path, whole: Path) -> None:
-    """Hold a run to the uninterrupted one.
+def compare(run: Path, whole: Path, tidy: bool) -> None:
+    """Hold a run to the uninterrupted one, and if it is to be ``tidy``, to having left nothing half-written.
 
     Raises:
         Failed: something is other.
@@ -541,9 +543,12 @@ def compare(run: Path, whole: Path) -> None:
         raise Failed(f"the summary {ours} is not {theirs}")
     names, expected = ({p.relative_to(folder).as_posix() for p in folder.rglob("*")} for folder in (run, whole))
     names, expected = ({n for n in found if not n.startswith("checkpoints/")} for found in (names, expected))
+    if not tidy:
+        names = {name for name in names if not name.startswith(".")}
     if names != expected:
         raise Failed(f"the folder has other files: {sorted(names ^ expected)}")
-    if left := [p.name for p in (run / "checkpoints").iterdir() if not p.name.startswith("step-") or not is_good(p)]:
+    there = [p for p in (run / "checkpoints").iterdir() if tidy or not p.name.startswith(".")]
+    if left := [p.name for p in there if not p.name.startswith("step-") or not is_good(p)]:
         raise Failed(f"left behind: {left}")
 
 

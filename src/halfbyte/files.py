@@ -72,6 +72,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _sync(part.target.parent)
 
 
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that is gone at the end, or if this process is killed, at a repair."""
+    with _writing(path) as part:
+        os.mkdir(part.new)
+        yield part.new
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and all in it; whoever looks finds it whole or not at all, also if this process is killed.
 

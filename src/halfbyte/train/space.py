@@ -6,13 +6,13 @@ a file there too.
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict
 
 from halfbyte.errors import InputError, counted, size_text
+from halfbyte.files import scratch
 from halfbyte.hf.layers.adapters import vocabulary_resized
 from halfbyte.optim import AdamW
 
@@ -25,9 +25,9 @@ THEIR_STATE = {"adagrad": 4, "rmsprop": 4, "adamw_torch": 8}
 def adapter_bytes(trainer: Any, folder: Path) -> int:
     """Return what the adapter takes on the disk, with the tokenizer beside it, which is written to see it."""
     tensors = get_peft_model_state_dict(trainer.model, save_embedding_layers=vocabulary_resized(trainer.model))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".size.") as part:
+    with scratch(folder / "tokenizer") as part:
         trainer.processing_class.save_pretrained(part)
-        beside = sum(file.stat().st_size for file in Path(part).iterdir())
+        beside = sum(file.stat().st_size for file in part.iterdir())
     return beside + sum(int(tensor.nbytes) for tensor in tensors.values())
 
 

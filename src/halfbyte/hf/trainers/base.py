@@ -86,6 +86,10 @@ class BaseTrainer(Checkpoints):
             if model is not None and isinstance(base_of(model), PreTrainedModel):
                 bind_head(base_of(model))
         self._step_batches: list[dict[str, Any]] = []
+        if distributed.world_size() == 1:
+            # of the last batches of an epoch accelerate (1.10) leaves out what other processes repeat, by counts that
+            # are others after a resume; of one process nothing is repeated
+            self.accelerator.gather_for_metrics = lambda x, *_, **__: x
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
@@ -237,7 +241,7 @@ class BaseTrainer(Checkpoints):
             yield
         finally:
             for name in names:
-                delattr(self.accelerator, name)
+                vars(self.accelerator).pop(name, None)
 
     @functools.cached_property
     def _data_digest(self) -> str:
