@@ -241,7 +241,7 @@ class BaseTrainer(Checkpoints):
             yield
         finally:
             for name in names:
-                vars(self.accelerator).pop(name, None)
+                self.accelerator.__dict__.pop(name, None)
 
     @functools.cached_property
     def _data_digest(self) -> str:
