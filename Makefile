@@ -2,6 +2,7 @@
 # make test         every check and every quick test
 # make sanitize     the kernels under AddressSanitizer, UBSan and ThreadSanitizer, on random shapes
 # make fuzz         the same for SECONDS=... each, from a seed of its own (an hour: SECONDS=3600)
+# make campaign     N=1000: that many runs, each ended at a random moment, resumed, and compared
 # make test-neon    the kernels for 64-bit Arm, cross-compiled, run by an emulator
 # The rest: setup, check, test-slow, bench, docs, clean.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 # As in cli/__init__.py: torch's threads share the cores with whatever else runs.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup quickstart test test-slow check sanitize fuzz test-neon bench docs clean
+.PHONY: setup quickstart test test-slow check sanitize fuzz test-neon campaign bench docs clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -59,6 +60,11 @@ test-neon:
 		{ echo "No cross compiler or no emulator: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
 	$(MAKE) -C tests/native --no-print-directory neon
 	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -L /usr/aarch64-linux-gnu build/native/neon/check --cases 50
+
+# Goes on after the trials that benchmarks/campaign.jsonl has; see tests/campaign.py.
+campaign: N := 300
+campaign: setup
+	$(BIN)/python tests/campaign.py $(N)
 
 bench: setup
 	$(BIN)/halfbyte bench kernels

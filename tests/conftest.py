@@ -32,7 +32,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Llama with two layers of 32 channels in bf16, one token per byte and two special tokens."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def save_tiny(folder: Path) -> Path:
+    """Save the model of ``tiny_model_folder`` in ``folder``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -64,6 +68,18 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Saved small models of two layers by family, with a byte-level tokenizer: encoders as trained on masked words."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = save_task_model(family, tmp_path_factory.mktemp("tasks") / family.replace(" ", "-"))
+        return made[family]
+
+    return folder
+
+
+def save_task_model(family: str, folder: Path) -> Path:
+    """Save a model of ``task_folder`` in ``folder``."""
     shape: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
         "vocab_size": 259, "max_position_embeddings": 130, "pad_token_id": 0,
@@ -96,23 +112,16 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         "mt5": ("MT5ForConditionalGeneration", t5),
         "bart": ("BartForConditionalGeneration", bart),
     }
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            name, options = kinds[family]
-            kind = getattr(transformers, name)
-            made[family] = tmp_path_factory.mktemp("tasks") / family.replace(" ", "-")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                model = kind(kind.config_class(**options))
-                for parameter in model.parameters():  # wide enough that an adapter can sway what comes out
-                    if parameter.ndim > 1 and "T5" not in name:
-                        torch.nn.init.normal_(parameter, std=0.2)
-                model.save_pretrained(made[family])
-            _task_tokenizer(is_pair=name.startswith(("Bert", "Deberta"))).save_pretrained(made[family])
-        return made[family]
-
+    name, options = kinds[family]
+    kind = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(kind.config_class(**options))
+        for parameter in model.parameters():  # wide enough that an adapter can sway what comes out
+            if parameter.ndim > 1 and "T5" not in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+    _task_tokenizer(is_pair=name.startswith(("Bert", "Deberta"))).save_pretrained(folder)
     return folder
 
 

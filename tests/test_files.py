@@ -25,8 +25,10 @@ from halfbyte.files import (
     append,
     disk_full,
     read_lines,
+    remove_folder,
     repair,
     repair_within,
+    unwritable,
     whole_file,
     whole_folder,
     write_text,
@@ -247,6 +249,28 @@ def test_when_nothing_works_any_more_the_next_start_repairs(case: Case, tmp_path
         repair(target)
         assert case.found(target) in (case.old, case.new), (n, names[n])
         assert leftovers(target) == [], (n, names[n])
+
+
+def test_a_folder_that_is_removed_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    case = Case(write_folder, replaced=True)
+    with case.prepared(tmp_path / "all") as target, watched(lambda n, name, when: None) as names:
+        remove_folder(target)
+    assert (case.found(target), leftovers(target)) == (None, [])
+    seen = set()
+    for n in range(len(names)):
+
+        def fail(call: int, name: str, when: str, n: int = n) -> None:
+            if call >= n:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with case.prepared(tmp_path / str(n)) as target, watched(fail), contextlib.suppress(OSError):
+            remove_folder(target)
+        assert case.found(target) in (case.old, None), (n, names[n])
+        seen.add(target.exists())
+        repair(target)
+        assert case.found(target) in (case.old, None), (n, names[n])
+        assert leftovers(target) == [], (n, names[n])
+    assert seen == {True, False}
 
 
 @each_case
@@ -729,12 +753,22 @@ def test_folders_that_cannot_be_synced_are_no_error_but_files_are(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_or_quota_is_recognised_by_number_and_in_the_text_of_safetensors(number: int) -> None:
     assert disk_full(OSError(number, os.strerror(number), "file"))
+    assert disk_full(Exception(f"{os.strerror(number)} (os error {number})"))  # as tokenizers says it
     assert disk_full(SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), SafetensorError("(os error 2)"), ValueError("28")])
 def test_no_other_error_is_taken_for_one(error: Exception) -> None:
     assert not disk_full(error)
+
+
+def test_what_cannot_be_written_any_more_is_told_of_the_folder_alone(tmp_path: Path) -> None:
+    for number in (errno.EACCES, errno.EROFS, errno.EIO):
+        assert unwritable(PermissionError(number, "", str(tmp_path / "run/file")), tmp_path / "run")
+        assert not unwritable(OSError(number, "", str(tmp_path / "data.jsonl")), tmp_path / "run")
+        assert unwritable(SafetensorError(f"I/O error (os error {number})"), tmp_path / "run")
+    assert not unwritable(OSError(errno.ENOENT, "", str(tmp_path / "run/file")), tmp_path / "run")
+    assert not unwritable(ValueError("what else"), tmp_path)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _sync(part.target.parent)
 
 
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that is gone at the end, or if this process is killed, at a repair."""
+    with _writing(path) as part:
+        os.mkdir(part.new)
+        yield part.new
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it; whoever looks finds it whole or not at all, also if this process is killed.
+
+    What is left to be removed then, the next :func:`repair` removes.
+    """
+    with _writing(path) as part:
+        os.rename(part.target, part.new)
+        _sync(part.target.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
     with whole_file(path) as part:
@@ -124,7 +142,7 @@ def read_lines(path: Path) -> list[str]:
     A last line that has no newline was torn when its writer was killed, and is left out.
     """
     data = path.read_bytes()
-    return data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]
+    return data[: data.rfind(b"\n") + 1].decode(errors="replace").split("\n")[:-1]
 
 
 def repair(path: Path) -> None:
@@ -146,10 +164,19 @@ def repair_within(folder: Path) -> None:
 def disk_full(error: BaseException) -> bool:
     """Return whether ``error`` says that the disk, or the user's share of it, is full.
 
-    safetensors raises errors of its own that have the operating system's number in their text alone.
+    safetensors and tokenizers raise errors of their own that have the operating system's number in their text alone.
     """
     numbers = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
+
+
+def unwritable(error: BaseException, folder: Path) -> bool:
+    """Return whether ``error`` says that something in ``folder`` may not be written, or that its disk has failed."""
+    numbers = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG)
+    if isinstance(error, OSError) and error.filename is not None:
+        names = (name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike))
+        return error.errno in numbers and any(Path(name).is_relative_to(folder) for name in names)
+    return any(f"(os error {number})" in str(error) for number in numbers)
 
 
 class _Part:

@@ -1,7 +1,9 @@
 """The run folder: who may write to it, from what it goes on, and what is said when something is other than it was."""
 
 import datetime
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from halfbyte import checksums
 from halfbyte.errors import InputError
 from halfbyte.runs.circumstances import Circumstances, changes, fingerprint
 from halfbyte.runs.config import TrainConfig
@@ -38,13 +41,23 @@ def begun(tmp_path: Path) -> RunFolder:
     with folder.locked():
         folder.begin(config(folder.path), CIRCUMSTANCES)
         for step in (9, 10, 100):
-            (folder.checkpoints / f"step-{step:06d}").mkdir(parents=True)
+            save(folder, step)
     return folder
+
+
+def save(folder: RunFolder, number: int, **about: Any) -> Path:
+    """Make what stands for a checkpoint."""
+    part = folder.checkpoints / f"step-{number:06d}"
+    (part / "more").mkdir(parents=True)
+    (part / "state.json").write_text(f"the numbers of step {number}")
+    (part / "more/state.bin").write_bytes(b"")
+    checksums.write(part, **{"step": number, "run": folder.run_id()} | about)
+    return part
 
 
 def test_it_goes_on_from_the_last_checkpoint_with_options_that_may_change(begun: RunFolder) -> None:
     resumed = config(begun.path, resume=True, save_steps=7, memory="3GiB", gradient_checkpointing=True)
-    assert begun.check(resumed) == begun.checkpoints / "step-000100"
+    assert begun.check(resumed) and begun.checkpoint() == (begun.checkpoints / "step-000100", [])
 
 
 @pytest.mark.parametrize("name", TrainConfig.fixed_options())
@@ -54,13 +67,119 @@ def test_every_other_option_has_to_stay(name: str, begun: RunFolder) -> None:
     if name == "output":  # a folder may be moved
         assert begun.check(config(begun.path, resume=True))
         return
-    with pytest.raises(InputError, match=rf"was begun with {name} .* cannot go on with 'something else'"):
+    with pytest.raises(InputError, match=rf"cannot go on with other options .*\({name}: .* → 'something else'\)"):
         begun.check(other)
+
+
+def test_a_run_s_own_file_of_options_cannot_make_another_run_of_it(begun: RunFolder) -> None:
+    begun.config.write_text(begun.config.read_text().replace("rank: 64", "rank: 65"))
+    with pytest.raises(InputError, match=r"\(rank: 64 → 65\)"):
+        begun.check(TrainConfig.from_yaml(begun.config, {"resume": True}))
+
+
+def test_a_run_that_was_ended_as_it_began_begins_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(folder.path), CIRCUMSTANCES)
+    folder.config.unlink()
+    assert not folder.check(config(folder.path, resume=True, rank=8))
+    with pytest.raises(InputError, match="already holds a run"):
+        folder.check(config(folder.path))
+
+
+def test_all_options_that_differ_are_named(begun: RunFolder) -> None:
+    with pytest.raises(InputError, match=r"\(rank: 64 → 8, batch_size: 4 → 2\); use its own config\.yaml"):
+        begun.check(config(begun.path, resume=True, rank=8, batch_size=2))
+
+
+def test_a_run_may_get_more_steps_and_not_fewer(begun: RunFolder) -> None:
+    assert begun.check(config(begun.path, resume=True, epochs=4)) and begun.gets_more(config(begun.path, epochs=4))
+    assert begun.check(config(begun.path, resume=True, max_steps=1))  # in the place of epochs; counted by the trainer
+    with pytest.raises(InputError, match=r"can be given more epochs, not fewer \(3 → 2\)"):
+        begun.check(config(begun.path, resume=True, epochs=2))
+    begun.go_on(config(begun.path, resume=True, max_steps=20), {"step": 9, "from": 10, "to": 20})
+    assert json.loads(begun.about.read_text())["courses"] == [{"step": 9, "from": 10, "to": 20}]
+    assert TrainConfig.from_yaml(begun.config).max_steps == 20
+    with pytest.raises(InputError, match=r"more max_steps, not fewer \(20 → 10\)"):
+        begun.check(config(begun.path, resume=True, max_steps=10))
+    with pytest.raises(InputError, match=r"goes by max_steps \(20\), not by epochs"):
+        begun.check(config(begun.path, resume=True, max_steps=20, epochs=9))
+
+
+def test_a_finished_run_goes_on_if_it_gets_more_and_its_checkpoint_was_kept(begun: RunFolder) -> None:
+    begun.summary.write_text("{}")
+    with pytest.raises(InputError, match="holds a finished run; give it more max_steps or epochs"):
+        begun.check(config(begun.path, resume=True, keep=3))
+    assert begun.check(config(begun.path, resume=True, epochs=5))
+    assert begun.checkpoint()[0]
+    shutil.rmtree(begun.checkpoints)
+    with pytest.raises(InputError, match=r"whose checkpoints were removed at its end.*set keep"):
+        begun.checkpoint()
+
+
+@pytest.mark.parametrize("file", ["state.json", "checksums.json"])
+def test_any_flipped_byte_of_a_checkpoint_is_told_and_the_one_before_is_taken(file: str, begun: RunFolder) -> None:
+    last = begun.checkpoints / "step-000100"
+    whole = (last / file).read_bytes()
+    for place in range(len(whole)):
+        (last / file).write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        found, damaged = begun.checkpoint()
+        assert found == begun.checkpoints / "step-000010", place
+        assert damaged == [f"step-000100: {file} is damaged"] or "newer halfbyte" in damaged[0], (place, damaged)
+
+
+def test_checkpoints_that_are_half_there_or_another_s_are_told(begun: RunFolder) -> None:
+    def told() -> str:
+        return begun.checkpoint()[1][0]
+
+    last = begun.checkpoints / "step-000100"
+    with (last / "more/state.bin").open("ab") as stream:
+        stream.write(b"x")
+    assert told() == "step-000100: more/state.bin is damaged (1 bytes of 0)"
+    (last / "more/state.bin").unlink()
+    assert told() == "step-000100: more/state.bin is missing"
+    (last / "checksums.json").unlink()
+    assert told() == "step-000100: it has no checksums.json, so it is not whole, or not halfbyte's"
+    shutil.rmtree(last)
+    last.write_text("a file")
+    assert told() == "step-000100: it is no folder"
+    last.unlink()
+    (begun.checkpoints / "step-notes").mkdir()
+    save(begun, 200, run="another").touch()
+    assert told() == "step-000200: it belongs to another run"
+    shutil.rmtree(begun.checkpoints / "step-000200")
+    save(begun, 200, step=7)
+    assert told() == "step-000200: it is that of step 7"
+    content = json.loads((begun.checkpoints / "step-000200/checksums.json").read_text())
+    content["version"] = 2
+    content.pop("digest")
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (begun.checkpoints / "step-000200/checksums.json").write_text(json.dumps(content))
+    assert told() == "step-000200: a newer halfbyte wrote it (form 2; this one knows 1)"
+
+
+def test_where_no_checkpoint_is_good_all_are_named_and_nothing_is_removed(begun: RunFolder) -> None:
+    for folder in begun.saved():
+        (folder / "state.json").unlink()
+    before = sorted(begun.path.rglob("*"))
+    missing = "step-0000[0-9]+: state.json is missing; "
+    with pytest.raises(InputError, match=rf"\(step-000100: state.json is missing; {missing}.*Nothing was removed"):
+        begun.checkpoint()
+    assert sorted(begun.path.rglob("*")) == before
+
+
+def test_other_data_or_tokenizers_are_told_by_their_digests(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(folder.path), CIRCUMSTANCES, inputs={"data": "a" * 64, "tokenizer": "b" * 64})
+    folder.compare_inputs({"data": "a" * 64, "tokenizer": "b" * 64})
+    with pytest.raises(InputError, match=r"other training data \(a{12} → c{12}\) and other evaluation data \(none → d"):
+        folder.compare_inputs({"data": "c" * 64, "tokenizer": "b" * 64, "eval_data": "d" * 64})
 
 
 def test_a_moved_folder_goes_on(begun: RunFolder, tmp_path: Path) -> None:
     moved = RunFolder(begun.path.rename(tmp_path / "elsewhere"))
-    assert moved.check(config(moved.path, resume=True)) == moved.checkpoints / "step-000100"
+    assert moved.check(config(moved.path, resume=True))
+    assert moved.checkpoint()[0] == moved.checkpoints / "step-000100"
 
 
 def test_a_folder_of_the_old_layout_and_of_a_newer_one_are_told(begun: RunFolder) -> None:
@@ -72,7 +191,7 @@ def test_a_folder_of_the_old_layout_and_of_a_newer_one_are_told(begun: RunFolder
     begun.about.unlink()
     with pytest.raises(InputError, match=r"run of halfbyte 0\.1\.0.*cannot be resumed; set overwrite"):
         begun.check(config(begun.path, resume=True))
-    assert begun.check(config(begun.path, overwrite=True)) is None
+    assert not begun.check(config(begun.path, overwrite=True))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": "one"}'])

@@ -292,7 +292,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(options: dict[str, 
 
 def test_other_options_cannot_resume_a_run(options: dict[str, Any]) -> None:
     interrupt(options, 2)
-    with pytest.raises(InputError, match=r"was begun with rank 16 and cannot go on with 8"):
+    with pytest.raises(InputError, match=r"\(rank: 16 → 8\)"):
         fine_tune(TrainConfig(**options, rank=8, resume=True))
 
 

@@ -21,11 +21,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import safetensors
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, run, runs, talk, train
+from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, resume, run, runs, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import DataCommand, complete
 from halfbyte.errors import InputError, nearest
@@ -44,6 +43,7 @@ benchmarks = typer.Typer(help="Measure speed on this machine.")
 shown_runs = typer.Typer(cls=runs.RunsGroup, help="List runs (runs FOLDER), or put some beside each other.")
 
 app.command(cls=DataCommand)(train.train)
+app.command()(resume.resume)
 app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
 app.command()(convert.convert_config)
 app.command(cls=DataCommand)(data.data)
@@ -97,7 +97,7 @@ def _outcome() -> int:
         # Nobody reads any more; what the interpreter would still write at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = CLOSED_PIPE
-    except (OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # safetensors and tokenizers raise their own
         if not disk_full(error):
             raise
         code = fail(f"The disk is full ({error}); free some space and try again.")

@@ -4,6 +4,7 @@ import inspect
 import shlex
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,19 +36,36 @@ OPTIONAL_VALUES = {"--skip-bad-rows": ("yes", "no", "true", "false", "all")}
 """Options that need no value, and the values that they take; typer has no such thing."""
 
 
-def flags_of(model: type[BaseModel]) -> inspect.Signature:
-    """Return the parameters of a command: a configuration file, and a flag for each field, absent unless given."""
-    config = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the options below.")]
-    annotations: dict[str, Any] = {"config": config}
-    for name, field in model.model_fields.items():
-        default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the options below.")]
+
+
+def flags_of(model: type[BaseModel], names: Iterable[str] | None = None, **first: Any) -> inspect.Signature:
+    """Return the parameters of a command: a flag for each field, absent unless given, and others before them.
+
+    Args:
+        model: whose fields.
+        names: of the fields that get one; None: all.
+        **first: the annotations of what comes before, and says what is true where a flag is not given; without any, a
+            configuration file, over the fields' own defaults.
+    """
+    annotations: dict[str, Any] = dict(first) or {"config": Config}
+    for name in model.model_fields if names is None else names:
+        field = model.model_fields[name]
+        default = f"  [default: {field.default}]"
+        if first or field.is_required() or field.default is None:
+            default = ""
         flag = _flag_type(field.annotation)
         again = " For several, give the flag again." if typing.get_origin(flag) is list else ""
         option = typer.Option(help=f"{field.description}{again}{default}", metavar="<path>" if flag is Path else None)
         annotations[name] = Annotated[(str if flag in (ByteSize, Path) else flag) | None, option]
     return inspect.Signature(
         [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if name in first else None,
+                annotation=annotation,
+            )
             for name, annotation in annotations.items()
         ]
     )

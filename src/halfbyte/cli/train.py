@@ -16,10 +16,14 @@ def train(**options: Any) -> None:
     """Fine-tune a model with QLoRA.
 
     Options come from flags, from a YAML file, or from both (flags win). Interrupted with Ctrl-C or SIGTERM, it saves a
-    checkpoint first; --resume goes on from there.
+    checkpoint first; halfbyte resume goes on from there.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    config = TrainConfig.from_yaml(given.pop("config", None), given)
+    run(TrainConfig.from_yaml(given.pop("config", None), given))
+
+
+def run(config: TrainConfig) -> None:
+    """Train as ``config`` says, and print what comes of it."""
     with quiet():
         from halfbyte.hf.trainers.distributed import ElsewhereError, is_first
         from halfbyte.train import fine_tune
@@ -34,8 +38,7 @@ def train(**options: Any) -> None:
             sys.exit(INTERRUPTED)
         typer.echo(str(interrupt) or "Interrupted.", err=True)
         if any(config.output.glob("checkpoints/step-*")):
-            resume = command("train", "--config", str(config.output / "config.yaml"), "--resume")
-            typer.echo(f"Go on with:\n  {resume}", err=True)
+            typer.echo(f"Go on with:\n  {command('resume', str(config.output))}", err=True)
         sys.exit(INTERRUPTED)
     finally:
         display.close()

@@ -275,6 +275,11 @@ class AdamW(torch.optim.Optimizer):
             "exp_avg_sq_absmax": (torch.float32, blocks),
         }
 
+    def state_bytes(self) -> int:
+        """Return what the tensors of the state of all parameters take, whether or not a step has made them yet."""
+        layouts = (self._layout(p) for p in self._parameters())
+        return sum(shape.numel() * dtype.itemsize for layout in layouts for dtype, shape in layout.values())
+
     def _zero_states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Return the state before the first step of each of ``params``; if paged, in one piece for each device."""
         layouts = [self._layout(p) for p in params]

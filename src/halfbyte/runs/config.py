@@ -39,6 +39,7 @@ from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute, write_text
 from halfbyte.options import base_format, not_empty
 from halfbyte.runs.adapter_options import OF_AN_ADAPTER, AdapterOptions
+from halfbyte.runs.keep_options import CHANGEABLE, GROWING, OF_THE_CALL, KeepOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -71,11 +72,6 @@ example; KTO's is the same, as TRL advises (its documentation: 5e-7 to 5e-6 for 
 example (examples/scripts/orpo.py). The quick ones are for models of some hundred million parameters. Dropout is off, as
 TRL's trainers have it: the log-ratios would be of two different models."""
 
-# Marks of fields: what may change when a run goes on, since its result does not depend on it; and what says how to
-# begin, not what to do, and is not written down.
-CHANGEABLE: Any = {"on_resume": "may change"}
-OF_THE_CALL: Any = {"on_resume": "of the call"}
-
 
 def _of(*methods: str) -> Any:
     """Mark an option that belongs to these methods alone."""
@@ -92,7 +88,7 @@ def _owners() -> dict[str, tuple[str, ...]]:
     return {name: extra["methods"] for name, extra in extras.items() if "methods" in extra}
 
 
-class TrainConfig(AdapterOptions, DataOptions):
+class TrainConfig(KeepOptions, AdapterOptions, DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
@@ -126,8 +122,10 @@ class TrainConfig(AdapterOptions, DataOptions):
         default="all-linear", description="Layers that get LoRA: all-linear, a list of names, or a regular expression."
     )
 
-    epochs: float = Field(default=3, gt=0, description="Passes over the data.")
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; takes the place of epochs.")
+    epochs: float = Field(default=3, gt=0, json_schema_extra=GROWING, description="Passes over the data.")
+    max_steps: int | None = Field(
+        default=None, ge=1, json_schema_extra=GROWING, description="Optimizer steps; takes the place of epochs."
+    )
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=4,
         description="Rows per forward pass; auto: as many as memory allows, with as many rows a step as without it.",
@@ -343,7 +341,13 @@ class TrainConfig(AdapterOptions, DataOptions):
     @classmethod
     def fixed_options(cls) -> list[str]:
         """Return the options that have to stay as they were when a run goes on."""
-        return [name for name in cls.model_fields if name not in _marked(OF_THE_CALL) | _marked(CHANGEABLE)]
+        free = _marked(OF_THE_CALL) | _marked(CHANGEABLE) | _marked(GROWING)
+        return [name for name in cls.model_fields if name not in free]
+
+    @classmethod
+    def free_options(cls) -> list[str]:
+        """Return the options that may be given when a run goes on."""
+        return [name for name in cls.model_fields if name in _marked(CHANGEABLE) | _marked(GROWING)]
 
     def save(self, path: Path) -> None:
         """Write every option of the run but ``resume`` and ``overwrite`` to ``path``, as :meth:`from_yaml` reads it."""

@@ -1,10 +1,12 @@
 """The folder of a run: its layout, who may write to it, and what it takes to go on in it.
 
-    config.yaml                   every option; written first
-    run.json                      the version of this layout, and the circumstances in which the run began
+    config.yaml                   every option; with it a run has begun
+    run.json                      the version of this layout, the run's id, its options, the circumstances in which it
+                                  began, digests of what it is made from, and where it was given more steps
     skipped.jsonl                 rows that were left out (skip_bad_rows), and why
     metrics.jsonl                 one line per event (``runs/events.py``), written as it happens
-    checkpoints/step-000123/      while training; what ``resume`` goes on from (``hf/trainers/state.py``)
+    checkpoints/step-000123/      while training, and with ``keep`` after it; what ``resume`` goes on from, each with
+                                  its checksums (``hf/trainers/state.py``)
     adapter_model.safetensors     the result, a plain PEFT folder, with adapter_config.json and the tokenizer
     base_format.json              how the base was held, where that is not the default
     config.json                   of a classifier: the base model's configuration with the names of the classes
@@ -18,14 +20,16 @@ Whoever wants to see, continue, stop or compare a run does it through this class
 import contextlib
 import datetime
 import json
+import re
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from halfbyte import files, locks
+from halfbyte import checksums, files, locks
 from halfbyte.choices import WATCHING
 from halfbyte.errors import InputError, check_writable
 from halfbyte.runs.config import TrainConfig
@@ -35,6 +39,16 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of the layout; counted up when an older halfbyte could not go on in a newer one's folder."""
+
+
+OF_THE_CALL_LEFT = {"resume": False, "overwrite": False}
+INPUTS = {
+    "data": "other training data",
+    "eval_data": "other evaluation data",
+    "tokenizer": "another tokenizer or chat template",
+    "adapter": "another adapter to begin from",
+}
+"""What a run is made from beside the base model, as a sentence says that it is other."""
 
 
 class RunFolder:
@@ -70,12 +84,29 @@ class RunFolder:
         results = [self.adapter, self.adapter_config, self.summary]
         return [self.config, self.about, self.metrics, self.skipped, *results]
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the latest checkpoint, if there is one."""
-        return max(self.checkpoints.glob("step-*"), key=step_of, default=None)
+    def saved(self) -> list[Path]:
+        """Return the checkpoints that are there, good or not, oldest first."""
+        there = (path for path in self.checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+        return sorted(there, key=step_of)
 
-    def check(self, config: TrainConfig) -> Path | None:
-        """Look whether a run with ``config`` may write here, and return the checkpoint that it goes on from, if any.
+    def checkpoint(self) -> tuple[Path | None, list[str]]:
+        """Return the newest checkpoint that is whole and this run's, and what is wrong with those after it.
+
+        Raises:
+            InputError: there are some, and none is; or the run is finished and there are none.
+        """
+        found, damaged = checksums.newest_good(self.saved(), run=self._read_about().get("id"))
+        if damaged and not found:
+            raise InputError(checksums.none_is_good(self.path, damaged))
+        if self.finished and not found:
+            raise InputError(
+                f"{self.path} holds a finished run, whose checkpoints were removed at its end, so it cannot be given "
+                "more steps; train on from its adapter (adapter) in another folder, and set keep where runs may go on."
+            )
+        return found, damaged
+
+    def check(self, config: TrainConfig) -> bool:
+        """Look whether a run with ``config`` may write here, and return whether it goes on with the one that is there.
 
         Raises:
             InputError: it may not, and why.
@@ -87,22 +118,46 @@ class RunFolder:
             raise InputError(f"{path} holds a model; name another folder for the run.")
         check_writable(path)
         if config.overwrite or not self.begun:
-            return None
+            return False
         if not config.resume:
             raise InputError(f"{path} already holds a run; set resume or overwrite, or name another folder.")
-        if self.finished:
-            raise InputError(f"{path} holds a finished run; set overwrite, or name another folder.")
         self._read_about()
-        before = TrainConfig.from_yaml(self.config, {"output": path})
+        if not (self.config.exists() or self.finished or self.saved()):
+            return False  # ended as it began
+        self._check_options(config)
+        return True
+
+    def _options(self) -> TrainConfig:
+        """Return the options that the run was begun with, or gone on with: not what config.yaml has been made since."""
+        options = self._read_about().get("options")
+        if options is None:
+            return TrainConfig.from_yaml(self.config, {"output": self.path})
+        try:
+            return TrainConfig(**options | {"output": self.path} | OF_THE_CALL_LEFT)
+        except (TypeError, ValueError):
+            raise InputError(f"{self.about} is damaged; set overwrite, or name another folder.") from None
+
+    def _check_options(self, config: TrainConfig) -> None:
+        before = self._options()
         watched = ["eval_steps", "save_steps"] if config.lr_scheduler_type in WATCHING else []
-        for name in [*TrainConfig.fixed_options(), *watched]:
-            old, new = getattr(before, name), getattr(config, name)
-            if old != new:
-                raise InputError(
-                    f"{path} was begun with {name} {old!r} and cannot go on with {new!r}; "
-                    f"use its own config.yaml, or name another folder."
-                )
-        return self.last_checkpoint()
+        pairs = [(name, getattr(before, name), getattr(config, name)) for name in before.fixed_options() + watched]
+        other = [f"{name}: {old!r} → {new!r}" for name, old, new in pairs if old != new]
+        if other:
+            raise InputError(
+                f"{self.path} cannot go on with other options than it was begun with ({', '.join(other)}); use its own "
+                "config.yaml (halfbyte resume does), or name another folder."
+            )
+        steps, passes = (before.max_steps, config.max_steps), (before.epochs, config.epochs)
+        name, (old, new) = ("epochs", passes) if steps == (None, None) else ("max_steps", steps)
+        if old and new and new < old:
+            raise InputError(f"{self.path} can be given more {name}, not fewer ({old:g} → {new:g}).")
+        if steps[0] and steps[0] == steps[1] and passes[0] != passes[1]:
+            raise InputError(f"{self.path} goes by max_steps ({steps[0]}), not by epochs; give it more max_steps.")
+        if self.finished and steps[0] == steps[1] and passes[0] == passes[1]:
+            raise InputError(
+                f"{self.path} holds a finished run; give it more max_steps or epochs, set overwrite, or name another "
+                "folder."
+            )
 
     def compare(self, now: "Circumstances") -> list[str]:
         """Return what is other than when the run began and may change bits of its result.
@@ -133,6 +188,7 @@ class RunFolder:
         skipped: Path | None = None,
         packed_tokens: int | None = None,
         rows_a_pass: int | None = None,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         """Remove what an earlier run left and begin this one; a model that the folder does not belong to stays.
 
@@ -142,20 +198,70 @@ class RunFolder:
             skipped: a file that lists the rows that are left out.
             packed_tokens: the most that a packed pass may hold; None for padded batches.
             rows_a_pass: the batch size, which ``auto`` does not say.
+            inputs: digests of what it is made from, for :meth:`compare_inputs`.
         """
         # a configuration beside run.json is that of a classifier's adapter
         pages = [self.curve, self.report]
         for file in [*([self.model_config] if self.about.exists() else []), *self._own_files, *pages]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}
-        about["rows_a_pass"] = rows_a_pass
-        about["begun"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        about = {
+            "version": VERSION,
+            "id": uuid.uuid4().hex,
+            "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "circumstances": circumstances.model_dump(),
+            "packed_tokens": packed_tokens,
+        }
+        about |= {"rows_a_pass": rows_a_pass, "options": config.model_dump(mode="json")}
+        about["inputs"] = dict(inputs or {})
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")
         if skipped:
             with files.whole_file(self.skipped) as part:
                 shutil.copyfile(skipped, part)
         config.save(self.config)
+
+    def gets_more(self, config: TrainConfig) -> bool:
+        """Return whether ``config`` has another end than the run that is there."""
+        before = self._options()
+        return (before.max_steps, before.epochs) != (config.max_steps, config.epochs)
+
+    def saved_bytes(self) -> int:
+        """Return what the checkpoints that are there take on the disk."""
+        return sum(file.stat().st_size for folder in self.saved() for file in folder.rglob("*") if file.is_file())
+
+    def compare_inputs(self, now: Mapping[str, str]) -> None:
+        """Compare what the run is made from with what it was begun with, by digests.
+
+        Raises:
+            InputError: something is other, and what.
+        """
+        before = self._read_about().get("inputs") or {}
+        names = [name for name in {**before, **now} if before and before.get(name) != now.get(name)]
+        if names:
+            told = (
+                f"{INPUTS.get(name, name)} ({_short(before.get(name))} → {_short(now.get(name))})" for name in names
+            )
+            raise InputError(
+                f"{self.path} was made with {' and '.join(told)}; put that back, or begin another run in another "
+                "folder."
+            )
+
+    def go_on(self, config: TrainConfig, course: Mapping[str, int] | None = None) -> None:
+        """Write down the options that the run goes on with, and if its end is another one, the ``course``."""
+        if self._options() == config.model_copy(update=OF_THE_CALL_LEFT):
+            return
+        if course:
+            self.summary.unlink(missing_ok=True)
+        config.save(self.config)
+        about = self._read_about()
+        about["options"] = config.model_dump(mode="json")
+        about["courses"] = [*about.get("courses", ()), *([dict(course)] if course else ())]
+        files.write_text(self.about, json.dumps(about, indent=2) + "\n")
+
+    def run_id(self) -> str | None:
+        """Return what tells this run from others; None of an old one."""
+        name: str | None = self._read_about().get("id")
+        return name
 
     def packed_tokens(self) -> int | None:
         """Return what :meth:`begin` was told of packing."""
@@ -209,6 +315,10 @@ class RunFolder:
         if version > VERSION:
             raise InputError(f"{self.path} holds a run of a newer halfbyte (layout {version}); go on with that one.")
         return about
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "none"
 
 
 def step_of(checkpoint: Path) -> int:

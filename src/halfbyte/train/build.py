@@ -16,7 +16,7 @@ from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed
 from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
-from halfbyte.train import schedules
+from halfbyte.train import schedules, space
 from halfbyte.train.adapters import Beginning, loraplus_groups
 from halfbyte.train.methods import Method
 from halfbyte.train.tasks import build_task_trainer, logits_bytes
@@ -130,6 +130,8 @@ def build_trainer(
         "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
         "seed": config.seed,
         "save_steps": config.save_steps,
+        "save_total_limit": (config.keep or space.KEPT) + config.keep_best,
+        "metric_for_best_model": "loss" if config.keep_best else None,
         "per_device_eval_batch_size": config.rows_a_pass,
         "eval_strategy": "steps" if rows.evaluation else "no",
         "eval_steps": config.eval_steps or config.save_steps,
@@ -148,8 +150,10 @@ def build_trainer(
     else:
         optimizer = build_optimizer(config, model, config.output)
     if config.task != "lm":
-        return build_task_trainer(config, common, model, tokenizer, rows, optimizer)
-    return method.trainer(
+        trainer = build_task_trainer(config, common, model, tokenizer, rows, optimizer)
+        trainer.keep_best = config.keep_best
+        return trainer
+    trainer = method.trainer(
         model=model,
         args=method.arguments(config, common),
         train_dataset=rows.train.rows,
@@ -159,6 +163,8 @@ def build_trainer(
         optimizers=(optimizer, None),
         **({"packer": packer} if packer else {}),
     )
+    trainer.keep_best = config.keep_best
+    return trainer
 
 
 def _alike_together(rows: Any, method: Method) -> Any:

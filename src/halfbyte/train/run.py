@@ -10,20 +10,17 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from halfbyte import data, devices, hf
 from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
 from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
 from halfbyte.errors import InputError
-from halfbyte.files import disk_full, whole_file, write_text
+from halfbyte.files import disk_full, remove_folder, unwritable, whole_file, write_text
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.base_format import save_base_format
 from halfbyte.hf.models.heads import set_pad
@@ -39,13 +36,15 @@ from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, St
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
 from halfbyte.runs.report.writer import ReportFile
-from halfbyte.train import schedules
+from halfbyte.train import course, schedules, space
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
+from halfbyte.train.inputs import digests
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, describe_data, plot_loss, summarize
+from halfbyte.train.saving import SaveByTime
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
 from halfbyte.train.tasks import check_classes, check_options, known_classes, preview, save_beside
@@ -93,8 +92,11 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             folder.check(config)
             if distributed.is_first():
                 held.enter_context(folder.locked())
-            checkpoint = folder.check(config)
+            checkpoint = _checkpoint(folder, config, note)
             tokenizer, added, rows = _read(config, method, tell)
+            inputs = digests(config, tokenizer, rows)
+            if checkpoint:
+                folder.compare_inputs(inputs)
             beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
             model = _load(config, beginning, tokenizer, rows, tell)
         tell(Stage(name="plan", text="Planning the memory of a step"))
@@ -106,14 +108,19 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             fitted = fit_batch(config, model, rows, note)
             policy, tokens = plan_step(fitted, model, rows, note)
         note(str(policy))
-        before = _begin(folder, config, checkpoint, rows.skipped, (tokens, fitted.rows_a_pass), metrics, note)
 
         activations.apply(model, policy, folder.path)
         packer = None if tokens is None else data.Packer(tokens)
         trainer = build_trainer(fitted, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
+        begun = functools.partial(folder.begin, config, skipped=rows.skipped, packed_tokens=tokens, inputs=inputs)
+        begun = functools.partial(begun, rows_a_pass=fitted.rows_a_pass)
+        before = _begin(folder, config, checkpoint, trainer, begun, metrics, note)
         stop = Stop()
         steps = Steps(trainer, before, stop, tell, getattr(trainer, "figures", method.figures))
+        steps.evaluated = metrics.evaluated
         trainer.add_callback(steps)
+        if config.save_minutes:
+            trainer.add_callback(SaveByTime(config.save_minutes))
         with end_told(trainer, tell), stop.listening(note):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < trainer.state.max_steps:
@@ -186,26 +193,52 @@ def _stops_told(model: Any, tokenizer: Any) -> list[str]:
     return [*check_tokenizer(tokenizer, model.generation_config.eos_token_id), *unknown]
 
 
+def _checkpoint(folder: RunFolder, config: TrainConfig, note: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint that the run goes on from, if it goes on; tell of those that cannot be."""
+    if not folder.check(config):
+        return None
+    checkpoint, damaged = folder.checkpoint()
+    for line in damaged:
+        note(f"Not to be gone on from: {line}; the checkpoint before it is taken")
+    return checkpoint
+
+
 def _begin(
     folder: RunFolder,
     config: TrainConfig,
     checkpoint: Path | None,
-    skipped: Path | None,
-    passes: tuple[int | None, int],
+    trainer: Any,
+    begin: Callable[[Circumstances], None],
     metrics: MetricsFile,
     note: Callable[[str], None],
 ) -> list[StepMetrics]:
     """Begin the run folder, or go on in it from ``checkpoint``; return the steps that were made before."""
     circumstances = Circumstances.here(config.model, distributed.world_size())
     with distributed.first_writes() as writes:
+        changed = course.course(trainer, checkpoint) if checkpoint and folder.gets_more(config) else None
+        if writes:
+            space.check(trainer, folder.path, _saves(config, course.total_steps(trainer)), folder.saved_bytes())
         if checkpoint:
             for change in folder.compare(circumstances):
                 note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
             note(f"Going on from {checkpoint}")
+            if changed:
+                note(changed[1])
+            if writes:
+                folder.go_on(config, changed and changed[0])
         elif writes:
-            folder.begin(config, circumstances, skipped, *passes)
+            begin(circumstances)
         before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
+        if checkpoint and writes and (lost := step_of(checkpoint) - len({event.step for event in before})) > 0:
+            note(f"{folder.metrics} lacks {lost} of the steps that were made: the curve goes on without them")
+    trainer.run_id = folder.run_id()
     return before
+
+
+def _saves(config: TrainConfig, steps: int) -> int:
+    """Return how many checkpoints there will be at most at a time."""
+    planned = steps if config.save_minutes else -(-steps // config.save_steps)
+    return min((config.keep or space.KEPT) + config.keep_best + 1, planned + config.keep_best)
 
 
 def _finish(
@@ -235,7 +268,9 @@ def _finish(
                 plot_loss(steps.made, target, "label" if config.task == "classify" else "trained token")
             page.finish(asdict(summary))
             write_text(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            if not config.keep:
+                with contextlib.suppress(OSError):
+                    remove_folder(folder.checkpoints)
 
 
 @contextlib.contextmanager
@@ -264,9 +299,16 @@ def end_told(trainer: Any, tell: Listener) -> Iterator[None]:
 def full_disk_told(output: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # safetensors and tokenizers raise their own
         if disk_full(error):
             raise InputError(
                 f"{output}: the disk is full. Checkpoints that were saved are whole: free some space and resume."
+            ) from error
+        if unwritable(error, output):
+            raise InputError(
+                f"{output} cannot be written any more ({getattr(error, 'strerror', None) or error}). Checkpoints that "
+                "were saved are whole: make it writable and resume."
             ) from error
         raise

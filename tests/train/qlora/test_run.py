@@ -174,7 +174,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(command: Callable[.
         for path in (tmp_path / "whole/trainer_state.json", tmp_path / "parts/trainer_state.json")
     ]
     assert logs[0] == logs[1]
-    with pytest.raises(InputError, match="was begun with learning_rate"):
+    with pytest.raises(InputError, match=r"learning_rate: 0\.01 → 0\.5"):
         (tmp_path / "parts/completed").unlink()
         run([*words, "--learning_rate", "0.5"])
 

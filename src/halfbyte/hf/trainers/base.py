@@ -88,6 +88,10 @@ class BaseTrainer(Checkpoints):
             if model is not None and isinstance(base_of(model), PreTrainedModel):
                 bind_head(base_of(model))
         self._step_batches: list[dict[str, Any]] = []
+        if distributed.world_size() == 1:
+            # of the last batches of an epoch accelerate (1.10) leaves out what other processes repeat, by counts that
+            # are others after a resume; of one process nothing is repeated
+            self.accelerator.gather_for_metrics = lambda x, *_, **__: x
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
@@ -149,6 +153,8 @@ class BaseTrainer(Checkpoints):
         """Train; arguments and result are Trainer's, ``True`` being the newest checkpoint of ``output_dir``."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
+        if resume_from_checkpoint:
+            self._check_whole(str(resume_from_checkpoint))
         lost = unsaved(self.model)
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -163,6 +169,17 @@ class BaseTrainer(Checkpoints):
             set_seed(self.args.seed + distributed.rank())  # each process drops other values
         with _few_walks(self.model, self._parameters), distributed.ended_by_others():
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        begun = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # Trainer (5.23) keeps the checkpoint's save_steps, eval_steps
+        return begun
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # asked for by nobody, Trainer (5.23) looks for unused parameters in each step and sends the buffers
@@ -226,7 +243,7 @@ class BaseTrainer(Checkpoints):
             yield
         finally:
             for name in names:
-                delattr(self.accelerator, name)
+                self.accelerator.__dict__.pop(name, None)
 
     @functools.cached_property
     def _data_digest(self) -> str:

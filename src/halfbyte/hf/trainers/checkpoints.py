@@ -4,18 +4,20 @@ Of several processes one writes and the others wait; each has random numbers of 
 """
 
 import json
-import shutil
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
+from halfbyte import checksums
 from halfbyte.errors import InputError
-from halfbyte.files import whole_folder
+from halfbyte.files import remove_folder, whole_folder
 from halfbyte.hf.layers.adapters import vocabulary_resized
 from halfbyte.hf.layers.starts import split
 from halfbyte.hf.trainers import distributed
@@ -26,6 +28,8 @@ from halfbyte.hf.trainers.state import (
     saved_states,
     set_random_state,
     state_folder,
+    step_of,
+    steps_planned,
     unflatten,
 )
 
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from trl import SFTTrainer as _Theirs  # one of the classes that this one stands before
 else:
     _Theirs = object
+
+logger = logging.getLogger(__name__)
 
 
 def unsaved(model: PeftModel) -> list[str]:
@@ -59,12 +65,31 @@ def surplus(states: list[Path], last: Path, limit: int | None, best: str | None)
     if limit is None or limit < 1:
         return []
     others = [state for state in states if state not in kept]
+    # what is ahead of the newest was damaged: the run went back behind it
+    others.sort(key=lambda state: (step_of(state) < step_of(last), step_of(state)))
     return others[: max(0, len(others) - max(0, limit - len(kept)))]
 
 
-class Checkpoints(_Theirs):
-    """Checkpoints of safetensors and JSON, complete or absent, in place of Trainer's own."""
+def set_rates(scheduler: Any, optimizer: Any) -> None:
+    """Give an optimizer the learning rates that its schedule has now, after its course was laid out anew."""
+    if isinstance(scheduler, LambdaLR):
+        lambdas = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        rates = [base * rate(scheduler.last_epoch) for base, rate in lambdas]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
+
+class Checkpoints(_Theirs):
+    """Checkpoints of safetensors and JSON, complete or absent, in place of Trainer's own.
+
+    Attributes:
+        run_id: of the run that its checkpoints belong to, if that has one.
+        keep_best: whether each best evaluation gets a checkpoint, whatever ``save_steps`` is.
+    """
+
+    run_id: str | None = None
+    keep_best = False
     _made_again: tuple[str, ...] = ()
     """Adapters that are not saved, since whoever goes on makes them again."""
 
@@ -91,9 +116,10 @@ class Checkpoints(_Theirs):
             if writes:
                 with whole_folder(folder) as part:
                     self._write_checkpoint(part, random_tensors, random_numbers)
+                    checksums.write(part, step=self.state.global_step, run=self.run_id)
                 best_folder, limit = self.state.best_model_checkpoint, self.args.save_total_limit
                 for old in surplus(self._saved_states(), folder, limit, best_folder):
-                    shutil.rmtree(old)
+                    remove_folder(old)
 
     def _write_checkpoint(
         self, part: Path, random_tensors: dict[str, Any], random_numbers: list[dict[str, Any]]
@@ -141,12 +167,37 @@ class Checkpoints(_Theirs):
         Raises:
             InputError: there is none.
         """
-        last = next(reversed(self._saved_states()), None)
+        states = self._saved_states()
+        last, damaged = checksums.newest_good(states)
+        for line in damaged if last else ():
+            logger.warning("%s; the checkpoint before it is taken.", line)
+        if last is None and damaged:
+            raise InputError(checksums.none_is_good(Path(self.args.output_dir), damaged))
         if last is None:
             raise InputError(f"{self.args.output_dir} holds no checkpoint to go on from (checkpoints/step-...).")
         return str(last)
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        is_best = bool(super()._determine_best_metric(*args, **kwargs))
+        if is_best and self.keep_best:
+            self.control.should_save = True
+        return is_best
+
+    def _check_whole(self, checkpoint: str) -> None:
+        """Hold a checkpoint to its checksums; what has no adapter at all is told when that is loaded.
+
+        Raises:
+            InputError: something of it is damaged.
+        """
+        with distributed.agreed_errors():
+            try:
+                if (Path(checkpoint) / "adapter_model.safetensors").is_file():
+                    checksums.check(Path(checkpoint))
+            except checksums.Damaged as error:
+                raise InputError(f"{checkpoint} cannot be gone on from: {error}.") from None
+
     def _load_best_model(self) -> None:
+        self._check_whole(str(self.state.best_model_checkpoint))
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +207,7 @@ class Checkpoints(_Theirs):
             with distributed.first_writes(self.args.should_save) as writes:
                 for old in self._saved_states() if writes else ():
                     if old != Path(best):
-                        shutil.rmtree(old)
+                        remove_folder(old)
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -187,6 +238,8 @@ class Checkpoints(_Theirs):
                 )
             self.optimizer.load_state_dict(unflatten(tensors, numbers["optimizer"]))
             self.lr_scheduler.load_state_dict(unflatten(tensors, numbers["scheduler"]))
+            if steps_planned(Path(checkpoint)) != self.state.max_steps:
+                set_rates(self.lr_scheduler, self.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -5,10 +5,12 @@ checkpoints/step-000123/adapter_model.safetensors, adapter_config.json, the toke
                         state.json            its numbers, the schedule, Python's and NumPy's random state of each
                                               process, a digest of the data
                         trainer_state.json    transformers' own
+                        checksums.json        of all of them, and whose it is (halfbyte.checksums)
 """
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,18 @@ def state_folder(run: str | Path, step: int) -> Path:
 
 def saved_states(run: Path) -> list[Path]:
     """Return the saved states of the run in ``run``, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((folder for folder in folders if re.fullmatch(r"step-\d+", folder.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the steps that were done when ``checkpoint`` was saved, by its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def steps_planned(checkpoint: Path) -> int:
+    """Return how many steps the run was to have when ``checkpoint`` was saved."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"])
 
 
 def flatten(tree: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:

@@ -80,7 +80,7 @@ KEYS: dict[str, To | Drop | Lack] = {
     "saves_per_epoch": Lack("write save_steps"),
     "save_strategy": Lack("checkpoints come every save_steps"),
     "eval_strategy": Lack("rows are evaluated every eval_steps where there are any"),
-    "save_total_limit": Lack("two checkpoints are kept while a run lasts"),
+    "save_total_limit": To("keep"),
     "eval_batch_size": Lack("batch_size serves for both"),
     "batch_size": Lack("write gradient_accumulation_steps"),
     "resume_from_checkpoint": Lack("halfbyte train --resume goes on with a run"),

@@ -65,7 +65,7 @@ KEYS: dict[str, To | Drop | Lack] = COMMON | {
     "neat_packing": Drop("a step has batch_size rows, laid side by side where that pays; nothing joins them before"),
     "eval_strategy": Drop("rows are evaluated every eval_steps where there are any"),
     "save_strategy": Lack("checkpoints come every save_steps"),
-    "save_total_limit": Lack("two checkpoints are kept while a run lasts"),
+    "save_total_limit": To("keep"),
     "per_device_eval_batch_size": Lack("batch_size serves for both"),
     "resume_from_checkpoint": Lack("halfbyte train --resume goes on with a run"),
     "overwrite_output_dir": Drop("halfbyte train --overwrite replaces a run"),

@@ -12,9 +12,11 @@ Beside them stand config.yaml, run.json and metrics.jsonl of a run of ours (:mod
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from halfbyte import checksums
 from halfbyte.errors import InputError
 from halfbyte.files import whole_file, write_text
 from halfbyte.hf.trainers import distributed
@@ -33,17 +35,28 @@ class Outputs:
         self.predictions = path / "predictions.jsonl"
         self.trainer_state = path / "trainer_state.json"
 
-    def last_checkpoint(self, best: bool = False) -> Path | None:
+    def last_checkpoint(self, best: bool = False, tell: Callable[[str], None] = lambda _: None) -> Path | None:
         """Return the newest checkpoint, if there is one, as ``get_last_checkpoint`` does.
 
         One that holds a whole state comes before those with an adapter alone, over which a run may have begun. Where
-        training is finished, it is the one that training ended with, or with ``best`` the best one.
+        training is finished, it is the one that training ended with, or with ``best`` the best one. Of whole states
+        that are damaged the one before is taken, which is told.
+
+        Raises:
+            InputError: all of them are.
         """
         if self.completed.exists() and (ended := self._ended_with(best)):
             return ended
         there = checkpoints(self.path)
         whole = [folder for folder in there if (folder / "state.json").is_file()]
-        return next(reversed(whole or there), None)
+        if not whole:
+            return next(reversed(there), None)
+        found, damaged = checksums.newest_good(whole)
+        if found is None:
+            raise InputError(checksums.none_is_good(self.path, damaged))
+        for line in damaged:
+            tell(f"Not to be gone on from: {line}; the checkpoint before it is taken")
+        return found
 
     def _ended_with(self, best: bool) -> Path | None:
         try:

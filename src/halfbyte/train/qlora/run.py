@@ -167,7 +167,7 @@ def begin(translated: Translated, folder: RunFolder, outputs: Outputs) -> Begun:
     """
     flags, notes = translated.flags, [*translated.notes]
     afresh = flags["overwrite_output_dir"] and flags["do_train"]
-    checkpoint = None if afresh else outputs.last_checkpoint(flags["load_best_model_at_end"])
+    checkpoint = None if afresh else outputs.last_checkpoint(flags["load_best_model_at_end"], notes.append)
     completed = outputs.completed.exists() and not afresh
     train = flags["do_train"] and not completed
     if completed and flags["do_train"]:
