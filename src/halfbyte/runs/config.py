@@ -37,6 +37,7 @@ from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute, write_text
 from halfbyte.options import base_format, is_subtracted, not_empty
 from halfbyte.runs.adapter_options import AdapterOptions
+from halfbyte.runs.watch_options import CHANGEABLE, WatchOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -69,9 +70,8 @@ example; KTO's is the same, as TRL advises (its documentation: 5e-7 to 5e-6 for 
 example (examples/scripts/orpo.py). The quick ones are for models of some hundred million parameters. Dropout is off, as
 TRL's trainers have it: the log-ratios would be of two different models."""
 
-# Marks of fields: what may change when a run goes on, since its result does not depend on it; and what says how to
-# begin, not what to do, and is not written down.
-CHANGEABLE: Any = {"on_resume": "may change"}
+# Marks of fields: what may change when a run goes on, since its result does not depend on it (CHANGEABLE); and what
+# says how to begin, not what to do, and is not written down.
 OF_THE_CALL: Any = {"on_resume": "of the call"}
 
 
@@ -90,7 +90,7 @@ def _owners() -> dict[str, tuple[str, ...]]:
     return {name: extra["methods"] for name, extra in extras.items() if "methods" in extra}
 
 
-class TrainConfig(AdapterOptions, DataOptions):
+class TrainConfig(WatchOptions, AdapterOptions, DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")

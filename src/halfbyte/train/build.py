@@ -15,8 +15,9 @@ from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed
 from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
-from halfbyte.train import schedules
+from halfbyte.train import loggers, schedules
 from halfbyte.train.adapters import Beginning, loraplus_groups
+from halfbyte.train.best import metric_arguments
 from halfbyte.train.methods import Method
 from halfbyte.train.tasks import build_task_trainer, logits_bytes
 
@@ -124,14 +125,14 @@ def build_trainer(
         "per_device_eval_batch_size": config.rows_a_pass,
         "eval_strategy": "steps" if rows.evaluation else "no",
         "eval_steps": config.eval_steps or config.save_steps,
-        "eval_on_start": begin and rows.evaluation is not None,
+        "eval_on_start": begin and rows.evaluation is not None and config.eval_before,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
     }
+    common |= loggers.arguments(config) | metric_arguments(config)
     optimizer = None
     if config.optimizer in TRANSFORMERS_OPTIMIZERS:
         common |= {"optim": config.optimizer, "weight_decay": config.weight_decay}

@@ -37,17 +37,19 @@ from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder, step_of
-from halfbyte.runs.metrics import MetricsFile
-from halfbyte.train import schedules
+from halfbyte.runs.metrics import MetricsFile, read_events
+from halfbyte.train import loggers, schedules
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
+from halfbyte.train.best import Best, Heard
 from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, plot_loss, summarize
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
-from halfbyte.train.tasks import check_options, known_classes, preview, save_beside
+from halfbyte.train.tasks import TASKS, check_options, known_classes, preview, save_beside
+from halfbyte.train.watch import Watch, notices_of
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
 
     method = method_of(config)
     schedules.check(config)
+    loggers.check(config)
     check_options(config)
     folder = RunFolder(config.output)
     with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
@@ -94,6 +97,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             tokenizer, added, rows = _read(config, method, tell)
             beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
             model = _load(config, beginning, tokenizer, rows, tell)
+            measured = TASKS[config.task].figures if config.task in TASKS else method.figures
+            watch = Watch(config, model, tokenizer, rows, measured, tell)
         tell(Stage(name="plan", text="Planning the memory of a step"))
         if checkpoint:  # what a pass holds decides about bits
             tokens = folder.packed_tokens()
@@ -109,15 +114,20 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         packer = None if tokens is None else data.Packer(tokens)
         trainer = build_trainer(fitted, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
         stop = Stop()
-        steps = Steps(trainer, before, stop, tell, getattr(trainer, "figures", method.figures))
+        heard = Heard(tell, notices_of(config, model))
+        heard.recall(read_events(folder.metrics) if checkpoint else ())
+        steps = Steps(trainer, before, stop, heard, watch.figures)
         trainer.add_callback(steps)
+        watch.attach(trainer, heard, begins=checkpoint is None)
+        loggers.place(trainer, config)
+        best = Best(trainer, config, note)
         with end_told(trainer, tell), stop.listening(note):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if trainer.state.global_step < trainer.state.max_steps:
+            best.train(checkpoint)
+            if not best.is_over:
                 raise Interrupted(trainer.state.global_step, folder.path)
-            if config.task != "lm" and rows.evaluation and steps.evaluated[0] != trainer.state.global_step:
-                trainer.evaluate()
-        summary = summarize(steps.made, rows.train.counts, hf.count_parameters(model)[0], steps.evaluated[1])
+        kept = best.deliver(heard.evaluations)
+        trained = hf.count_parameters(model)[0]
+        summary = summarize(steps.made, rows.train.counts, trained, heard.evaluations, config.metric_for_best, kept)
         _finish(folder, config, trainer, tokenizer, steps, summary)
     return RunResult(folder.path, summary)
 

@@ -23,7 +23,6 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     Attributes:
         made: all steps of the run so far.
-        evaluated: the figures of the last evaluation, and the step after which it was; of this process.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.trainer = trainer
         self.made = before
-        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.stop = stop
         self.tell = tell
         self.figures = figures
@@ -83,5 +81,5 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
         known = ((name, f"eval_{name}") for name in ("loss", *self.figures))
-        self.evaluated = state.global_step, {name: metrics[key] for name, key in known if key in metrics}
-        self.tell(Evaluation(step=state.global_step, figures=self.evaluated[1]))
+        figures = {name: metrics[key] for name, key in known if key in metrics}
+        self.tell(Evaluation(step=state.global_step, figures=figures))
