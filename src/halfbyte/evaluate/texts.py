@@ -3,7 +3,9 @@
     loss = mean of −log P(t | t₁ … tᵢ₋₁) over the labelled tokens of all rows, in nats
 
 The general text that comes with halfbyte (``general.txt``) tells whether a model forgets while it learns something
-else: openings and passages of English prose whose authors have long been out of copyright, of several kinds.
+else. It is English of several kinds that is in the public domain: Austen, Melville, Dickens, Carroll, Lincoln, the
+Declaration of Independence, Darwin, Doyle, Smith, Thoreau, Wells, Shakespeare, Twain, Baum, O. Henry, Mill, the
+Constitution of the United States, Euclid (Heath's translation), Emerson, proverbs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

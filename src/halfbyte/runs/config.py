@@ -24,6 +24,7 @@ from halfbyte.choices import (
     QUANT_TYPES,
     SMOOTHED,
     TRANSFORMERS_OPTIMIZERS,
+    WATCHING,
     DpoLoss,
     FloatType,
     KtoLoss,
@@ -287,6 +288,16 @@ class TrainConfig(WatchOptions, AdapterOptions, DataOptions):
             raise ValueError(
                 f"loraplus_lr_ratio needs one of halfbyte's optimizers (AdamW, Lion), but the optimizer is "
                 f"{self.optimizer}; leave one of them away"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _watched_loss(self) -> Self:
+        if self.lr_scheduler_type in WATCHING and self.metric_for_best != "loss":
+            raise ValueError(
+                f"lr_scheduler_type {self.lr_scheduler_type} goes by the loss of evaluations, so metric_for_best has "
+                f"to be "
+                "loss; change one of them"
             )
         return self
 

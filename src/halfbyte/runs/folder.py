@@ -90,7 +90,8 @@ class RunFolder:
             raise InputError(f"{path} holds a finished run; set overwrite, or name another folder.")
         self._read_about()
         before = TrainConfig.from_yaml(self.config, {"output": path})
-        watched = ["eval_steps", "save_steps"] if config.lr_scheduler_type in WATCHING else []
+        by_evaluations = config.lr_scheduler_type in WATCHING or config.keep_best or config.early_stopping_patience
+        watched = ["eval_steps", "save_steps"] if by_evaluations else []
         for name in [*TrainConfig.fixed_options(), *watched]:
             old, new = getattr(before, name), getattr(config, name)
             if old != new:

@@ -102,7 +102,7 @@ class BaseTrainer(Checkpoints):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.beside is not None:
-            output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.beside().items()}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.beside().items()})
         return output
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:

@@ -202,10 +202,8 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
             loss = output.metrics[f"{metric_key_prefix}_loss"]
             perplexity = math.exp(loss) if loss < MOST_NATS else math.inf
             right = sum(right for right, _ in parts) / tokens
-            output.metrics |= {
-                f"{metric_key_prefix}_perplexity": perplexity,
-                f"{metric_key_prefix}_token_accuracy": right,
-            }
+            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity
+            output.metrics[f"{metric_key_prefix}_token_accuracy"] = right
         return output
 
 
