@@ -299,6 +299,8 @@ class TrainConfig(WatchOptions, AdapterOptions, DataOptions):
                 f"to be "
                 "loss; change one of them"
             )
+        if self.replay and self.general_file and str(self.general_file) == self.replay.rpartition("*")[0]:
+            raise ValueError("forgetting_data is what replay trains on, so its loss says nothing; name another text")
         return self
 
     @model_validator(mode="after")

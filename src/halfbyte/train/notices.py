@@ -28,9 +28,9 @@ NOTHING = 0.01
 """A loss (nats) that is nearly 0; a label in a hundred of which nothing is known costs more."""
 EARLY = 50
 """Steps within which it is not."""
-FAR = 20.0
+FAR = 10.0
 """How many times ``max_grad_norm`` a gradient is where cutting it leaves little but its direction."""
-WORSE = 1.02
+WORSE = 1.05
 """How many times the best loss of an evaluation a worse one is, twice in a row."""
 
 
