@@ -91,7 +91,7 @@ class RunFolder:
         self._read_about()
         before = TrainConfig.from_yaml(self.config, {"output": path})
         by_evaluations = config.lr_scheduler_type in WATCHING or config.keep_best or config.early_stopping_patience
-        watched = ["eval_steps", "save_steps"] if by_evaluations else []
+        watched = ["eval_steps", "save_steps", "max_new_tokens"] if by_evaluations else []
         for name in [*TrainConfig.fixed_options(), *watched]:
             old, new = getattr(before, name), getattr(config, name)
             if old != new:

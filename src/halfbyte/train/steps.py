@@ -1,5 +1,6 @@
 """What transformers' trainer calls back, told as events, and the stop that was asked for, handed to it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,5 +82,5 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
         known = ((name, f"eval_{name}") for name in ("loss", *self.figures))
-        figures = {name: metrics[key] for name, key in known if key in metrics}
+        figures = {name: metrics[key] for name, key in known if key in metrics and math.isfinite(metrics[key])}
         self.tell(Evaluation(step=state.global_step, figures=figures))

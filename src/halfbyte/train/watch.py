@@ -50,14 +50,12 @@ class Questions:
     """Rows of the evaluation data that are answered: their prompts and references, and the rows themselves.
 
     Attributes:
-        most: tokens that the longest reference has, and one more.
         is_closed: whether the answers are a closed set.
     """
 
     rows: list[dict[str, Any]]
     prompts: list[list[int]]
     references: list[str]
-    most: int
     is_closed: bool
 
 
@@ -70,7 +68,7 @@ def questions_of(config: TrainConfig, rows: data.Prepared) -> Questions | None:
     some = table.select(_spread(len(table), LOOKED_AT)).to_list()
     stretches = [last_answer(row["labels"]) for row in some]
     fitting = [
-        (row, end - start)
+        row
         for row, (start, end) in zip(some, stretches, strict=True)
         if start > 1 and end - start <= config.max_new_tokens
     ]
@@ -82,10 +80,9 @@ def questions_of(config: TrainConfig, rows: data.Prepared) -> Questions | None:
     is_closed = 2 <= different <= min(MOST_CHOICES, len(some) // 2) and len(firsts) == different
     chosen = [fitting[place] for place in _spread(len(fitting), config.eval_samples)]
     return Questions(
-        rows=[row for row, _ in chosen],
-        prompts=[prompt_of(row) for row, _ in chosen],
-        references=[row[REFERENCE] for row, _ in chosen],
-        most=max(length for _, length in chosen) + 1,  # a cut answer passes for no reference
+        rows=chosen,
+        prompts=[prompt_of(row) for row in chosen],
+        references=[row[REFERENCE] for row in chosen],
         is_closed=is_closed,
     )
 
@@ -231,9 +228,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def measured(self) -> dict[str, float]:
         """Return the figures that are measured here; the same in all processes, each of which measures a part."""
         figures: dict[str, float] = {}
+        most = self.config.max_new_tokens
         if questions := self.questions:
             own = slice(distributed.rank(), None, distributed.world_size())
-            answers = answer_all(self.model, self.tokenizer, questions.prompts[own], max_new_tokens=questions.most)
+            answers = answer_all(self.model, self.tokenizer, questions.prompts[own], max_new_tokens=most)
             parts = distributed.gather([answer.text for answer in answers])
             texts: list[str] = [""] * len(questions.prompts)
             for rank, part in enumerate(parts):
