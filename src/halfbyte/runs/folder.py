@@ -9,6 +9,7 @@
     base_format.json              how the base was held, where that is not the default
     config.json                   of a classifier: the base model's configuration with the names of the classes
     loss.png
+    tensorboard/                  with report_to tensorboard
     summary.json                  what the run came to; written last, so a folder that has it holds a finished run
 
 Whoever wants to see, continue, stop or compare a run does it through this class, also from another process.
@@ -49,6 +50,7 @@ class RunFolder:
         self.model_config = path / "config.json"
         self.skipped = path / "skipped.jsonl"
         self.curve = path / "loss.png"
+        self.tensorboard = path / "tensorboard"
         self.summary = path / "summary.json"
 
     @property
@@ -144,6 +146,7 @@ class RunFolder:
         for file in [*([self.model_config] if self.about.exists() else []), *self._own_files]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
         about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}
         about["rows_a_pass"] = rows_a_pass
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")

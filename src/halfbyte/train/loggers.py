@@ -8,13 +8,12 @@ from transformers.integrations import TensorBoardCallback
 
 from halfbyte.errors import InputError
 from halfbyte.runs.config import TrainConfig
+from halfbyte.runs.folder import RunFolder
 
 PACKAGES = {name: (name,) for name in ("tensorboard", "trackio", "wandb", "mlflow")} | {
     "tensorboard": ("tensorboard", "tensorboardX")
 }
 """Packages of which one has to be there."""
-FOLDER = "tensorboard"
-"""Of the run folder, where TensorBoard's files are."""
 
 
 def check(config: TrainConfig) -> None:
@@ -37,4 +36,4 @@ def place(trainer: Any, config: TrainConfig) -> None:
     """Have TensorBoard's files lie in the run folder, where the environment does not say where."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
-            callback.logging_dir = str(config.output / FOLDER)
+            callback.logging_dir = str(RunFolder(config.output).tensorboard)
