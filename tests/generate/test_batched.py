@@ -14,12 +14,27 @@ from halfbyte.generate.batched import answer_all
 TEXTS = ["a", "Who is it?", "x" * 40, "and then they went home by night", "7 "]
 
 
-@pytest.mark.parametrize("together", [1, 2, 5])
-def test_answers_are_those_of_each_prompt_alone(tiny_model_folder: Path, together: int) -> None:
+@pytest.mark.parametrize(
+    ("together", "tokens", "batches"),
+    [(1, None, [1] * 5), (2, None, [2, 2, 1]), (5, None, [5]), (5, 40, [2, 1, 1, 1]), (5, 66, [3, 1, 1])],
+)
+def test_answers_are_those_of_each_prompt_alone(
+    tiny_model_folder: Path, together: int, tokens: int | None, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    answers = answer_all(model, tokenizer, prompts, max_new_tokens=12, batch_size=together)
+    seen: list[int] = []
+    generate = model.generate
+
+    def counted(**arguments: torch.Tensor) -> object:
+        seen.append(len(arguments["input_ids"]))
+        return generate(**arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "generate", counted)
+        answers = answer_all(model, tokenizer, prompts, max_new_tokens=12, batch_size=together, most_tokens=tokens)
+    assert seen == batches  # prompts of 1, 2, 10, 32 and 40 tokens
     for text, answer in zip(TEXTS, answers, strict=True):
         assert answer.text == "".join(stream_reply(model, tokenizer, text, max_new_tokens=12))
         assert len(answer.ids) <= 12 and answer.is_number

@@ -4,6 +4,7 @@ Prompts are token ids, padded on the left (of an encoder-decoder on the right), 
 some of them together. Nothing is drawn, so no random state changes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ def answer_all(
     *,
     max_new_tokens: int,
     batch_size: int = TOGETHER,
+    most_tokens: int | None = None,
 ) -> list[Answer]:
     """Return the answer to each prompt.
 
@@ -51,12 +53,16 @@ def answer_all(
         tokenizer: its tokenizer.
         prompts: token ids, each at least one, and fewer than the model attends to.
         max_new_tokens: the greatest length of an answer in tokens; less where the model attends to no more.
-        batch_size: prompts that are answered together.
+        batch_size: prompts that are answered together, at most.
+        most_tokens: that they and their answers have together, if there are several; keys and values of all are held.
     """
-    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    waiting = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, Answer] = {}
-    for start in range(0, len(prompts), batch_size):
-        numbers = by_length[start : start + batch_size]
+    while waiting:
+        whole = [len(prompts[number]) + max_new_tokens for number in waiting[:batch_size]]
+        fitting = [place * tokens <= (most_tokens or math.inf) for place, tokens in enumerate(whole, start=1)]
+        numbers = waiting[: max(1, sum(fitting))]  # they grow, so those that fit come first
+        waiting = waiting[len(numbers) :]
         batch = [list(prompts[number]) for number in numbers]
         answers |= zip(numbers, _answers(model, tokenizer, batch, max_new_tokens), strict=True)
     return [answers[number] for number in range(len(prompts))]

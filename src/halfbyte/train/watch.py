@@ -29,7 +29,7 @@ from halfbyte.errors import InputError, nearest
 from halfbyte.evaluate.choices import score_choices
 from halfbyte.evaluate.references import reference_scores
 from halfbyte.evaluate.texts import general_texts, summed_loss
-from halfbyte.generate.batched import answer_all
+from halfbyte.generate.batched import Answer, answer_all
 from halfbyte.hf.models.limits import most_positions
 from halfbyte.hf.trainers import distributed
 from halfbyte.runs.config import TrainConfig
@@ -157,11 +157,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.model = model
         self.tokenizer = tokenizer
         self.tell = tell
-        self.step = 0
         self.asked: list[Asked] = asked_of(config, tokenizer, rows, model)
         self.questions = questions_of(config, rows)
         self.general = general_rows(config, tokenizer, model)
         self.is_evaluated = rows.evaluation is not None
+        self.longest = rows.longest
         self.figures = (*figures, *self._own_figures())
         self._check(rows)
 
@@ -219,26 +219,31 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if not self.asked:
             return
         prompts = [asked.ids for asked in self.asked]
-        answers = answer_all(self.model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens)
+        answers = self._answers(prompts)
         for asked, answer in zip(self.asked, answers, strict=True):
             self.tell(Sample(step=step, prompt=asked.shown, answer=answer.text))
         if step == 0 and (sentence := told_trouble(self.asked, answers, self.tokenizer)):
             self.tell(Note(text=sentence))
 
+    def _answers(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+        """Answer prompts, no more together than have the tokens of a training pass, for which there is memory."""
+        tokens = self.trainer.args.per_device_train_batch_size * self.longest
+        most = self.config.max_new_tokens
+        return answer_all(self.model, self.tokenizer, prompts, max_new_tokens=most, most_tokens=tokens)
+
     def measured(self) -> dict[str, float]:
         """Return the figures that are measured here; the same in all processes, each of which measures a part."""
         figures: dict[str, float] = {}
-        most = self.config.max_new_tokens
         if questions := self.questions:
             own = slice(distributed.rank(), None, distributed.world_size())
-            answers = answer_all(self.model, self.tokenizer, questions.prompts[own], max_new_tokens=most)
-            parts = distributed.gather([answer.text for answer in answers])
+            parts = distributed.gather([answer.text for answer in self._answers(questions.prompts[own])])
             texts: list[str] = [""] * len(questions.prompts)
             for rank, part in enumerate(parts):
                 texts[rank :: distributed.world_size()] = part
             figures |= reference_scores(texts, questions.references)
             if questions.is_closed:
-                figures["accuracy"] = score_choices(self.model, questions.rows).accuracy
+                size = self.trainer.args.per_device_eval_batch_size
+                figures["accuracy"] = score_choices(self.model, questions.rows, batch_size=size).accuracy
         if self.general:
             rows = self.general[distributed.rank() :: distributed.world_size()]
             sums = distributed.gather(summed_loss(self.model, rows))
