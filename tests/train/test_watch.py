@@ -254,8 +254,6 @@ def test_the_best_by_another_figure_is_kept_beyond_the_last_two_checkpoints(
     ("changes", "message"),
     [
         ({"metric_for_best": "rouge"}, r"'rouge' is no figure .* \(did you mean 'rouge_l'\?\)"),
-        ({"eval_data": None, "early_stopping_patience": 2}, "early_stopping_patience goes by evaluations"),
-        ({"eval_data": None, "keep_best": True}, "keep_best goes by evaluations"),
         ({"forgetting_data": "/nowhere.txt"}, "/nowhere.txt"),
         ({"sample_prompts": ["long " * 80]}, "is 4.. tokens long, but the model attends to 256"),
         ({"report_to": "trackio"}, "report_to trackio needs a package .*pip install trackio"),
@@ -274,6 +272,8 @@ def test_what_cannot_be_watched_is_one_sentence_and_leaves_no_folder(
     ("changes", "message"),
     [
         ({"report_to": "tensorbord"}, r"did you mean 'tensorboard'\?"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience goes by evaluations"),
+        ({"keep_best": True}, "keep_best goes by evaluations"),
         ({"early_stopping_threshold": 0.1}, "says nothing without early_stopping_patience"),
         ({"sample_prompts": "nowhere.txt"}, "text file with a prompt a line"),
         ({"sample_prompts": ["a", " "]}, "no empty prompt"),
@@ -291,8 +291,8 @@ def test_prompts_come_from_a_file_and_stand_in_the_configuration(options: dict[s
     config = TrainConfig(**options, sample_prompts=str(file))
     assert config.sample_prompts == ["Who?", "What for?"]
     assert TrainConfig(**options, sample_prompts="none").sample_prompts == []
-    assert TrainConfig(**options, early_stopping_patience=2).keep_best
-    assert not TrainConfig(**options, early_stopping_patience=2, keep_best=False).keep_best
+    assert TrainConfig(**options, eval_share=0.1, early_stopping_patience=2).keep_best
+    assert not TrainConfig(**options, eval_share=0.1, early_stopping_patience=2, keep_best=False).keep_best
 
 
 def test_a_broken_base_shows_before_the_first_step(options: dict[str, Any], tmp_path: Path) -> None:

@@ -293,6 +293,9 @@ class TrainConfig(WatchOptions, AdapterOptions, DataOptions):
 
     @model_validator(mode="after")
     def _watched_loss(self) -> Self:
+        for name in ("early_stopping_patience", "keep_best"):
+            if getattr(self, name) and not (self.eval_data or self.eval_share):
+                raise ValueError(f"{name} goes by evaluations, and there are none; set eval_data or eval_share")
         if self.lr_scheduler_type in WATCHING and self.metric_for_best != "loss":
             raise ValueError(
                 f"lr_scheduler_type {self.lr_scheduler_type} goes by the loss of evaluations, so metric_for_best has "

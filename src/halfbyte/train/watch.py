@@ -176,9 +176,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _check(self, rows: data.Prepared) -> None:
         config, best = self.config, self.config.metric_for_best
-        for name in ("early_stopping_patience", "keep_best"):
-            if getattr(config, name) and not rows.evaluation:
-                raise InputError(f"{name} goes by evaluations, and there are none; set eval_data or eval_share.")
         if rows.evaluation and best not in ("loss", *self.figures):
             known = ["loss", *self.figures]
             raise InputError(
