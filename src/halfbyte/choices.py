@@ -61,6 +61,11 @@ STARTS_REFUSED = {
 }
 """Those of PEFT's that are none here, with a reason and another one to take."""
 
+Logger = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+"""Whom a run may report to, by transformers' names."""
+BUILTIN = "builtin"
+"""Stands for the general text that comes with halfbyte."""
+
 TYPES_4BIT: tuple[str, ...] = get_args(Type4bit)
 SAVEABLE_TYPES: tuple[str, ...] = get_args(SaveableType)
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)

@@ -164,7 +164,4 @@ def _words(errors: list[ErrorDetails], key: str) -> list[str]:
 
 
 def _problem(error: ErrorDetails) -> str:
-    if error["type"] == "literal_error":
-        words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return error["msg"].removeprefix("Input ") + nearest(str(error["input"]), words)
     return error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to ")[0]

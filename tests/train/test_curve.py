@@ -24,6 +24,7 @@ def options(tiny_model_folder: Path, tmp_path: Path) -> dict[str, Any]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "model": str(tiny_model_folder), "data": str(data), "preset": "quick", "batch_size": 4, "learning_rate": 1e-2,
+        "sample_prompts": [],
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ def config_for(folder: Path, tmp_path: Path, lengths: list[int], **options: Any)
     output = tmp_path / "run"
     output.mkdir(exist_ok=True)
     options = {"rank": 4, "lora_dropout": 0.0, "max_length": 128, "batch_size": 2, "max_steps": 2} | options
+    options = {"sample_prompts": []} | options
     return TrainConfig(model=str(folder), data=str(file), output=output, **options)
 
 

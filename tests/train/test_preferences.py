@@ -45,6 +45,8 @@ def options(tiny_model_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "data": str(file),
         "output": tmp_path / "run",
         "preset": "quick",
+        "sample_prompts": [],
+        "eval_samples": 0,
         "rank": 8,
         "batch_size": 2,
         "gradient_accumulation_steps": 2,

@@ -89,6 +89,26 @@ def test_two_processes_evaluate_a_classifier_as_one_does(
     assert figures[1] == pytest.approx(figures[0], rel=1e-4)
 
 
+def test_evaluations_of_two_processes_have_the_figures_of_one(
+    tiny_model_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    figures, samples = {}, {}
+    for processes in (1, 2):
+        output = tmp_path / f"run{processes}"
+        flags = ["--max-steps", "1", "--optimizer", "adamw_torch", "--eval-data", str(rows), "--eval-samples", "5"]
+        flags += ["--batch-size", str(4 // processes), "--forgetting-data", "builtin", "--max-new-tokens", "8"]
+        run = start(processes, tiny_model_folder, rows, output, *flags)
+        _, err = run.communicate()
+        assert run.returncode == 0, err
+        told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        figures[processes] = [event["figures"] for event in told if event["kind"] == "evaluation"]
+        samples[processes] = [event for event in told if event["kind"] == "sample"]
+    assert len(figures[1]) == 2 and {"rouge_l", "general_loss", "token_accuracy"} <= figures[1][0].keys()
+    for one, two in zip(figures[1], figures[2], strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    assert samples[1][:3] == samples[2][:3] and len(samples[1]) == len(samples[2]) == 6
+
+
 def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
     tiny_model_folder: Path, rows: Path, tmp_path: Path
 ) -> None:

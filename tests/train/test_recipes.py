@@ -34,7 +34,7 @@ def options(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "model": str(tiny_model_folder), "data": str(file), "output": tmp_path / "run", "preset": "quick",
-        "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "rank": 16,
+        "sample_prompts": [], "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "rank": 16,
     }  # fmt: skip
 
 

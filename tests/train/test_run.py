@@ -53,6 +53,8 @@ def options(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> dict[st
         "data": str(rows_file),
         "output": tmp_path / "run",
         "preset": "quick",
+        "sample_prompts": [],
+        "eval_samples": 0,
         "batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,

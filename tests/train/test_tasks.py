@@ -56,6 +56,7 @@ def options(task_folder: Callable[[str], Path], tmp_path: Path) -> Callable[[str
             "data": write(tmp_path / "rows.jsonl", rows_for(task)),
             "output": tmp_path / "run",
             "preset": "quick",
+            "sample_prompts": [],
             "max_length": 64,
             "batch_size": 2,
             "gradient_accumulation_steps": 2,

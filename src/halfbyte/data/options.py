@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from halfbyte.choices import Method, Task
+from halfbyte.data import replay
 from halfbyte.data.sources import Source, resolve
 from halfbyte.files import model_path
 from halfbyte.options import Options, not_empty
@@ -31,6 +32,11 @@ class DataOptions(Options):
     eval_data: list[Source] | None = Field(default=None, description="Evaluation data, named like the training data.")
     eval_share: float | None = Field(
         default=None, gt=0, lt=1, description="Share of the training data that is held out for evaluation."
+    )
+    replay: str | None = Field(
+        default=None,
+        json_schema_extra={"methods": ["sft"]},
+        description="General rows to mix in, against forgetting: FILE*0.1, a tenth of all rows then.",
     )
     format: str | None = Field(
         default=None, description="Shape of all rows, such as alpaca or sharegpt; without it each row tells its own."
@@ -86,6 +92,17 @@ class DataOptions(Options):
     @classmethod
     def _resolved(cls, given: Any) -> Any:
         return None if given is None else resolve(given)
+
+    @field_validator("replay", mode="after")
+    @classmethod
+    def _absolute_replay(cls, given: str | None) -> str | None:
+        return given and replay.written(given)
+
+    @model_validator(mode="after")
+    def _replay_of_language(self) -> "DataOptions":
+        if self.replay and self.task != "lm":
+            raise ValueError(f"replay is for language models, and the task is {self.task}; name the rows as data")
+        return self
 
     @field_serializer("data", "eval_data")
     def _short(self, sources: list[Source] | None) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.choices import Task
-from halfbyte.data import cache
+from halfbyte.data import cache, replay
 from halfbyte.data.bad_rows import BadRows, SkippedFile
 from halfbyte.data.classes import Classes, Labelled, LabelledRows, labelled_of
 from halfbyte.data.examples import BadRow, Example, LeftOut
@@ -171,7 +171,11 @@ def prepare(
     contents, before = _fingerprints(options), _fingerprints(options, contents=False)
     about = options.model_dump(mode="json", include=DEPENDS)
     known = [known_classes] if options.task == "classify" and known_classes else []
-    drawn = options.eval_share or any(source.weight != 1 for source in (*options.data, *(options.eval_data or ())))
+    drawn = (
+        options.replay
+        or options.eval_share
+        or any(source.weight != 1 for source in (*options.data, *(options.eval_data or ())))
+    )
     name = cache.key(options.seed if drawn else None, contents, about, cache.tokenizer_key(tokenizer), method, *known)
 
     def make(folder: Path) -> None:
@@ -199,7 +203,7 @@ def prepare(
 
 
 def _fingerprints(options: DataOptions, *, contents: bool = True) -> list[list[str]]:
-    both = (options.data, options.eval_data)
+    both = (options.data, options.eval_data, [replay.parse(options.replay).source] if options.replay else [])
     return [[fingerprint(source, contents=contents) for source in sources or ()] for sources in both]
 
 
@@ -250,6 +254,8 @@ class _Maker:
                         evaluation.add(encoded)
                     else:
                         table.add(encoded)
+            if options.replay:
+                self._replay(replay.parse(options.replay), train, skipped)
         examples = train.counts.examples + (evaluation.counts.examples if evaluation is not train else 0)
         for table, what in ((train, "train on"), (evaluation, "evaluate on")):
             if not table.counts.examples and (examples or self.left_out):
@@ -262,6 +268,23 @@ class _Maker:
             "classes": {name: self.classes.by_name[name] for name in names},
         }
         (self.folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+
+    def _replay(self, wanted: replay.Replay, train: Table, skipped: SkippedFile) -> None:
+        """Add the rows that are mixed in, and say how many they are."""
+        before, said = train.counts.examples, len(self.said)
+        for encoded in self._encoded([replay.weighted(wanted, before, self.options.seed)]):
+            if encoded.bad:
+                self.bad.add(encoded.bad)
+                skipped.add(encoded.bad)
+            else:
+                train.add(encoded)
+        del self.said[said:]  # the weight, which nobody has given
+        count = train.counts.examples - before
+        self.said.append(
+            f"Mixed in for replay: {counted(count, 'row')} of {wanted.source.path}, "
+            f"{count / max(1, before + count):.1%} "
+            "of all"
+        )
 
     def _left_out_told(self) -> list[str]:
         return [f"Left out, {counted(count, 'row')} {why}" for why, count in self.left_out.items()]

@@ -44,7 +44,7 @@ class ChoiceScore:
     tokens: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a model that is trained on remembers what it made here
 def score_choices(
     model: "PreTrainedModel | PeftModel",
     rows: Sequence[Row],

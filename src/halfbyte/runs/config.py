@@ -25,6 +25,7 @@ from halfbyte.choices import (
     REFERENCED,
     SMOOTHED,
     TRANSFORMERS_OPTIMIZERS,
+    WATCHING,
     Device,
     DpoLoss,
     FloatType,
@@ -40,6 +41,7 @@ from halfbyte.files import absolute, write_text
 from halfbyte.options import base_format, not_empty
 from halfbyte.runs.adapter_options import OF_AN_ADAPTER, AdapterOptions
 from halfbyte.runs.keep_options import CHANGEABLE, GROWING, OF_THE_CALL, KeepOptions
+from halfbyte.runs.watch_options import WatchOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -88,7 +90,7 @@ def _owners() -> dict[str, tuple[str, ...]]:
     return {name: extra["methods"] for name, extra in extras.items() if "methods" in extra}
 
 
-class TrainConfig(KeepOptions, AdapterOptions, DataOptions):
+class TrainConfig(WatchOptions, KeepOptions, AdapterOptions, DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")
@@ -293,6 +295,20 @@ class TrainConfig(KeepOptions, AdapterOptions, DataOptions):
                 f"loraplus_lr_ratio needs one of halfbyte's optimizers (AdamW, Lion), but the optimizer is "
                 f"{self.optimizer}; leave one of them away"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _watched_loss(self) -> Self:
+        for name in ("early_stopping_patience", "keep_best"):
+            if getattr(self, name) and not (self.eval_data or self.eval_share):
+                raise ValueError(f"{name} goes by evaluations, and there are none; set eval_data or eval_share")
+        if self.lr_scheduler_type in WATCHING and self.metric_for_best != "loss":
+            raise ValueError(
+                f"lr_scheduler_type {self.lr_scheduler_type} goes by the loss of evaluations, so metric_for_best has "
+                "to be loss; change one of them"
+            )
+        if self.replay and self.general_file and str(self.general_file) == self.replay.rpartition("*")[0]:
+            raise ValueError("forgetting_data is what replay trains on, so its loss says nothing; name another text")
         return self
 
     @model_validator(mode="after")

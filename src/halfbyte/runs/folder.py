@@ -12,6 +12,7 @@
     config.json                   of a classifier: the base model's configuration with the names of the classes
     loss.png
     report.html                   a page of all this to read and to send (``runs/report/``)
+    tensorboard/                  with report_to tensorboard
     summary.json                  what the run came to; written last, so a folder that has it holds a finished run
 
 Whoever wants to see, continue, stop or compare a run does it through this class, also from another process.
@@ -66,6 +67,7 @@ class RunFolder:
         self.skipped = path / "skipped.jsonl"
         self.curve = path / "loss.png"
         self.report = path / "report.html"
+        self.tensorboard = path / "tensorboard"
         self.lock = path / ".lock"
         self.summary = path / "summary.json"
 
@@ -139,7 +141,8 @@ class RunFolder:
 
     def _check_options(self, config: TrainConfig) -> None:
         before = self._options()
-        watched = ["eval_steps", "save_steps"] if config.lr_scheduler_type in WATCHING else []
+        by_evaluations = config.lr_scheduler_type in WATCHING or config.keep_best or config.early_stopping_patience
+        watched = ["eval_steps", "save_steps", "max_new_tokens"] if by_evaluations else []
         pairs = [(name, getattr(before, name), getattr(config, name)) for name in before.fixed_options() + watched]
         other = [f"{name}: {old!r} → {new!r}" for name, old, new in pairs if old != new]
         if other:
@@ -205,6 +208,7 @@ class RunFolder:
         for file in [*([self.model_config] if self.about.exists() else []), *self._own_files, *pages]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
         about = {
             "version": VERSION,
             "id": uuid.uuid4().hex,

@@ -1,8 +1,8 @@
 """The options that say what is kept of a run while it goes on, and the marks of options for when it does. No torch."""
 
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from halfbyte.options import Options
 
@@ -31,12 +31,6 @@ class KeepOptions(Options):
     )
     keep_best: bool = Field(
         default=False,
-        json_schema_extra=CHANGEABLE,
-        description="Have a checkpoint of the best evaluation, and keep it beside the newest ones.",
+        description="Have a checkpoint of the best evaluation, keep it beside the newest ones, and leave its adapter "
+        "in the run folder at the end; early stopping does.",
     )
-
-    @model_validator(mode="after")
-    def _best_of_some(self) -> Self:
-        if self.keep_best and not (getattr(self, "eval_data", None) or getattr(self, "eval_share", None)):
-            raise ValueError("keep_best goes by evaluations, and there are none; set eval_data or eval_share")
-        return self

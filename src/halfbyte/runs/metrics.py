@@ -5,22 +5,18 @@ from pathlib import Path
 
 from halfbyte import __version__
 from halfbyte.files import append, read_lines, write_text
-from halfbyte.runs.events import Evaluation, Event, Header, StepMetrics, from_lines, to_line
+from halfbyte.runs.events import Event, Header, StepMetrics, from_lines, to_line
 
 
 class MetricsFile:
     """A listener that writes the file; events that come before :meth:`open` are written then.
 
     Each line is on the disk before the call returns, so that no checkpoint is ahead of it.
-
-    Attributes:
-        evaluated: the step after which the last evaluation was that :meth:`open` found, and its figures; -1 if none.
     """
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._waiting: list[Event] = []
-        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
 
     def __call__(self, event: Event) -> None:
         """Keep ``event``."""
@@ -41,9 +37,6 @@ class MetricsFile:
         events = [Header(halfbyte=__version__), *before, *self._waiting]
         write_text(path, "".join(to_line(event) + "\n" for event in events))
         self._path, self._waiting = path, []
-        for event in before:
-            if isinstance(event, Evaluation):
-                self.evaluated = event.step, event.figures
         return [event for event in before if isinstance(event, StepMetrics)]
 
 

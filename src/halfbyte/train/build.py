@@ -16,8 +16,9 @@ from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed
 from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
-from halfbyte.train import schedules, space
+from halfbyte.train import loggers, schedules, space
 from halfbyte.train.adapters import Beginning, loraplus_groups
+from halfbyte.train.best import metric_arguments
 from halfbyte.train.methods import Method
 from halfbyte.train.tasks import build_task_trainer, logits_bytes
 
@@ -131,29 +132,26 @@ def build_trainer(
         "seed": config.seed,
         "save_steps": config.save_steps,
         "save_total_limit": (config.keep or space.KEPT) + config.keep_best,
-        "metric_for_best_model": "loss" if config.keep_best else None,
         "per_device_eval_batch_size": config.rows_a_pass,
         "eval_strategy": "steps" if rows.evaluation else "no",
         "eval_steps": config.eval_steps or config.save_steps,
-        "eval_on_start": begin and rows.evaluation is not None,
+        "eval_on_start": begin and rows.evaluation is not None and config.eval_before,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device == "cuda",
-        "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
     }
+    common |= loggers.arguments(config) | metric_arguments(config)
     optimizer = None
     if config.optimizer in TRANSFORMERS_OPTIMIZERS:
         common |= {"optim": config.optimizer, "weight_decay": config.weight_decay}
     else:
         optimizer = build_optimizer(config, model, config.output)
     if config.task != "lm":
-        trainer = build_task_trainer(config, common, model, tokenizer, rows, optimizer)
-        trainer.keep_best = config.keep_best
-        return trainer
-    trainer = method.trainer(
+        return build_task_trainer(config, common, model, tokenizer, rows, optimizer)
+    return method.trainer(
         model=model,
         args=method.arguments(config, common),
         train_dataset=rows.train.rows,
@@ -163,8 +161,6 @@ def build_trainer(
         optimizers=(optimizer, None),
         **({"packer": packer} if packer else {}),
     )
-    trainer.keep_best = config.keep_best
-    return trainer
 
 
 def _alike_together(rows: Any, method: Method) -> Any:

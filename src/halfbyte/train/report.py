@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from halfbyte.data.duplicates import duplicates
 from halfbyte.data.measure import measure
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.table import Counts
-from halfbyte.runs.events import DataSummary, StepMetrics
+from halfbyte.runs.events import DataSummary, Evaluation, StepMetrics
 from halfbyte.runs.history import LOSS_STEPS
+from halfbyte.train.best import best_of
 
 COUNTED_TOKENS = 20_000_000
 """Of data with more tokens equal rows are not counted: that takes seconds, and ``halfbyte data`` does it."""
@@ -36,6 +37,10 @@ class Summary:
         peak_memory_bytes: the largest resident set of this process so far, mapped files included.
         figures: what the method tells beside the loss, likewise means over the last ten steps.
         evaluation: what the last evaluation has measured, such as ``loss`` and ``accuracy``; empty without one.
+        evaluation_before: what the one before the first step has measured.
+        evaluation_best: what the best one has measured, by ``metric_for_best``, of those after the first step.
+        best_step: the step of the best one; 0 without one.
+        adapter_step: the step whose adapter lies in the run folder.
     """
 
     steps: int
@@ -49,6 +54,10 @@ class Summary:
     peak_memory_bytes: int
     figures: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation_before: dict[str, float] = field(default_factory=dict)
+    evaluation_best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    adapter_step: int = 0
 
 
 def describe_data(rows: Prepared) -> DataSummary:
@@ -73,10 +82,22 @@ def summarize(
     steps: Sequence[StepMetrics],
     rows: Counts,
     trained_parameters: int,
-    evaluation: Mapping[str, float] | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    metric: str = "loss",
+    adapter_step: int | None = None,
 ) -> Summary:
-    """Return the summary of a run that made ``steps``, one or more, over ``rows``, and what was measured at last."""
+    """Return the summary of a run.
+
+    Args:
+        steps: that it made, one or more.
+        rows: that it trained on.
+        trained_parameters: numbers in the adapter.
+        evaluations: of the run, in order.
+        metric: by which the best of them is told.
+        adapter_step: the step whose adapter is kept; None: the last one.
+    """
     last, ending = steps[-1], steps[-LOSS_STEPS:]
+    best = best_of(evaluations, metric)
     return Summary(
         steps=last.step,
         examples=rows.examples,
@@ -88,7 +109,11 @@ def summarize(
         trained_tokens_per_second=last.trained_tokens / last.elapsed,
         peak_memory_bytes=_peak_memory(),
         figures={name: _mean(ending, name) for name in dict.fromkeys(name for step in ending for name in step.figures)},
-        evaluation=dict(evaluation or {}),
+        evaluation=dict(evaluations[-1].figures) if evaluations else {},
+        evaluation_before=next((dict(event.figures) for event in evaluations if event.step == 0), {}),
+        evaluation_best=dict(best.figures) if best else {},
+        best_step=best.step if best else 0,
+        adapter_step=last.step if adapter_step is None else adapter_step,
     )
 
 

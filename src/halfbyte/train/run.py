@@ -34,11 +34,12 @@ from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder, step_of
-from halfbyte.runs.metrics import MetricsFile
+from halfbyte.runs.metrics import MetricsFile, read_events
 from halfbyte.runs.report.writer import ReportFile
-from halfbyte.train import course, schedules, space
+from halfbyte.train import course, loggers, schedules, space
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
+from halfbyte.train.best import Best, Heard
 from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
 from halfbyte.train.inputs import digests
 from halfbyte.train.methods import Method, check_rows, method_of
@@ -47,7 +48,8 @@ from halfbyte.train.report import Summary, describe_data, plot_loss, summarize
 from halfbyte.train.saving import SaveByTime
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
-from halfbyte.train.tasks import check_classes, check_options, known_classes, preview, save_beside
+from halfbyte.train.tasks import TASKS, check_classes, check_options, known_classes, preview, save_beside
+from halfbyte.train.watch import Watch, notices_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
 
     method = method_of(config)
     schedules.check(config)
+    loggers.check(config)
     check_options(config)
     devices.check(config.device)
     folder = RunFolder(config.output)
@@ -99,6 +102,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
                 folder.compare_inputs(inputs)
             beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
             model = _load(config, beginning, tokenizer, rows, tell)
+            measured = TASKS[config.task].figures if config.task in TASKS else method.figures
+            watch = Watch(config, model, tokenizer, rows, measured, tell)
         tell(Stage(name="plan", text="Planning the memory of a step"))
         if checkpoint:  # what a pass holds decides about bits
             tokens = folder.packed_tokens()
@@ -116,18 +121,22 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         begun = functools.partial(begun, rows_a_pass=fitted.rows_a_pass)
         before = _begin(folder, config, checkpoint, trainer, begun, metrics, note)
         stop = Stop()
-        steps = Steps(trainer, before, stop, tell, getattr(trainer, "figures", method.figures))
-        steps.evaluated = metrics.evaluated
+        heard = Heard(tell, notices_of(config, model))
+        heard.recall(read_events(folder.metrics) if checkpoint else ())
+        steps = Steps(trainer, before, stop, heard, watch.figures)
         trainer.add_callback(steps)
+        watch.attach(trainer, heard, begins=checkpoint is None)
+        loggers.place(trainer, config)
         if config.save_minutes:
             trainer.add_callback(SaveByTime(config.save_minutes))
+        best = Best(trainer, config, note)
         with end_told(trainer, tell), stop.listening(note):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if trainer.state.global_step < trainer.state.max_steps:
+            best.train(checkpoint)
+            if not best.is_over:
                 raise Interrupted(trainer.state.global_step, folder.path)
-            if config.task != "lm" and rows.evaluation and steps.evaluated[0] != trainer.state.global_step:
-                trainer.evaluate()
-        summary = summarize(steps.made, rows.train.counts, hf.count_parameters(model)[0], steps.evaluated[1])
+        kept = best.deliver(heard.evaluations)
+        trained = hf.count_parameters(model)[0]
+        summary = summarize(steps.made, rows.train.counts, trained, heard.evaluations, config.metric_for_best, kept)
         _finish(folder, config, trainer, tokenizer, steps, summary, page)
     return RunResult(folder.path, summary)
 

@@ -1,5 +1,6 @@
 """What transformers' trainer calls back, told as events, and the stop that was asked for, handed to it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,6 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     Attributes:
         made: all steps of the run so far.
-        evaluated: the figures of the last evaluation, and the step after which it was; of this process.
     """
 
     def __init__(
@@ -37,7 +37,6 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.trainer = trainer
         self.made = before
-        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.stop = stop
         self.tell = tell
         self.figures = figures
@@ -85,5 +84,5 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
         known = ((name, f"eval_{name}") for name in ("loss", *self.figures))
-        self.evaluated = state.global_step, {name: metrics[key] for name, key in known if key in metrics}
-        self.tell(Evaluation(step=state.global_step, figures=self.evaluated[1]))
+        figures = {name: metrics[key] for name, key in known if key in metrics and math.isfinite(metrics[key])}
+        self.tell(Evaluation(step=state.global_step, figures=figures))

@@ -103,7 +103,8 @@ def test_other_axolotl_examples_keep_what_is_their_own():
     }  # fmt: skip
     assert falcon.values["trust_remote_code"] is True
     assert falcon.values["weight_decay"] == 1e-6
-    assert {"special_tokens", "early_stopping_patience", "auto_resume_from_checkpoints"} <= set(falcon.lacking)
+    assert falcon.values["early_stopping_patience"] == 3
+    assert {"special_tokens", "auto_resume_from_checkpoints"} <= set(falcon.lacking)
     xgen = convert(AXOLOTL / "archived_xgen-7b_xgen-7b-8k-qlora.yml")
     assert xgen.values["data"]["format"] == "text"
     assert xgen.values["learning_rate"] == 2e-5

@@ -25,7 +25,7 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from halfbyte.hf.trainers import arguments, distributed
 from halfbyte.hf.trainers.checkpoints import Checkpoints, unsaved
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
-from halfbyte.nn import FrozenLinear
+from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.optim import KINDS, LIONS, AdamW, Lion
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -65,6 +65,8 @@ class BaseTrainer(Checkpoints):
     """What our trainers share; stands before TRL's class in theirs."""
 
     _config: type[TrainingArguments]
+    beside: Callable[[], dict[str, float]] | None = None
+    """What an evaluation measures besides, the model being in evaluation mode: figures by name."""
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
@@ -100,6 +102,12 @@ class BaseTrainer(Checkpoints):
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with torch.random.fork_rng():  # what is evaluated, and when, makes no difference to what is trained
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.beside is not None:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.beside().items()})
+        return output
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate, which nobody reads, walks through all parameters for every batch.
@@ -230,8 +238,13 @@ class BaseTrainer(Checkpoints):
         place = next((place for place in places if not place.startswith("not again")), places[0])
         return InputError(
             f"Training diverged: the {what} of step {self.state.global_step + 1} is not finite, {place}. The "
-            f"checkpoints before it are kept; use a lower learning_rate than {rate:g}."
+            f"checkpoints before it are kept; use a lower learning_rate than {rate:g}{self._other_bases()}."
         )
+
+    def _other_bases(self) -> str:
+        if not any(isinstance(module, Linear4bit) for module in self.model.modules()):
+            return ""
+        return ", or hold the base in more than 4 bits (quant_type int8, or none for 16 bits)"
 
     @contextlib.contextmanager
     def _metrics_alone(self) -> Iterator[None]:

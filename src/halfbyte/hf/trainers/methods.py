@@ -1,6 +1,7 @@
 """TRL's SFT, DPO and KTO trainers and their configurations, as ours: see :mod:`halfbyte.hf.trainers.base`."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 Packer = Callable[[Sequence[dict[str, Tensor]], Callable[[int], int]], list[dict[str, Tensor]]]
 """Makes of a step's padded batches as many packed ones or fewer, as :class:`halfbyte.data.Packer` does."""
+
+MOST_NATS = 700.0
+"""Above, e to the power of it is no double."""
 
 LEFT_OUT: dict[str, Any] = {}
 """Stands for a micro-batch whose samples are in others."""
@@ -105,6 +109,7 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
         self.packer = packer
         self.trained_tokens = 0
         self._evaluated: list[tuple[float, int]] = []  # loss of each batch, and the tokens that it is the mean of
+        self._right: list[float] = []  # share of each batch's tokens that are the likeliest
         # Trainer counts a step's trained tokens only for classes that accept loss arguments (Gemma 4 says no), and
         # leaves the first position out only where the class's name tells its loss (GPT2LMHeadModel does not). The
         # loss is computed by the head, which takes the count and shifts the labels for any class.
@@ -174,8 +179,33 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
         if inputs is not LEFT_OUT:
             super()._track_num_input_tokens(inputs)
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch, as TRL does; in evaluation its share of right tokens is kept."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._is_predicting:
+            # of the batches of all processes together: weighted by each one's tokens it sums to the right ones
+            self._right.append(self._metrics["eval"]["mean_token_accuracy"][-1])
+        return result
+
     def _counted(self, labels: Any) -> Any:
         return labels[:, 1:]  # nothing stands before the first one
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate, as Trainer does; with the perplexity and the share of tokens that are the likeliest ones."""
+        self._right = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        own = [(right * count, count) for right, (_, count) in zip(self._right, self._evaluated, strict=True)]
+        parts = [part for parts in distributed.gather(own) for part in parts]
+        tokens = sum(count for _, count in parts)
+        if tokens:
+            loss = output.metrics[f"{metric_key_prefix}_loss"]
+            perplexity = math.exp(loss) if loss < MOST_NATS else math.inf
+            right = sum(right for right, _ in parts) / tokens
+            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity
+            output.metrics[f"{metric_key_prefix}_token_accuracy"] = right
+        return output
 
 
 class DPOTrainer(Preferences, trl.DPOTrainer):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.errors import InputError
-from halfbyte.runs.convert.keys import Converted, Drop, Lack, To, Tool, number
+from halfbyte.runs.convert.keys import Converted, Drop, Lack, To, Tool, bare_figure, number
 
 OPTIMIZERS = {
     "paged_adamw_32bit": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit", "adamw_bnb_8bit": "adamw_8bit",
@@ -68,6 +68,9 @@ KEYS: dict[str, To | Drop | Lack] = {
     "seed": To("seed"),
     "save_steps": To("save_steps"),
     "eval_steps": To("eval_steps"),
+    "early_stopping_patience": To("early_stopping_patience"),
+    "load_best_model_at_end": To("keep_best"),
+    "metric_for_best_model": To("metric_for_best", bare_figure),
     "rl_beta": To("beta", number),
     "kto_desirable_weight": To("desirable_weight", number),
     "kto_undesirable_weight": To("undesirable_weight", number),

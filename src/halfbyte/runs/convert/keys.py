@@ -178,6 +178,11 @@ def number(value: Any) -> float:
     return float(value)
 
 
+def bare_figure(name: Any) -> str:
+    """Return the name of a figure of evaluations (``eval_loss``) as ours has it."""
+    return str(name).removeprefix("eval_")
+
+
 def _short(value: Any) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."

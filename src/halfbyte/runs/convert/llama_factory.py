@@ -11,7 +11,7 @@ from typing import Any
 
 from halfbyte.errors import InputError
 from halfbyte.runs.convert.axolotl import LOGGED, OPTIMIZERS, OWN_MEMORY, SPEED, schedule
-from halfbyte.runs.convert.keys import Converted, Drop, Lack, To, Tool, number
+from halfbyte.runs.convert.keys import Converted, Drop, Lack, To, Tool, bare_figure, number
 
 STAGES = {"sft": "sft", "pt": "text", "dpo": "dpo", "kto": "kto"}
 LOSSES = {"orpo": "orpo"}
@@ -49,6 +49,9 @@ KEYS: dict[str, To | Drop | Lack] = COMMON | {
     "group_by_length": To("group_by_length"),
     "save_steps": To("save_steps"),
     "eval_steps": To("eval_steps"),
+    "early_stopping_steps": To("early_stopping_patience"),
+    "load_best_model_at_end": To("keep_best"),
+    "metric_for_best_model": To("metric_for_best", bare_figure),
     "pref_beta": To("beta", number),
     "kto_chosen_weight": To("desirable_weight", number),
     "kto_rejected_weight": To("undesirable_weight", number),
@@ -208,7 +211,7 @@ KEYS_1: dict[str, To | Drop | Lack] = COMMON | {
     "model_class": Drop("classes are those that the model's configuration names"),
     "template": Drop("the model's own chat template is taken"),
     "sample_backend": Drop(_PATHS.reason),
-    "max_new_tokens": Drop("nothing is generated in training"),
+    "max_new_tokens": Drop("it is of predicting; samples while training have a max_new_tokens of their own"),
     "global_batch_size": Lack("write gradient_accumulation_steps"),
     "batching_strategy": Drop("a step has batch_size rows, laid side by side where that pays"),
     "logging_steps": Drop(LOGGED),
