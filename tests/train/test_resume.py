@@ -214,6 +214,14 @@ def test_the_damaged_checkpoint_is_told_and_the_one_before_taken(options: Any, t
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_takes_no_place_among_those_that_are_kept(options: Any) -> None:
+    run = interrupt(options(save_steps=2, keep=2, max_steps=7), 5)
+    (run / "checkpoints/step-000005/state.safetensors").write_bytes(b"")
+    told(run)  # which comes to no step 5 checkpoint again
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000006", "step-000007"}
+
+
+@pytest.mark.slow
 def test_a_finished_run_that_gets_more_steps_is_the_longer_run(options: Any, tmp_path: Path) -> None:
     given = options(lr_scheduler_type="constant", lora_dropout=0.1, max_steps=3)
     longer = train(given, output=str(tmp_path / "longer"), max_steps=7)

@@ -241,6 +241,7 @@ def _begin(
         if checkpoint and writes and (lost := step_of(checkpoint) - len({event.step for event in before})) > 0:
             note(f"{folder.metrics} lacks {lost} of the steps that were made: the curve goes on without them")
     trainer.run_id = folder.run_id()
+    trainer.passed_over = [path for path in folder.saved() if checkpoint and step_of(path) > step_of(checkpoint)]
     return before
 
 

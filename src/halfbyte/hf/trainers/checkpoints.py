@@ -5,6 +5,7 @@ Of several processes one writes and the others wait; each has random numbers of 
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +87,12 @@ class Checkpoints(_Theirs):
     Attributes:
         run_id: of the run that its checkpoints belong to, if that has one.
         keep_best: whether each best evaluation gets a checkpoint, whatever ``save_steps`` is.
+        passed_over: damaged checkpoints of later steps than that which was gone on from; the next one replaces them.
     """
 
     run_id: str | None = None
     keep_best = False
+    passed_over: Sequence[Path] = ()
     _made_again: tuple[str, ...] = ()
     """Adapters that are not saved, since whoever goes on makes them again."""
 
@@ -118,6 +121,9 @@ class Checkpoints(_Theirs):
                     self._write_checkpoint(part, random_tensors, random_numbers)
                     checksums.write(part, step=self.state.global_step, run=self.run_id)
                 best_folder, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+                passed_over, self.passed_over = [path for path in self.passed_over if path != folder], ()
+                for old in passed_over:
+                    remove_folder(old)
                 for old in surplus(self._saved_states(), folder, limit, best_folder):
                     remove_folder(old)
 
