@@ -60,7 +60,7 @@ def test_a_classifier_from_its_data_to_the_classes_of_new_texts(run, rows, task_
         "0.3",
     )
     assert code == 0, err
-    assert "Classes: no 10, yes 10" in err and "accuracy" in err and "matthews" in err
+    assert "Classes: no 10, yes 10" in err and "accuracy" in err and "Matthews" in err
     assert "rows/s" in out and f"classify {folder} --text" in out and "chat" not in out
 
     code, out, err = run("classify", folder, "--text", "good", "--text", "so\nbad")

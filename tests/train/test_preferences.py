@@ -350,7 +350,7 @@ def test_options_that_do_not_go_together_are_told(options: dict[str, Any]) -> No
 
     refused("'beta' belongs to method dpo and kto and orpo, but the method is sft", beta=0.2)
     refused("'desirable_weight' belongs to method kto", method="dpo", desirable_weight=2)
-    refused("'train_on' is of conversations that are trained by method sft", method="dpo", train_on="last")
+    refused("'train_on' says nothing to method dpo", method="dpo", train_on="last")
     refused("method dpo has no loss_type kto; it has sigmoid", method="dpo", loss_type="kto")
     refused("loss_type.*sigmoid.*kto", method="dpo", loss_type="nonsense")
     refused("label_smoothing belongs to loss_type robust.* but the loss is sigmoid", method="dpo", label_smoothing=0.1)

@@ -246,9 +246,4 @@ def method_of(config: TrainConfig) -> Method:
                 f"option {option!r} belongs to method {' and '.join(owners)}, but the method is {config.method}; leave "
                 "it away or change the method."
             )
-    if config.method != "sft" and config.train_on != "all":
-        raise InputError(
-            f"option 'train_on' is of conversations that are trained by method sft, but the method is {config.method}; "
-            "leave it away."
-        )
     return method
