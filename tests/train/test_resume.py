@@ -131,6 +131,7 @@ CASES: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa", "lora_dropout": 0.0},
     "blocks of text": {"task": "text", "max_length": 32},
     "dpo": {"task": "dpo", "lora_dropout": 0.1},
+    "dpo over PiSSA": {"task": "dpo", "init_lora_weights": "pissa", "lora_dropout": 0.1},
     "kto": {"task": "kto"},
     "orpo": {"task": "orpo", "lora_dropout": 0.1},
     "classify": {"task": "classify", "eval_share": 0.3, "lora_dropout": 0.1},
