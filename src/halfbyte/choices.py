@@ -35,6 +35,8 @@ Preset = Literal["paper", "paper-7b", "paper-13b", "paper-33b", "paper-65b", "qu
 
 Method = Literal["sft", "text", "dpo", "kto", "orpo"]
 """A method of training; see :mod:`halfbyte.train.methods`."""
+REFERENCED: tuple[Method, ...] = ("dpo", "kto")
+"""Those that compare with the model as it was before training."""
 DpoLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",

@@ -33,6 +33,7 @@ def read(row: Any, **options: Any) -> Any:
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a", "b"),
         ({"definition": "Say it.", "inputs": "Is it so", "targets": "yes", "id": "t"}, TK, "yes"),
         ({"definition": "Say it", "input": "Is it so.", "output": ["yes", "aye"]}, TK, "yes"),
+        ({"definition": ["Say it.", "Tell it."], "inputs": "Is it so", "targets": ["yes"]}, TK, "yes"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "no text"),
     ],
 )

@@ -174,6 +174,9 @@ def interrupted(config: dict[str, Any], after: int) -> None:
         ("dpo", {"precompute_ref_log_probs": True}),
         pytest.param("dpo", {"lora_dropout": 0.1}, marks=pytest.mark.slow),
         ("kto", {"optimizer": "paged_adamw_8bit"}),
+        ("dpo", {"init_lora_weights": "loftq"}),
+        pytest.param("kto", {"init_lora_weights": "loftq"}, marks=pytest.mark.slow),
+        pytest.param("dpo", {"init_lora_weights": "orthogonal"}, marks=pytest.mark.slow),
         pytest.param("orpo", {"lora_dropout": 0.1}, marks=pytest.mark.slow),
         ("text", {"lora_dropout": 0.1, "max_length": 16}),
     ],
@@ -190,6 +193,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     whole = fine_tune(TrainConfig(**(options | {"output": tmp_path / "whole"})))
     interrupted(options, 3)
     resumed = fine_tune(TrainConfig(**options, resume=True))
+    assert [path for path in whole.output.iterdir() if path.is_dir()] == []  # the reference's copy is not kept
     one, other = (load_file(run.output / "adapter_model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     timed = {"tokens_per_second", "elapsed", "memory_bytes"}
@@ -349,6 +353,7 @@ def test_options_that_do_not_go_together_are_told(options: dict[str, Any]) -> No
     refused("label_smoothing belongs to loss_type robust.* but the loss is sigmoid", method="dpo", label_smoothing=0.1)
     refused("exo_pair needs a label_smoothing", method="dpo", loss_type="exo_pair")
     refused("packing is not for method dpo", method="dpo", packing=True)
+    refused("bias 'all' does not go with method dpo: biases are the base's", method="dpo", bias="all")
     refused("batch_size is 1, but method kto", method="kto", batch_size=1)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,25 @@ def test_two_processes_leave_what_one_with_twice_the_batch_leaves(
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)  # sums in another order
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in results.values()]
     assert summaries[0]["trained_tokens"] == summaries[1]["trained_tokens"]
+
+
+@pytest.mark.parametrize("count", [10, 13])
+def test_two_processes_evaluate_a_classifier_as_one_does(
+    count: int, task_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "labelled.jsonl"
+    lines = [{"text": "very " * (i % 5) + f"word {i}", "label": "abc"[i % 3]} for i in range(count)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    for processes, batch in ((1, "4"), (2, "2")):
+        output = tmp_path / f"run{processes}"
+        flags = ["--batch-size", batch, "--max-steps", "1", "--eval-data", str(data), "--task", "classify"]
+        run = start(processes, task_folder("roberta"), data, output, *flags)
+        _, err = run.communicate()
+        assert run.returncode == 0, err
+        told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        figures.append(next(event["figures"] for event in told if event["kind"] == "evaluation"))
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4)
 
 
 def test_a_signal_to_one_process_stops_both_with_one_checkpoint(

@@ -8,8 +8,10 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -26,6 +28,7 @@ from halfbyte.hf.trainers import ClassifyConfig, ClassifyTrainer, Seq2SeqConfig,
 from halfbyte.hf.trainers.tasks import TaskCollator
 from halfbyte.runs.events import Event, StepMetrics
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
+from halfbyte.train.tasks import TASKS
 
 CLASSES = ["dog", "fish", "owl"]
 SAYS = {"dog": "wau", "fish": "blub blub", "owl": "hu"}
@@ -76,6 +79,14 @@ class Interrupt:
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in read if line["kind"] == kind]
+
+
+def test_answers_end_where_padding_begins_without_a_pad_token_too(tiny_model_folder: Path) -> None:
+    tokenizer = hf.load_tokenizer(tiny_model_folder)
+    tokenizer.pad_token = None
+    ids = np.array([[*tokenizer("a b").input_ids, -100, -100]])
+    figures = TASKS["seq2seq"].measure(tokenizer)(SimpleNamespace(predictions=ids, label_ids=ids[:, :3]))
+    assert figures == {"rouge_l": 1.0, "exact_match": 1.0}  # the same text, padded further
 
 
 def without_dropout(model: Path, tmp_path: Path) -> Path:

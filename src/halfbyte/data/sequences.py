@@ -53,8 +53,12 @@ def _as_prompt(read: Read) -> Read:
         return read
     cells = Cells(where, row)
     if cells.filled("definition") and cells.filled(*INPUTS) and cells.find(*OUTPUTS):
-        texts = cells.get("definition"), cells.get(*INPUTS)
-        prompt, answer = defined(*map(str, texts)), cells.get(*OUTPUTS)
+        definition, text = cells.get("definition"), cells.get(*INPUTS)
+        if isinstance(definition, list):
+            definition = definition[0]  # as Tk-Instruct takes it
+        if isinstance(definition, (list, dict)) or isinstance(text, (list, dict)):
+            return read
+        prompt, answer = defined(str(definition), str(text)), cells.get(*OUTPUTS)
     elif cells.filled(*TEXTS) and cells.find(*TARGETS):
         prompt, answer = cells.get(*TEXTS), cells.get(*TARGETS)
     else:

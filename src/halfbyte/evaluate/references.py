@@ -1,7 +1,8 @@
 """How near a generated text comes to the one that should have come.
 
 ROUGE-L  F1 of the longest common subsequence of words: 2 L / (m + n), m and n the words of the two
-         (Lin 2004, aclanthology.org/W04-1013; words as rouge_score takes them, without its stemmer)
+         (Lin 2004, aclanthology.org/W04-1013); words are runs of letters and digits, without rouge_score's stemmer, and
+         of every script, where rouge_score has those of ASCII alone
 exact    whether both are the same but for case, punctuation and blanks, as Super-NaturalInstructions compares
          (arXiv 2204.07705)
 """

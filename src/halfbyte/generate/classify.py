@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.data.classes import LabelledRows
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.head import base_of
+from halfbyte.hf.models.heads import is_classifier
 from halfbyte.hf.models.limits import most_positions
 from halfbyte.hf.trainers.tasks import TaskCollator
 
@@ -55,8 +56,7 @@ def classify_texts(
         InputError: the model is no classifier, or a text is empty.
     """
     base = base_of(model)
-    known = {kind for kind in AutoModelForSequenceClassification._model_mapping.values() if isinstance(kind, type)}
-    if not isinstance(base, tuple(known)):
+    if not is_classifier(base):
         raise InputError(
             f"{type(base).__name__} does not classify; give a run that was trained with task classify, or a classifier."
         )

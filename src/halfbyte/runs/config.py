@@ -22,6 +22,7 @@ from halfbyte.choices import (
     DOUBLE_QUANT,
     QUANT_TYPE,
     QUANT_TYPES,
+    REFERENCED,
     SMOOTHED,
     TRANSFORMERS_OPTIMIZERS,
     Device,
@@ -297,11 +298,16 @@ class TrainConfig(AdapterOptions, DataOptions):
     @model_validator(mode="after")
     def _fitting_start(self) -> Self:
         start = self.init_lora_weights
-        if is_subtracted(start) and self.method in ("dpo", "kto"):
+        if is_subtracted(start) and self.method in REFERENCED:
             # TRL (1.16) makes its reference of a copy of the adapter, which would subtract nothing.
             raise ValueError(
                 f"init_lora_weights {start!r} does not go with method {self.method}, whose reference would not be the "
                 "base; take another one"
+            )
+        if self.bias != "none" and self.method in REFERENCED:
+            raise ValueError(
+                f"bias {self.bias!r} does not go with method {self.method}: biases are the base's, and so would be its "
+                "reference's; leave it out"
             )
         if (start == "eva" and self.task != "lm") or (start == "loftq" and self.task == "classify"):
             raise ValueError(f"init_lora_weights {start!r} is for language models, and the task is {self.task}")

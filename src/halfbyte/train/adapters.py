@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from halfbyte import data, hf
+from halfbyte.choices import REFERENCED
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.eva import TOKENS, batches_of, begin_with_eva, eva_config
 from halfbyte.hf.layers.lora_config import adapted_layers, lora_config
@@ -50,12 +51,17 @@ class Beginning:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """See what has to be seen while the base model is loaded."""
-        if self.config.init_lora_weights != "loftq" or self.checkpoint:
+        if self.config.init_lora_weights != "loftq" or not self._begins:
             yield
             return
         self._loftq = hf.LoftQ(lambda model: _lora_config(self.config, model, None), self.config.seed)
         with self._loftq.watching():
             yield
+
+    @property
+    def _begins(self) -> bool:
+        """Whether the adapter gets its first values; where a checkpoint replaces them, they may be the reference."""
+        return not self.checkpoint or self.config.method in REFERENCED
 
     def put(self, model: Any, **more: Any) -> PeftModel:
         """Put the adapter on the base ``model``, to be trained.
@@ -89,7 +95,7 @@ class Beginning:
             raise InputError(f"target_modules {config.target_modules!r}: {error}{_remedy(config, error)}") from error
         if is_subtracted(start) and self.checkpoint:
             make_room(adapted)
-        elif start.startswith(OF_WEIGHTS) and not self.checkpoint:
+        elif start.startswith(OF_WEIGHTS) and self._begins:
             hf.initialize(adapted, start, seed=config.seed)
         elif start == "eva" and not self.checkpoint:
             begin_with_eva(adapted, self._batches(2 * TOKENS * max(ranks.values())))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte import data, tables
@@ -60,10 +59,9 @@ def logits_of(prediction: Any) -> Any:
 
 
 def _measure_texts(tokenizer: PreTrainedTokenizerBase) -> Measure:
-    pad = tokenizer.pad_token_id or 0
-
     def texts(rows: Any) -> list[str]:
-        return tokenizer.batch_decode(np.where(rows == IGNORED, pad, rows), skip_special_tokens=True)  # type: ignore[no-any-return]
+        kept = [row[row != IGNORED] for row in rows]
+        return tokenizer.batch_decode(kept, skip_special_tokens=True)  # type: ignore[no-any-return]
 
     def measure(prediction: Any) -> dict[str, float]:
         return reference_scores(texts(prediction.predictions), texts(prediction.label_ids))

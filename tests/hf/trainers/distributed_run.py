@@ -69,6 +69,7 @@ def main() -> None:
             output_dir=str(output),
             max_steps=options.get("steps", 4),
             per_device_train_batch_size=options["batch"],
+            per_device_eval_batch_size=options["batch"],
             gradient_accumulation_steps=options.get("accumulation", 1),
             learning_rate=1e-2,
             lr_scheduler_type="constant",
@@ -87,6 +88,7 @@ def main() -> None:
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(ROWS),
+            eval_dataset=Dataset.from_list(ROWS[: options["evaluated"]]) if "evaluated" in options else None,
             processing_class=AutoTokenizer.from_pretrained(folder),
             peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[watch],
@@ -100,6 +102,8 @@ def main() -> None:
         trainer.save_model(str(output / "adapter"))
         seen = {"losses": [line["loss"] for line in trainer.state.log_history if "loss" in line]}
         seen["tokens"] = trainer.trained_tokens
+        if "evaluated" in options:
+            seen["eval_loss"] = trainer.evaluate()["eval_loss"]
     except InputError as error:
         seen = {"error": str(error), "kind": type(error).__name__}
     seen |= {"passes": watch.passes, "wishes": watch.wishes}

@@ -52,6 +52,14 @@ def test_two_processes_train_as_one_with_twice_the_batch(order: str, tiny_model_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [12, 13, 15])  # which divide; of 13 and 15 the second process has none and one left
+def test_an_evaluation_by_two_processes_is_that_of_one(rows: int, tiny_model_folder: Path, tmp_path: Path) -> None:
+    one = run(tiny_model_folder, tmp_path / "one", 1, batch=4, steps=1, evaluated=rows)[0]
+    for process in run(tiny_model_folder, tmp_path / "two", 2, batch=2, steps=1, evaluated=rows):
+        assert process["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_processes_that_pack_their_shares_train_as_one_that_does_not(tiny_model_folder: Path, tmp_path: Path) -> None:
     options = {"steps": 5, "accumulation": 3, "batch": 2}  # 16 rows: the second step of an epoch is smaller
     plain = run(tiny_model_folder, tmp_path / "plain", 2, **options)

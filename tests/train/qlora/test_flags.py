@@ -15,10 +15,11 @@ from transformers import GenerationConfig, HfArgumentParser
 from halfbyte.errors import InputError
 from halfbyte.hf.trainers import SFTConfig
 from halfbyte.runs.config import TrainConfig
+from halfbyte.train.qlora.arguments import trainer_arguments
 from halfbyte.train.qlora.flags import Flag, Only, Own, To, parse
 from halfbyte.train.qlora.inherited import INHERITED
 from halfbyte.train.qlora.table import ADDED, FLAGS, GENERATION
-from halfbyte.train.qlora.translate import translate
+from halfbyte.train.qlora.translate import OPTIMS, translate
 
 OFFICIAL = Path(__file__).with_name("official")
 FIELDS: dict[str, dict[str, dict[str, Any]]] = json.loads((OFFICIAL / "arguments.json").read_text())
@@ -167,6 +168,7 @@ def test_the_bits_of_the_base_are_its_format(bits: int, quant_type: str):
         ("--lora_dropout 1.5", "--lora_dropout: 1.5 is wrong"),
         ("--optim adamw_hf", "use adamw_torch"),
         ("--optim paged_adamw_8bits", "did you mean 'paged_adamw_8bit'?"),
+        ("--optim adamw_32bit", "--optim adamw_32bit: there is no such word"),
         ("--lr_scheduler_type cosinus", "did you mean 'cosine'?"),
         ("--dataset vicuna", "was not released"),
         ("--dataset alpacca", "did you mean 'alpaca'?"),
@@ -206,6 +208,9 @@ def test_a_wrong_command_line_is_one_sentence(words: str, told: str):
         ("--eval_steps 3", "--eval_steps does nothing without --evaluation_strategy steps"),
         ("--save_strategy no --save_steps 3", "--save_steps does nothing without --save_strategy steps"),
         ("--eval_delay 3", "Without --do_eval"),
+        ("--eval_dataset_size 3 --max_eval_samples 2", "do nothing: --eval_dataset_size, --max_eval_samples"),
+        ("--do_eval --mmlu_split test --max_mmlu_samples 5", "Without --do_mmlu_eval these do nothing"),
+        ("--do_train no --do_eval --max_train_samples 9", "Without --do_train these do nothing"),
         ("--metric_for_best_model loss", "Without --load_best_model_at_end"),
         ("--num_train_epochs 3", "max_steps 10000 wins"),
         ("--logging_dir logs", "Without --report_to tensorboard"),
@@ -213,6 +218,18 @@ def test_a_wrong_command_line_is_one_sentence(words: str, told: str):
 )
 def test_what_another_flag_makes_void_is_told(words: str, told: str):
     assert any(told in note for note in translate(parse(FLAGS, words.split())).notes)
+
+
+def test_an_evaluation_without_training_voids_no_flag_of_its_own():
+    words = "--do_train no --do_predict --predict_with_generate --eval_dataset_size 3 --per_device_eval_batch_size 2"
+    assert translate(parse(FLAGS, words.split())).notes == []
+
+
+@pytest.mark.parametrize("name", OPTIMS)
+def test_each_optimizer_that_is_taken_is_one_of_ours_and_of_the_trainer(name: str, tmp_path: Path):
+    translated = translate(parse(FLAGS, ["--optim", name]))
+    assert translated.config().optimizer == OPTIMS[name]
+    assert trainer_arguments(translated.flags, tmp_path).optim == name
 
 
 @pytest.mark.parametrize("words", [SEED, *map(words_of, SCRIPTS)], ids=["seed", *SCRIPTS])

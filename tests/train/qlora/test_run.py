@@ -294,6 +294,23 @@ def test_mmlu_is_the_likeliest_letter(tiny_model_folder: Path, tmp_path: Path):
         read_questions(flags.but(mmlu_dataset="mmlu"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "five_shot_mmlu_val"),
+        (["--mmlu_dataset", "mmlu", "--mmlu_split", "test"], "five_shot_mmlu_test"),
+        (["--mmlu_dataset", "mmlu-zs"], "zero_shot_mmlu_val"),
+    ],
+)
+def test_mmlu_is_read_from_the_file_that_the_script_reads(words: list[str], name: str, tmp_path: Path):
+    question = {"subject": "law", "input": "The following ...\n\nWho?\nAnswer: A\n\nWhom?\nAnswer:", "output": "B"}
+    (tmp_path / f"{name}.json").write_text(json.dumps(question) + "\n")
+    assert read_questions(parse(FLAGS, ["--do_eval", "--do_mmlu_eval", *words]), tmp_path) == [question]
+    (tmp_path / f"{name}.json").write_text(json.dumps(question | {"output": "E"}) + "\n")
+    with pytest.raises(InputError, match="is no question of MMLU"):
+        read_questions(parse(FLAGS, ["--do_eval", "--do_mmlu_eval", *words]), tmp_path)
+
+
 def test_flags_of_the_trainer_reach_it(command: Callable[..., list[str]], tmp_path: Path):
     more = ["--optim", "adamw_torch", "--lr_scheduler_type", "cosine", "--warmup_steps", "2", "--data_seed", "5"]
     run(command(*more, "--logging_steps", "2", "--bf16", "--gradient_checkpointing", "--group_by_length", "no"))

@@ -50,6 +50,12 @@ def check_task(config: Any, task: Task, where: str) -> Any:
     return transformers.AutoModelForSeq2SeqLM
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Tell whether ``model`` is of one of transformers' classes of classifiers (5.23, whose table is private)."""
+    kinds = transformers.AutoModelForSequenceClassification._model_mapping.values()
+    return isinstance(model, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
 def set_classes(config: Any, names: Sequence[str]) -> None:
     """Write the names of the classes, by their numbers, into a model's configuration."""
     config.num_labels = len(names)

@@ -65,6 +65,9 @@ def surplus(states: list[Path], last: Path, limit: int | None, best: str | None)
 class Checkpoints(_Theirs):
     """Checkpoints of safetensors and JSON, complete or absent, in place of Trainer's own."""
 
+    _made_again: tuple[str, ...] = ()
+    """Adapters that are not saved, since whoever goes on makes them again."""
+
     @property
     def _data_digest(self) -> str:
         """A checksum of the training data."""
@@ -120,7 +123,9 @@ class Checkpoints(_Theirs):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, save_embedding_layers=vocabulary_resized(self.model))
+        kept = [name for name in self.model.peft_config if name not in self._made_again]
+        resized = vocabulary_resized(self.model)
+        self.model.save_pretrained(folder, save_embedding_layers=resized, selected_adapters=kept)
         (folder / "README.md").unlink()  # PEFT's card, a form that nobody has filled in
         self.processing_class.save_pretrained(folder)
 

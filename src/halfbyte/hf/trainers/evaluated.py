@@ -1,21 +1,64 @@
-"""An evaluation's loss as the mean over its labels, where Trainer (transformers 5.23) takes that of batches' means."""
+"""An evaluation's loss as the mean over its labels, where Trainer (transformers 5.23) takes that of batches' means.
 
-from typing import Any
+Where rows do not divide among several processes, accelerate (1.15) repeats the first ones to fill the last batches;
+what is repeated does not count here.
+"""
 
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.choices import IGNORED
 from halfbyte.hf.trainers import distributed
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Theirs  # one of the classes that this one stands before
+else:
+    _Theirs = object
 
-class MeanOverLabels:
+
+class MeanOverLabels(_Theirs):
     """A trainer whose evaluation keeps of each batch its loss and the number of labels that it is the mean of."""
 
     _evaluated: list[tuple[float, int]]
+    _is_predicting = False
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate, as Trainer does but for the loss."""
         self._evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         parts = [part for parts in distributed.gather(self._evaluated) for part in parts if part[1]]
         if parts:
             labels = sum(count for _, count in parts)
             output.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in parts) / labels
         return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Predict a batch, as Trainer does; its loss is kept with the number of labels that it is the mean of."""
+        own = self._rows_of_its_own(len(inputs["labels"]))
+        if 0 < own < len(inputs["labels"]):
+            labels = inputs["labels"].clone()
+            labels[own:] = IGNORED
+            inputs = {**inputs, "labels": labels}
+        count = int((self._counted(inputs["labels"]) != IGNORED).sum()) if own else 0
+        self._is_predicting = True
+        try:
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self._is_predicting = False
+        if result[0] is not None:
+            self._evaluated.append((float(result[0]), count))
+        return result
+
+    def _counted(self, labels: Any) -> Any:
+        """Return those of a batch's labels that its loss is the mean of, but for ``IGNORED``."""
+        return labels
+
+    def _rows_of_its_own(self, rows: int) -> int:
+        """Return how many of a batch's ``rows``, the first ones, are not repeated."""
+        state = self.accelerator.gradient_state
+        if distributed.world_size() == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return rows
+        return max(0, min(rows, int(state.remainder) - distributed.rank() * rows))
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer asks for it in evaluation too: that of all processes, with which a loss is no mean over its own labels
+        return None if self._is_predicting else super()._get_num_items_in_batch(*args, **kwargs)

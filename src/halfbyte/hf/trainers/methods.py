@@ -174,15 +174,8 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
         if inputs is not LEFT_OUT:
             super()._track_num_input_tokens(inputs)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the loss of a batch; in evaluation it is kept with the number of tokens that it is the mean of."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.model.training:
-            loss = result[0] if return_outputs else result
-            self._evaluated.append((loss.item(), int((inputs["labels"][:, 1:] != IGNORED).sum())))
-        return result
+    def _counted(self, labels: Any) -> Any:
+        return labels[:, 1:]  # nothing stands before the first one
 
 
 class DPOTrainer(Preferences, trl.DPOTrainer):

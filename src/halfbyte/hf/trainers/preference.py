@@ -3,7 +3,8 @@
 The reference of DPO and KTO is the model before training. Where the adapter is new, that is the base with the adapter
 switched off; TRL (1.16) copies the adapter all the same, as ``ref``, which takes memory, multiplies by zeros in each
 reference pass and is saved with the adapter. So a copy that changes nothing is removed. Where the adapter was trained
-before, the copy stays: then it is the reference.
+before, or begins with more than factors whose product is zero, the copy stays: then it is the reference. It is not
+saved: who goes on begins with the same adapter, and copies it again.
 
 DPO's reference log-probabilities can be had in advance (``precompute_ref_log_probs``), with our layers and our head and
 in memory: 8 bytes a pair. TRL does it before they are in place, and hashes the model to keep the numbers in a file.
@@ -42,6 +43,7 @@ class Preferences(BaseTrainer, _Theirs):
 
     train_dataset: Any
     eval_dataset: Any
+    _made_again = (REFERENCE,)
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self._is_built = False

@@ -65,14 +65,6 @@ class _TaskTrainer(MeanOverLabels, BaseTrainer):
         self.trained_tokens += distributed.total(sum(int((batch["labels"] != IGNORED).sum()) for batch in batches))
         return batches, count
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Predict a batch, as Trainer does; its loss is kept with the number of labels that it is the mean of."""
-        count = int((inputs["labels"] != IGNORED).sum())
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        if result[0] is not None:
-            self._evaluated.append((float(result[0]), count))
-        return result
-
 
 class ClassifyTrainer(_TaskTrainer, transformers.Trainer):
     """``transformers.Trainer`` for a classifier with an adapter; see :mod:`halfbyte.hf.trainers.base`."""

@@ -172,8 +172,6 @@ def _base(given: Mapping[str, Any], made: Converted) -> None:
     else:
         bits, key = ("int8", "load_in_8bit") if given.get("load_in_8bit") else ("none", "adapter")
         made.set("quant_type", bits, key, given[key])
-        if key in made.lacking:
-            made.notes.append(f"The base is held in 4 bits: this halfbyte has no {bits} base.")
     for name in ("llm_int8_has_fp16_weight", "bnb_4bit_compute_dtype", "llm_int8_threshold"):
         settings.pop(name, None)
     if settings and "bnb_config_kwargs" not in made.lacking:
@@ -249,9 +247,6 @@ def schedule(given: Mapping[str, Any], made: Converted, key: str) -> None:
         made.set("lr_scheduler_type", "constant", key, word)
         made.set("warmup_ratio", 0.0, "warmup_ratio", ratio)
         return
-    if word == "constant_with_warmup" and not made.set("lr_scheduler_type", word, key, word):
-        del made.lacking[key]
-        word = "constant"  # ours warms up
     made.set("lr_scheduler_type", word, key, word)
     made.set("warmup_ratio", ratio, "warmup_ratio", ratio)
 

@@ -1,8 +1,7 @@
 """What becomes of a key of another tool's configuration, and a configuration of ours that is made of them.
 
 A key is handed to an option of ours, is dropped since it says nothing here, or has no counterpart. One that no table
-knows has none. An option that this halfbyte lacks, or whose value it does not take, makes its key one without a
-counterpart, so a table may name options that are still to come.
+knows has none, and neither has one whose value the option does not take.
 """
 
 import dataclasses

@@ -146,8 +146,9 @@ def _table(rows: Iterable[Placed], tokenizer: Any, flags: Flags) -> Tokenized:
 def equip(tokenizer: "PreTrainedTokenizerBase", config: Any, name: str) -> list[str]:
     """Give a tokenizer the control tokens that the script gives it, and return sentences that say so.
 
-    Of Llama's models, whose early tokenizers lack them, bos, eos and unk are those that the model's configuration
-    numbers. A pad token is not added where there is none: padding is masked, whatever it holds.
+    Of Llama's models, whose early tokenizers lack them, bos and eos are those that the model's configuration numbers
+    (the script sets unk too, to the pad token; no row here holds it). A pad token is not added where there is none:
+    padding is masked, whatever it holds.
 
     Args:
         tokenizer: of the model; is changed.

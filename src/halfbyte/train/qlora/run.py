@@ -328,7 +328,8 @@ def predict(model: Any, tokenizer: Any, rows: list[data.Placed], flags: Flags, o
             longest = max(len(ids) for ids in batch)
             padded = torch.tensor([[settings.pad_token_id] * (longest - len(ids)) + ids for ids in batch])
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])
-            answers = model.generate(input_ids=padded, attention_mask=mask, generation_config=settings)
+            batched = {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
+            answers = model.generate(**batched, generation_config=settings)
             for row, ids, answer in zip(rows[start : start + size], batch, answers, strict=True):
                 text = tokenizer.decode(answer[longest - len(ids) :], skip_special_tokens=True)
                 length = {"length": sum(map(len, row.pair.values()))} if flags["group_by_length"] else {}

@@ -3,11 +3,11 @@
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
-from halfbyte.choices import OPTIMIZERS, QUANT_TYPES, Schedule
+from halfbyte.choices import QUANT_TYPES
 from halfbyte.errors import InputError, nearest
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train.qlora.flags import Flags, Only
@@ -18,18 +18,20 @@ INTERVALS = ("no", "steps", "epoch")
 OPTIMS = {
     "paged_adamw_32bit": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit",
     "adamw_bnb_8bit": "adamw_8bit", "adamw_8bit": "adamw_8bit", "adamw_torch": "adamw_torch",
-    "adamw_torch_fused": None, "adafactor": None, "sgd": None, "adagrad": None,
+    "adamw_torch_fused": "adamw_torch",
+} | {
+    name: name
+    for name in (
+        "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "adafactor", "sgd", "adagrad", "rmsprop",
+    )
 }  # fmt: skip
-"""What ``optim`` may be, and our own name for it, if it has one."""
+"""What ``optim`` may be, and our own name for it; ``fused`` is a matter of speed. ``rmsprop`` came after 4.31."""
 NO_OPTIMS = {
     "adamw_hf": "transformers has it no more; use adamw_torch",
     "adamw_apex_fused": "it is Apex', for GPUs; use adamw_torch",
     "adamw_torch_xla": "it is for TPUs; use adamw_torch",
     "adamw_anyprecision": "it needs torchdistx, which is archived; use adamw_torch",
-} | dict.fromkeys(
-    ("lion_8bit", "lion_32bit", "lion", "paged_lion_8bit", "paged_lion_32bit"),
-    "bitsandbytes' Lion needs a GPU; use paged_adamw_8bit",
-)  # fmt: skip
+}
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau",
@@ -54,6 +56,14 @@ BOUNDS = {
     "label_smoothing_factor": (0, 1),
 }
 """Flags, and the least and the greatest value of each, where no option of ours has bounds of its own."""
+
+VOID = {
+    "do_eval": "eval_delay",
+    "do_eval or --do_predict": "eval_dataset_size max_eval_samples per_device_eval_batch_size",
+    "do_mmlu_eval": "mmlu_dataset mmlu_split mmlu_source_max_len max_mmlu_samples",
+    "do_train": "max_train_samples",
+}
+"""Flags that say nothing unless another one is on."""
 
 OPTIONS = {
     "model_name_or_path": "model", "dataset": "data", "output_dir": "output", "trust_remote_code": "trust_remote_code",
@@ -184,11 +194,7 @@ def translate(given: Flags) -> Translated:
         lacking.pop("eval_steps", None)
     _shape(flags, values, lacking)
     _schedule(flags, values, lacking)
-    optimizer = OPTIMS.get(flags["optim"]) or flags["optim"]
-    if optimizer in OPTIMIZERS:
-        values["optimizer"] = optimizer
-    else:
-        lacking["optim"] = f"there are {', '.join(OPTIMIZERS)}"
+    values["optimizer"] = OPTIMS[flags["optim"]]
     return Translated(flags, values, lacking, notes)
 
 
@@ -204,10 +210,7 @@ def base_type(flags: Flags) -> str:
     known = [name for name in QUANT_TYPES if name not in BASES.values()]
     if word not in known:
         raise InputError(f"--quant_type {word}: there is no such format{nearest(word, known)}; choose nf4 or fp4.")
-    base = BASES[bits] or word
-    if base not in QUANT_TYPES:
-        raise InputError(f"--bits {bits} is refused: this halfbyte has no {base} base yet; use --bits 4.")
-    return base
+    return BASES[bits] or word
 
 
 def _settled(given: Flags) -> Flags:
@@ -231,7 +234,7 @@ def _settled(given: Flags) -> Flags:
 
 
 def _check(flags: Flags) -> None:
-    _one_of(flags, "optim", [*dict.fromkeys((*OPTIMS, *OPTIMIZERS))], NO_OPTIMS)
+    _one_of(flags, "optim", OPTIMS, NO_OPTIMS)
     _one_of(flags, "lr_scheduler_type", SCHEDULES)
     for name in ("evaluation_strategy", "logging_strategy", "save_strategy"):
         _one_of(flags, name, INTERVALS)
@@ -264,7 +267,7 @@ def _check(flags: Flags) -> None:
 
 def _one_of(flags: Flags, name: str, known: Sequence[str] | Mapping[str, Any], refused: Mapping[str, str] = {}) -> None:
     word = flags[name]
-    if word in refused and word not in OPTIMIZERS:
+    if word in refused:
         raise InputError(f"--{name} {word} is refused: {refused[word]}.")
     if word not in known:
         raise InputError(f"--{name} {word}: there is no such word{nearest(word, known)}; choose {', '.join(known)}.")
@@ -282,8 +285,10 @@ def _notes(flags: Flags) -> list[str]:
     for part, strategy in (("eval", "evaluation"), ("save", "save"), ("logging", "logging")):
         if f"{part}_steps" in flags.given and flags[f"{strategy}_strategy"] != "steps":
             notes.append(f"--{part}_steps does nothing without --{strategy}_strategy steps")
-    if not flags["do_eval"] and "eval_delay" in flags.given:
-        notes.append("Without --do_eval nothing is evaluated: --eval_delay does nothing")
+    for without, void in VOID.items():
+        unused = [name for name in void.split() if name in flags.given]
+        if unused and not any(flags[name] for name in without.split(" or --")):
+            notes.append(f"Without --{without} these do nothing: --{', --'.join(unused)}")
     if not flags["load_best_model_at_end"] and flags["lr_scheduler_type"] != "reduce_lr_on_plateau":
         unused = [name for name in ("metric_for_best_model", "greater_is_better") if name in flags.given]
         if unused:
@@ -325,11 +330,4 @@ def _schedule(flags: Flags, values: dict[str, Any], lacking: dict[str, str]) -> 
         lacking.pop("warmup_steps", None)
     else:
         ratio = flags["warmup_ratio"]
-    if word == "constant":
-        values |= {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
-    elif word == "constant_with_warmup" and word not in get_args(Schedule):
-        values |= {"lr_scheduler_type": "constant", "warmup_ratio": ratio}
-    elif word in get_args(Schedule):
-        values |= {"lr_scheduler_type": word, "warmup_ratio": ratio}
-    else:
-        lacking["lr_scheduler_type"] = f"there are {', '.join(get_args(Schedule))}"
+    values |= {"lr_scheduler_type": word, "warmup_ratio": 0.0 if word == "constant" else ratio}
