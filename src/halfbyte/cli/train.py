@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from halfbyte.cli import processes
 from halfbyte.cli.console import INTERRUPTED, TerminalDisplay, command, notes, shown
 from halfbyte.cli.options import flags_of
 from halfbyte.errors import size_text
@@ -20,6 +21,8 @@ def train(**options: Any) -> None:
     """
     given = {name: value for name, value in options.items() if value is not None}
     config = TrainConfig.from_yaml(given.pop("config", None), given)
+    if processes.started(config):
+        return
     with quiet():
         from halfbyte.hf.trainers.distributed import ElsewhereError, is_first
         from halfbyte.train import fine_tune
@@ -29,7 +32,11 @@ def train(**options: Any) -> None:
         summary = fine_tune(config, display).summary
     except ElsewhereError:
         sys.exit(2)  # the process where it happened tells it
+    except (MemoryError, RuntimeError) as error:
+        processes.out_of_memory(error)
+        raise
     except KeyboardInterrupt as interrupt:
+        processes.let_end()
         if not is_first():
             sys.exit(INTERRUPTED)
         typer.echo(str(interrupt) or "Interrupted.", err=True)

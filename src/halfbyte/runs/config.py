@@ -39,6 +39,7 @@ from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute, write_text
 from halfbyte.options import base_format, is_subtracted, not_empty
 from halfbyte.runs.adapter_options import AdapterOptions
+from halfbyte.runs.process_options import ProcessOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -92,7 +93,7 @@ def _owners() -> dict[str, tuple[str, ...]]:
     return {name: extra["methods"] for name, extra in extras.items() if "methods" in extra}
 
 
-class TrainConfig(AdapterOptions, DataOptions):
+class TrainConfig(ProcessOptions, AdapterOptions, DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")

@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from halfbyte import files, locks
 from halfbyte.choices import WATCHING
 from halfbyte.errors import InputError, check_writable
+from halfbyte.runs import launched
 from halfbyte.runs.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         about = {"version": VERSION, "circumstances": circumstances.model_dump(), "packed_tokens": packed_tokens}
         about["rows_a_pass"] = rows_a_pass
+        about["job"] = launched.job()
         about["begun"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         files.write_text(self.about, json.dumps(about, indent=2) + "\n")
         if skipped:
@@ -166,6 +168,15 @@ class RunFolder:
         """Return what :meth:`begin` was told of the batch size."""
         rows: int | None = self._read_about().get("rows_a_pass")
         return rows
+
+    def processes(self) -> int:
+        """Return how many processes began the run."""
+        return int(self._read_about().get("circumstances", {}).get("processes", 1))
+
+    def job(self) -> str | None:
+        """Return which job of a launcher began the run (:func:`halfbyte.runs.launched.job`)."""
+        job: str | None = self._read_about().get("job")
+        return job
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

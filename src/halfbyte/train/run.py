@@ -39,7 +39,7 @@ from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, St
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile
 from halfbyte.runs.report.writer import ReportFile
-from halfbyte.train import schedules
+from halfbyte.train import schedules, worlds
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
@@ -90,11 +90,16 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
     folder = RunFolder(config.output)
     with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
+            config = worlds.settle(config, folder)
             folder.check(config)
-            if distributed.is_first():
-                held.enter_context(folder.locked())
+            with distributed.first_writes() as writes:
+                if writes:
+                    held.enter_context(folder.locked())
             checkpoint = folder.check(config)
+            worlds.check_start(config, folder, checkpoint)
             tokenizer, added, rows = _read(config, method, tell)
+            worlds.check_inputs(config, rows)
+            begun_as, config = config, worlds.as_begun(config, folder, note) if checkpoint else config
             beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
             model = _load(config, beginning, tokenizer, rows, tell)
         tell(Stage(name="plan", text="Planning the memory of a step"))
@@ -106,7 +111,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             fitted = fit_batch(config, model, rows, note)
             policy, tokens = plan_step(fitted, model, rows, note)
         note(str(policy))
-        before = _begin(folder, config, checkpoint, rows.skipped, (tokens, fitted.rows_a_pass), metrics, note)
+        before = _begin(folder, begun_as, checkpoint, rows.skipped, (tokens, fitted.rows_a_pass), metrics, note)
 
         activations.apply(model, policy, folder.path)
         packer = None if tokens is None else data.Packer(tokens)

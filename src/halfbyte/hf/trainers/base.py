@@ -18,7 +18,8 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 - A step whose loss or gradient is not finite stops the run before it touches the weights, and is run again to name the
   samples and the module.
 - Of several processes (torchrun) the first writes; a stop or an error of one is a stop or an error of all
-  (:mod:`halfbyte.hf.trainers.distributed`). An epoch whose rows do not divide repeats its first ones, as in accelerate.
+  (:mod:`halfbyte.hf.trainers.distributed`). An epoch whose rows do not divide repeats its first ones, as in accelerate,
+  but they train nothing where the loss is one of labels.
 - Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
 """
 
