@@ -3,7 +3,9 @@
 import signal
 import sys
 
-from halfbyte.cli.console import TerminalDisplay, notes
+import typer
+
+from halfbyte.cli.console import TerminalDisplay, notes, shown
 from halfbyte.errors import InputError
 from halfbyte.quiet import quiet
 from halfbyte.runs import launched
@@ -32,6 +34,7 @@ def started(config: TrainConfig) -> bool:
         with quiet():
             from halfbyte.train.on_ray import fine_tune_on_ray
         fine_tune_on_ray(config, TerminalDisplay(notes))
+        typer.echo(f"The adapter is in {shown(config.output)}.")
         return True
     if config.processes == 1:
         return False

@@ -127,6 +127,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Return whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def gather(value: Any) -> list[Any]:
     """Return the value of each process, in their order."""
     if world_size() == 1:
