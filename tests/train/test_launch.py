@@ -1,4 +1,4 @@
-"""``halfbyte train --processes N``: one run's numbers from several processes, and no end that leaves anything behind."""
+"""``halfbyte train --processes N``: one run's numbers from several processes, and ends that leave nothing behind."""
 
 import contextlib
 import json
@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -29,7 +28,6 @@ OPTIONS: dict[str, Any] = {
     "compute-dtype": "float32",
     "optimizer": "adamw_torch",
 }
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 @pytest.fixture
@@ -54,7 +52,8 @@ def start(tiny_model_folder: Path, rows: Path, tmp_path: Path) -> Iterator[Start
         flags = [part for name, value in given.items() for part in (f"--{name}", str(value)) if part != "True"]
         command = [sys.executable, *(launcher or ("-m", "halfbyte")), "train", *flags]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        begun.append(subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes))  # type: ignore[call-overload]
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        begun.append(subprocess.Popen(command, text=True, env=environment, **pipes))  # type: ignore[call-overload]
         return begun[-1]
 
     yield run
@@ -226,7 +225,7 @@ def test_a_port_in_use_is_told(start: Start, monkeypatch: pytest.MonkeyPatch, tm
         port = taken.getsockname()[1]
         group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for name, value in group.items():
-            monkeypatch.setitem(ENVIRONMENT, name, value)
+            monkeypatch.setenv(name, value)
         run = start("run", batch_size=2)
         _, err = run.communicate(timeout=120)
     assert run.returncode == 2
@@ -273,10 +272,28 @@ def test_processes_of_a_machine_share_one_base(
     assert packed > 190e6
     script = tmp_path / "start.py"
     script.write_text(MEASURE)
-    monkeypatch.setitem(ENVIRONMENT, "MEASURED", str(tmp_path / "anonymous."))
+    monkeypatch.setenv("MEASURED", str(tmp_path / "anonymous."))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     run = start("run", *launcher, model=big, batch_size=1, max_steps=1, max_length=64, compute_dtype="bfloat16")
     done(run)
     for rank in range(2):
         taken = int((tmp_path / f"anonymous.{rank}").read_text())
         assert taken < packed / 4, f"process {rank} took {taken} bytes of its own beside {packed} of the base"
+
+
+@pytest.mark.parametrize("method", ["text", "dpo", "orpo"])
+def test_other_methods_give_the_numbers_of_one_process(method: str, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / f"{method}.jsonl"
+    lines = [
+        {"text": f"line {i} " + "word " * (i % 5)}
+        if method == "text"
+        else {"prompt": f"{i} is", "chosen": f" {'yes ' * (i % 4)}{i}", "rejected": f" no {i % 3}"}
+        for i in range(16)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"data": file, "method": method, "batch_size": 2, "max_steps": 4, "max_length": 64, "learning_rate": 1e-3}
+    done(start("one", **options | {"gradient_accumulation_steps": 2}))
+    done(start("two", processes=2, **options))
+    for name in ("loss", "grad_norm", "trained_tokens"):
+        one, two = ([step[name] for step in events(tmp_path / run, "step")] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5), name
