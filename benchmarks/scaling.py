@@ -8,6 +8,7 @@ the first, by the clock of the run's ``metrics.jsonl``.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -58,7 +59,7 @@ def step_seconds(model: Path, data: Path, output: Path, way: tuple[int, int, int
     subprocess.run(command, env=environment, check=True, capture_output=True)
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     times = [event["elapsed"] for event in events if event["kind"] == "step"]
-    return statistics.median(after - before for before, after in zip(times, times[1:], strict=False))
+    return statistics.median(after - before for before, after in itertools.pairwise(times))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ statistics are off. Ctrl-C ends the workers at once.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import threading
@@ -38,7 +39,7 @@ def fine_tune_on_ray(config: TrainConfig, tell: Listener) -> None:
     from ray.util.queue import Queue
 
     try:
-        ray.init(None if config.ray == "local" else config.ray, logging_level="error", log_to_driver=False)
+        ray.init(None if config.ray == "local" else config.ray, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise InputError(f"There is no Ray cluster at {config.ray} ({said}); start one, or say local.") from error

@@ -66,6 +66,7 @@ class BaseTrainer(Checkpoints):
     """What our trainers share; stands before TRL's class in theirs."""
 
     _config: type[TrainingArguments]
+    _order: EpochSampler | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
@@ -165,6 +166,12 @@ class BaseTrainer(Checkpoints):
         with _few_walks(self.model, self._parameters), distributed.ended_by_others():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # accelerate (1.15) does not reach the sampler of several processes where it skips the batches of before
+        if self._order is not None:
+            self._order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # asked for by nobody, Trainer (5.23) looks for unused parameters in each step and sends the buffers
         for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
@@ -246,9 +253,10 @@ class BaseTrainer(Checkpoints):
         if self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(rows)
         if self.args.train_sampling_strategy != "group_by_length":
-            return EpochSampler(np.ones(len(rows), np.int8), None, seed)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
-        return EpochSampler(_lengths(rows), batch, seed)
+            self._order = EpochSampler(np.ones(len(rows), np.int8), None, seed)
+        else:
+            self._order = EpochSampler(_lengths(rows), self._rows_a_step, seed)
+        return self._order
 
 
 def _lengths(rows: Any) -> Any:
