@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_with_as_many_processes_or_with_another_numbe
     options = {"batch_size": 2, "max_steps": 40, "save_steps": 100}
     done(start("whole", processes=2, **options))
     run = start("stopped", processes=2, **options)
-    wait_for_step(tmp_path / "stopped", 3)
+    wait_for_step(tmp_path / "stopped", 5)
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=200)
     assert run.returncode == 130, err
@@ -167,6 +167,14 @@ def test_no_process_outlives_the_command(start: Start, tmp_path: Path) -> None:
     gone, alive = psutil.wait_procs(workers, timeout=60)
     assert len(gone) == 2 and not alive
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1  # they saved what they had
+
+
+def test_bad_input_is_told_once_and_nothing_is_left(start: Start, tmp_path: Path) -> None:
+    run = start("run", processes=2, max_restarts=1, data=tmp_path / "none.jsonl")
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert err.count("Error:") == 1 and "Error: The data file" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_machines_meet_by_torchruns_flags(start: Start, tmp_path: Path) -> None:
@@ -253,12 +261,12 @@ main()
 def test_processes_of_a_machine_share_one_base(
     start: Start, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 12 layers of 2048 x 5632: 415 million weights in 4 bits, 223 MB with their scales; 830 MB in bf16
+    # some 420 million weights: 211 MB in 4 bits, their scales beside
     big = tmp_path / "big"
     subprocess.run(["cp", "-r", tiny_model_folder, big], check=True)
     config = LlamaConfig(
         **json.loads((tiny_model_folder / "config.json").read_text())
-        | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 9, "num_attention_heads": 16}
+        | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 16}
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -55,17 +55,19 @@ def launch(processes: int, arguments: Sequence[str], tell: Listener, max_restart
     job = uuid.uuid4().hex
     with _environment(max(1, cores // processes)), _passed_on(asked):
         for restart in range(max_restarts + 1):
+            if asked.is_set():
+                return INTERRUPTED
             os.environ[RESTARTS] = str(restart)
             codes = _run(processes, arguments, job)
-            died = {number: -code for number, code in codes.items() if code < 0}
             if asked.is_set():
-                return 0 if not any(codes.values()) else INTERRUPTED
-            # what the agent itself ended, after another one had failed, tells nothing
-            killed = {number: sent for number, sent in died.items() if sent != signal.SIGTERM} or died
-            failed = [code for code in codes.values() if code > 0]
-            if not killed or (1 in failed) or (2 in failed and set(killed.values()) == {int(signal.SIGTERM)}):
-                return max(failed, default=0)
-            sentence = _told(killed)
+                return INTERRUPTED if any(codes.values()) else 0
+            failed = {code for code in codes.values() if code > 0}
+            ended = {number: -code for number, code in codes.items() if code < 0}
+            # by SIGTERM the agent ends the others where one has failed
+            killed = {number: sent for number, sent in ended.items() if sent != signal.SIGTERM}
+            if not killed and (failed or not ended):
+                return 1 if 1 in failed else max(failed, default=0)
+            sentence = _told(killed or ended)
             if restart == max_restarts:
                 raise InputError(f"{sentence}; the run has ended. Checkpoints that were saved are whole: resume it.")
             tell(Note(text=f"{sentence}; all begin again from the last checkpoint ({restart + 1} of {max_restarts})"))
