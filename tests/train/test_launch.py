@@ -73,7 +73,7 @@ def _children(pid: int) -> list[psutil.Process]:
 def done(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
-    return out
+    return str(out + err)
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -96,6 +96,7 @@ def test_processes_give_the_numbers_of_one_in_an_epoch_that_does_not_divide(
     done(start("one", batch_size=4, **same))
     out = done(start("many", processes=processes, batch_size=4 // processes, **same))
     assert out.count("The adapter is in") == 1
+    assert (f"{processes} processes share" in out) == (processes > len(os.sched_getaffinity(0)))
     one, many = tmp_path / "one", tmp_path / "many"
     for name in ("loss", "grad_norm", "trained_tokens", "epoch"):
         theirs, ours = ([step[name] for step in events(run, "step")] for run in (one, many))

@@ -33,7 +33,7 @@ def test_two_workers_give_the_losses_of_one_process_and_an_error_is_a_sentence(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(f'{{"prompt": "{i} is", "completion": " {"yes " * (i % 4)}"}}\n' for i in range(1, 14)))
+    data.write_text("".join(f'{{"prompt": "{i} is", "completion": " {"yes " * (i % 4)}{i % 3}"}}\n' for i in range(13)))
     one = train(tiny_model_folder, data, tmp_path / "one", "--batch-size", "4")
     assert one.returncode == 0, one.stderr
     ray = ("--ray", "local", "--processes", "2", "--batch-size", "2")

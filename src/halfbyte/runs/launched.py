@@ -9,6 +9,8 @@ import psutil
 
 RESTARTS = "HALFBYTE_RESTARTS"
 """How often our launcher has started the processes of a job again; torchrun counts in a variable of its own."""
+LAUNCHER = "HALFBYTE_LAUNCHER"
+"""The process that is our launcher; torchrun does not tell its own."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -45,7 +47,7 @@ def end_with_launcher() -> None:
     """
     if not is_launched() or not sys.platform.startswith("linux") or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    parent = os.getppid()
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it ended in between
         os.kill(os.getpid(), signal.SIGTERM)

@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from halfbyte.errors import InputError
 from halfbyte.runs.events import Listener, Note
-from halfbyte.runs.launched import RESTARTS
+from halfbyte.runs.launched import LAUNCHER, RESTARTS
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -121,6 +121,7 @@ def _environment(threads: int) -> Iterator[None]:
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     given = {"OMP_NUM_THREADS": str(threads)} | ({"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {})
     before = dict(os.environ)
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.update({name: value for name, value in given.items() if name not in before})
     try:
         yield
