@@ -212,8 +212,10 @@ def test_what_may_change_bits_is_noted_and_what_makes_another_run_refused(begun:
         "threads were 2 and are 1",
         "machine was a chip and is another",
     ]
-    with pytest.raises(InputError, match="trained by 1 processes and now there are 2 and the base model's files are"):
+    with pytest.raises(InputError, match="the same run: the base model's files are others"):
         begun.compare(CIRCUMSTANCES.model_copy(update={"processes": 2, "base_model": "other"}))
+    [noted] = begun.compare(CIRCUMSTANCES.model_copy(update={"processes": 2}))
+    assert noted.startswith("processes were 1 and are 2")
 
 
 def test_every_circumstance_is_compared_or_left_out_on_purpose() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from halfbyte.cli import processes
 from halfbyte.cli.console import INTERRUPTED, TerminalDisplay, command, notes, shown
 from halfbyte.cli.options import flags_of
 from halfbyte.errors import size_text
@@ -24,6 +25,8 @@ def train(**options: Any) -> None:
 
 def run(config: TrainConfig) -> None:
     """Train as ``config`` says, and print what comes of it."""
+    if processes.started(config):
+        return
     with quiet():
         from halfbyte.hf.trainers.distributed import ElsewhereError, is_first
         from halfbyte.train import fine_tune
@@ -33,7 +36,11 @@ def run(config: TrainConfig) -> None:
         summary = fine_tune(config, display).summary
     except ElsewhereError:
         sys.exit(2)  # the process where it happened tells it
+    except (MemoryError, RuntimeError) as error:
+        processes.out_of_memory(error)
+        raise
     except KeyboardInterrupt as interrupt:
+        processes.let_end()
         if not is_first():
             sys.exit(INTERRUPTED)
         typer.echo(str(interrupt) or "Interrupted.", err=True)

@@ -50,8 +50,7 @@ class Circumstances(BaseModel):
     def here(cls, model: str, processes: int = 1) -> "Circumstances":
         """Return those of this process, for a run over ``model`` (a folder or hub id)."""
         return cls(
-            versions={"halfbyte": __version__, "python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            versions=versions(),
             kernels=kernels_in_force(),
             threads=torch.get_num_threads(),
             processes=processes,
@@ -86,12 +85,18 @@ def changes(before: Circumstances, now: Circumstances) -> Changes:
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
             noted.append(f"{name} {verb} {old} and {'are' if verb == 'were' else 'is'} {new}")
-    refused = []
     if before.processes != now.processes:
-        refused.append(f"it was trained by {before.processes} processes and now there are {now.processes}")
+        noted.append(f"processes were {before.processes} and are {now.processes}, so that dropout drops other values")
+    refused = []
     if before.base_model != now.base_model:
         refused.append("the base model's files are others")
     return Changes(noted, refused)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of halfbyte, Python and the libraries that compute."""
+    own = {"halfbyte": __version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def kernels_in_force() -> str:

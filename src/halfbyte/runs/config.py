@@ -41,6 +41,7 @@ from halfbyte.files import absolute, write_text
 from halfbyte.options import base_format, not_empty
 from halfbyte.runs.adapter_options import OF_AN_ADAPTER, AdapterOptions
 from halfbyte.runs.keep_options import CHANGEABLE, GROWING, OF_THE_CALL, KeepOptions
+from halfbyte.runs.process_options import ProcessOptions
 from halfbyte.runs.watch_options import WatchOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -90,7 +91,7 @@ def _owners() -> dict[str, tuple[str, ...]]:
     return {name: extra["methods"] for name, extra in extras.items() if "methods" in extra}
 
 
-class TrainConfig(WatchOptions, KeepOptions, AdapterOptions, DataOptions):
+class TrainConfig(WatchOptions, KeepOptions, ProcessOptions, AdapterOptions, DataOptions):
     """The configuration of one run. Build it from YAML and overrides with :meth:`from_yaml`."""
 
     output: Path = Field(description="Run folder: the adapter, its configuration, metrics and checkpoints.")

@@ -33,6 +33,7 @@ from pydantic import ValidationError
 from halfbyte import checksums, files, locks
 from halfbyte.choices import WATCHING
 from halfbyte.errors import InputError, check_writable
+from halfbyte.runs import launched
 from halfbyte.runs.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ VERSION = 1
 """Of the layout; counted up when an older halfbyte could not go on in a newer one's folder."""
 
 
-OF_THE_CALL_LEFT = {"resume": False, "overwrite": False}
+OF_THE_CALL_LEFT = {"resume": False, "overwrite": False, "ray": None}
 INPUTS = {
     "data": "other training data",
     "eval_data": "other evaluation data",
@@ -212,6 +213,7 @@ class RunFolder:
         about = {
             "version": VERSION,
             "id": uuid.uuid4().hex,
+            "job": launched.job(),
             "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "circumstances": circumstances.model_dump(),
             "packed_tokens": packed_tokens,
@@ -276,6 +278,15 @@ class RunFolder:
         """Return what :meth:`begin` was told of the batch size."""
         rows: int | None = self._read_about().get("rows_a_pass")
         return rows
+
+    def processes(self) -> int:
+        """Return how many processes began the run."""
+        return int(self._read_about().get("circumstances", {}).get("processes", 1))
+
+    def job(self) -> str | None:
+        """Return which job of a launcher began the run (:func:`halfbyte.runs.launched.job`)."""
+        job: str | None = self._read_about().get("job")
+        return job
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from halfbyte.train import loggers, schedules, space
 from halfbyte.train.adapters import Beginning, loraplus_groups
 from halfbyte.train.best import metric_arguments
 from halfbyte.train.methods import Method
+from halfbyte.train.shared_base import shared_base
 from halfbyte.train.tasks import build_task_trainer, logits_bytes
 
 FREE_SHARE = 0.9
@@ -37,15 +38,18 @@ def build_model(config: TrainConfig, beginning: Beginning | None = None, classes
     beginning = beginning or Beginning(config)
     if classes:
         set_seed(config.seed)  # of the head's first values
+    base = shared_base(config, quantization(config))
     with beginning.loading():
         model = hf.load(
-            config.model,
+            base,
             quantization_config=quantization(config),
             trust_remote_code=config.trust_remote_code,
             task=config.task,
             classes=classes or None,
             device=config.device,
         )
+    if base != config.model:
+        model.name_or_path = model.config._name_or_path = config.model  # what adapters call their base
     if hasattr(model, "peft_config"):
         raise InputError(f"{config.model} is an adapter; name its base model, and it as the adapter to train on from.")
     if config.task == "lm" and (model.config.is_encoder_decoder or not model.can_generate()):

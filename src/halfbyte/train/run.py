@@ -36,7 +36,7 @@ from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, St
 from halfbyte.runs.folder import RunFolder, step_of
 from halfbyte.runs.metrics import MetricsFile, read_events
 from halfbyte.runs.report.writer import ReportFile
-from halfbyte.train import course, loggers, schedules, space
+from halfbyte.train import course, loggers, schedules, space, worlds
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.best import Best, Heard
@@ -92,14 +92,19 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
     folder = RunFolder(config.output)
     with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
+            config = worlds.settle(config, folder)
             folder.check(config)
-            if distributed.is_first():
-                held.enter_context(folder.locked())
+            with distributed.first_writes() as writes:
+                if writes:
+                    held.enter_context(folder.locked())
             checkpoint = _checkpoint(folder, config, note)
+            worlds.check_start(config, folder, checkpoint)
             tokenizer, added, rows = _read(config, method, tell)
+            worlds.check_inputs(config, rows)
             inputs = digests(config, tokenizer, rows)
             if checkpoint:
                 folder.compare_inputs(inputs)
+            begun_as, config = config, worlds.as_begun(config, folder, note) if checkpoint else config
             beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
             model = _load(config, beginning, tokenizer, rows, tell)
             measured = TASKS[config.task].figures if config.task in TASKS else method.figures
@@ -117,9 +122,9 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         activations.apply(model, policy, folder.path)
         packer = None if tokens is None else data.Packer(tokens)
         trainer = build_trainer(fitted, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
-        begun = functools.partial(folder.begin, config, skipped=rows.skipped, packed_tokens=tokens, inputs=inputs)
+        begun = functools.partial(folder.begin, begun_as, skipped=rows.skipped, packed_tokens=tokens, inputs=inputs)
         begun = functools.partial(begun, rows_a_pass=fitted.rows_a_pass)
-        before = _begin(folder, config, checkpoint, trainer, begun, metrics, note)
+        before = _begin(folder, begun_as, checkpoint, trainer, begun, metrics, note)
         stop = Stop()
         heard = Heard(tell, notices_of(config, model))
         heard.recall(read_events(folder.metrics) if checkpoint else ())

@@ -3,15 +3,18 @@
 A GGUF file, or a folder in GPTQ's or AWQ's, becomes a folder of our own in ``~/.cache/halfbyte/models``
 (``XDG_CACHE_HOME`` and ``HALFBYTE_CACHE`` move it), under a name made of the source's files (path, size, times) and of
 the number format; it is mapped as any. What the second rounding costs is measured and said.
+
+So does a 16-bit folder that several processes train over: they share the mapping.
 """
 
 import hashlib
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
-from halfbyte import __version__
+from halfbyte import __version__, locks
 from halfbyte.files import absolute, write_text
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.hub import Place
@@ -31,14 +34,39 @@ def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bo
     """
     config = config or HalfbyteConfig()
     source = place.gguf or on_disk(place)
-    folder = _folder(source, config)
-    if not (folder / ABOUT).is_file():
-        copy = quantize_checkpoint(source, folder, config, overwrite=True, trust_remote_code=trust_remote_code)
-        write_text(folder / ABOUT, json.dumps({"source": str(source.absolute()), "error": copy.error}) + "\n")
+    folder = _made(source, config, trust_remote_code)
     error = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["error"]
     told = f"rounded a second time, {100 * error:.1f} % off those of the source"
     logger.warning("%s is opened in %s, its weights %s; it is kept in %s.", source, config.quant_type, told, folder)
     return Place(str(folder), True, {}), told
+
+
+def shared(place: Place, config: HalfbyteConfig, trust_remote_code: bool = False) -> Path:
+    """Return a folder with the 16-bit model in ``place`` in ``config``'s format, made unless it is there.
+
+    Processes that open it map one copy of its weights, where each would quantize and hold its own.
+
+    Raises:
+        InputError: as :func:`halfbyte.hf.models.quantize_files.quantize_checkpoint`.
+    """
+    return _made(on_disk(place), config, trust_remote_code)
+
+
+def _made(source: Path, config: HalfbyteConfig, trust_remote_code: bool) -> Path:
+    """Return the folder of the model in ``source``; of several processes that want it one makes it, the others wait."""
+    folder = _folder(source, config)
+    while not (folder / ABOUT).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held = locks.lock(folder.with_name(f"{folder.name}.lock"))
+        except locks.Locked:
+            time.sleep(0.2)
+            continue
+        with held:
+            if not (folder / ABOUT).is_file():
+                copy = quantize_checkpoint(source, folder, config, overwrite=True, trust_remote_code=trust_remote_code)
+                write_text(folder / ABOUT, json.dumps({"source": str(source.absolute()), "error": copy.error}) + "\n")
+    return folder
 
 
 def _folder(source: Path, config: HalfbyteConfig) -> Path:

@@ -18,7 +18,8 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
 - A step whose loss or gradient is not finite stops the run before it touches the weights, and is run again to name the
   samples and the module.
 - Of several processes (torchrun) the first writes; a stop or an error of one is a stop or an error of all
-  (:mod:`halfbyte.hf.trainers.distributed`). An epoch whose rows do not divide repeats its first ones, as in accelerate.
+  (:mod:`halfbyte.hf.trainers.distributed`). An epoch whose rows do not divide repeats its first ones, as in accelerate,
+  but they train nothing where the loss is one of labels.
 - Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
 """
 
@@ -67,6 +68,7 @@ class BaseTrainer(Checkpoints):
     _config: type[TrainingArguments]
     beside: Callable[[], dict[str, float]] | None = None
     """What an evaluation measures besides, the model being in evaluation mode: figures by name."""
+    _order: EpochSampler | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
@@ -183,11 +185,14 @@ class BaseTrainer(Checkpoints):
         self.state.compute_steps(self.args, max_steps)  # Trainer (5.23) keeps the checkpoint's save_steps, eval_steps
         return begun
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one step more
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        # accelerate (1.15) does not reach the sampler of several processes where it skips the batches of before
+        if self._order is not None:
+            self._order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # asked for by nobody, Trainer (5.23) looks for unused parameters in each step and sends the buffers
@@ -275,9 +280,10 @@ class BaseTrainer(Checkpoints):
         if self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(rows)
         if self.args.train_sampling_strategy != "group_by_length":
-            return EpochSampler(np.ones(len(rows), np.int8), None, seed)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
-        return EpochSampler(_lengths(rows), batch, seed)
+            self._order = EpochSampler(np.ones(len(rows), np.int8), None, seed)
+        else:
+            self._order = EpochSampler(_lengths(rows), self._rows_a_step, seed)
+        return self._order
 
 
 def _lengths(rows: Any) -> Any:

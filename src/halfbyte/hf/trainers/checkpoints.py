@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
@@ -137,6 +139,7 @@ class Checkpoints(_Theirs):
             tensors, numbers = flatten(state)
             numbers["data"] = self._data_digest if has_length(rows) else None
             numbers["random"] = random_numbers
+            numbers["rows"] = self._rows_a_step
             save_file(tensors | random_tensors, part / "state.safetensors")
             (part / "state.json").write_text(json.dumps(numbers))
         callbacks = self.callback_handler.callbacks
@@ -166,6 +169,11 @@ class Checkpoints(_Theirs):
         states = distributed.gather(random_state())
         tensors = {f"random.{i}.{name}": x for i, (own, _) in enumerate(states) for name, x in own.items()}
         return tensors, [numbers for _, numbers in states]
+
+    @property
+    def _rows_a_step(self) -> int:
+        args = self.args
+        return int(args.train_batch_size * args.gradient_accumulation_steps * distributed.world_size())
 
     def _last_checkpoint(self) -> str:
         """Return the newest checkpoint of ``output_dir``.
@@ -236,11 +244,12 @@ class Checkpoints(_Theirs):
             tensors, numbers = read_state(Path(checkpoint))
             if numbers["data"] is not None and numbers["data"] != self._data_digest:
                 raise InputError(f"{checkpoint} was made with other training data; restore it, or begin another run.")
-            processes = len(numbers["random"])
-            if processes != distributed.world_size():
+            processes, rows = len(numbers["random"]), numbers.get("rows")
+            if processes != distributed.world_size() and rows != self._rows_a_step:
                 raise InputError(
-                    f"{checkpoint} was made by {processes} process{'es' * (processes > 1)} and cannot go on with "
-                    f"{distributed.world_size()}; start as many."
+                    f"{checkpoint} was made by {processes} process{'es' * (processes > 1)} with steps of {rows} rows, "
+                    f"and {distributed.world_size()} would have {self._rows_a_step}; change the rows of a pass or "
+                    "gradient_accumulation_steps, or start as many."
                 )
             self.optimizer.load_state_dict(unflatten(tensors, numbers["optimizer"]))
             self.lr_scheduler.load_state_dict(unflatten(tensors, numbers["scheduler"]))
@@ -250,6 +259,11 @@ class Checkpoints(_Theirs):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             tensors, numbers = read_state(Path(checkpoint))
+            if len(numbers["random"]) != distributed.world_size():
+                # the values of others: each process gets a seed of its own, a function of the run's, step and number
+                parts = (self.args.seed, self.state.global_step, distributed.rank(), distributed.world_size())
+                set_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+                return
             own = f"random.{distributed.rank()}."
             mine = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
             set_random_state(mine, numbers["random"][distributed.rank()])

@@ -12,7 +12,8 @@ import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from halfbyte.errors import InputError
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Connection refused")
 """How gloo (torch 2.13) says that another process is gone."""
 
+NO_INTERFACE = ("Unable to find address for", "Unable to resolve hostname", "unsupported gloo device")
+"""How gloo says that it finds no way to the network."""
 
 _AGREED = "The other processes of the run know of this error."
 
@@ -60,11 +63,29 @@ def join(use_cpu: bool = False, backend: str | None = None, timeout: float = 180
         backend = backend or "gloo"
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-    except ValueError as error:
-        raise InputError(
-            f"WORLD_SIZE says that there are {launched()} processes, but they cannot meet ({error}); start them with "
-            "torchrun, or unset WORLD_SIZE."
-        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise InputError(_apart(error)) from error
+
+
+def _apart(error: Exception) -> str:
+    """Return why the processes cannot meet, and what to do, from what torch (2.13) says."""
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        return f"The processes cannot meet at {where}, since another program uses this port; name a free one."
+    if "GLOO_SOCKET_IFNAME" in os.environ and any(words in str(error) for words in NO_INTERFACE):
+        given = os.environ["GLOO_SOCKET_IFNAME"]
+        there = ", ".join(name for _, name in socket.if_nameindex())
+        return f"GLOO_SOCKET_IFNAME is {given}, but this machine's network interfaces are {there}; name one of them."
+    if any(words in str(error) for words in NO_INTERFACE):
+        return (
+            f"The processes find no network interface for this machine's name ({socket.gethostname()}); set "
+            f"GLOO_SOCKET_IFNAME to one of {', '.join(name for _, name in socket.if_nameindex())}."
+        )
+    return (
+        f"WORLD_SIZE says that there are {launched()} processes, but they cannot meet ({said}); start them with "
+        "torchrun, or unset WORLD_SIZE."
+    )
 
 
 def leave() -> None:
@@ -106,6 +127,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Return whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def gather(value: Any) -> list[Any]:
     """Return the value of each process, in their order."""
     if world_size() == 1:
@@ -114,6 +140,36 @@ def gather(value: Any) -> list[Any]:
     with ended_by_others():
         dist.all_gather_object(values, value, group=_group())
     return values
+
+
+def check_alike(told: Mapping[str, str], remedy: str) -> None:
+    """Look whether all processes have the same.
+
+    Args:
+        told: what is to be the same, by its name.
+        remedy: what to do where it is not.
+
+    Raises:
+        InputError: something is other; it names what, of which process, and both values.
+    """
+    if world_size() == 1:
+        return
+    with agreed_errors():
+        everywhere = gather(dict(told))
+        for number, other in enumerate(everywhere):
+            for name, value in everywhere[0].items():
+                if other.get(name) != value:
+                    same = [i for i, each in enumerate(everywhere) if each.get(name) == other.get(name)]
+                    those = f"process{'es' * (len(same) > 1)} {', '.join(map(str, same))}"
+                    raise InputError(
+                        f"{name} of the processes differ: {value} of process 0, {other.get(name)} of {those} "
+                        f"({gathered_hosts()[number]}); {remedy}."
+                    )
+
+
+def gathered_hosts() -> list[str]:
+    """Return the name of each process's machine."""
+    return [str(name) for name in gather(socket.gethostname())]
 
 
 def largest(numbers: Sequence[int]) -> list[int]:

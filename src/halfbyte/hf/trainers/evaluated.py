@@ -1,10 +1,12 @@
 """An evaluation's loss as the mean over its labels, where Trainer (transformers 5.23) takes that of batches' means.
 
 Where rows do not divide among several processes, accelerate (1.15) repeats the first ones to fill the last batches;
-what is repeated does not count here.
+what is repeated does not count here, nor in the last step of an epoch: its labels are taken away.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_utils import has_length
 
 from halfbyte.choices import IGNORED
 from halfbyte.hf.trainers import distributed
@@ -33,11 +35,9 @@ class MeanOverLabels(_Theirs):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Predict a batch, as Trainer does; its loss is kept with the number of labels that it is the mean of."""
-        own = self._rows_of_its_own(len(inputs["labels"]))
-        if 0 < own < len(inputs["labels"]):
-            labels = inputs["labels"].clone()
-            labels[own:] = IGNORED
-            inputs = {**inputs, "labels": labels}
+        own = self._rows_of_its_own(len(inputs["labels"]), int(self.accelerator.gradient_state.remainder))
+        if own:
+            inputs = _first(own, inputs)
         count = int((self._counted(inputs["labels"]) != IGNORED).sum()) if own else 0
         self._is_predicting = True
         try:
@@ -48,17 +48,37 @@ class MeanOverLabels(_Theirs):
             self._evaluated.append((float(result[0]), count))
         return result
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Take a step's batches, as Trainer does; rows that are repeated to fill the last ones train nothing."""
+        # accelerate does not count them in an epoch that a run goes on in
+        sized = has_length(self.train_dataset) and not self.args.dataloader_drop_last
+        remainder = len(self.train_dataset) % (self.args.train_batch_size * distributed.world_size()) if sized else 0
+        own = (_first(self._rows_of_its_own(len(batch["labels"]), remainder), batch) for batch in epoch_iterator)
+        return super().get_batch_samples(own, num_batches, device)
+
     def _counted(self, labels: Any) -> Any:
         """Return those of a batch's labels that its loss is the mean of, but for ``IGNORED``."""
         return labels
 
-    def _rows_of_its_own(self, rows: int) -> int:
-        """Return how many of a batch's ``rows``, the first ones, are not repeated."""
-        state = self.accelerator.gradient_state
-        if distributed.world_size() == 1 or not state.end_of_dataloader or state.remainder < 1:
+    def _rows_of_its_own(self, rows: int, remainder: int) -> int:
+        """Return how many of a batch's ``rows``, the first ones, are not repeated.
+
+        ``remainder`` is the number of rows that all processes together have in their last batches, if these are not
+        full, or else below 1.
+        """
+        if distributed.world_size() == 1 or not self.accelerator.gradient_state.end_of_dataloader or remainder < 1:
             return rows
-        return max(0, min(rows, int(state.remainder) - distributed.rank() * rows))
+        return max(0, min(rows, remainder - distributed.rank() * rows))
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         # Trainer asks for it in evaluation too: that of all processes, with which a loss is no mean over its own labels
         return None if self._is_predicting else super()._get_num_items_in_batch(*args, **kwargs)
+
+
+def _first(rows: int, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch in which the first ``rows`` have their labels, and the others none."""
+    if rows == len(inputs["labels"]):
+        return inputs
+    labels = inputs["labels"].clone()
+    labels[rows:] = IGNORED
+    return {**inputs, "labels": labels}
