@@ -68,6 +68,7 @@ def main(output: Path = Path("runs/quickstart"), train: int = 900, held_out: int
         preset="quick",
         max_length=MAX_LENGTH,
         seed=SEED,
+        sample_prompts=[],  # answers are written here, before and after
         overwrite=True,
     )
     from halfbyte.train import fine_tune
