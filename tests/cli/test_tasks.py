@@ -106,7 +106,7 @@ def test_a_sequence_to_sequence_run_answers_a_prompt_and_does_not_chat(run, task
         "quick", "--max-steps", "25", "--learning-rate", "0.03", "--eval-data", file, "--batch-size", "8",
     )  # fmt: skip
     assert code == 0, err
-    assert "rouge_l" in err and "exact_match" in err and "8 examples: 24 tokens to read, 16 to write" in err
+    assert "ROUGE-L" in err and "exact match" in err and "8 examples: 24 tokens to read, 16 to write" in err
     assert "generate" in out and "chat" not in out
     code, out, err = run("generate", folder, "--prompt", "3?")
     assert code == 0 and out == "b\n" and "template" not in err

@@ -182,6 +182,7 @@ def test_an_end_within_an_accumulation_goes_back_to_the_checkpoint_before(
     assert_same(run, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_step_makes_no_other(
     options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +240,7 @@ def test_a_finished_run_that_gets_more_steps_is_the_longer_run(options: Any, tmp
         told(run)
 
 
+@pytest.mark.slow
 def test_more_epochs_lay_the_schedule_out_anew(options: Any) -> None:
     given = options(lr_scheduler_type="linear", warmup_ratio=0.2, epochs=2)  # four steps, two in an epoch
     run = interrupt(given, 3)
@@ -254,6 +256,7 @@ def test_more_epochs_lay_the_schedule_out_anew(options: Any) -> None:
     assert rates == pytest.approx([1e-2 * share for share in short + long])
 
 
+@pytest.mark.slow
 def test_what_a_run_is_made_from_is_known_by_its_digest(options: Any, tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
     text = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -276,6 +279,7 @@ def test_what_a_run_is_made_from_is_known_by_its_digest(options: Any, tmp_path: 
     told(run)
 
 
+@pytest.mark.slow
 def test_save_steps_and_the_best_checkpoint_are_kept_as_a_resumed_run_is_told(options: Any) -> None:
     given = options(save_steps=5, eval_share=0.3, eval_steps=1, max_steps=8, learning_rate=1e-4)
     run = interrupt(given, 2)
@@ -284,6 +288,7 @@ def test_save_steps_and_the_best_checkpoint_are_kept_as_a_resumed_run_is_told(op
     assert saved == {2, 3, 4, 5, 6, 7, 8}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_beside_the_newest(options: Any, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"  # what no row of the training data says
     other.write_text(json.dumps({"instruction": "0?", "output": "~~~~ ~~~~ ~~~~"}) + "\n")
