@@ -348,7 +348,8 @@ def test_arguments_do_what_they_do_in_trl_s_trainers(
 
     one, other = run("ours"), run("theirs")
     # the loss of an evaluation is not TRL's: see test_the_loss_of_an_evaluation_is_the_mean_over_tokens
-    ignored = ("runtime", "per_second", "flos", "mem_", "train_tokens", *(["eval_loss"] if kind == "sft" else []))
+    own = ["eval_loss", "eval_perplexity", "eval_token_accuracy"] if kind == "sft" else []
+    ignored = ("runtime", "per_second", "flos", "mem_", "train_tokens", *own)
     logs = [
         [{k: v for k, v in line.items() if not any(part in k for part in ignored)} for line in t.state.log_history]
         for t in (one, other)
