@@ -43,11 +43,20 @@ def job() -> str | None:
 def end_with_launcher() -> None:
     """Have this process asked to end (SIGTERM: it saves a checkpoint first) when the launcher ends, however it ends.
 
-    On Linux; elsewhere nothing happens.
+    On Linux; elsewhere nothing happens. The system tells it by a signal for each thread of the launcher, and a second
+    SIGTERM would be a wish to end at once; so it is told by another signal, of which the first counts.
     """
     if not is_launched() or not sys.platform.startswith("linux") or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    asked: list[int] = []
+
+    def end(*_: object) -> None:
+        if not asked:
+            asked.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR2, end)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
     if os.getppid() != parent:  # it ended in between
-        os.kill(os.getpid(), signal.SIGTERM)
+        end()
