@@ -426,12 +426,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files(options: dict[str, A
     script = tmp_path / "script.py"
     script.write_text(
         "import json, sys; from pathlib import Path; from halfbyte.train import TrainConfig, fine_tune\n"
-        "try: fine_tune(TrainConfig(**json.loads(sys.argv[1])))\n"
+        "def fill(event):\n"
+        "    try: event.kind == 'checkpoint' and Path(sys.argv[2], 'other').write_bytes(bytes(10**7))\n"
+        "    except OSError: pass\n"
+        "try: fine_tune(TrainConfig(**json.loads(sys.argv[1])), fill)\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         "for file in sorted(Path(sys.argv[2]).rglob('*')): print(file.name, file.is_file() and file.stat().st_size)\n"
     )
     options |= {"output": str(disk / "run"), "save_steps": 1, "optimizer": "adamw_torch"}
-    mount = 'mount -t tmpfs -o size=420k none "$1" && exec "$2" "$3" "$4" "$1"'
+    mount = 'mount -t tmpfs -o size=1500k none "$1" && exec "$2" "$3" "$4" "$1"'
     command = ["unshare", "-rm", "sh", "-c", mount, "sh", disk, sys.executable, script, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
