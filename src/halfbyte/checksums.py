@@ -11,6 +11,7 @@ nobody's business.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ def check(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
+def step_of(folder: Path) -> int:
+    """Return the number that the name of a checkpoint ends with: the steps that were done when it was saved."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def saved(folder: Path) -> list[Path]:
+    """Return the checkpoints ``step-N`` in ``folder``, good or not, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
 def newest_good(folders: Sequence[Path], **expected: Any) -> tuple[Path | None, list[str]]:
     """Return the last of ``folders`` that is whole, and of those behind it what is wrong with them, a sentence each.
 
@@ -82,7 +93,7 @@ def newest_good(folders: Sequence[Path], **expected: Any) -> tuple[Path | None, 
     for folder in reversed(folders):
         try:
             about = check(folder)
-            step = int(folder.name.rpartition("-")[2])
+            step = step_of(folder)
             if about.get("step", step) != step:
                 raise Damaged(f"it is that of step {about['step']}")
             for name, value in expected.items():

@@ -282,8 +282,7 @@ class _Maker:
         count = train.counts.examples - before
         self.said.append(
             f"Mixed in for replay: {counted(count, 'row')} of {wanted.source.path}, "
-            f"{count / max(1, before + count):.1%} "
-            "of all"
+            f"{count / max(1, before + count):.1%} of all"
         )
 
     def _left_out_told(self) -> list[str]:

@@ -21,7 +21,6 @@ Whoever wants to see, continue, stop or compare a run does it through this class
 import contextlib
 import datetime
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -89,8 +88,7 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """Return the checkpoints that are there, good or not, oldest first."""
-        there = (path for path in self.checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-        return sorted(there, key=step_of)
+        return checksums.saved(self.checkpoints)
 
     def checkpoint(self) -> tuple[Path | None, list[str]]:
         """Return the newest checkpoint that is whole and this run's, and what is wrong with those after it.
@@ -334,8 +332,3 @@ class RunFolder:
 
 def _short(digest: str | None) -> str:
     return digest[:12] if digest else "none"
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the steps that were done when ``checkpoint`` was saved."""
-    return int(checkpoint.name.removeprefix("step-"))

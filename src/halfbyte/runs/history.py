@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from halfbyte.errors import InputError, counted
+from halfbyte.files import read_lines
 from halfbyte.locks import is_locked
 from halfbyte.options import read_mapping
 from halfbyte.runs.events import (
@@ -244,12 +245,10 @@ def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _read_metrics(path: Path, problems: list[str], short: bool) -> list[Event]:
     try:
-        data = path.read_bytes()
+        lines = read_lines(path)
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({_reason(error)}), so there are no curves.")
         return []
-    whole = data[: data.rfind(b"\n") + 1]  # a last line without its end was torn when its writer was killed
-    lines = whole.decode(errors="replace").split("\n")[:-1]
     damaged = sum(not _is_object(line) for line in lines) if not short else 0
     if damaged:
         problems.append(f"{path.name} is damaged: {counted(damaged, 'line')} of {len(lines):,} cannot be read.")

@@ -12,8 +12,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
+from halfbyte.checksums import step_of
 from halfbyte.errors import InputError
-from halfbyte.hf.trainers.state import step_of, steps_planned
+from halfbyte.hf.trainers.state import steps_planned
 
 
 def total_steps(trainer: Any) -> int:

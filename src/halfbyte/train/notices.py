@@ -90,9 +90,8 @@ class Notices:
             return None  # it begins there, and falls
         return (
             f"The loss stays at {fmean(losses):.2f}, which is ln of the vocabulary ({self._uniform:.2f}): the model "
-            f"gives "
-            "every token the same chance and learns nothing; look whether the base's weights were loaded and fit its "
-            "tokenizer, and at the learning rate."
+            "gives every token the same chance and learns nothing; look whether the base's weights were loaded and "
+            "fit its tokenizer, and at the learning rate."
         )
 
     def _leaking(self) -> str | None:
@@ -101,8 +100,7 @@ class Notices:
             return None
         return (
             f"The loss is {last[-1].loss:.4f} after {last[-1].step} steps, on rows that were never trained on before: "
-            f"the "
-            "answers probably stand in the prompts, or all rows are alike; look at the rows (halfbyte data)."
+            "the answers probably stand in the prompts, or all rows are alike; look at the rows (halfbyte data)."
         )
 
     def _rising(self) -> str | None:
@@ -115,8 +113,7 @@ class Notices:
         base = ", or hold the base in more than 4 bits (--quant-type int8 or none)" if self._in_4_bits else ""
         return (
             f"The loss has risen from {first:.2f} to {now:.2f}: training diverges; stop it and take a lower "
-            f"learning_rate "
-            f"than {max(step.learning_rate for step in self._steps):g}{base}."
+            f"learning_rate than {max(step.learning_rate for step in self._steps):g}{base}."
         )
 
     def _clipped(self) -> str | None:
@@ -166,7 +163,6 @@ class Notices:
             return None
         return (
             f"Steps have been half as fast as before since about step {self._last()[0].step} ({now:,.0f} trained "
-            f"tokens "
-            f"a second, {before:,.0f} before): another process may be taking the processor or the memory; look with "
-            f"top."
+            f"tokens a second, {before:,.0f} before): another process may be taking the processor or the memory; look "
+            "with top."
         )

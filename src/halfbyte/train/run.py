@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte import data, devices, hf
+from halfbyte.checksums import step_of
 from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
 from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
@@ -33,7 +34,7 @@ from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, StepMetrics
-from halfbyte.runs.folder import RunFolder, step_of
+from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.metrics import MetricsFile, read_events
 from halfbyte.runs.report.writer import ReportFile
 from halfbyte.train import course, loggers, schedules, space, worlds
@@ -100,8 +101,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             checkpoint = _checkpoint(folder, config, note)
             worlds.check_start(config, folder, checkpoint)
             tokenizer, added, rows = _read(config, method, tell)
-            worlds.check_inputs(config, rows)
             inputs = digests(config, tokenizer, rows)
+            worlds.check_inputs(config, inputs)
             if checkpoint:
                 folder.compare_inputs(inputs)
             begun_as, config = config, worlds.as_begun(config, folder, note) if checkpoint else config

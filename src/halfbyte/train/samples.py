@@ -121,8 +121,7 @@ def trouble_of(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> str | None
     if len(words) >= LEAST and len(set(words)) == 1:
         return (
             f"with {tokenizer.decode(words[:1])!r} again and again: look at the base (its weights may be broken, or "
-            f"not "
-            "fit this format) and at the chat template (chat_template)"
+            "not fit this format) and at the chat template (chat_template)"
         )
     # an answer that is cut off may end within a character
     if "\N{REPLACEMENT CHARACTER}" in answer.text.rstrip("\N{REPLACEMENT CHARACTER}"):
@@ -138,7 +137,6 @@ def told_trouble(asked: Iterable[Asked], answers: Iterable[Answer], tokenizer: P
         if trouble := trouble_of(answer, tokenizer):
             return (
                 f"Before training the model answers {question.shown[:60]!r} {trouble}. A base model that never saw "
-                f"this "
-                "template may do so; a chat model should not."
+                "this template may do so; a chat model should not."
             )
     return None

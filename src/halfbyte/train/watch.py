@@ -186,8 +186,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.tell(
                 Note(
                     text=f"No answers are generated for ROUGE-L and exact match: none of the evaluation rows has one "
-                    f"of at "
-                    f"most {config.max_new_tokens} tokens (max_new_tokens)"
+                    f"of at most {config.max_new_tokens} tokens (max_new_tokens)"
                 )
             )
 

@@ -6,17 +6,16 @@ on with another number of them, its steps having the same rows.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte import data, tables
 from halfbyte.errors import InputError
 from halfbyte.hf.trainers import distributed
 from halfbyte.runs import launched
 from halfbyte.runs.circumstances import fingerprint, kernels_in_force, versions
 from halfbyte.runs.config import TrainConfig
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import INPUTS, RunFolder
 
 OWN = ("output", "data", "eval_data", "model", "adapter", "memory", "processes", "max_restarts")
 """Options that may differ between machines: places, whose content is compared, and what each has for itself."""
@@ -54,17 +53,20 @@ def check_start(config: TrainConfig, folder: RunFolder, checkpoint: Path | None)
     distributed.check_alike({"last checkpoint": checkpoint.name if checkpoint else "none"}, "share the run folder")
 
 
-def check_inputs(config: TrainConfig, rows: data.Prepared) -> None:
-    """Look whether all processes have the same data, and the same base model.
+def check_inputs(config: TrainConfig, inputs: Mapping[str, str]) -> None:
+    """Look whether all processes have the same base model, data, tokenizer and adapter.
+
+    Args:
+        config: of the run.
+        inputs: digests (:func:`halfbyte.train.inputs.digests`).
 
     Raises:
         InputError: they have not.
     """
     if distributed.world_size() == 1:
         return
-    told = {"training data": tables.digest(rows.train.rows), "base model": fingerprint(config.model)}
-    if rows.evaluation:
-        told["evaluation data"] = tables.digest(rows.evaluation.rows)
+    told = {INPUTS[name].partition(" ")[2]: digest for name, digest in inputs.items()}
+    told["base model"] = fingerprint(config.model)
     distributed.check_alike({name: digest[:12] for name, digest in told.items()}, "give all of them the same files")
 
 

@@ -179,7 +179,7 @@ def _api(old: Any) -> Any:
 
 def rows() -> list[Replacement]:
     """What the hub's functions replace."""
-    hub = ("huggingface_hub", ">=2,<3")
+    hub = ("huggingface_hub", ">=1.31,<3")  # as transformers; the same functions in 1.31, 1.33 and 2.4
     transformers = ("transformers", ">=5.23,<5.24")
     login = "a login where the hub cannot be reached is told, and the script goes on"
     push = "an upload that cannot be is told, and does not end a training"

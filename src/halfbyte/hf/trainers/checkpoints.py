@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from halfbyte import checksums
+from halfbyte.checksums import step_of
 from halfbyte.errors import InputError
 from halfbyte.files import remove_folder, whole_folder
 from halfbyte.hf.layers.adapters import vocabulary_resized
@@ -31,7 +32,6 @@ from halfbyte.hf.trainers.state import (
     saved_states,
     set_random_state,
     state_folder,
-    step_of,
     steps_planned,
     unflatten,
 )

@@ -10,7 +10,6 @@ checkpoints/step-000123/adapter_model.safetensors, adapter_config.json, the toke
 
 import json
 import random
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from halfbyte import checksums
 from halfbyte.errors import InputError
 
 
@@ -30,13 +30,7 @@ def state_folder(run: str | Path, step: int) -> Path:
 
 def saved_states(run: Path) -> list[Path]:
     """Return the saved states of the run in ``run``, oldest first."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted((folder for folder in folders if re.fullmatch(r"step-\d+", folder.name)), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the steps that were done when ``checkpoint`` was saved, by its name."""
-    return int(checkpoint.name.rpartition("-")[2])
+    return checksums.saved(run / "checkpoints")
 
 
 def steps_planned(checkpoint: Path) -> int:
