@@ -89,13 +89,25 @@ def test_two_processes_evaluate_a_classifier_as_one_does(
     assert figures[1] == pytest.approx(figures[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("count", [9, 14])  # of the last batches one is repeated in part, or as a whole
 def test_evaluations_of_two_processes_have_the_figures_of_one(
-    tiny_model_folder: Path, rows: Path, tmp_path: Path
+    count: int, tiny_model_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
+    evaluated = tmp_path / "evaluated.jsonl"
+    evaluated.write_text("".join((rows.read_text().splitlines(keepends=True) * 2)[:count]))
     figures, samples = {}, {}
     for processes in (1, 2):
         output = tmp_path / f"run{processes}"
-        flags = ["--max-steps", "1", "--optimizer", "adamw_torch", "--eval-data", str(rows), "--eval-samples", "5"]
+        flags = [
+            "--max-steps",
+            "12",
+            "--optimizer",
+            "adamw_torch",
+            "--eval-data",
+            str(evaluated),
+            "--eval-samples",
+            "5",
+        ]
         flags += ["--batch-size", str(4 // processes), "--forgetting-data", "builtin", "--max-new-tokens", "8"]
         run = start(processes, tiny_model_folder, rows, output, *flags)
         _, err = run.communicate()

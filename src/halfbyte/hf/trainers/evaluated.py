@@ -36,9 +36,8 @@ class MeanOverLabels(_Theirs):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Predict a batch, as Trainer does; its loss is kept with the number of labels that it is the mean of."""
         own = self._rows_of_its_own(len(inputs["labels"]), int(self.accelerator.gradient_state.remainder))
-        if own:
-            inputs = _first(own, inputs)
-        count = int((self._counted(inputs["labels"]) != IGNORED).sum()) if own else 0
+        inputs = _first(own, inputs)
+        count = int((self._counted(inputs["labels"]) != IGNORED).sum())
         self._is_predicting = True
         try:
             result = super().prediction_step(model, inputs, *args, **kwargs)
