@@ -256,7 +256,6 @@ def test_the_best_by_another_figure_is_kept_beyond_the_last_two_checkpoints(
         ({"metric_for_best": "rouge"}, r"'rouge' is no figure .* \(did you mean 'rouge_l'\?\)"),
         ({"forgetting_data": "/nowhere.txt"}, "/nowhere.txt"),
         ({"sample_prompts": ["long " * 80]}, "is 4.. tokens long, but the model attends to 256"),
-        ({"report_to": "trackio"}, "report_to trackio needs a package .*pip install trackio"),
     ],
 )
 def test_what_cannot_be_watched_is_one_sentence_and_leaves_no_folder(
@@ -308,21 +307,3 @@ def test_a_broken_base_shows_before_the_first_step(options: dict[str, Any], tmp_
     first = next(i for i, e in enumerate(heard) if isinstance(e, StepMetrics))
     assert len(places) == 1 and places[0] < first
     assert "again and again: look at the base" in heard[places[0]].text  # type: ignore[attr-defined]
-
-
-def test_tensorboard_gets_every_step_and_evaluation(options: dict[str, Any]) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    options |= {"eval_data": options["data"], "eval_steps": 2, "report_to": "tensorboard"}
-    run = fine_tune(TrainConfig(**options))
-    [file] = (run.output / "tensorboard").iterdir()
-    board = EventAccumulator(str(file))
-    board.Reload()
-    steps, evaluations = events_of(run.output, StepMetrics), events_of(run.output, Evaluation)
-    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [
-        (step.step, pytest.approx(step.loss)) for step in steps
-    ]
-    assert [(e.step, e.value) for e in board.Scalars("eval/rouge_l")] == [
-        (event.step, pytest.approx(event.figures["rouge_l"])) for event in evaluations
-    ]

@@ -12,7 +12,7 @@
     config.json                   of a classifier: the base model's configuration with the names of the classes
     loss.png
     report.html                   a page of all this to read and to send (``runs/report/``)
-    tensorboard/                  with report_to tensorboard
+    tensorboard/, wandb/          with report_to tensorboard or wandb
     summary.json                  what the run came to; written last, so a folder that has it holds a finished run
 
 Whoever wants to see, continue, stop or compare a run does it through this class, also from another process.
@@ -68,6 +68,7 @@ class RunFolder:
         self.curve = path / "loss.png"
         self.report = path / "report.html"
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
         self.lock = path / ".lock"
         self.summary = path / "summary.json"
 
@@ -207,7 +208,8 @@ class RunFolder:
         for file in [*([self.model_config] if self.about.exists() else []), *self._own_files, *pages]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        shutil.rmtree(self.tensorboard, ignore_errors=True)
+        for folder in (self.tensorboard, self.wandb):
+            shutil.rmtree(folder, ignore_errors=True)
         about = {
             "version": VERSION,
             "id": uuid.uuid4().hex,

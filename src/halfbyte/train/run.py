@@ -132,11 +132,11 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         steps = Steps(trainer, before, stop, heard, watch.figures)
         trainer.add_callback(steps)
         watch.attach(trainer, heard, begins=checkpoint is None)
-        loggers.place(trainer, config)
         if config.save_minutes:
             trainer.add_callback(SaveByTime(config.save_minutes))
         best = Best(trainer, config, note)
-        with end_told(trainer, tell), stop.listening(note):
+        done = step_of(checkpoint) if checkpoint else 0
+        with end_told(trainer, tell), stop.listening(note), loggers.reporting(trainer, config, done, note):
             best.train(checkpoint)
             if not best.is_over:
                 raise Interrupted(trainer.state.global_step, folder.path)
