@@ -89,6 +89,11 @@ def free_on(device: torch.device, budget: int | None = None) -> int:
     return room(free, reserved, allocated, int(fraction * total), budget)
 
 
+def memory_on(device: torch.device) -> int:
+    """Return the bytes that torch's allocator has of a GPU for this process; of another device 0."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
 def room(free: int, reserved: int, allocated: int, limit: int, budget: int | None) -> int:
     """Return the bytes that can still be allocated.
 

@@ -50,6 +50,11 @@ TROUBLES: dict[str, tuple[list[StepMetrics], str]] = {
         "0.0020 after 7 steps, on rows that were never",
     ),
     "rising": (stream(80, loss=lambda step: 1 if step < 30 else 6), "training diverges; stop it and take a lower"),
+    "rising at once": (
+        stream(30, loss=lambda step: [10, 8, 18, 26, 39, 56, 26, 9, 5][min(step, 9) - 1]),  # SmolLM2, a rate of 0.03
+        "risen from 12.00 to 26.00: training diverges",
+    ),
+    "rising, and staying": (stream(60, loss=lambda step: min(1 + step / 2, 4.5)), "risen from 2.00 to 4.50"),
     "clipped": (stream(80, grad_norm=lambda step: 40 + step), "never below 10 times max_grad_norm (0.3)"),
     "standing": (stream(60, learning_rate=lambda step: 2e-4 if step < 9 else 0), "learning rate is 0 since step 9,"),
     "slowed": (
@@ -65,6 +70,15 @@ def test_each_trouble_is_told_once(trouble: str) -> None:
     [sentence] = said(events)
     assert words in sentence
     assert sentence.endswith(".") and "\n" not in sentence
+
+
+@pytest.mark.parametrize("names", [["loss"], ["loss", "perplexity"], ["general_loss"]])
+def test_an_evaluation_that_is_no_number_is_told_once(names: list[str]) -> None:
+    events = [Evaluation(step=step, figures={"token_accuracy": 0.5}, not_finite=names) for step in (10, 20)]
+    [sentence] = said(events)
+    assert f"evaluation's {' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite" in sentence
+    assert ("general text" in sentence) == (names == ["general_loss"])
+    assert said([event.model_copy(update={"not_finite": []}) for event in events]) == []
 
 
 def test_a_rising_evaluation_is_told_with_the_step_of_the_best() -> None:

@@ -96,8 +96,8 @@ class TerminalDisplay:
             case events.Stage(name="model"):
                 self.close()
                 self._say(event.text)
-            case events.Note(text=text):
-                self._say(text)
+            case events.Note():
+                self._say(event.told, "yellow" if event.trouble else None)
             case events.Begin():
                 self._begin(event.step, event.total_steps)
             case events.StepMetrics():
@@ -106,7 +106,10 @@ class TerminalDisplay:
                     self._say(self._view.line())
             case events.Evaluation(step=step, figures=figures):
                 self._view.evaluated(event)
-                told = ", ".join(f"{figure(name)} {value:.4g}" for name, value in figures.items())
+                told = ", ".join(
+                    [f"{figure(name)} {value:.4g}" for name, value in figures.items()]
+                    + [f"{figure(name)} not finite" for name in event.not_finite]
+                )
                 self._say(f"evaluation after step {step}: {told}")
             case events.Sample(step=step, prompt=prompt, answer=answer):
                 self._say(f"step {step}  {prompt}\n→ {answer}")
@@ -120,8 +123,8 @@ class TerminalDisplay:
                 drawn.stop()
         self._progress = self._live = None
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=not self._is_live)
+    def _say(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=not self._is_live)
 
     def _begin(self, step: int, total_steps: int) -> None:
         self._view = StepView(total_steps, step, self._unit)

@@ -78,6 +78,8 @@ class StepView:
         pieces.append(f"{step.tokens_per_second:,.0f} {self.unit}/s")
         if step.memory_bytes:
             pieces.append(size_text(step.memory_bytes))
+        if step.gpu_memory_bytes:
+            pieces.append(f"GPU {size_text(step.gpu_memory_bytes)}")
         return [*pieces, self._evaluation] if self._evaluation else pieces
 
     def elapsed(self) -> float:

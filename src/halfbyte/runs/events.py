@@ -54,10 +54,22 @@ class Progress(Event):
 
 
 class Note(Event):
-    """A fact for whoever watches, as a sentence."""
+    """A fact for whoever watches, as a sentence.
+
+    Attributes:
+        step: after which it was seen, if it is of one.
+        trouble: whether something should be done about it.
+    """
 
     kind: Literal["note"] = "note"
     text: str
+    step: int | None = None
+    trouble: bool = False
+
+    @property
+    def told(self) -> str:
+        """The sentence with its step."""
+        return f"After step {self.step:,}: {self.text}" if self.step else self.text
 
 
 class DataSummary(Event):
@@ -69,6 +81,7 @@ class DataSummary(Event):
         truncated: examples that were cut to the greatest length.
         longest: tokens of the longest row.
         repeated: rows that are equal to an earlier one; None if nobody counted.
+        near: rows that are nearly equal to an earlier one, among ``near_of`` different ones; None if nobody counted.
         evaluation: examples for evaluation.
         left_out: rows that were left out, by kind.
         notes: what was made of examples that their author might not expect, with the number of examples.
@@ -82,6 +95,8 @@ class DataSummary(Event):
     truncated: int = 0
     longest: int = 0
     repeated: int | None = None
+    near: int | None = None
+    near_of: int = 0
     evaluation: int = 0
     left_out: dict[str, int] = Field(default_factory=dict)
     notes: dict[str, int] = Field(default_factory=dict)
@@ -107,6 +122,7 @@ class StepMetrics(Event):
         trained_tokens: tokens with a label, since the start of the run.
         tokens_per_second: trained tokens of this step over its seconds.
         memory_bytes: resident memory of the process at the end of the step, mapped files included; 0: not told.
+        gpu_memory_bytes: what the process has of its GPU, CUDA's context apart; 0: it uses none.
         elapsed: seconds of training since the start of the run, the time between an interruption and resuming apart.
         figures: what the method tells beside the loss, by TRL's names, such as ``rewards/accuracies``.
     """
@@ -121,15 +137,21 @@ class StepMetrics(Event):
     tokens_per_second: float
     elapsed: float
     memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
     figures: dict[str, float] = Field(default_factory=dict)
 
 
 class Evaluation(Event):
-    """What was measured on held-out rows after ``step`` steps; figures by their names, such as ``loss``."""
+    """What was measured on held-out rows after ``step`` steps; figures by their names, such as ``loss``.
+
+    Attributes:
+        not_finite: figures that came out infinite or as no number, which ``figures`` lacks.
+    """
 
     kind: Literal["evaluation"] = "evaluation"
     step: int
     figures: dict[str, float]
+    not_finite: list[str] = Field(default_factory=list)
 
 
 class Sample(Event):

@@ -89,7 +89,12 @@ class Run:
     @property
     def notes(self) -> list[str]:
         """What the run said, once each."""
-        return list(dict.fromkeys(note.text for note in self.of(Note)))
+        return list(dict.fromkeys(note.told for note in self.of(Note)))
+
+    @property
+    def troubles(self) -> list[str]:
+        """What of that something should be done about."""
+        return list(dict.fromkeys(note.told for note in self.of(Note) if note.trouble))
 
     @property
     def data(self) -> DataSummary | None:
@@ -124,6 +129,11 @@ class Run:
         """The largest resident memory, in bytes."""
         told = self.summary.get("peak_memory_bytes")
         return told if isinstance(told, int) else max((step.memory_bytes for step in self.steps), default=0) or None
+
+    @property
+    def peak_gpu_memory(self) -> int | None:
+        """The most of a GPU's memory that it had after a step, in bytes; None where it used none."""
+        return max((step.gpu_memory_bytes for step in self.steps), default=0) or None
 
     @property
     def error(self) -> str:

@@ -48,7 +48,7 @@ class Heard:
         """Take an event."""
         self.tell(event)
         for sentence in self._kept(event):
-            self.tell(Note(text=sentence))
+            self.tell(Note(text=sentence, step=getattr(event, "step", None), trouble=True))
 
     def recall(self, events: Sequence[Event]) -> None:
         """Take what was told before the run was resumed."""
@@ -101,8 +101,12 @@ class Best:
         if state.global_step < state.max_steps:
             self.note(
                 f"Stopped early after step {state.global_step} of {state.max_steps}: "
-                f"{self.config.early_stopping_patience} evaluations in a row were no better than that of step {best} "
-                f"({metric} {state.best_metric:.4g})"
+                f"{self.config.early_stopping_patience} evaluations in a row "
+                + (
+                    f"were no better than that of step {best} ({metric} {state.best_metric:.4g})"
+                    if best
+                    else f"had no {metric} that is a number"
+                )
             )
         if not self.config.keep_best or not best:
             return int(state.global_step)

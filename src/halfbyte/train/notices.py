@@ -10,16 +10,19 @@ A function of the events alone, which holds no clock and no model. Thresholds ar
     standing      the learning rate is 0
     overfitting   the loss on held-out rows rises while that of training falls
     slowed        trained tokens a second are half of what they were
+    unmeasured    a figure of an evaluation is infinite or no number
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, median
 
 from halfbyte.runs.events import Evaluation, Event, StepMetrics
 
 WINDOW = 20
 """Steps that are looked at together."""
+FEW = 3
+"""Steps of which the first and the last are compared where there are no more yet."""
 RECENT = 200
 """Steps whose speed is what it was before."""
 FLAT = 0.03
@@ -65,9 +68,11 @@ class Notices:
                 ]  # fmt: skip
                 if self._is_likelihood:
                     looks += [("untrained", self._untrained), ("leaking", self._leaking), ("rising", self._rising)]
-            case Evaluation(figures=figures) if "loss" in figures:
-                self._evaluations.append(event)
-                looks = [("overfitting", self._overfitting)]
+            case Evaluation(figures=figures, not_finite=lacking):
+                looks = [("unmeasured", lambda: self._unmeasured(lacking))] if lacking else []
+                if "loss" in figures:
+                    self._evaluations.append(event)
+                    looks.append(("overfitting", self._overfitting))
             case _:
                 return []
         return list(self._new(looks))
@@ -104,11 +109,19 @@ class Notices:
         )
 
     def _rising(self) -> str | None:
-        last = self._last()
-        if len(self._steps) < 2 * WINDOW:
+        losses = [step.loss for step in self._steps]
+        begun = fmean(losses[:FEW])
+        if len(losses) < 2 * FEW:
             return None
-        first, now = fmean(step.loss for step in self._steps[:WINDOW]), fmean(step.loss for step in last)
-        if not now > max(1.5 * first, first + 1):
+        if len(losses) < 2 * WINDOW:
+            first, now = begun, min(losses[-FEW:])
+            is_risen = now > max(2 * first, first + 3)
+        else:
+            first, now = fmean(losses[:WINDOW]), fmean(losses[-WINDOW:])
+            is_risen = now > max(1.5 * first, first + 1)
+            if not is_risen and now > max(2 * begun, begun + 2):  # it rose within the first steps, and stays there
+                first, is_risen = begun, True
+        if not is_risen:
             return None
         base = ", or hold the base in more than 4 bits (--quant-type int8 or none)" if self._in_4_bits else ""
         return (
@@ -152,6 +165,17 @@ class Notices:
             f"The loss on held-out rows was best at step {best.step} ({least:.3f}) and has risen to "
             f"{trained[-1].figures['loss']:.3f}, while that of training falls: the run learns its rows by heart; stop "
             "there (early_stopping_patience, keep_best), or take fewer epochs, more data, or more lora_dropout."
+        )
+
+    def _unmeasured(self, names: Sequence[str]) -> str:
+        said = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        texts = "the general text" if set(names) == {"general_loss"} else "the held-out rows"
+        base = ", or hold the base in more bits (--quant-type int8 or none)" if self._in_4_bits else ""
+        are = "is" if len(names) == 1 else "are"
+        return (
+            f"The evaluation's {said} {are} not finite, so nothing is known of {texts} and it is never the best one: "
+            "if the loss of training is finite, look for a row there that is unlike others (halfbyte data); if not, "
+            f"take a lower learning_rate, compute in float32 (compute_dtype){base}."
         )
 
     def _slowed(self) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from halfbyte.data.duplicates import duplicates
+from halfbyte.data.duplicates import duplicates, nearly_equal
 from halfbyte.data.measure import measure
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.table import Counts
@@ -35,6 +35,7 @@ class Summary:
         seconds: of training, loading apart.
         trained_tokens_per_second: over those seconds.
         peak_memory_bytes: the largest resident set of this process so far, mapped files included.
+        peak_gpu_memory_bytes: the most that a step left this process with of its GPU; 0: it uses none.
         figures: what the method tells beside the loss, likewise means over the last ten steps.
         evaluation: what the last evaluation has measured, such as ``loss`` and ``accuracy``; empty without one.
         evaluation_before: what the one before the first step has measured.
@@ -58,12 +59,17 @@ class Summary:
     evaluation_best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     adapter_step: int = 0
+    peak_gpu_memory_bytes: int = 0
 
 
-def describe_data(rows: Prepared) -> DataSummary:
-    """Return what is trained on, in numbers."""
+def describe_data(rows: Prepared, seed: int = 0) -> DataSummary:
+    """Return what is trained on, in numbers; ``seed`` is that of the sample in which nearly equal rows are sought."""
     counts = rows.train.counts
-    is_counted = rows.task == "lm" and counts.tokens <= COUNTED_TOKENS and counts.rows
+    repeated, near = None, None
+    if rows.task == "lm" and counts.tokens <= COUNTED_TOKENS and counts.rows:
+        measured = measure(rows.train.rows, counts.longest)
+        repeated = duplicates(measured).rows
+        near, _ = nearly_equal(rows.train.rows, measured, counts.longest, seed)
     return DataSummary(
         examples=counts.examples,
         rows=counts.rows,
@@ -71,7 +77,9 @@ def describe_data(rows: Prepared) -> DataSummary:
         trained_tokens=counts.trained_tokens,
         truncated=counts.truncated,
         longest=counts.longest,
-        repeated=duplicates(measure(rows.train.rows, counts.longest)).rows if is_counted else None,
+        repeated=repeated,
+        near=near.rows if near else None,
+        near_of=near.sampled if near else 0,
         evaluation=rows.evaluation.counts.examples if rows.evaluation else 0,
         left_out=rows.bad.counts,
         notes=counts.notes,
@@ -114,6 +122,7 @@ def summarize(
         evaluation_best=dict(best.figures) if best else {},
         best_step=best.step if best else 0,
         adapter_step=last.step if adapter_step is None else adapter_step,
+        peak_gpu_memory_bytes=max(step.gpu_memory_bytes for step in steps),
     )
 
 

@@ -178,7 +178,7 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, lis
     shown = preview_lines(rows.train, tokenizer)[1:] if config.task == "lm" else preview(rows, tokenizer)
     for line in [*rows.told(), *check_rows(config, rows.train), *shown]:
         tell(Note(text=line))
-    tell(describe_data(rows))
+    tell(describe_data(rows, config.seed))
     return tokenizer, added, rows
 
 

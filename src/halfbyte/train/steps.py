@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback
 
+from halfbyte.devices import memory_on
 from halfbyte.hf.trainers.state import state_folder
 from halfbyte.memory import resident_memory
 from halfbyte.runs.events import Begin, Checkpoint, Evaluation, Event, StepMetrics
@@ -67,6 +68,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             tokens_per_second=new_tokens / (now - self.step_begun),
             elapsed=self.seconds_before + now - self.begun,
             memory_bytes=resident_memory(),
+            gpu_memory_bytes=memory_on(self.trainer.args.device),
             figures={name: logs[name] for name in self.figures if name in logs},
         )
         self.made.append(step)
@@ -84,5 +86,11 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
         known = ((name, f"eval_{name}") for name in ("loss", *self.figures))
-        figures = {name: metrics[key] for name, key in known if key in metrics and math.isfinite(metrics[key])}
-        self.tell(Evaluation(step=state.global_step, figures=figures))
+        found = {name: metrics[key] for name, key in known if key in metrics}
+        self.tell(evaluation_of(state.global_step, found))
+
+
+def evaluation_of(step: int, found: Mapping[str, float]) -> Evaluation:
+    """Return the evaluation after ``step`` steps that ``found`` these figures; what is not finite stands apart."""
+    figures = {name: value for name, value in found.items() if math.isfinite(value)}
+    return Evaluation(step=step, figures=figures, not_finite=[name for name in found if name not in figures])

@@ -33,9 +33,10 @@ from halfbyte.generate.batched import Answer, answer_all
 from halfbyte.hf.models.limits import most_positions
 from halfbyte.hf.trainers import distributed
 from halfbyte.runs.config import TrainConfig
-from halfbyte.runs.events import Evaluation, Listener, Note, Sample
+from halfbyte.runs.events import Listener, Note, Sample
 from halfbyte.train.notices import Notices
 from halfbyte.train.samples import Asked, asked_of, last_answer, prompt_of, told_trouble
+from halfbyte.train.steps import evaluation_of
 
 LOOKED_AT = 2000
 """Rows among which those are chosen that are answered."""
@@ -219,7 +220,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         for asked, answer in zip(self.asked, answers, strict=True):
             self.tell(Sample(step=step, prompt=asked.shown, answer=answer.text))
         if step == 0 and (sentence := told_trouble(self.asked, answers, self.tokenizer)):
-            self.tell(Note(text=sentence))
+            self.tell(Note(text=sentence, step=step, trouble=True))
 
     def _answers(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """Answer prompts, no more together than have the tokens of a training pass, for which there is memory."""
@@ -265,6 +266,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         try:
             self.show(step)
             if figures := ({} if self.is_evaluated else self.measured()):
-                self.tell(Evaluation(step=step, figures=figures))
+                self.tell(evaluation_of(step, figures))
         finally:
             self.model.train(trained)

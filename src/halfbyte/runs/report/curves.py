@@ -42,10 +42,10 @@ def drawings(run: Run) -> list[Drawing]:
     found.append(_small("Learning rate", "learning rate", rates))
     found.append(_small("Gradient norm before clipping", "L2 norm", [*_clipping(run), *_smoothed(run, _norm)]))
     found.append(_small("Speed", f"{words.rate_unit(run)} a second", _smoothed(run, _speed)))
-    if any(step.memory_bytes for step in steps):
-        unit, size = _unit(max(step.memory_bytes for step in steps))
-        memory = [Series("resident memory", _points(steps, lambda step: step.memory_bytes / size))]
-        found.append(_small("Memory of the process", unit, memory))
+    for heading, of in (("Memory of the process", _resident), ("Memory of the GPU", _on_gpu)):
+        if most := max((of(step) for step in steps), default=0):
+            unit, size = _unit(most)
+            found.append(_small(heading, unit, [Series(heading, [(step.step, of(step) / size) for step in steps])]))
     return found
 
 
@@ -80,14 +80,14 @@ def compared(runs: Sequence[tuple[str, Run]]) -> list[Drawing]:
             points = _points(run.steps, take)
             curves.append(Series(label, mean_of(points)[1] if smooth else points, _style(at)))
         found.append(_small(heading, y, curves))
-    most = max((step.memory_bytes for _, run in runs for step in run.steps), default=0)
-    if most:
-        unit, size = _unit(most)
-        curves = [
-            Series(label, [(s.step, s.memory_bytes / size) for s in run.steps if s.memory_bytes], _style(at))
-            for at, (label, run) in _each(runs)
-        ]
-        found.append(_small("Memory of the process", unit, curves))
+    for heading, of in (("Memory of the process", _resident), ("Memory of the GPU", _on_gpu)):
+        if most := max((of(step) for _, run in runs for step in run.steps), default=0):
+            unit, size = _unit(most)
+            curves = [
+                Series(label, [(s.step, of(s) / size) for s in run.steps if of(s)], _style(at))
+                for at, (label, run) in _each(runs)
+            ]
+            found.append(_small(heading, unit, curves))
     return found
 
 
@@ -109,6 +109,14 @@ def _norm(step: StepMetrics) -> float:
 
 def _speed(step: StepMetrics) -> float:
     return step.tokens_per_second
+
+
+def _resident(step: StepMetrics) -> int:
+    return step.memory_bytes
+
+
+def _on_gpu(step: StepMetrics) -> int:
+    return step.gpu_memory_bytes
 
 
 def _curve_and_mean(points: list[Point]) -> list[Series]:

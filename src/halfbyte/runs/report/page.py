@@ -41,7 +41,7 @@ def report_page(run: Run) -> str:
         run=run,
         state=words.STATES[run.state],
         about=_about(run),
-        look=[*_troubles(run), *run.problems],
+        look=[*_state(run), *run.troubles, *run.problems],
         cards=words.cards(run),
         changes=words.changes(run),
         heads=words.change_heads(run),
@@ -160,7 +160,7 @@ def _about(run: Run) -> list[tuple[str, str]]:
     return [(name, text) for name, text in found if text]
 
 
-def _troubles(run: Run) -> list[str]:
+def _state(run: Run) -> list[str]:
     match run.state:
         case "running":
             return [
@@ -188,6 +188,7 @@ def _data(run: Run) -> list[tuple[str, str]]:
         ("longest row", counted(data.longest, "token")),
         ("cut to max_length", counted(data.truncated, "example") if data.truncated else "none"),
         ("equal to an earlier row", _repeated(data.repeated)),
+        ("nearly equal to one", _near(data.near, data.near_of, data.rows - (data.repeated or 0))),
         ("examples for evaluation", f"{data.evaluation:,}" if data.evaluation else "none"),
         ("left out", "; ".join(f"{kind}: {counted(n, 'row')}" for kind, n in data.left_out.items()) or "none"),
     ]
@@ -198,6 +199,12 @@ def _repeated(rows: int | None) -> str:
     if rows is None:
         return "not counted here; halfbyte data does"
     return counted(rows, "row") if rows else "none"
+
+
+def _near(rows: int | None, of: int, different: int) -> str:
+    """Return how many are nearly equal to an earlier row, and among how many they were sought if not among all."""
+    sample = f" of {of:,} that were looked at" if of < different else ""
+    return _repeated(rows) + (sample if rows is not None else "")
 
 
 def _circumstances(told: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -119,4 +119,6 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
             found.append((f"{rate_unit(run)} a second", number(speed), "over all of the training"))
     if run.peak_memory:
         found.append(("peak memory", size_text(run.peak_memory), "mapped files included"))
+    if run.peak_gpu_memory:
+        found.append(("peak GPU memory", size_text(run.peak_gpu_memory), "after a step, CUDA's context apart"))
     return found
