@@ -17,6 +17,7 @@ from halfbyte.runs.differences import differing, given
 from halfbyte.runs.events import Begin, Checkpoint, End, Evaluation, Event, Header, Note, Sample, StepMetrics, to_line
 from halfbyte.runs.folder import VERSION, RunFolder
 from halfbyte.runs.history import find_runs, is_run, read_run
+from halfbyte.runs.report.page import compare_page, report_page
 
 
 def step(number: int, loss: float = 1.0) -> StepMetrics:
@@ -108,6 +109,17 @@ def test_a_step_that_was_made_again_counts_once(tmp_path: Path) -> None:
     run = read_run(folder.path)
     assert [one.step for one in run.steps] == list(range(1, 13))
     assert [one.loss for one in run.steps[-2:]] == [8.0, 7.0]
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_a_run_whose_metrics_have_no_lines_can_be_looked_at(header: bool, tmp_path: Path) -> None:
+    write(tmp_path / "run", rank=8)
+    (tmp_path / "run/metrics.jsonl").write_text(to_line(Header()) + "\n" if header else "")
+    for short in (True, False):
+        run = read_run(tmp_path / "run", short=short)
+        assert (run.state, run.events, run.step, run.loss, run.problems) == ("killed", [], 0, None, [])
+    assert "There is no step yet." in report_page(run)
+    assert "broken off" in compare_page([("one", run), ("two", run)])
 
 
 def test_checkpoints_are_those_that_are_there(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +45,12 @@ def start(processes: int, model: Path, rows: Path, output: Path, *flags: str) ->
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def steps(run: Path) -> list[int]:
-    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [event["step"] for event in told if event["kind"] == "step"]
+    return [event["step"] for event in events(run) if event["kind"] == "step"]
 
 
 def test_two_processes_leave_what_one_with_twice_the_batch_leaves(
@@ -63,6 +67,11 @@ def test_two_processes_leave_what_one_with_twice_the_batch_leaves(
         assert steps(output) == [1, 2, 3, 4]
         results[processes] = output
     assert {file.name for file in results[1].iterdir()} == {file.name for file in results[2].iterdir()}
+    kinds = [[event["kind"] for event in events(folder) if event["kind"] != "note"] for folder in results.values()]
+    assert kinds[0] == kinds[1]  # each is told once
+    page = (results[2] / "report.html").read_text()
+    assert page.count("<!doctype html>") == 1 and "4 of 4" in page and ">finished<" in page
+    assert '<th scope="row">processes</th><td><bdi>2</bdi></td>' in page.replace("\n", "")
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in results.values())
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)  # sums in another order
@@ -140,6 +149,7 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
     (checkpoint,) = (output / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{steps(output)[-1]:06d}"
     assert err.count("Go on with:") == 1 and " resume " in err
+    assert ">interrupted<" in (output / "report.html").read_text()
 
 
 def test_an_error_is_told_once_and_nothing_is_left(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """``metrics.jsonl``: every event of a run that is worth keeping, in the order in which it happened."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from halfbyte import __version__
@@ -12,11 +12,15 @@ class MetricsFile:
     """A listener that writes the file; events that come before :meth:`open` are written then.
 
     Each line is on the disk before the call returns, so that no checkpoint is ahead of it.
+
+    Attributes:
+        lacked: how many of the steps that were made the file did not have when it was opened.
     """
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._waiting: list[Event] = []
+        self.lacked = 0
 
     def __call__(self, event: Event) -> None:
         """Keep ``event``."""
@@ -27,13 +31,20 @@ class MetricsFile:
         else:
             append(self._path, to_line(event))
 
-    def open(self, path: Path, step: int = 0) -> list[StepMetrics]:
+    def open(self, path: Path, step: int = 0, known: Sequence[StepMetrics] = ()) -> list[StepMetrics]:
         """Begin the file at ``path``, or with ``step`` go on with the one that is there.
+
+        Args:
+            path: of the file.
+            step: that was made last.
+            known: steps up to that one, of which the file gets those that it lacks.
 
         Returns:
             The steps up to ``step``; what is told of later ones is taken out of the file.
         """
         before = until(read_events(path), step) if step and path.exists() else []
+        whole = with_steps(before, known)
+        self.lacked, before = len(whole) - len(before), whole
         events = [Header(halfbyte=__version__), *before, *self._waiting]
         write_text(path, "".join(to_line(event) + "\n" for event in events))
         self._path, self._waiting = path, []
@@ -53,3 +64,31 @@ def until(events: Iterable[Event], step: int) -> list[Event]:
             break
         kept.append(event)
     return kept
+
+
+def with_steps(events: Sequence[Event], known: Sequence[StepMetrics]) -> list[Event]:
+    """Return ``events`` with those of the ``known`` steps, by their numbers, that they lack.
+
+    Tokens and seconds since the start of the run, which nobody knows of them, are those of the step before.
+    """
+    there = {event.step for event in events if isinstance(event, StepMetrics)}
+    lacking = [step for step in known if step.step not in there]
+    filled: list[Event] = []
+    last: StepMetrics | None = None
+
+    def fill(until: float) -> None:
+        nonlocal last
+        while lacking and lacking[0].step < until:
+            step = lacking.pop(0)
+            if last:
+                step = step.model_copy(update={"trained_tokens": last.trained_tokens, "elapsed": last.elapsed})
+            filled.append(step)
+            last = step
+
+    for event in events:
+        if isinstance(event, StepMetrics):
+            fill(event.step)
+            last = event
+        filled.append(event)
+    fill(float("inf"))
+    return filled

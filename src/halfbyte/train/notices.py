@@ -179,10 +179,11 @@ class Notices:
         )
 
     def _slowed(self) -> str | None:
-        if len(self._steps) < 3 * WINDOW:
+        known = [step for step in self._steps if step.tokens_per_second]
+        if len(known) < 3 * WINDOW:
             return None
-        before = median(step.tokens_per_second for step in self._steps[WINDOW // 2 : -WINDOW][-RECENT:])
-        now = median(step.tokens_per_second for step in self._last())
+        before = median(step.tokens_per_second for step in known[WINDOW // 2 : -WINDOW][-RECENT:])
+        now = median(step.tokens_per_second for step in known[-WINDOW:])
         if now * 2 > before:
             return None
         return (

@@ -114,7 +114,7 @@ def summarize(
         trained_tokens=last.trained_tokens,
         loss=sum(step.loss for step in ending) / len(ending),
         seconds=last.elapsed,
-        trained_tokens_per_second=last.trained_tokens / last.elapsed,
+        trained_tokens_per_second=last.trained_tokens / last.elapsed if last.elapsed else 0.0,
         peak_memory_bytes=_peak_memory(),
         figures={name: _mean(ending, name) for name in dict.fromkeys(name for step in ending for name in step.figures)},
         evaluation=dict(evaluations[-1].figures) if evaluations else {},

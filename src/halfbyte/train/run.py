@@ -47,7 +47,7 @@ from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, describe_data, plot_loss, summarize
 from halfbyte.train.saving import SaveByTime
-from halfbyte.train.steps import Steps
+from halfbyte.train.steps import Steps, steps_of
 from halfbyte.train.stop import Interrupted, Stop
 from halfbyte.train.tasks import TASKS, check_classes, check_options, known_classes, preview, save_beside
 from halfbyte.train.watch import Watch, notices_of
@@ -243,9 +243,16 @@ def _begin(
                 folder.go_on(config, changed and changed[0])
         elif writes:
             begin(circumstances)
-        before = metrics.open(folder.metrics, step_of(checkpoint) if checkpoint else 0) if writes else []
-        if checkpoint and writes and (lost := step_of(checkpoint) - len({event.step for event in before})) > 0:
-            note(f"{folder.metrics} lacks {lost} of the steps that were made: the curve goes on without them")
+        before = []
+        if checkpoint and writes:
+            before = metrics.open(folder.metrics, step_of(checkpoint), steps_of(checkpoint))
+            if metrics.lacked:
+                note(
+                    f"{folder.metrics} lacked {metrics.lacked} of the steps that were made: their losses are those of "
+                    "the checkpoint, their tokens, time and memory are not known"
+                )
+        elif writes:
+            metrics.open(folder.metrics)
     trainer.run_id = folder.run_id()
     trainer.passed_over = [path for path in folder.saved() if checkpoint and step_of(path) > step_of(checkpoint)]
     return before

@@ -1,11 +1,14 @@
 """What transformers' trainer calls back, told as events, and the stop that was asked for, handed to it."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from halfbyte.devices import memory_on
 from halfbyte.hf.trainers.state import state_folder
@@ -88,6 +91,17 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         known = ((name, f"eval_{name}") for name in ("loss", *self.figures))
         found = {name: metrics[key] for name, key in known if key in metrics}
         self.tell(evaluation_of(state.global_step, found))
+
+
+def steps_of(checkpoint: Path) -> list[StepMetrics]:
+    """Return the steps that a checkpoint remembers; what it does not, tokens, time and memory, is 0."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    own = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    return [
+        StepMetrics(trained_tokens=0, tokens_per_second=0, elapsed=0, **{name: logs[name] for name in own})
+        for logs in state["log_history"]
+        if all(name in logs for name in own)
+    ]
 
 
 def evaluation_of(step: int, found: Mapping[str, float]) -> Evaluation:

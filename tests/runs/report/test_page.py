@@ -56,12 +56,14 @@ def step(number: int, **figures: float) -> StepMetrics:
 def made(**changes: Any) -> Run:
     events: list[Event] = [
         Note(text="Training 5 parameters"),
-        DataSummary(examples=9, rows=9, tokens=100, trained_tokens=25, truncated=2, longest=20, repeated=1,
-                    evaluation=3, left_out={"no answer": 4}, notes={"a turn was empty": 1}),
+        DataSummary(examples=9, rows=9, tokens=100, trained_tokens=25, truncated=2, longest=20, repeated=1, near=2,
+                    near_of=5, evaluation=3, left_out={"no answer": 4}, notes={"a turn was empty": 1}),
         Begin(step=0, total_steps=40),
         Evaluation(step=0, figures={"loss": 2.5, "accuracy": 0.5}),
         Sample(step=0, prompt="Who?", answer="Nobody"),
         *(step(number) for number in range(1, 41)),
+        Note(text="Something is wrong.", step=7, trouble=True),
+        Note(text="Something is wrong.", step=7, trouble=True),  # told again after a kill
         Evaluation(step=40, figures={"loss": 0.25, "accuracy": 0.75}),
         Sample(step=40, prompt="Who?", answer="Everybody"),
     ]  # fmt: skip
@@ -116,6 +118,8 @@ def test_a_page_says_what_the_run_came_to() -> None:
         "trained tokens\n25 (25%)",
         "cut to max_length\n2 examples",
         "equal to an earlier row\n1 row",
+        "nearly equal to one\n2 rows of 5 that were looked at",
+        "After step 7: Something is wrong.",
         "left out\nno answer: 4 rows",
         "noticed\nin 1 example: a turn was empty",
         "kernels\nnative (avx2)",

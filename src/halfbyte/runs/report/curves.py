@@ -41,11 +41,12 @@ def drawings(run: Run) -> list[Drawing]:
     rates = [Series("learning rate", _points(steps, lambda step: step.learning_rate))]
     found.append(_small("Learning rate", "learning rate", rates))
     found.append(_small("Gradient norm before clipping", "L2 norm", [*_clipping(run), *_smoothed(run, _norm)]))
-    found.append(_small("Speed", f"{words.rate_unit(run)} a second", _smoothed(run, _speed)))
+    found.append(_small("Speed", f"{words.rate_unit(run)} a second", _curve_and_mean(_speeds(steps))))
     for heading, of in (("Memory of the process", _resident), ("Memory of the GPU", _on_gpu)):
         if most := max((of(step) for step in steps), default=0):
             unit, size = _unit(most)
-            found.append(_small(heading, unit, [Series(heading, [(step.step, of(step) / size) for step in steps])]))
+            points = [(step.step, of(step) / size) for step in steps if of(step)]
+            found.append(_small(heading, unit, [Series(heading, points)]))
     return found
 
 
@@ -77,7 +78,7 @@ def compared(runs: Sequence[tuple[str, Run]]) -> list[Drawing]:
     ):
         curves = []
         for at, (label, run) in _each(runs):
-            points = _points(run.steps, take)
+            points = _speeds(run.steps) if take is _speed else _points(run.steps, take)
             curves.append(Series(label, mean_of(points)[1] if smooth else points, _style(at)))
         found.append(_small(heading, y, curves))
     for heading, of in (("Memory of the process", _resident), ("Memory of the GPU", _on_gpu)):
@@ -109,6 +110,10 @@ def _norm(step: StepMetrics) -> float:
 
 def _speed(step: StepMetrics) -> float:
     return step.tokens_per_second
+
+
+def _speeds(steps: Sequence[StepMetrics]) -> list[Point]:
+    return [(step.step, step.tokens_per_second) for step in steps if step.tokens_per_second]
 
 
 def _resident(step: StepMetrics) -> int:
