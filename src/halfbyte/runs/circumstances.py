@@ -11,7 +11,7 @@ import huggingface_hub
 import psutil
 import torch
 from huggingface_hub.errors import HFValidationError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from halfbyte import __version__
 from halfbyte.kernels import native, provider_for, providers
@@ -33,6 +33,7 @@ class Circumstances(BaseModel):
         cores: of the machine.
         memory_bytes: of the machine.
         base_model: a fingerprint of the base model's files.
+        written: when each of its weight files was written, in nanoseconds since 1970, as the file system has it.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -45,6 +46,7 @@ class Circumstances(BaseModel):
     cores: int
     memory_bytes: int
     base_model: str
+    written: dict[str, int] = Field(default_factory=dict)
 
     @classmethod
     def here(cls, model: str, processes: int = 1) -> "Circumstances":
@@ -58,6 +60,7 @@ class Circumstances(BaseModel):
             cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
             memory_bytes=psutil.virtual_memory().total,
             base_model=fingerprint(model),
+            written={file.name: file.stat().st_mtime_ns for file in _weight_files(folder_of(model))},
         )
 
 
@@ -87,6 +90,13 @@ def changes(before: Circumstances, now: Circumstances) -> Changes:
             noted.append(f"{name} {verb} {old} and {'are' if verb == 'were' else 'is'} {new}")
     if before.processes != now.processes:
         noted.append(f"processes were {before.processes} and are {now.processes}, so that dropout drops other values")
+    again = [name for name, time in now.written.items() if before.written.get(name, time) != time]
+    if again and before.base_model == now.base_model:
+        files = f"{again[0]}{f' and {len(again) - 1} more' if len(again) > 1 else ''}"
+        noted.append(
+            f"{files} of the base model {'were' if len(again) > 1 else 'was'} written since, of which only samples are "
+            "compared, so that a changed weight might not be seen"
+        )
     refused = []
     if before.base_model != now.base_model:
         refused.append("the base model's files are others")
@@ -117,23 +127,37 @@ def processor() -> str:
 
 
 def fingerprint(model: str) -> str:
-    """Return a digest of the base model's configuration and of its weight files' names, sizes and samples.
+    """Return a digest of the base model's configuration and of its weight files' names, sizes, headers and samples.
 
-    It tells another model, or another revision, from the same one in milliseconds; it is no checksum of all bytes.
+    It tells another model, or another revision, from the same one in milliseconds, and is no checksum of all bytes: of
+    a weight file 64 KiB each at the beginning, the middle and the end are read, and of safetensors the header, which
+    has the names, types, shapes and places of all tensors. It misses single weights that were changed elsewhere, in
+    files of the same size and layout; that such a file was written again is seen by its time
+    (``Circumstances.written``), if that was not set back. Of code that comes with a model, and of its tokenizer, it
+    sees nothing.
     """
     digest = hashlib.sha256()
     home = folder_of(model)
-    for file in [home] if home.is_file() else sorted(home.glob("*")):
-        if file.name == "config.json":
-            digest.update(file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin", ".gguf") and file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as stream:
-                for place in (0, size // 2, max(size - SAMPLED, 0)):
-                    stream.seek(place)
-                    digest.update(stream.read(SAMPLED))
+    config = home / "config.json"
+    if home.is_dir() and config.is_file():
+        digest.update(config.read_bytes())
+    for file in _weight_files(home):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            if file.suffix == ".safetensors":
+                length = int.from_bytes(stream.read(8), "little")  # of the header, which follows
+                digest.update(stream.read(min(length, size)))
+            for place in (0, size // 2, max(size - SAMPLED, 0)):
+                stream.seek(place)
+                digest.update(stream.read(SAMPLED))
     return digest.hexdigest()[:16]
+
+
+def _weight_files(home: Path) -> list[Path]:
+    """Return the files in a model's folder that hold weights, or its only file."""
+    files = [home] if home.is_file() else sorted(home.glob("*"))
+    return [file for file in files if file.suffix in (".safetensors", ".bin", ".gguf") and file.is_file()]
 
 
 def folder_of(model: str) -> Path:
