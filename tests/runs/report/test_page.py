@@ -135,6 +135,21 @@ def test_a_page_says_what_the_run_came_to() -> None:
     assert "rank\n8\n" in first and "lora_alpha" not in first and "lora_alpha\n32.0" in folded
 
 
+def test_an_evaluation_that_was_no_number_is_a_cross_at_its_step() -> None:
+    events: list[Event] = [step(1), step(2), Evaluation(step=0, figures={"loss": 2.0}),
+                           Evaluation(step=2, figures={}, not_finite=["loss"])]  # fmt: skip
+    [loss] = [drawing.svg for drawing in drawings(made(events=events)) if drawing.heading == "Loss"]
+    assert loss.count("evaluation: not a number at 2") == 2  # wide and narrow
+    assert "not a number" not in "".join(one.svg for one in drawings(made(events=events[:3])))
+
+
+def test_the_memory_of_a_gpu_has_a_chart_and_a_card_where_there_is_one() -> None:
+    events = [one.model_copy(update={"gpu_memory_bytes": 3 * 2**30}) for one in map(step, (1, 2))]
+    assert "Memory of the GPU" in {drawing.heading for drawing in drawings(made(events=events))}
+    assert "peak GPU memory\n3.00 GiB" in told(made(events=events))
+    assert "GPU" not in told(made())
+
+
 def test_a_figure_of_steps_and_of_evaluations_has_one_chart_and_one_of_evaluations_alone_says_so() -> None:
     events: list[Event] = [
         step(1, margin=0.1),

@@ -75,7 +75,7 @@ def linear(values: Iterable[float], begin: float, end: float, *, zero: bool = Tr
         low = 0.0
     if high - low <= 1e-9 * max(abs(low), abs(high)) or high - low < 1e-290:
         around = max(abs(high) * 0.1, 1e-280) if high else 1.0
-        low, high = low - around, high + around
+        low, high = 0.0 if zero and low == 0 else low - around, high + around
     elif not tight:
         margin = MARGIN * (high - low)
         low, high = low if zero and low == 0 else low - margin, high + margin

@@ -158,7 +158,7 @@ def _x_axis(scale: Scale, height: int, name: str) -> list[str]:
     bottom = height - BOTTOM
     parts = [f'<line class="axis" x1="{scale.begin:g}" x2="{scale.end:g}" y1="{bottom}" y2="{bottom}"/>']
     most = max(2, int((scale.end - scale.begin) / 76))
-    ticks = [tick for tick in scale.ticks(most) if tick == round(tick)]
+    ticks = [tick for tick in scale.ticks(most) if tick == round(tick) and tick >= 0]
     for tick, text in zip(ticks, labels(ticks), strict=True):
         place = scale.place(tick)
         parts.append(f'<line class="axis" x1="{place:.2f}" x2="{place:.2f}" y1="{bottom}" y2="{bottom + 4}"/>')
@@ -190,7 +190,7 @@ def _curve(series: Series, x: Scale, y: Scale, places: float) -> list[str]:
             continue
         up = y.place(value)
         line.append(f"{'M' if is_begin else 'L'}{across:.2f} {up:.2f}")
-        dots.append(f'<circle cx="{across:.2f}" cy="{up:.2f}" r="{2.8 if series.dots else 1.8}"/>')
+        dots.append(f'<circle cx="{across:.2f}" cy="{up:.2f}" r="{2.8 if series.dots or len(points) == 1 else 1.8}"/>')
         is_begin = False
     parts = [f'<path class="{classes}" data-name="{_text(series.name)}" d="{"".join(line)}"/>'] if line else []
     if series.dots or (len(points) <= DOTS and (series.faint or len(points) == 1)):

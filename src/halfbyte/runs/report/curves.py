@@ -1,5 +1,6 @@
 """The charts of a run, and of several runs in one."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ def drawings(run: Run) -> list[Drawing]:
     found = [_large("Loss", _loss(run))]
     for name in _names(run):
         series = _curve_and_mean([(step.step, step.figures[name]) for step in steps if name in step.figures])
-        evaluated = [(one.step, one.figures[name]) for one in run.evaluations if name in one.figures]
+        evaluated = _evaluated(run, name)
         series = [one for one in series if one.points] + [Series("evaluation", evaluated, "b", dots=True)] * bool(
             evaluated
         )
@@ -66,8 +67,7 @@ def compared(runs: Sequence[tuple[str, Run]]) -> list[Drawing]:
     names = dict.fromkeys(name for _, run in runs for one in run.evaluations for name in one.figures)
     for name in names:
         curves = [
-            Series(label, [(one.step, one.figures[name]) for one in run.evaluations if name in one.figures],
-                   _style(at), dots=True)
+            Series(label, _evaluated(run, name), _style(at), dots=True)
             for at, (label, run) in _each(runs)
         ]  # fmt: skip
         found.append(_small(f"Evaluation: {words.figure(name)}", words.figure(name), curves))
@@ -90,6 +90,12 @@ def compared(runs: Sequence[tuple[str, Run]]) -> list[Drawing]:
             ]
             found.append(_small(heading, unit, curves))
     return found
+
+
+def _evaluated(run: Run, name: str) -> list[Point]:
+    """Return a figure of the evaluations by their steps; NaN where it was not finite."""
+    known = (one for one in run.evaluations if name in one.figures or name in one.not_finite)
+    return [(one.step, one.figures.get(name, math.nan)) for one in known]
 
 
 def _each(runs: Sequence[tuple[str, Run]]) -> list[tuple[int, tuple[str, Run]]]:
@@ -150,7 +156,7 @@ def _loss(run: Run) -> Chart:
     elif run.options.get("method", "sft") not in ("sft", "text"):
         unit = ""  # of pairs and judgements, which methods weigh by themselves
     series = _smoothed(run, lambda step: step.loss)
-    evaluated = [(one.step, one.figures["loss"]) for one in run.evaluations if "loss" in one.figures]
+    evaluated = _evaluated(run, "loss")
     if evaluated:
         series.append(Series("evaluation", evaluated, "b", dots=True))
     return Chart("Loss of each optimizer step", X, f"loss{unit}", series)
