@@ -201,7 +201,7 @@ def test_a_run_that_did_not_finish_says_so_and_how_to_go_on(state: Any, sentence
     text = told(made(state=state, events=events, path=tmp_path))
     assert sentence in text and "Talk to it" not in text
     assert ("Go on from step 20, bit for bit" in text) == (state != "running")
-    assert ("--resume" in text) == (state != "running")
+    assert ("halfbyte resume " in text) == (state != "running")
 
 
 def test_a_run_without_a_step_has_a_page() -> None:

@@ -245,7 +245,7 @@ def _following(run: Run) -> list[tuple[str, str]]:
         return [*talk, ("Answer one prompt:", _command("generate", path, "--prompt", "your question"))]
     if run.state == "running":
         return []
-    resume = _command("train", "--config", str(run.path / "config.yaml"), "--resume")
+    resume = _command("resume", path)
     if run.checkpoints:
         return [(f"Go on from step {run.checkpoints[-1].step:,}, bit for bit as if nothing had happened:", resume)]
     return [("Begin again, since there is no checkpoint yet:", resume)]
