@@ -107,6 +107,18 @@ class Run:
         return self.steps[-1].step if self.steps else 0
 
     @property
+    def adapter_step(self) -> int:
+        """The step whose adapter it has left: of a finished run as it says itself."""
+        told = self.summary.get("adapter_step")
+        return told if isinstance(told, int) else self.step
+
+    @property
+    def left(self) -> Evaluation | None:
+        """The evaluation of the adapter that it has left, or else the last one."""
+        of_it = (one for one in self.evaluations if one.step == self.adapter_step)
+        return next(of_it, self.evaluations[-1] if self.evaluations else None)
+
+    @property
     def total_steps(self) -> int | None:
         """How many steps it is to have."""
         return next((event.total_steps for event in reversed(self.of(Begin))), None)

@@ -31,7 +31,7 @@ from halfbyte.runs.folder import VERSION, RunFolder
 from halfbyte.runs.history import Run, read_run
 from halfbyte.runs.report import words, writer
 from halfbyte.runs.report.curves import drawings
-from halfbyte.runs.report.page import compare_page, report_page
+from halfbyte.runs.report.page import compare_page, compared_figures, report_page
 from halfbyte.runs.report.writer import ReportFile
 
 NASTY = (
@@ -133,6 +133,25 @@ def test_a_page_says_what_the_run_came_to() -> None:
     begun = text.index("Other than the preset"), text.index("Every option"), text.index("Circumstances")
     first, folded = text[begun[0] : begun[1]], text[begun[1] : begun[2]]
     assert "rank\n8\n" in first and "lora_alpha" not in first and "lora_alpha\n32.0" in folded
+
+
+def test_a_run_that_stopped_early_shows_the_adapter_that_it_has_left() -> None:
+    events = [*made().events]
+    events[-4:-4] = [Evaluation(step=20, figures={"loss": 0.125}), Sample(step=20, prompt="Who?", answer="Somebody")]
+    events.append(Note(text="Stopped early after step 40 of 90: no better"))
+    events[2] = Begin(step=0, total_steps=90)
+    run = made(events=events, summary={"adapter_step": 20, "loss": 0.5})
+    text = told(run)
+    for part in (
+        "Stopped early after step 40 of 90",
+        "evaluation loss\n2.5 → 0.125\nafter step 20",
+        "adapter\nthat of step 20\nthe best evaluation",
+        "before\nafter step 20\nloss\n2.5\n0.125",
+        "Somebody",
+    ):
+        assert part in text, part
+    assert "Everybody" not in text
+    assert dict(compared_figures([("one", run), ("two", made())]))["evaluation loss"] == ["2.5 → 0.125", "2.5 → 0.25"]
 
 
 def test_an_evaluation_that_was_no_number_is_a_cross_at_its_step() -> None:

@@ -20,6 +20,7 @@ from halfbyte import __version__
 from halfbyte.choices import Task
 from halfbyte.errors import counted, size_text
 from halfbyte.runs.differences import differing, given
+from halfbyte.runs.events import Sample
 from halfbyte.runs.history import Run
 from halfbyte.runs.report import curves, words
 from halfbyte.runs.report.axes import number
@@ -45,7 +46,7 @@ def report_page(run: Run) -> str:
         cards=words.cards(run),
         changes=words.changes(run),
         heads=words.change_heads(run),
-        samples=[(prompt, answers[0], answers[-1]) for prompt, answers in run.samples.items()],
+        samples=[(prompt, answers[0], _left(run, answers)) for prompt, answers in run.samples.items()],
         open_prompts=OPEN_PROMPTS,
         drawings=curves.drawings(run) if run.steps else [],
         data=_data(run),
@@ -84,7 +85,7 @@ def compared_figures(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, list[st
         (name, [column.get(name, "") for column in columns])
         for name in dict.fromkeys(name for column in columns for name in column)
     ]
-    last = [run.evaluations[-1].figures if run.evaluations else {} for _, run in runs]
+    last = [run.left.figures if run.left else {} for _, run in runs]
     for name in dict.fromkeys(name for figures in last for name in figures if name != "loss"):
         texts = [number(figures[name]) if name in figures else "" for figures in last]
         rows.append((f"evaluation {words.figure(name)}", texts))
@@ -151,6 +152,11 @@ def _command(*arguments: str) -> str:
     return shlex.join(["halfbyte", *arguments])
 
 
+def _left(run: Run, answers: Sequence[Sample]) -> Sample:
+    """Return the answer of the adapter that the run has left, or else the last one."""
+    return next((answer for answer in answers if answer.step == run.adapter_step), answers[-1])
+
+
 def _about(run: Run) -> list[tuple[str, str]]:
     found = [("model", words.model_name(run))]
     task: Task | str = run.options.get("task", "lm")
@@ -170,6 +176,8 @@ def _state(run: Run) -> list[str]:
             return [f"The run was interrupted after step {run.step:,}; what to do next stands at the end of this page."]
         case "failed":
             return [f"The run failed after step {run.step:,}{f': {run.error}' if run.error else '.'}"]
+        case "finished" if run.total_steps and run.step < run.total_steps:
+            return [note for note in run.notes if note.startswith("Stopped early")]
         case "killed":
             return [f"The run broke off after step {run.step:,}: its process ended without a word."]
     return []

@@ -83,8 +83,8 @@ def rate(run: Run) -> float | None:
 def changes(run: Run) -> list[tuple[str, float, float]]:
     """Return figures with their values before and after training: what was evaluated, and pairs in the summary."""
     found = []
-    if len(run.evaluations) > 1 and run.evaluations[0].step < run.evaluations[-1].step:
-        first, last = run.evaluations[0].figures, run.evaluations[-1].figures
+    if run.left and run.evaluations[0].step < run.left.step:
+        first, last = run.evaluations[0].figures, run.left.figures
         found += [(f"{figure(name)}", first[name], last[name]) for name in first if name in last]
     for name, before in run.summary.items():
         after = run.summary.get(f"{name.removesuffix('_before')}_after")
@@ -95,9 +95,12 @@ def changes(run: Run) -> list[tuple[str, float, float]]:
 
 def change_heads(run: Run) -> tuple[str, str]:
     """Return what stands over the two values of :func:`changes`."""
-    if not run.evaluations or run.evaluations[0].step == 0:
+    if not run.left:
         return "before", "after"
-    return f"after step {run.evaluations[0].step:,}", f"after step {run.evaluations[-1].step:,}"
+    before, after = run.evaluations[0].step, run.left.step
+    if before == 0:
+        return "before", "after" if after == run.step else f"after step {after:,}"
+    return f"after step {before:,}", f"after step {after:,}"
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
@@ -105,14 +108,16 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     found = []
     if run.loss is not None:
         found.append(("training loss", number(run.loss), "mean of the last 10 steps"))
-    if run.evaluations:
-        first, last = run.evaluations[0], run.evaluations[-1]
+    if run.left:
+        first, last = run.evaluations[0], run.left
         if "loss" in last.figures:
             before = f"{number(first.figures['loss'])} → " if first.step < last.step and "loss" in first.figures else ""
             found.append(("evaluation loss", before + number(last.figures["loss"]), f"after step {last.step:,}"))
     if run.steps:
         last_step = run.steps[-1]
         found.append(("steps", progress(run), f"{last_step.epoch:.3g} passes over the data"))
+        if run.adapter_step != run.step:
+            found.append(("adapter", f"that of step {run.adapter_step:,}", "the best evaluation"))
         found.append((rate_unit(run), f"{last_step.trained_tokens:,}", "counted each time"))
         found.append(("training time", duration(last_step.elapsed), "without loading"))
         if speed := rate(run):
