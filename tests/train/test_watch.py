@@ -307,3 +307,14 @@ def test_a_broken_base_shows_before_the_first_step(options: dict[str, Any], tmp_
     first = next(i for i, e in enumerate(heard) if isinstance(e, StepMetrics))
     assert len(places) == 1 and places[0] < first
     assert "again and again: look at the base" in heard[places[0]].text  # type: ignore[attr-defined]
+
+
+def test_an_evaluation_that_is_no_number_is_told_with_its_step_in_metrics_and_page(options: dict[str, Any]) -> None:
+    """A step so long that the weights overflow, after which nothing is trained."""
+    options |= {"eval_data": options["data"], "eval_samples": 0, "sample_prompts": [], "max_grad_norm": 0}
+    run = fine_tune(TrainConfig(**options | {"learning_rate": 1e18, "max_steps": 1}))
+    first, last = events_of(run.output, Evaluation)
+    assert not first.not_finite and "loss" in last.not_finite and "loss" not in last.figures
+    [note] = [event for event in events_of(run.output, Note) if event.trouble]
+    assert note.step == 1 and "not finite" in note.text
+    assert "After step 1: The evaluation" in (run.output / "report.html").read_text()
