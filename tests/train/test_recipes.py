@@ -105,7 +105,8 @@ def test_the_learning_rates_of_a_run_are_transformers(name: Schedule, options: d
     assert rates == pytest.approx(expected) and len(set(rates)) > 2
 
 
-@pytest.mark.parametrize("name", [WATCHING[0], *map(slow, WATCHING[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WATCHING)
 def test_a_schedule_that_watches_evaluations_falls_and_is_resumed(
     name: Schedule, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_schedule_that_watches_evaluations_falls_and_is_resumed(
     assert rates[0] <= 1e-3 and rates[-1] <= rates[0] / (8 if name == "reduce_lr_on_plateau" else 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_watches_evaluations_goes_on_with_as_many(options: dict[str, Any]) -> None:
     options |= {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_data": options["data"], "eval_steps": 1, "rank": 2}
     interrupted(options, 2)

@@ -131,7 +131,7 @@ def general_rows_by_hand(tokenizer: Any, length: int) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize("evaluated", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_what_is_watched_changes_no_bit_of_what_is_trained(
     evaluated: bool, options: dict[str, Any], tmp_path: Path
 ) -> None:
