@@ -31,7 +31,7 @@ from halfbyte.runs.folder import VERSION, RunFolder
 from halfbyte.runs.history import Run, read_run
 from halfbyte.runs.report import words, writer
 from halfbyte.runs.report.curves import drawings
-from halfbyte.runs.report.page import compare_page, report_page
+from halfbyte.runs.report.page import compare_page, compared_figures, report_page
 from halfbyte.runs.report.writer import ReportFile
 
 NASTY = (
@@ -129,6 +129,18 @@ def test_a_page_says_what_the_run_came_to() -> None:
     begun = text.index("Other than the preset"), text.index("Every option"), text.index("Circumstances")
     first, folded = text[begun[0] : begun[1]], text[begun[1] : begun[2]]
     assert "rank\n8\n" in first and "lora_alpha" not in first and "lora_alpha\n32.0" in folded
+
+
+def test_the_figures_after_training_are_those_of_the_adapter_that_was_kept() -> None:
+    events = [Evaluation(step=at, figures={"loss": loss, "accuracy": 1 - loss}) for at, loss in
+              ((0, 0.9), (20, 0.25), (40, 0.5))]  # fmt: skip
+    run = made(events=[*(step(number) for number in range(1, 41)), *events], summary={"adapter_step": 20})
+    kept = "after step 20, whose adapter is kept"
+    text = told(run)
+    assert f"evaluation loss\n0.9 → 0.25\n{kept}\n" in text
+    assert f"before\n{kept}\nloss\n0.9\n0.25\naccuracy\n0.1\n0.75" in text
+    rows = dict(compared_figures([("a", run), ("b", dataclasses.replace(run, summary={"adapter_step": 40}))]))
+    assert rows["evaluation loss"] == ["0.9 → 0.25", "0.9 → 0.5"] and rows["evaluation accuracy"] == ["0.75", "0.5"]
 
 
 def test_a_figure_of_steps_and_of_evaluations_has_one_chart_and_one_of_evaluations_alone_says_so() -> None:
