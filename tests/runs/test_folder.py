@@ -189,7 +189,9 @@ def test_a_folder_of_the_old_layout_and_of_a_newer_one_are_told(begun: RunFolder
     with pytest.raises(InputError, match=rf"newer halfbyte \(layout {VERSION + 1}\)"):
         begun.check(config(begun.path, resume=True))
     begun.about.unlink()
-    with pytest.raises(InputError, match=r"run of halfbyte 0\.1\.0.*cannot be resumed; set overwrite"):
+    with pytest.raises(
+        InputError, match=r"no run\.json, .* cannot be resumed \(halfbyte 0\.1\.0 .*copy, set overwrite"
+    ):
         begun.check(config(begun.path, resume=True))
     assert not begun.check(config(begun.path, overwrite=True))
 
@@ -197,7 +199,7 @@ def test_a_folder_of_the_old_layout_and_of_a_newer_one_are_told(begun: RunFolder
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": "one"}'])
 def test_a_damaged_description_is_told(content: str, begun: RunFolder) -> None:
     begun.about.write_text(content)
-    with pytest.raises(InputError, match=r"run\.json cannot be read"):
+    with pytest.raises(InputError, match=r"run\.json cannot be read .*; put it back from a copy, set overwrite"):
         begun.check(config(begun.path, resume=True))
 
 
