@@ -109,6 +109,13 @@ def test_where_the_terminal_is_too_narrow_for_a_line_nothing_is_cut_off(home: Pa
     assert len(wide.splitlines()) == 2 and "user/some-model" in wide
 
 
+def test_the_listed_evaluation_is_that_of_the_adapter_that_was_kept(run: Run, tmp_path: Path) -> None:
+    losses = [Evaluation(step=at, figures={"loss": loss}) for at, loss in ((0, 4.0), (4, 0.75), (8, 2.5))]
+    folder = write(tmp_path / "best", *(step(number) for number in range(1, 9)), *losses)
+    folder.summary.write_text('{"adapter_step": 4}')
+    assert re.split(r"  +", run("runs", tmp_path)[1].splitlines()[1])[4] == "0.75"
+
+
 def test_runs_stand_in_the_order_in_which_they_began(run: Run, tmp_path: Path) -> None:
     for name, events in (("a", 5), ("b", 1), ("c", 3)):
         write(tmp_path / name, *[step(number) for number in range(events)])

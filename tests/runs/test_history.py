@@ -16,7 +16,7 @@ from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.differences import differing, given
 from halfbyte.runs.events import Begin, Checkpoint, End, Evaluation, Event, Header, Note, Sample, StepMetrics, to_line
 from halfbyte.runs.folder import VERSION, RunFolder
-from halfbyte.runs.history import find_runs, is_run, read_run
+from halfbyte.runs.history import find_runs, is_run, rate, read_run
 from halfbyte.runs.report.page import compare_page, report_page
 
 
@@ -54,6 +54,13 @@ def test_a_run_is_what_its_files_say(tmp_path: Path) -> None:
     assert run.options["rank"] == 8 and run.circumstances == {"versions": {"torch": "2"}}
     assert run.begun is not None and run.begun.timestamp() == 1767323045
     assert run.problems == []
+
+
+def test_the_rate_is_that_of_the_steps_alone() -> None:
+    made = [step(1), step(2).model_copy(update={"tokens_per_second": 41.0}), step(3)]
+    later = [one.model_copy(update={"elapsed": one.elapsed + 1000}) for one in made]  # 1000 s of evaluations
+    assert rate(made) == rate(later) == pytest.approx(30 / (10 / 20.5 + 10 / 41 + 10 / 20.5))
+    assert rate([]) is None
 
 
 ENDS: dict[str, tuple[list[Event], str]] = {

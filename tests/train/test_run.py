@@ -249,6 +249,17 @@ def test_resume_begins_where_there_is_nothing_to_go_on_from(options: dict[str, A
     assert fine_tune(TrainConfig(**options, max_steps=1, resume=True)).summary.steps == 1
 
 
+def test_a_run_without_a_checkpoint_is_begun_anew_and_says_so(options: dict[str, Any]) -> None:
+    recorder = Recorder(interrupt_after=2, signals=[signal.SIGINT, signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(TrainConfig(**options), recorder)
+    heard: list[Event] = []
+    result = fine_tune(TrainConfig(**options, resume=True), heard.append)
+    told = f"{result.output} has no checkpoint to go on from, so the run begins anew; its 2 steps are made again"
+    assert told in [event.text for event in heard if isinstance(event, Note)]
+    assert result.summary.steps == 4
+
+
 def test_an_interrupt_during_the_last_step_still_finishes(options: dict[str, Any]) -> None:
     assert fine_tune(TrainConfig(**options), Recorder(interrupt_after=3)).summary.steps == 4
 

@@ -106,7 +106,7 @@ def _print_listing(home: Path, runs: Sequence[Run]) -> None:
 
 
 def _row(home: Path, run: Run) -> dict[str, str]:
-    last = run.left.figures if run.left else {}
+    last = run.kept.figures if run.kept else {}
     return {
         "name": _visible(run.path.name if run.path == home else str(run.path.relative_to(home))),
         "state": words.STATES[run.state],

@@ -54,7 +54,7 @@ def run(config: TrainConfig) -> None:
     folder = shown(config.output)
     typer.echo(
         f"Trained {summary.steps} steps in {summary.seconds:.0f} s: loss {summary.loss:.3f}, "
-        f"{summary.trained_tokens_per_second:,.0f} {unit}/s, "
+        f"{summary.trained_tokens_per_second:,.0f} {unit}/s in them, "
         f"{size_text(summary.peak_memory_bytes)} peak memory."
     )
     typer.echo(f"The adapter is in {folder}, a page about the run in {folder}/report.html. Next:")

@@ -320,12 +320,13 @@ class RunFolder:
             version = int(about["version"])
         except FileNotFoundError:
             raise InputError(
-                f"{self.path} holds a run of halfbyte 0.1.0, from before run folders had versions, which cannot be "
-                "resumed; set overwrite, or name another folder."
+                f"{self.path} has no run.json, so its run cannot be resumed (halfbyte 0.1.0 wrote none); put it back "
+                "from a copy, set overwrite, or name another folder."
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{self.about} cannot be read ({error}); set overwrite, or name another folder."
+                f"{self.about} cannot be read ({error}); put it back from a copy, set overwrite, or name another "
+                "folder."
             ) from error
         if version > VERSION:
             raise InputError(f"{self.path} holds a run of a newer halfbyte (layout {version}); go on with that one.")

@@ -6,7 +6,7 @@ are gone, or that another version wrote, can still be looked at.
 
 import datetime
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +113,7 @@ class Run:
         return told if isinstance(told, int) else self.step
 
     @property
-    def left(self) -> Evaluation | None:
+    def kept(self) -> Evaluation | None:
         """The evaluation of the adapter that it has left, or else the last one."""
         of_it = (one for one in self.evaluations if one.step == self.adapter_step)
         return next(of_it, self.evaluations[-1] if self.evaluations else None)
@@ -204,6 +204,14 @@ def is_run(path: Path) -> bool:
     """Tell whether ``path`` looks like the folder of a run."""
     folder = RunFolder(path)
     return folder.about.is_file() or (folder.config.is_file() and folder.metrics.is_file())
+
+
+def rate(steps: Sequence[StepMetrics]) -> float | None:
+    """Return the trained tokens a second while steps were made: without evaluations, samples and saving; or None."""
+    before = [0, *(step.trained_tokens for step in steps)]
+    made = [(s.trained_tokens - b, s.tokens_per_second) for s, b in zip(steps, before, strict=False)]
+    seconds = sum(tokens / speed for tokens, speed in made if speed > 0)
+    return steps[-1].trained_tokens / seconds if seconds > 0 else None
 
 
 def find_runs(path: Path, depth: int = DEPTH) -> Iterator[Path]:

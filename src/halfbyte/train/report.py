@@ -14,7 +14,7 @@ from halfbyte.data.measure import measure
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.table import Counts
 from halfbyte.runs.events import DataSummary, Evaluation, StepMetrics
-from halfbyte.runs.history import LOSS_STEPS
+from halfbyte.runs.history import LOSS_STEPS, rate
 from halfbyte.train.best import best_of
 
 COUNTED_TOKENS = 20_000_000
@@ -33,7 +33,7 @@ class Summary:
         trained_tokens: tokens with a label, each counted as often as it was trained on.
         loss: mean negative log-likelihood per trained token over the last ten steps, in nats.
         seconds: of training, loading apart.
-        trained_tokens_per_second: over those seconds.
+        trained_tokens_per_second: while steps were made: without evaluations, samples and saving.
         peak_memory_bytes: the largest resident set of this process so far, mapped files included.
         peak_gpu_memory_bytes: the most that a step left this process with of its GPU; 0: it uses none.
         figures: what the method tells beside the loss, likewise means over the last ten steps.
@@ -114,7 +114,7 @@ def summarize(
         trained_tokens=last.trained_tokens,
         loss=sum(step.loss for step in ending) / len(ending),
         seconds=last.elapsed,
-        trained_tokens_per_second=last.trained_tokens / last.elapsed if last.elapsed else 0.0,
+        trained_tokens_per_second=rate(steps) or 0.0,
         peak_memory_bytes=_peak_memory(),
         figures={name: _mean(ending, name) for name in dict.fromkeys(name for step in ending for name in step.figures)},
         evaluation=dict(evaluations[-1].figures) if evaluations else {},

@@ -20,7 +20,7 @@ from halfbyte.checksums import step_of
 from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
 from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, counted
 from halfbyte.files import disk_full, remove_folder, unwritable, whole_file, write_text
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.base_format import save_base_format
@@ -50,7 +50,7 @@ from halfbyte.train.saving import SaveByTime
 from halfbyte.train.steps import Steps, steps_of
 from halfbyte.train.stop import Interrupted, Stop
 from halfbyte.train.tasks import TASKS, check_classes, check_options, known_classes, preview, save_beside
-from halfbyte.train.watch import Watch, notices_of
+from halfbyte.train.watch import Watch, check_general, notices_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
                     held.enter_context(folder.locked())
             checkpoint = _checkpoint(folder, config, note)
             worlds.check_start(config, folder, checkpoint)
+            check_general(config)
             tokenizer, added, rows = _read(config, method, tell)
             inputs = digests(config, tokenizer, rows)
             worlds.check_inputs(config, inputs)
@@ -215,6 +216,11 @@ def _checkpoint(folder: RunFolder, config: TrainConfig, note: Callable[[str], No
     checkpoint, damaged = folder.checkpoint()
     for line in damaged:
         note(f"Not to be gone on from: {line}; the checkpoint before it is taken")
+    if checkpoint is None:
+        told = read_events(folder.metrics) if folder.metrics.exists() else ()
+        made = sum(isinstance(event, StepMetrics) for event in told)
+        again = f"; its {counted(made, 'step')} are made again" if made else ""
+        note(f"{folder.path} has no checkpoint to go on from, so the run begins anew{again}")
     return checkpoint
 
 

@@ -97,19 +97,32 @@ def general_rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model:
     """Return the rows of general text, if the run has any.
 
     Raises:
-        InputError: the task has no use for it, or it cannot be read.
+        InputError: it cannot be read.
     """
     if config.forgetting_data is None:
         return []
-    if config.task != "lm":
-        raise InputError(f"forgetting_data is for language models, and the task is {config.task}; leave it out.")
     length = min(GENERAL_LENGTH, most_positions(model) or GENERAL_LENGTH)
-    examples = general_texts() if config.forgetting_data == BUILTIN else data.read_examples(config.forgetting_data)
-    first, examples = _first(iter(examples))
+    first, examples = _first(_general_examples(config.forgetting_data))
     form: Any = "blocks" if isinstance(first, Text) else "answers"
     enough = itertools.islice(examples, GENERAL_ROWS * 4)
     rows = data.tokenize(enough, tokenizer, length, form=form, skip_bad_rows=True).rows
     return list(rows.select(range(min(len(rows), GENERAL_ROWS))).to_list())
+
+
+def check_general(config: TrainConfig) -> None:
+    """Look at the first row of general text, before a model is loaded.
+
+    Raises:
+        InputError: the task has no use for it, or it cannot be read.
+    """
+    if config.forgetting_data is not None and config.task != "lm":
+        raise InputError(f"forgetting_data is for language models, and the task is {config.task}; leave it out.")
+    if config.forgetting_data is not None:
+        next(_general_examples(config.forgetting_data), None)
+
+
+def _general_examples(source: str) -> Iterator[Any]:
+    return iter(general_texts() if source == BUILTIN else data.read_examples(source))
 
 
 def _first(examples: Iterator[Any]) -> tuple[Any, Iterator[Any]]:

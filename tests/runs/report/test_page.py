@@ -146,7 +146,7 @@ def test_a_run_that_stopped_early_shows_the_adapter_that_it_has_left() -> None:
         "Stopped early after step 40 of 90",
         "evaluation loss\n2.5 → 0.125\nafter step 20",
         "adapter\nthat of step 20\nthe best evaluation",
-        "before\nafter step 20\nloss\n2.5\n0.125",
+        "before\nafter step 20, whose adapter is kept\nloss\n2.5\n0.125",
         "Somebody",
     ):
         assert part in text, part
@@ -167,6 +167,18 @@ def test_the_memory_of_a_gpu_has_a_chart_and_a_card_where_there_is_one() -> None
     assert "Memory of the GPU" in {drawing.heading for drawing in drawings(made(events=events))}
     assert "peak GPU memory\n3.00 GiB" in told(made(events=events))
     assert "GPU" not in told(made())
+
+
+def test_the_figures_after_training_are_those_of_the_adapter_that_was_kept() -> None:
+    events = [Evaluation(step=at, figures={"loss": loss, "accuracy": 1 - loss}) for at, loss in
+              ((0, 0.9), (20, 0.25), (40, 0.5))]  # fmt: skip
+    run = made(events=[*(step(number) for number in range(1, 41)), *events], summary={"adapter_step": 20})
+    kept = "after step 20, whose adapter is kept"
+    text = told(run)
+    assert f"evaluation loss\n0.9 → 0.25\n{kept}\n" in text
+    assert f"before\n{kept}\nloss\n0.9\n0.25\naccuracy\n0.1\n0.75" in text
+    rows = dict(compared_figures([("a", run), ("b", dataclasses.replace(run, summary={"adapter_step": 40}))]))
+    assert rows["evaluation loss"] == ["0.9 → 0.25", "0.9 → 0.5"] and rows["evaluation accuracy"] == ["0.75", "0.5"]
 
 
 def test_a_figure_of_steps_and_of_evaluations_has_one_chart_and_one_of_evaluations_alone_says_so() -> None:

@@ -85,7 +85,7 @@ def compared_figures(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, list[st
         (name, [column.get(name, "") for column in columns])
         for name in dict.fromkeys(name for column in columns for name in column)
     ]
-    last = [run.left.figures if run.left else {} for _, run in runs]
+    last = [run.kept.figures if run.kept else {} for _, run in runs]
     for name in dict.fromkeys(name for figures in last for name in figures if name != "loss"):
         texts = [number(figures[name]) if name in figures else "" for figures in last]
         rows.append((f"evaluation {words.figure(name)}", texts))

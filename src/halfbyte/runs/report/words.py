@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from halfbyte.errors import size_text
-from halfbyte.runs.history import Run
+from halfbyte.runs.history import Run, rate
 from halfbyte.runs.report.axes import number
 
 FIGURES = {
@@ -74,17 +74,11 @@ def rate_unit(run: Run) -> str:
     return "labels" if run.options.get("task") == "classify" else "trained tokens"
 
 
-def rate(run: Run) -> float | None:
-    """Return the trained tokens per second over the whole of the training."""
-    last = run.steps[-1] if run.steps else None
-    return last.trained_tokens / last.elapsed if last and last.elapsed > 0 else None
-
-
 def changes(run: Run) -> list[tuple[str, float, float]]:
     """Return figures with their values before and after training: what was evaluated, and pairs in the summary."""
     found = []
-    if run.left and run.evaluations[0].step < run.left.step:
-        first, last = run.evaluations[0].figures, run.left.figures
+    if run.kept and run.evaluations[0].step < run.kept.step:
+        first, last = run.evaluations[0].figures, run.kept.figures
         found += [(f"{figure(name)}", first[name], last[name]) for name in first if name in last]
     for name, before in run.summary.items():
         after = run.summary.get(f"{name.removesuffix('_before')}_after")
@@ -95,12 +89,13 @@ def changes(run: Run) -> list[tuple[str, float, float]]:
 
 def change_heads(run: Run) -> tuple[str, str]:
     """Return what stands over the two values of :func:`changes`."""
-    if not run.left:
+    if run.kept is None:
         return "before", "after"
-    before, after = run.evaluations[0].step, run.left.step
-    if before == 0:
-        return "before", "after" if after == run.step else f"after step {after:,}"
-    return f"after step {before:,}", f"after step {after:,}"
+    first, is_last = run.evaluations[0].step, run.kept is run.evaluations[-1]
+    if first == 0 and is_last:
+        return "before", "after"
+    kept = f"after step {run.kept.step:,}{'' if is_last else ', whose adapter is kept'}"
+    return f"after step {first:,}" if first else "before", kept
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
@@ -108,11 +103,12 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     found = []
     if run.loss is not None:
         found.append(("training loss", number(run.loss), "mean of the last 10 steps"))
-    if run.left:
-        first, last = run.evaluations[0], run.left
+    if run.kept:
+        first, last = run.evaluations[0], run.kept
         if "loss" in last.figures:
+            after = f"after step {last.step:,}{'' if last is run.evaluations[-1] else ', whose adapter is kept'}"
             before = f"{number(first.figures['loss'])} → " if first.step < last.step and "loss" in first.figures else ""
-            found.append(("evaluation loss", before + number(last.figures["loss"]), f"after step {last.step:,}"))
+            found.append(("evaluation loss", before + number(last.figures["loss"]), after))
     if run.steps:
         last_step = run.steps[-1]
         found.append(("steps", progress(run), f"{last_step.epoch:.3g} passes over the data"))
@@ -120,8 +116,8 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
             found.append(("adapter", f"that of step {run.adapter_step:,}", "the best evaluation"))
         found.append((rate_unit(run), f"{last_step.trained_tokens:,}", "counted each time"))
         found.append(("training time", duration(last_step.elapsed), "without loading"))
-        if speed := rate(run):
-            found.append((f"{rate_unit(run)} a second", number(speed), "over all of the training"))
+        if speed := rate(run.steps):
+            found.append((f"{rate_unit(run)} a second", number(speed), "while steps were made"))
     if run.peak_memory:
         found.append(("peak memory", size_text(run.peak_memory), "mapped files included"))
     if run.peak_gpu_memory:
