@@ -47,6 +47,7 @@ from halfbyte.hf.trainers import arguments, distributed
 from halfbyte.hf.trainers.checkpoints import Checkpoints, unsaved
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
+from halfbyte.hf.trainers.sharded import is_sharded
 from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.optim import KINDS, LIONS, AdamW, Lion
 
@@ -57,6 +58,8 @@ BITSANDBYTES_NAMES = {"adamw_bnb_8bit": KINDS["adamw_8bit"]} | {
     name: kind for name, kind in KINDS.items() if name != "adamw_torch"
 }
 LION_NAMES: dict[str, dict[str, Any]] = dict(LIONS.items())
+
+UNSEEN = "and where it began cannot be looked for with fsdp"
 
 REJECTED = "rejected_ids"
 """The column of a pair's other sequence, beside ``input_ids``."""
@@ -239,7 +242,9 @@ class BaseTrainer(Checkpoints):
             return loss
 
         with self._metrics_alone():
-            places = distributed.gather(describe(self.model, loss_of, batches, self.train_dataset))
+            # processes among which the base is divided cannot run it each for itself
+            looked_at = UNSEEN if is_sharded(self.model) else describe(self.model, loss_of, batches, self.train_dataset)
+            places = distributed.gather(looked_at)
         place = next((place for place in places if not place.startswith("not again")), places[0])
         return InputError(
             f"Training diverged: the {what} of step {self.state.global_step + 1} is not finite, {place}. The "

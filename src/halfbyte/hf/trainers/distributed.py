@@ -28,6 +28,10 @@ LOST = ("Connection closed", "Connection reset", "Broken pipe", "Connection refu
 NO_INTERFACE = ("Unable to find address for", "Unable to resolve hostname", "unsupported gloo device")
 """How gloo says that it finds no way to the network."""
 
+WAIT = datetime.timedelta(days=7)
+"""How long a process waits for another that reads data, quantizes the base or answers samples, where gloo's own is
+30 minutes. One that dies is seen at once, by its connection."""
+
 _AGREED = "The other processes of the run know of this error."
 
 
@@ -260,4 +264,4 @@ def _reduced(numbers: Sequence[int], how: Any) -> list[int]:
 
 @functools.cache
 def _group() -> Any:
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=WAIT)
