@@ -72,6 +72,8 @@ class BaseTrainer(Checkpoints):
     beside: Callable[[], dict[str, float]] | None = None
     """What an evaluation measures besides, the model being in evaluation mode: figures by name."""
     _order: EpochSampler | None = None
+    _is_alone = False
+    """Whether other processes do not compute the same loss at this time."""
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
@@ -262,9 +264,11 @@ class BaseTrainer(Checkpoints):
         names = ("gather", "gather_for_metrics")
         for name in names:
             setattr(self.accelerator, name, lambda x, *_, **__: x)
+        self._is_alone = True
         try:
             yield
         finally:
+            self._is_alone = False
             for name in names:
                 self.accelerator.__dict__.pop(name, None)
 

@@ -183,7 +183,12 @@ def largest(numbers: Sequence[int]) -> list[int]:
 
 def total(number: int) -> int:
     """Return the sum of the processes' numbers."""
-    return _reduced([number], dist.ReduceOp.SUM)[0]
+    return totals([number])[0]
+
+
+def totals(numbers: Sequence[int]) -> list[int]:
+    """Return, for each place, the sum of the numbers that the processes have there."""
+    return _reduced(numbers, dist.ReduceOp.SUM)
 
 
 def agreed(flag: bool) -> bool:
