@@ -33,7 +33,6 @@ from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.qlora import ADAPTER, QloraTrainer
 from halfbyte.memory import free_memory
 from halfbyte.quiet import quiet
-from halfbyte.runs import launched
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import Checkpoint, Event, Listener, Note, Progress, Stage, StepMetrics
@@ -43,12 +42,12 @@ from halfbyte.train import worlds
 from halfbyte.train.build import build_model, plan_activations, quantization
 from halfbyte.train.inputs import digests
 from halfbyte.train.packing import plan_step
-from halfbyte.train.qlora import data
+from halfbyte.train.qlora import data, together
 from halfbyte.train.qlora.arguments import generation_settings, trainer_arguments
 from halfbyte.train.qlora.flags import Flags
 from halfbyte.train.qlora.mmlu import MmluCallback, read_questions
 from halfbyte.train.qlora.outputs import Outputs, adapter_options
-from halfbyte.train.qlora.translate import OPTIONS, Translated, translate
+from halfbyte.train.qlora.translate import Translated, translate
 from halfbyte.train.run import end_told, full_disk_told
 from halfbyte.train.steps import Steps
 from halfbyte.train.stop import Interrupted, Stop
@@ -105,13 +104,13 @@ def qlora(given: Flags, *listeners: Listener) -> dict[str, Any]:
     outputs = Outputs(folder.path)
     with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
-            translated = _settled(translated, folder)
+            translated = together.settle(translated, folder)
             folder.check(translated.config().model_copy(update={"overwrite": True}))
             with distributed.first_writes() as writes:
                 if writes:
                     held.enter_context(folder.locked())
             begun = begin(translated, folder, outputs)
-            _check_alike(begun, folder)
+            together.check_start(begun.flags, begun.config, folder, begun.checkpoint)
             flags, config = begun.flags, begun.config
             if not (begun.train or flags["do_eval"] or flags["do_predict"]):
                 for line in begun.notes:
@@ -164,28 +163,6 @@ def qlora(given: Flags, *listeners: Listener) -> dict[str, Any]:
         if distributed.is_first():
             outputs.write_metrics(figures)
     return figures
-
-
-def _settled(translated: Translated, folder: RunFolder) -> Translated:
-    """Return the run as it is where a launcher started the processes again: to go on with what this job began."""
-    if not launched.restarts():
-        return translated
-    [ours] = distributed.gather(folder.begun and folder.job() == launched.job())[:1]
-    return (
-        dataclasses.replace(translated, flags=translated.flags.but(overwrite_output_dir=False)) if ours else translated
-    )
-
-
-def _check_alike(begun: Begun, folder: RunFolder) -> None:
-    """Look whether all processes have the same versions and flags, and see one folder.
-
-    Raises:
-        InputError: they do not.
-    """
-    own = {flag for flag, option in OPTIONS.items() if option in worlds.OWN}
-    told = {f"--{name}": str(value) for name, value in begun.flags.items() if name not in own}
-    distributed.check_alike(told, "give all of them the same")
-    worlds.check_start(begun.config, folder, begun.checkpoint)
 
 
 def begin(translated: Translated, folder: RunFolder, outputs: Outputs) -> Begun:
