@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from halfbyte.hf.trainers import distributed
@@ -94,6 +95,12 @@ class Shared(_Theirs):
         if rows := sum(rows for _, rows in self._passes):
             output.metrics[f"{metric_key_prefix}_loss"] = sum(sums) / len(sums) / rows
         return output
+
+    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_eval_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):  # which rows are in a pass together: as with one process
+            sampler.batch_size *= distributed.world_size()
+        return sampler
 
     def _cut(self, batch: dict[str, Any], remainder: int) -> dict[str, Any]:
         """Return a batch without rows that are repeated, and with its :class:`Share`; one row stays in any case.
