@@ -19,7 +19,7 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
   samples and the module.
 - Of several processes (torchrun) the first writes; a stop or an error of one is a stop or an error of all
   (:mod:`halfbyte.hf.trainers.distributed`). An epoch whose rows do not divide repeats its first ones, as in accelerate,
-  but they train nothing where the loss is one of labels.
+  but these train nothing.
 - Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
 """
 
@@ -139,8 +139,8 @@ class BaseTrainer(Checkpoints):
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
-                "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set, but 4-bit weights are not split over "
-                "processes; unset it for data parallelism."
+                "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set, but accelerate does not divide these 4-bit "
+                "weights; unset it for data parallelism, or use halfbyte train --fsdp."
             )
         columns = getattr(self.train_dataset, "column_names", None) or ["input_ids"]
         if self.args.train_sampling_strategy == "group_by_length" and "input_ids" not in columns:
