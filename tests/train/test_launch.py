@@ -136,6 +136,21 @@ def test_a_killed_process_begins_again_and_the_end_is_the_same(start: Start, tmp
     ]
 
 
+def test_torchrun_begins_again_what_was_killed(start: Start, tmp_path: Path) -> None:
+    options = {"batch_size": 2, "max_steps": 40, "save_steps": 5, "lora_dropout": 0.1}
+    done(start("whole", processes=2, **options))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    run = start("killed", *torchrun, "-m", "halfbyte", **options)
+    wait_for_step(tmp_path / "killed", 7)
+    workers = [child for child in psutil.Process(run.pid).children() if "train" in child.cmdline()]
+    workers[1].kill()
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err[-3000:]
+    assert "Going on from" in err
+    whole, killed = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+
+
 def test_an_interrupted_run_goes_on_with_as_many_processes_or_with_another_number(start: Start, tmp_path: Path) -> None:
     options = {"batch_size": 2, "max_steps": 40, "save_steps": 100}
     done(start("whole", processes=2, **options))
