@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+
 from halfbyte.errors import InputError
 
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Connection refused")
