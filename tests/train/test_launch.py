@@ -325,12 +325,12 @@ def test_other_methods_give_the_numbers_of_one_process(method: str, start: Start
     done(start("two", batch_size=3, processes=2, **options))
     for name in ("loss", "grad_norm", "trained_tokens", "figures"):
         one, two = ([step[name] for step in events(tmp_path / run, "step")] for run in ("one", "two"))
-        for theirs, ours in zip(one, two, strict=True):  # rewards are small differences of sums
-            assert ours == pytest.approx(theirs, rel=2e-6, abs=1e-5 if name == "figures" else 0), name
+        for theirs, ours in zip(one, two, strict=True):  # rewards and kl: differences of sums
+            assert ours == pytest.approx(theirs, rel=2e-6, abs=5e-5 if name == "figures" else 0), name
     one, two = ([event["figures"] for event in events(tmp_path / run, "evaluation")] for run in ("one", "two"))
     assert len(one) == 2
     for theirs, ours in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-6, abs=1e-5)
+        assert ours == pytest.approx(theirs, rel=2e-6, abs=5e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_8bit"])
@@ -358,7 +358,7 @@ def test_a_base_that_is_divided_trains_to_the_same_bytes_and_goes_on(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"fsdp": "full_shard"}, "fsdp divides the base over processes, and there is one; set processes"),
+        ({"fsdp": "full_shard"}, "fsdp divides the base over several processes, and there is one; set processes"),
         ({"fsdp": "full_shard", "processes": 2, "task": "seq2seq"}, "fsdp is for language models, and the task is"),
     ],
 )
