@@ -51,7 +51,7 @@ class Linear4bit(QuantizedLinear):
         self.quant_type = ""
         self.weight_dtype = torch.float32
         self._quantized_weight: QuantizedWeight | None = None
-        self._known_of: Tensor | None = None  # the parameter that it was made of
+        self._known_of: tuple[Tensor | None] = (None,)  # the parameter that it was made of; bare, it would be one more
 
     @classmethod
     def from_linear(
@@ -74,13 +74,13 @@ class Linear4bit(QuantizedLinear):
         """The weight, ``[out_features, in_features]``, as the kernels take it; it shares the layer's memory."""
         # Kept, since making it anew in each call would show in decoding.
         packed, statistics, known = self.weight, self.statistics, self._quantized_weight
-        if known is not None and self._known_of is packed and known.statistics is statistics:
+        if known is not None and self._known_of[0] is packed and known.statistics is statistics:
             return known
         if statistics is None:
             raise RuntimeError("This Linear4bit has no weight yet: load a state dict or call set_quantized_weight.")
         shape = torch.Size((self.out_features, self.in_features))
         self._quantized_weight = QuantizedWeight(self._codes, statistics, shape, self.quant_type, self.weight_dtype)
-        self._known_of = packed
+        self._known_of = (packed,)
         return self._quantized_weight
 
     def set_quantized_weight(self, weight: QuantizedWeight) -> None:

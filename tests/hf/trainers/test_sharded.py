@@ -53,6 +53,7 @@ def test_int8_is_held_as_bf16_where_rows_are_even(inputs: int, outputs: int, hel
     layer.hold_bytes_as(torch.bfloat16)
     assert layer.weight.dtype == held
     assert torch.equal(layer.quantized_weight.codes, codes) and torch.equal(layer(x), y)
+    assert set(dict(layer.named_parameters())) == {"weight", "bias"}
 
 
 def test_an_odd_number_of_bytes_stays_bytes() -> None:

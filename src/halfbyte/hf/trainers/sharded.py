@@ -73,7 +73,6 @@ def shard(model: nn.Module, how: Sharding, device: torch.device) -> None:
     fully_shard(base.base_model, mesh=mesh, ignored_params=whole)
     if getattr(base, "hf_device_map", None):
         base.hf_device_map = {"": str(device)}
-    model.to = lambda *_, **__: model  # type: ignore[method-assign]  # trainers move it, as a whole
     # torch (2.13) fears for in-place operations on what the base returns, which is a view; there are none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
 
