@@ -359,7 +359,7 @@ def test_a_base_that_is_divided_trains_to_the_same_bytes_and_goes_on(
     ("options", "sentence"),
     [
         ({"fsdp": "full_shard"}, "fsdp divides the base over several processes, and there is one; set processes"),
-        ({"fsdp": "full_shard", "processes": 2, "task": "seq2seq"}, "fsdp is for language models, and the task is"),
+        ({"fsdp": "full_shard", "processes": 2, "task": "classify"}, "fsdp is for language models, and the task is"),
     ],
 )
 def test_a_base_that_cannot_be_divided_is_told(
