@@ -63,6 +63,8 @@ STARTS_REFUSED = {
 
 Logger = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 """Whom a run may report to, by transformers' names."""
+Sharding = Literal["full_shard", "shard_grad_op"]
+"""How a base is divided over processes, by transformers' names; see :mod:`halfbyte.hf.trainers.sharded`."""
 BUILTIN = "builtin"
 """Stands for the general text that comes with halfbyte."""
 

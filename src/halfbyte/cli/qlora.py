@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from halfbyte.cli import processes
 from halfbyte.cli.console import INTERRUPTED, TerminalDisplay, notes, shown
 from halfbyte.quiet import quiet
 from halfbyte.train.qlora.flags import parse
@@ -25,6 +26,8 @@ def qlora(context: typer.Context) -> None:
         for name, why in translated.lacking.items():
             typer.echo(f"No counterpart: --{name} ({why})", err=True)
         return
+    if processes.started(translate(flags).config()):
+        return
     with quiet():
         from halfbyte.hf.trainers.distributed import ElsewhereError, is_first
         from halfbyte.train.qlora.run import qlora as run
@@ -34,7 +37,11 @@ def qlora(context: typer.Context) -> None:
         figures = run(flags, display)
     except ElsewhereError:
         sys.exit(2)  # the process where it happened tells it
+    except (MemoryError, RuntimeError) as error:
+        processes.out_of_memory(error)
+        raise
     except KeyboardInterrupt as interrupt:
+        processes.let_end()
         if is_first():
             typer.echo(str(interrupt) or "Interrupted.", err=True)
             typer.echo("The same command goes on from its newest checkpoint.", err=True)

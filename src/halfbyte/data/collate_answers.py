@@ -52,11 +52,22 @@ class JudgedCollator:
         rows = list(rows)
         sequences = [(list(row["input_ids"]), list(row["labels"])) for row in rows]
         batch = _padded(sequences, self.pad_token_id) | {"label": torch.tensor([bool(row[GOOD]) for row in rows])}
-        if self.mismatches:
-            before = [sequences[-1], *sequences[:-1]]
-            others = [self._mismatch(one, other) for one, other in zip(sequences, before, strict=True)]
-            batch |= {f"KL_{name}": values for name, values in _padded(others, self.pad_token_id).items()}
-        return batch
+        return batch | self._mismatched(sequences, sequences[-1]) if self.mismatches else batch
+
+    def row(self, batch: Mapping[str, Tensor], place: int) -> tuple[list[int], list[int]]:
+        """Return the tokens and labels of a row of a batch."""
+        length = int(batch["attention_mask"][place].sum())
+        ids, trained = batch["input_ids"][place, :length], batch["completion_mask"][place, :length].bool()
+        return ids.tolist(), ids.masked_fill(~trained, IGNORED).tolist()
+
+    def after(self, batch: Mapping[str, Tensor], before: tuple[list[int], list[int]]) -> dict[str, Tensor]:
+        """Return a batch in which the row ``before`` comes before the first one, in place of its last one."""
+        rows = [self.row(batch, place) for place in range(len(batch["input_ids"]))]
+        return {**batch, **self._mismatched(rows, before)}
+
+    def _mismatched(self, rows: Sequence[tuple[list[int], list[int]]], before: tuple[Any, Any]) -> dict[str, Tensor]:
+        others = [self._mismatch(one, other) for one, other in zip(rows, [before, *rows[:-1]], strict=True)]
+        return {f"KL_{name}": values for name, values in _padded(others, self.pad_token_id).items()}
 
     def _mismatch(self, asked: tuple[list[int], list[int]], answered: tuple[list[int], list[int]]) -> tuple[Any, Any]:
         """Return the prompt of one row with the answer of another."""

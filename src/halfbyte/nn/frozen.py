@@ -6,7 +6,8 @@
 to whoever looks for one (PEFT's ``all-linear`` does), and the same in training and in evaluation.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ class QuantizedLinear(FrozenLinear):
 
     quant_type: str
     weight_dtype: torch.dtype
+    _codes_as: tuple[torch.dtype, torch.Size] | None = None
 
     def _build(
         self,
@@ -100,6 +102,35 @@ class QuantizedLinear(FrozenLinear):
     def set_quantized_weight(self, weight: Any) -> None:
         """Take ``weight`` as it is, without a copy."""
         raise NotImplementedError
+
+    def hold_bytes_as(self, dtype: torch.dtype) -> None:
+        """Have the parameter hold the bytes of the codes as ``dtype``, which whoever divides it can send.
+
+        bitsandbytes' ``quant_storage``: nobody computes with these values. Where a row of codes has no whole number of
+        them the parameter stays as it is.
+        """
+        codes = self._codes
+        flat = codes.view(-1) if codes.shape[-1] == 1 else codes
+        if flat.shape[-1] * codes.itemsize % dtype.itemsize == 0:
+            self._codes_as = (codes.dtype, codes.shape)
+            self.weight = nn.Parameter(flat.view(dtype), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        weight = self.weight
+
+        def uncast(x: Tensor) -> Tensor:  # a cast would round the bytes
+            y = fn(x)
+            return y if x is not weight or y.dtype == x.dtype else x.to(y.device)
+
+        return super()._apply(fn if self._codes_as is None else uncast, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    @property
+    def _codes(self) -> Tensor:
+        """The codes as the kernels take them, whatever the parameter holds them as."""
+        if self._codes_as is None:
+            return self.weight
+        dtype, shape = self._codes_as
+        return self.weight.view(dtype).view(shape)
 
     @property
     def frozen_weight(self) -> Weight4bit | WeightInt8:

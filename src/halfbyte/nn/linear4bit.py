@@ -51,6 +51,7 @@ class Linear4bit(QuantizedLinear):
         self.quant_type = ""
         self.weight_dtype = torch.float32
         self._quantized_weight: QuantizedWeight | None = None
+        self._known_of: tuple[Tensor | None] = (None,)  # the parameter that it was made of; bare, it would be one more
 
     @classmethod
     def from_linear(
@@ -73,12 +74,13 @@ class Linear4bit(QuantizedLinear):
         """The weight, ``[out_features, in_features]``, as the kernels take it; it shares the layer's memory."""
         # Kept, since making it anew in each call would show in decoding.
         packed, statistics, known = self.weight, self.statistics, self._quantized_weight
-        if known is not None and known.packed is packed and known.statistics is statistics:
+        if known is not None and self._known_of[0] is packed and known.statistics is statistics:
             return known
         if statistics is None:
             raise RuntimeError("This Linear4bit has no weight yet: load a state dict or call set_quantized_weight.")
         shape = torch.Size((self.out_features, self.in_features))
-        self._quantized_weight = QuantizedWeight(packed, statistics, shape, self.quant_type, self.weight_dtype)
+        self._quantized_weight = QuantizedWeight(self._codes, statistics, shape, self.quant_type, self.weight_dtype)
+        self._known_of = (packed,)
         return self._quantized_weight
 
     def set_quantized_weight(self, weight: QuantizedWeight) -> None:
@@ -88,7 +90,7 @@ class Linear4bit(QuantizedLinear):
             InputError: its shape is not ``[out_features, in_features]``.
         """
         self._check_shape("A 4-bit", weight.shape)
-        self._quantized_weight = None
+        self._quantized_weight = self._codes_as = None
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
         self.statistics = weight.statistics
         self.quant_type = weight.quant_type
@@ -104,7 +106,7 @@ class Linear4bit(QuantizedLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._quantized_weight = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.statistics is not None and self.statistics.absmax.device != self.weight.device:
             self.statistics = self.statistics.to(self.weight.device)
         return self

@@ -49,6 +49,7 @@ class Linear8bit(QuantizedLinear):
         self.by_row = False
         self.weight_dtype = torch.float32
         self._quantized_weight: QuantizedInt8 | None = None
+        self._known_of: tuple[Tensor | None] = (None,)  # the parameter that it was made of; bare, it would be one more
 
     @classmethod
     def from_linear(
@@ -64,11 +65,12 @@ class Linear8bit(QuantizedLinear):
     def quantized_weight(self) -> QuantizedInt8:
         """The weight, ``[out_features, in_features]``, as the kernels take it; it shares the layer's memory."""
         codes, absmax, known = self.weight, self.absmax, self._quantized_weight
-        if known is not None and known.codes is codes and known.absmax is absmax:
+        if known is not None and self._known_of[0] is codes and known.absmax is absmax:
             return known
         if absmax is None:
             raise RuntimeError("This Linear8bit has no weight yet: load a state dict or call set_quantized_weight.")
-        self._quantized_weight = QuantizedInt8(codes, absmax, self.blocksize, self.by_row, self.weight_dtype)
+        self._quantized_weight = QuantizedInt8(self._codes, absmax, self.blocksize, self.by_row, self.weight_dtype)
+        self._known_of = (codes,)
         return self._quantized_weight
 
     def set_quantized_weight(self, weight: QuantizedInt8) -> None:
@@ -78,7 +80,7 @@ class Linear8bit(QuantizedLinear):
             InputError: its shape is not ``[out_features, in_features]``.
         """
         self._check_shape("An int8", weight.shape)
-        self._quantized_weight = None
+        self._quantized_weight = self._codes_as = None
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.absmax, self.blocksize, self.by_row = weight.absmax, weight.blocksize, weight.by_row
         self.weight_dtype = weight.dtype
@@ -90,7 +92,7 @@ class Linear8bit(QuantizedLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._quantized_weight = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.absmax is not None and self.absmax.device != self.weight.device:
             self.absmax = self.absmax.to(self.weight.device)
         return self

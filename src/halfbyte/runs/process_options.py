@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from halfbyte.choices import Sharding
 from halfbyte.options import Options
 from halfbyte.runs.keep_options import CHANGEABLE, OF_THE_CALL
 
@@ -23,6 +24,12 @@ class ProcessOptions(Options):
         ge=0,
         json_schema_extra=CHANGEABLE,
         description="How often processes that died begin again from the last checkpoint.",
+    )
+    fsdp: Sharding | None = Field(
+        default=None,
+        json_schema_extra=CHANGEABLE,
+        description="Divide the base over the processes, for GPUs that cannot hold it: full_shard, or shard_grad_op, "
+        "which gathers each layer once a pass and holds all of them meanwhile (docs/scaling.md).",
     )
     ray: str | None = Field(
         default=None,

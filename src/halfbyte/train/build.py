@@ -13,7 +13,7 @@ from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
-from halfbyte.hf.trainers import distributed
+from halfbyte.hf.trainers import distributed, sharded
 from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train import loggers, schedules, space
@@ -46,7 +46,7 @@ def build_model(config: TrainConfig, beginning: Beginning | None = None, classes
             trust_remote_code=config.trust_remote_code,
             task=config.task,
             classes=classes or None,
-            device=config.device,
+            device="cpu" if config.fsdp else config.device,
         )
     if base != config.model:
         model.name_or_path = model.config._name_or_path = config.model  # what adapters call their base
@@ -60,7 +60,10 @@ def build_model(config: TrainConfig, beginning: Beginning | None = None, classes
     heads = head_names(model) if config.task == "classify" else []
     kept = modules_within(model, heads)
     adapted = beginning.put(model, never=kept, modules_to_save=heads, task_type=TASK_TYPES[config.task])
-    return hf.prepare_for_training(adapted)
+    prepared = hf.prepare_for_training(adapted)
+    if config.fsdp:  # at the end: from here on no process can run the model alone
+        sharded.shard(prepared, config.fsdp, devices.choose(config.device))
+    return prepared
 
 
 def quantization(config: TrainConfig) -> hf.HalfbyteConfig:
@@ -87,7 +90,8 @@ def plan_activations(
     """
     logits = logits_bytes(config, model, longest)
     free = free_for(config, next(model.parameters()).device)
-    [lacking] = distributed.largest([logits - free])
+    gathered = sharded.gathered_bytes(model) if config.fsdp else 0
+    [lacking] = distributed.largest([logits + gathered - free])
     recompute = config.gradient_checkpointing
     rows = max(config.rows_a_pass * sequences, -(-(tokens or 0) // longest))
     return activations.plan(model, length=longest, batch_size=rows, free=-lacking, recompute=recompute)

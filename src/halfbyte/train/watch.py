@@ -14,9 +14,9 @@ without evaluation rows has samples and the general loss at the same steps.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -32,11 +32,14 @@ from halfbyte.evaluate.texts import general_texts, summed_loss
 from halfbyte.generate.batched import Answer, answer_all
 from halfbyte.hf.models.limits import most_positions
 from halfbyte.hf.trainers import distributed
+from halfbyte.hf.trainers.sharded import is_sharded
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import Listener, Note, Sample
 from halfbyte.train.notices import Notices
 from halfbyte.train.samples import Asked, asked_of, last_answer, prompt_of, told_trouble
 from halfbyte.train.steps import evaluation_of
+
+Part = TypeVar("Part")
 
 LOOKED_AT = 2000
 """Rows among which those are chosen that are answered."""
@@ -175,6 +178,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.questions = questions_of(config, rows)
         self.general = general_rows(config, tokenizer, model)
         self.is_evaluated = rows.evaluation is not None
+        self.is_sharded = is_sharded(model)
         self.longest = rows.longest
         self.figures = (*figures, *self._own_figures())
         self._check(rows)
@@ -229,7 +233,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if not self.asked:
             return
         prompts = [asked.ids for asked in self.asked]
-        answers = self._answers(prompts)
+        with distributed.first_writes(distributed.is_first() or self.is_sharded) as answers_here:
+            answers = self._answers(prompts) if answers_here else []
+        if not distributed.is_first():
+            return
         for asked, answer in zip(self.asked, answers, strict=True):
             self.tell(Sample(step=step, prompt=asked.shown, answer=answer.text))
         if step == 0 and (sentence := told_trouble(self.asked, answers, self.tokenizer)):
@@ -245,20 +252,24 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Return the figures that are measured here; the same in all processes, each of which measures a part."""
         figures: dict[str, float] = {}
         if questions := self.questions:
-            own = slice(distributed.rank(), None, distributed.world_size())
-            parts = distributed.gather([answer.text for answer in self._answers(questions.prompts[own])])
             texts: list[str] = [""] * len(questions.prompts)
-            for rank, part in enumerate(parts):
-                texts[rank :: distributed.world_size()] = part
+            for places, part in self._of_all(lambda own: [x.text for x in self._answers(questions.prompts[own])]):
+                texts[places] = part
             figures |= reference_scores(texts, questions.references)
             if questions.is_closed:
                 size = self.trainer.args.per_device_eval_batch_size
                 figures["accuracy"] = score_choices(self.model, questions.rows, batch_size=size).accuracy
         if self.general:
-            rows = self.general[distributed.rank() :: distributed.world_size()]
-            sums = distributed.gather(summed_loss(self.model, rows))
+            sums = [part for _, part in self._of_all(lambda own: summed_loss(self.model, self.general[own]))]
             figures["general_loss"] = sum(loss for loss, _ in sums) / max(1, sum(count for _, count in sums))
         return figures
+
+    def _of_all(self, work: Callable[[slice], Part]) -> list[tuple[slice, Part]]:
+        """Return what ``work`` gives for the places of each process; if all have to run together, each does all."""
+        if self.is_sharded:
+            return [(slice(None), work(slice(None)))]
+        places = [slice(rank, None, distributed.world_size()) for rank in range(distributed.world_size())]
+        return list(zip(places, distributed.gather(work(places[distributed.rank()])), strict=True))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before the first step."""

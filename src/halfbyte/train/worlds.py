@@ -22,7 +22,17 @@ OWN = ("output", "data", "eval_data", "model", "adapter", "memory", "processes",
 
 
 def settle(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """Return ``config`` as it is where a launcher started the processes again: to go on with what this job began."""
+    """Return ``config`` as it is where a launcher started the processes again: to go on with what this job began.
+
+    Raises:
+        InputError: the base is to be divided, but not over several processes, or not of a language model.
+    """
+    if config.fsdp and distributed.world_size() == 1:
+        raise InputError(
+            "fsdp divides the base over several processes, and there is one; set processes, or leave it out."
+        )
+    if config.fsdp and config.task != "lm":
+        raise InputError(f"fsdp is for language models, and the task is {config.task}; leave it out.")
     if not launched.restarts():
         return config
     [ours] = distributed.gather(folder.begun and folder.job() == launched.job())[:1]

@@ -131,6 +131,29 @@ def test_processes_that_would_each_train_alone_are_refused(tiny_model_folder: Pa
     assert not (tmp_path / "run").exists()
 
 
+SLOW_FIRST = """
+import time
+from halfbyte.hf.trainers import distributed
+distributed.join(use_cpu=True, timeout=2)
+with distributed.first_writes() as writes:
+    if writes:
+        time.sleep(6)
+print("together", distributed.rank(), distributed.total(1))
+distributed.leave()
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_longer_for_work_than_for_gradients(tmp_path: Path) -> None:
+    """As for the samples that the first one answers; the group's timeout is that of gradients."""
+    script = tmp_path / "slow_first.py"
+    script.write_text(SLOW_FIRST)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "together 0 2" in done.stdout and "together 1 2" in done.stdout
+
+
 def test_alone_nothing_is_asked_of_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
     distributed.join()
     assert (distributed.world_size(), distributed.rank(), distributed.is_first()) == (1, 0, True)

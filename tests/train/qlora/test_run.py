@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,27 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(command: Callable[.
 
 
 @pytest.mark.slow
+def started(words: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "halfbyte", "qlora", *words, *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(command: Callable[..., list[str]], tmp_path: Path):
+    words = ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size"]
+    for output, *more in (("one", "4"), ("two", "2", "--processes", "2")):
+        done = started(command(*words, *more, output=output))
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("The results are in") == 1
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open() if '"kind":"step"' in line]
+        for name in ("one", "two")
+    )
+    assert len(one) == 4 and two == pytest.approx(one, rel=1e-4)
+    names = [{file.name for file in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert names[0] == names[1]
+
+
 def test_an_adapter_alone_is_trained_on_from_step_0(command: Callable[..., list[str]], tmp_path: Path):
     run(command(output="first"))
     folder = tmp_path / "second/checkpoint-4"

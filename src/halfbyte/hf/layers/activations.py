@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -135,7 +136,8 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
     before = [{name: vars(layer)[name] for name in SEAM if name in vars(layer)} for layer in layers]
 
     def count(forward: Callable[..., Any], *args: Any) -> Any:
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        here = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+        own = {p.untyped_storage().data_ptr() for p in here}
         held: dict[int, torch.UntypedStorage] = {}  # kept until the layer is through, so that no address comes twice
 
         def pack(tensor: Tensor) -> Tensor:

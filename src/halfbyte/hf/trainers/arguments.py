@@ -23,7 +23,8 @@ REFUSED: Mapping[str, str] = {
     "control.should_training_stop in a callback",
     "push_to_hub": "nothing is sent to anybody; upload the folder with huggingface_hub.upload_folder",
     "parallelism_config": "4-bit weights are not split over processes; leave it out for data parallelism",
-    "fsdp": "4-bit weights are not split over processes; leave it out for data parallelism",
+    "fsdp": "accelerate divides 4-bit weights of its own class alone; leave it out for data parallelism, or use "
+    "halfbyte train --fsdp",
     "deepspeed": "4-bit weights are not split over processes; leave it out for data parallelism",
     "sync_ref_model": "4-bit weights cannot be mixed with others; leave it out",
 }

@@ -19,7 +19,7 @@ What differs from TRL's own (1.16, over transformers 5.23), whose loops, schedul
   samples and the module.
 - Of several processes (torchrun) the first writes; a stop or an error of one is a stop or an error of all
   (:mod:`halfbyte.hf.trainers.distributed`). An epoch whose rows do not divide repeats its first ones, as in accelerate,
-  but they train nothing where the loss is one of labels.
+  but these train nothing.
 - Nothing is reported to anybody: TRL's telemetry, the model card and the printed log lines are gone.
 """
 
@@ -47,6 +47,7 @@ from halfbyte.hf.trainers import arguments, distributed
 from halfbyte.hf.trainers.checkpoints import Checkpoints, unsaved
 from halfbyte.hf.trainers.diverged import describe
 from halfbyte.hf.trainers.sampler import EpochSampler
+from halfbyte.hf.trainers.sharded import is_sharded
 from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.optim import KINDS, LIONS, AdamW, Lion
 
@@ -57,6 +58,8 @@ BITSANDBYTES_NAMES = {"adamw_bnb_8bit": KINDS["adamw_8bit"]} | {
     name: kind for name, kind in KINDS.items() if name != "adamw_torch"
 }
 LION_NAMES: dict[str, dict[str, Any]] = dict(LIONS.items())
+
+UNSEEN = "and where it began cannot be looked for with fsdp"
 
 REJECTED = "rejected_ids"
 """The column of a pair's other sequence, beside ``input_ids``."""
@@ -69,6 +72,8 @@ class BaseTrainer(Checkpoints):
     beside: Callable[[], dict[str, float]] | None = None
     """What an evaluation measures besides, the model being in evaluation mode: figures by name."""
     _order: EpochSampler | None = None
+    _is_alone = False
+    """Whether other processes do not compute the same loss at this time."""
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
@@ -134,8 +139,8 @@ class BaseTrainer(Checkpoints):
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
-                "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set, but 4-bit weights are not split over "
-                "processes; unset it for data parallelism."
+                "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set, but accelerate does not divide these 4-bit "
+                "weights; unset it for data parallelism, or use halfbyte train --fsdp."
             )
         columns = getattr(self.train_dataset, "column_names", None) or ["input_ids"]
         if self.args.train_sampling_strategy == "group_by_length" and "input_ids" not in columns:
@@ -239,7 +244,9 @@ class BaseTrainer(Checkpoints):
             return loss
 
         with self._metrics_alone():
-            places = distributed.gather(describe(self.model, loss_of, batches, self.train_dataset))
+            # processes among which the base is divided cannot run it each for itself
+            looked_at = UNSEEN if is_sharded(self.model) else describe(self.model, loss_of, batches, self.train_dataset)
+            places = distributed.gather(looked_at)
         place = next((place for place in places if not place.startswith("not again")), places[0])
         return InputError(
             f"Training diverged: the {what} of step {self.state.global_step + 1} is not finite, {place}. The "
@@ -257,9 +264,11 @@ class BaseTrainer(Checkpoints):
         names = ("gather", "gather_for_metrics")
         for name in names:
             setattr(self.accelerator, name, lambda x, *_, **__: x)
+        self._is_alone = True
         try:
             yield
         finally:
+            self._is_alone = False
             for name in names:
                 self.accelerator.__dict__.pop(name, None)
 

@@ -28,6 +28,10 @@ LOST = ("Connection closed", "Connection reset", "Broken pipe", "Connection refu
 NO_INTERFACE = ("Unable to find address for", "Unable to resolve hostname", "unsupported gloo device")
 """How gloo says that it finds no way to the network."""
 
+WAIT = datetime.timedelta(days=7)
+"""How long a process waits for another that reads data, quantizes the base or answers samples, where gloo's own is
+30 minutes. One that dies is seen at once, by its connection."""
+
 _AGREED = "The other processes of the run know of this error."
 
 
@@ -61,10 +65,30 @@ def join(use_cpu: bool = False, backend: str | None = None, timeout: float = 180
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // on_this_machine()))
         backend = backend or "gloo"
+    waiting = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=waiting, **_meeting(waiting))
     except (ValueError, RuntimeError) as error:
         raise InputError(_apart(error)) from error
+
+
+def _meeting(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Return where processes meet that torchrun has started again; nothing where that is as at the first time.
+
+    torchrun (2.13) keeps its store, and in it the addresses of the processes that are gone, which the new ones would
+    call. On several machines it counts restarts on each for itself, so there is no name that all know: there its own
+    variable helps (docs/scaling.md).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not kept or on_this_machine() != launched():
+        return {}
+    from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch's own of torch.distributed, where it has any
+
+    port = int(os.environ["MASTER_PORT"])
+    store = TCPStore(os.environ["MASTER_ADDR"], port, launched(), is_master=False, timeout=timeout)
+    named = PrefixStore(f"/halfbyte/attempt_{attempt}", store)
+    return {"store": named, "rank": rank(), "world_size": launched()}
 
 
 def _apart(error: Exception) -> str:
@@ -179,7 +203,12 @@ def largest(numbers: Sequence[int]) -> list[int]:
 
 def total(number: int) -> int:
     """Return the sum of the processes' numbers."""
-    return _reduced([number], dist.ReduceOp.SUM)[0]
+    return totals([number])[0]
+
+
+def totals(numbers: Sequence[int]) -> list[int]:
+    """Return, for each place, the sum of the numbers that the processes have there."""
+    return _reduced(numbers, dist.ReduceOp.SUM)
 
 
 def agreed(flag: bool) -> bool:
@@ -260,4 +289,4 @@ def _reduced(numbers: Sequence[int], how: Any) -> list[int]:
 
 @functools.cache
 def _group() -> Any:
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=WAIT)

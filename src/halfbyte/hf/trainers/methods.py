@@ -21,6 +21,7 @@ from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
 from halfbyte.hf.trainers.evaluated import MeanOverLabels
 from halfbyte.hf.trainers.preference import Preferences
+from halfbyte.hf.trainers.shares import SHARE
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,8 @@ class KTOTrainer(Preferences, trl.KTOTrainer):
     """``trl.KTOTrainer`` for a PEFT model: same arguments, see :mod:`halfbyte.hf.trainers.base` for what differs.
 
     With a collator that makes the mismatched answers of a batch itself (it has the attribute ``mismatches``), rows may
-    come in any order; TRL's are made beforehand, for one order.
+    come in any order; TRL's are made beforehand, for one order. In several processes such a collator's are those of the
+    whole pass: the row before the first of a process is the last of the process before it.
     """
 
     _config = KTOConfig
@@ -231,6 +233,25 @@ class KTOTrainer(Preferences, trl.KTOTrainer):
         super().__init__(model, *args, **kwargs)
         if wanted is not None:
             self.args.train_sampling_strategy = wanted
+
+    def _joined(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not getattr(self.data_collator, "mismatches", False):
+            return batch
+        own = batch[SHARE].own
+        lasts = distributed.gather(self.data_collator.row(batch, own - 1) if own else None)
+        rank = distributed.rank()
+        before = next(row for row in [*lasts[:rank][::-1], *lasts[::-1]] if row)
+        return self.data_collator.after(batch, before) if own else batch
+
+    def _compute_kl_logps(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL takes the mean of their differences from the reference's, and then the mean over the processes
+        logps = super()._compute_kl_logps(*args, **kwargs)
+        return logps if logps is None or self._share.even else logps * self._share.weight
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if "ref_KL_logps" in inputs and not self._share.even:
+            inputs = inputs | {"ref_KL_logps": inputs["ref_KL_logps"] * self._share.weight}
+        return super()._compute_loss(model, inputs, return_outputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as TRL does, but the margin of what is logged beside it: TRL's leaves out batches of one kind alone."""

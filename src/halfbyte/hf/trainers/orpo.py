@@ -8,6 +8,9 @@ where log p(y|x) is the mean over the tokens of y, and the likelihood NLL is tha
 takes both from logits of all positions, in fp32 a vocabulary for each token of both sequences; here the head is asked
 for log-probabilities where one is needed. What TRL logs as ``logits/chosen`` and ``logits/rejected`` is a mean over
 all positions, padding included; here it is over those of the answer (of the chosen one, of its prompt too).
+
+NLL is a mean over the tokens of a pass, the other term one over its pairs. In several processes both are those of all
+of them together (:mod:`halfbyte.hf.trainers.shares`); TRL's NLL is then the mean of the processes' means.
 """
 
 import copy
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.choices import IGNORED
+from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.methods import _Joined
 from halfbyte.hf.trainers.preference import Preferences, is_tokenized
 
@@ -44,6 +48,7 @@ class ORPOTrainer(Preferences, orpo.ORPOTrainer):
     """TRL's ``ORPOTrainer`` for a PEFT model: see :mod:`halfbyte.hf.trainers.base` for what differs."""
 
     _config = ORPOConfig
+    _weighs_itself = True
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         datasets = {name: kwargs[name] for name in ("train_dataset", "eval_dataset") if is_tokenized(kwargs.get(name))}
@@ -75,9 +80,25 @@ class ORPOTrainer(Preferences, orpo.ORPOTrainer):
         log_probs = outputs.log_probs[:, -scored.shape[1] :]
         logits = outputs.mean_logits[:, -scored.shape[1] :].detach()
         means = (log_probs * answers).sum(1) / answers.sum(1)
-        nll = -log_probs[:pairs][scored[:pairs]].mean()
-        parts = (means[:pairs], means[pairs:], logits[:pairs][scored[:pairs]], logits[pairs:][scored[pairs:]], nll)
+        nll = -log_probs[:pairs][scored[:pairs]]
+        of_chosen, of_rejected = self._weights([int(scored[:pairs].sum()), int(scored[pairs:].sum())])
+        chosen, rejected = logits[:pairs][scored[:pairs]] * of_chosen, logits[pairs:][scored[pairs:]] * of_rejected
+        parts = (means[:pairs], means[pairs:], chosen, rejected, nll.mean() * of_chosen)
         return (*parts, outputs.aux_loss) if self.aux_loss_enabled else parts
+
+    def _weights(self, tokens: list[int]) -> list[float]:
+        """Return what multiplies means over this process's tokens, the mean over processes being that over tokens."""
+        if self._is_alone or distributed.world_size() == 1:
+            return [1.0] * len(tokens)
+        own = [number * bool(self._share.own) for number in tokens]
+        everywhere = distributed.totals(own)
+        return [here * distributed.world_size() / there for here, there in zip(own, everywhere, strict=True)]
+
+    def odds_ratio_loss(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return TRL's terms of each pair, weighted where the processes have not as many pairs."""
+        losses, chosen, rejected, ratio, log_odds = super().odds_ratio_loss(*args, **kwargs)
+        weight = self._share.weight
+        return losses * weight, chosen, rejected, ratio * weight, log_odds * weight
 
 
 def _unmapped(dataset: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from halfbyte.hf.layers.starts import untrained
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
+from halfbyte.hf.trainers.shares import SHARE, Shared
 
 if TYPE_CHECKING:
     from trl import DPOTrainer as _Theirs  # one of the classes that this one stands before
@@ -32,7 +33,7 @@ IN_ADVANCE = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's names of the columns with the log-probabilities of a pair's answers."""
 
 
-class Preferences(BaseTrainer, _Theirs):
+class Preferences(Shared, BaseTrainer, _Theirs):
     """Stands before TRL's DPO, KTO and ORPO trainers.
 
     Rows with ``input_ids`` and ``labels`` (:mod:`halfbyte.data.forms`) are taken as they are, with a ``data_collator``
@@ -118,6 +119,8 @@ def is_new(model: PeftModel) -> bool:
 
 def _answer_tokens(batch: dict[str, Any]) -> int:
     """Count the tokens of a batch that are an answer's and have something before them."""
+    if not batch[SHARE].own:
+        return 0  # its row is another process's
     masks: Sequence[Any] = [batch["completion_mask"]] if "completion_mask" in batch else []
     labels = [batch[name] for name in ("chosen_labels", "rejected_labels") if name in batch]
     return sum(int(mask[:, 1:].sum()) for mask in masks) + sum(int((x[:, 1:] != -100).sum()) for x in labels)

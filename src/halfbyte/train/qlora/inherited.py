@@ -6,7 +6,7 @@ All of them, in the order of that file: each is handed on, obeyed here, or refus
 from halfbyte.train.qlora.flags import Flag, Only, Own, To
 
 GPU_ONLY = "it is for GPUs or other accelerators; leave it out"
-WHOLE = "4-bit weights are not split over processes; leave it out, torchrun trains with several on rows of their own"
+WHOLE = "leave it out: --processes divides the rows, and the base is divided by halfbyte train --fsdp alone"
 HUB = "nothing is uploaded; upload the adapter's folder with `hf upload`"
 COMPILED = "every kernel of ours breaks the compiled graph, which is slower; leave it out"
 

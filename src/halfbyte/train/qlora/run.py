@@ -38,9 +38,11 @@ from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import Checkpoint, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.metrics import MetricsFile
+from halfbyte.train import worlds
 from halfbyte.train.build import build_model, plan_activations, quantization
+from halfbyte.train.inputs import digests
 from halfbyte.train.packing import plan_step
-from halfbyte.train.qlora import data
+from halfbyte.train.qlora import data, together
 from halfbyte.train.qlora.arguments import generation_settings, trainer_arguments
 from halfbyte.train.qlora.flags import Flags
 from halfbyte.train.qlora.mmlu import MmluCallback, read_questions
@@ -102,10 +104,13 @@ def qlora(given: Flags, *listeners: Listener) -> dict[str, Any]:
     outputs = Outputs(folder.path)
     with quiet(), distributed.joined(), full_disk_told(folder.path), contextlib.ExitStack() as held:
         with distributed.agreed_errors():
+            translated = together.settle(translated, folder)
             folder.check(translated.config().model_copy(update={"overwrite": True}))
-            if distributed.is_first():
-                held.enter_context(folder.locked())
+            with distributed.first_writes() as writes:
+                if writes:
+                    held.enter_context(folder.locked())
             begun = begin(translated, folder, outputs)
+            together.check_start(begun.flags, begun.config, folder, begun.checkpoint)
             flags, config = begun.flags, begun.config
             if not (begun.train or flags["do_eval"] or flags["do_predict"]):
                 for line in begun.notes:
@@ -115,6 +120,7 @@ def qlora(given: Flags, *listeners: Listener) -> dict[str, Any]:
             for line in begun.notes:
                 note(line)
             tokenizer, rows, prepared = _read(flags, config, tell)
+            worlds.check_inputs(config, digests(config, tokenizer, prepared))
             questions = read_questions(flags) if flags["do_mmlu_eval"] else None
             model = _load(config, tokenizer, prepared, tell)
         before: list[StepMetrics] = []

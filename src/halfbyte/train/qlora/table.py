@@ -72,6 +72,8 @@ ADDED: tuple[Flag, ...] = (
         "lora_modules", str, "all",
         Own("all, or names with commas; the paper's scripts give it, and the script knows no such flag"),
     ),
+    Flag("processes", int, 1, Own("processes of this machine that train together, on rows of their own")),
+    Flag("max_restarts", int, 0, Own("how often processes that died begin again from the last checkpoint")),
 )  # fmt: skip
 
 FLAGS: tuple[Flag, ...] = (*MODEL, *DATA, *TRAINING, *INHERITED, *GENERATION, *ADDED)

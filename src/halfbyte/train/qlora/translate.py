@@ -74,7 +74,8 @@ OPTIONS = {
     "max_memory_MB": "memory", "gradient_checkpointing": "gradient_checkpointing", "optim": "optimizer",
     "learning_rate": "learning_rate", "lr_scheduler_type": "lr_scheduler_type", "warmup_ratio": "warmup_ratio",
     "weight_decay": "weight_decay", "adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2",
-    "max_grad_norm": "max_grad_norm", "save_steps": "save_steps", "seed": "seed",
+    "max_grad_norm": "max_grad_norm", "save_steps": "save_steps", "seed": "seed", "processes": "processes",
+    "max_restarts": "max_restarts",
 }  # fmt: skip
 """A flag, and the option of ours that it becomes."""
 
@@ -195,6 +196,7 @@ def translate(given: Flags) -> Translated:
     _shape(flags, values, lacking)
     _schedule(flags, values, lacking)
     values["optimizer"] = OPTIMS[flags["optim"]]
+    values |= {name: flags[name] for name in ("processes", "max_restarts") if name in flags.given}
     return Translated(flags, values, lacking, notes)
 
 
