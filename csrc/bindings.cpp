@@ -475,6 +475,11 @@ class BoundDecoder {
         return static_cast<int>(decoder_.adapters.size()) - 1;
     }
 
+    void clear_adapter(int adapter) {
+        DecodeAdapter& cleared = decoder_.adapters[static_cast<size_t>(adapter)];
+        cleared.places.assign(cleared.places.size(), {});
+    }
+
     void set_factor_a(int adapter, int64_t layer, int place, Address a, int64_t rank) {
         LowRanks& low = low_ranks(adapter, layer, place);
         low.a = pointer<const void>(a);
@@ -648,6 +653,7 @@ NB_MODULE(_native, module) {
              "Add a dense weight of the decoder's type.")
         .def("set_bias", &BoundDecoder::set_bias, "place"_a, "bias"_a, "The fp32 bias of all weights of a place.")
         .def("add_adapter", &BoundDecoder::add_adapter, "Add an adapter without parts; return its number.")
+        .def("clear_adapter", &BoundDecoder::clear_adapter, "adapter"_a, "Take all parts from an adapter.")
         .def("set_factor_a", &BoundDecoder::set_factor_a, "adapter"_a, "layer"_a, "place"_a, "a"_a, "rank"_a,
              "Set all A of a place, one below the other, times their scaling.")
         .def("add_factor_b", &BoundDecoder::add_factor_b, "adapter"_a, "layer"_a, "place"_a, "first"_a, "width"_a,

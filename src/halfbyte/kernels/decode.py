@@ -206,6 +206,10 @@ class Decoder:
                 end = part.first + width
         return self._handle.add_adapter(places)
 
+    def remove_adapter(self, number: int) -> None:
+        """Forget an adapter; another one may get its number."""
+        self._handle.remove_adapter(number)
+
     def step(
         self,
         tokens: Sequence[int],

@@ -24,6 +24,7 @@ from halfbyte.hf.layers.head import base_of, head_of
 from halfbyte.kernels import DecodeLayer, DecodeNorm, DecoderParts, LowRankPart, Products, can_decode
 from halfbyte.kernels.decode import PLACES, Place
 from halfbyte.nn import DenseLinear, LowRank
+from halfbyte.quant import quantize_4bit, quantize_int8
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
 """Of the positions from the first to before the last: cosines and sines, fp32 ``[positions, turned]``."""
@@ -50,11 +51,12 @@ class Reading:
     linears: dict[tuple[int, Place], list[nn.Module]] = field(default_factory=dict)
 
 
-def read(model: PreTrainedModel | PeftModel) -> Reading:
+def read(model: PreTrainedModel | PeftModel, *, head: str | None = None) -> Reading:
     """Return what ``model`` is to the native decoder.
 
     Args:
         model: on the CPU, prepared (:func:`halfbyte.hf.layers.prepare.prepare`) or fused.
+        head: what the output head is quantized to: ``int8``, ``nf4``, or None as it is.
 
     Raises:
         NotNative: it is not known.
@@ -86,8 +88,8 @@ def read(model: PreTrainedModel | PeftModel) -> Reading:
     logits = head_of(base)
     if logits is None:
         raise NotNative("its head is not known")
-    head = base.get_output_embeddings()
-    if not (is_frozen(head) or type(head) is nn.Linear) or not untouched(head):
+    output = base.get_output_embeddings()
+    if not (is_frozen(output) or type(output) is nn.Linear) or not untouched(output):
         raise NotNative("its head has an adapter, or is no plain linear layer")
     config = base.config.get_text_config()
     parts = DecoderParts(
@@ -95,7 +97,7 @@ def read(model: PreTrainedModel | PeftModel) -> Reading:
         embedding=_embedding(embedding),
         layers=decode_layers,
         last_norm=_norm(backbone.norm),
-        head=Products([_weight(head, dtype)], _bias([head])),
+        head=Products([_head_weight(output, head, dtype)], _bias([output])),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         size=attention.head_dim,
@@ -135,16 +137,17 @@ def adapter_parts(
 _HOLDERS = ("lora_A", "lora_embedding_A", "modules_to_save", "trainable_tokens_delta")
 
 
-def agrees(model: PreTrainedModel | PeftModel, logits: Tensor, ids: Sequence[int]) -> bool:
+def agrees(model: PreTrainedModel | PeftModel, logits: Tensor, ids: Sequence[int], *, exact: bool = True) -> bool:
     """Whether ``logits`` ``[tokens, vocabulary]``, found natively for ``ids``, are those of the model's own forward.
 
-    The bound is a multiple of what the dtype rounds: wrong formulas are off by far more.
+    The bound is a multiple of what the dtype rounds, or, where the head is not ``exact``, of what 4 bits round: wrong
+    formulas are off by far more.
     """
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
     spread = float(theirs.std())
     off = float((theirs - logits).abs().mean())
-    bound = {torch.float32: 1e-3}.get(base_of(model).dtype, 0.15)  # type: ignore[call-overload]
+    bound = 1e-3 if exact and base_of(model).dtype == torch.float32 else 0.15 if exact else 0.3
     return bool(torch.isfinite(logits).all()) and off <= bound * spread
 
 
@@ -255,6 +258,13 @@ def _weight(module: nn.Module, dtype: torch.dtype) -> Any:
     base = _base(module)
     weight = base.frozen_weight
     return weight.detach().to(dtype).contiguous() if isinstance(base, DenseLinear) else weight
+
+
+def _head_weight(module: nn.Module, quantized: str | None, dtype: torch.dtype) -> Any:
+    weight = _weight(module, dtype)
+    if quantized is None or not isinstance(weight, Tensor):
+        return weight
+    return quantize_int8(weight) if quantized == "int8" else quantize_4bit(weight, quantized, double_quant=True)
 
 
 def _bias(modules: Sequence[nn.Module]) -> Tensor | None:

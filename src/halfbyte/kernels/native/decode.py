@@ -28,6 +28,8 @@ class Decoder:
 
     def __init__(self, parts: "DecoderParts", cache: int) -> None:
         self._kept: list[Any] = [parts]
+        self._adapters: dict[int, list[Any]] = {}
+        self._free: list[int] = []
         embedding, layer = parts.embedding, parts.layers[0]
         widths = (
             embedding.shape[1], parts.heads, parts.kv_heads, parts.size, layer.down.depth, parts.head.width,
@@ -49,12 +51,13 @@ class Decoder:
 
     def add_adapter(self, places: "Mapping[tuple[int, Place], Sequence[LowRankPart]]") -> int:
         """Add an adapter; return its number."""
-        number = int(self._handle.add_adapter())
+        number = self._free.pop() if self._free else int(self._handle.add_adapter())
+        kept = self._adapters[number] = []
         for (layer, place), parts in places.items():
             if not parts:
                 continue
             a = torch.cat([part.a for part in parts]).contiguous()
-            self._kept.append((a, parts))
+            kept.append((a, parts))
             at = number, layer, PLACES.index(place)
             self._handle.set_factor_a(*at, a.data_ptr(), a.shape[0])
             for part in parts:
@@ -62,6 +65,12 @@ class Decoder:
                 addresses = part.b.data_ptr(), _address(part.rescale), _address(part.bias)
                 self._handle.add_factor_b(*at, part.first, width, rank, *addresses)
         return number
+
+    def remove_adapter(self, number: int) -> None:
+        """Forget an adapter."""
+        self._handle.clear_adapter(number)
+        del self._adapters[number]
+        self._free.append(number)
 
     def step(
         self,
