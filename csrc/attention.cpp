@@ -188,8 +188,8 @@ class Forward : Pass {
         std::fill(total, total + group_ * rows, 0.0f);
 
         const Dense keys = dense(a_.k, batch, kv_head, a_.keys), values = dense(a_.v, batch, kv_head, a_.keys);
-        // Of a window that slides, tiles begin where they would with other queries before: a text that is read in pieces
-        // has the sums of one that is read at once.
+        // Of a window that slides, tiles begin where they would with other queries before: a text that is read in
+        // pieces has the sums of one that is read at once.
         const bool slides = range(batch, last - 1)[0] - range(batch, first)[0] == last - first - 1;
         const int64_t begin = slides ? reached.begin / kStrip * kStrip : reached.begin;
         for (int64_t key = begin; key < reached.end; key += kStrip) {

@@ -443,9 +443,8 @@ class BoundDecoder {
 
     void set_last_norm(const std::optional<NormOf>& given) { decoder_.last_norm = norm(given); }
 
-    void add_weight(int place, Address packed, Address code, Address absmax, Address nested_absmax,
-                    Address nested_code, int64_t nested_blocksize, float offset, int64_t blocksize, int64_t rows,
-                    int64_t columns) {
+    void add_weight(int place, Address packed, Address code, Address absmax, Address nested_absmax, Address nested_code,
+                    int64_t nested_blocksize, float offset, int64_t blocksize, int64_t rows, int64_t columns) {
         Factor factor{};
         factor.kind = Factor::four_bits;
         factor.weight_4bit = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
@@ -456,8 +455,9 @@ class BoundDecoder {
     void add_bytes(int place, Address codes, Address absmax, int64_t blocksize, int64_t rows, int64_t columns) {
         Factor factor{};
         factor.kind = Factor::bytes;
-        factor.weight_8bit = {pointer<const int8_t>(codes), pointer<const float>(absmax), Divisor(blocksize), rows,
-                              columns,                      piece_of(blocksize, columns)};
+        factor.weight_8bit = {
+            pointer<const int8_t>(codes), pointer<const float>(absmax), Divisor(blocksize), rows, columns,
+            piece_of(blocksize, columns)};
         add(place, factor);
     }
 

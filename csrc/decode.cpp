@@ -136,16 +136,16 @@ class DecodeStep : public Phases {
         const int64_t arranged = any.bytes(1, deepest) + 64;
         const int64_t partial = chunks_ * s_.heads * (s_.size + 2);
         const int64_t bytes[] = {
-            count_ * s_.width * 4,       // h
-            count_ * widest * 4,         // sums
-            count_ * widest * 4,         // finished
-            count_ * deepest * size_,    // x
-            count_ * arranged,           // x for 4-bit factors
-            count_ * arranged,           // x for other factors
-            count_ * arranged,           // x for adapters
-            count_ * most_rank * 4,      // u
+            count_ * s_.width * 4,            // h
+            count_ * widest * 4,              // sums
+            count_ * widest * 4,              // finished
+            count_ * deepest * size_,         // x
+            count_ * arranged,                // x for 4-bit factors
+            count_ * arranged,                // x for other factors
+            count_ * arranged,                // x for adapters
+            count_ * most_rank * 4,           // u
             count_ * s_.heads * s_.size * 4,  // q
-            count_ * partial * 4,        // attention
+            count_ * partial * 4,             // attention
         };
         int64_t total = 64;
         for (const int64_t b : bytes) total += parts(b, 64) * 64;
@@ -282,7 +282,8 @@ class DecodeStep : public Phases {
         const char* const x = x_ + i * deepest_ * size_;
         const auto put = [&](bool as_codes, const Group& group, char* out) {
             const Arrangement order(few_, as_codes);
-            order.put(x, size_, begin, end, p.depth, i - group.first, group.count, out + place_of(group.first, p.depth));
+            order.put(x, size_, begin, end, p.depth, i - group.first, group.count,
+                      out + place_of(group.first, p.depth));
         };
         const Group& group = groups_[static_cast<size_t>(i / few_.rows)];
         if (codes) put(true, group, codes_);
@@ -295,7 +296,7 @@ class DecodeStep : public Phases {
 
     // The columns [first, last) of row i, with what its adapter adds and the bias; to `finished_`.
     float* finish(const Products& p, int64_t layer, Place place, int64_t i, int64_t first, int64_t last) const {
-        const float *const sums = sums_ + i * widest_;
+        const float* const sums = sums_ + i * widest_;
         float* const out = finished_ + i * widest_;
         if (row(i).adapter < 0) {
             finish_part(p, nullptr, nullptr, 0, p.width, sums, out, first, last);
@@ -383,7 +384,8 @@ class DecodeStep : public Phases {
             static constexpr float none = 0.0f;
             const bool turns = layer.angles >= 0;
             const Angles angles = turns ? angles_[static_cast<size_t>(layer.angles)] : Angles{&none, &none, 0};
-            const float *const cos = angles.cos + position * angles.size, *const sin = angles.sin + position * angles.size;
+            const float *const cos = angles.cos + position * angles.size, *const sin =
+                                                                              angles.sin + position * angles.size;
             kernels_.turn(y, cos, sin, angles.size / 2, s_.size, query ? s_.scale : 1.0f);
         }
         if (query) {
@@ -402,9 +404,7 @@ class DecodeStep : public Phases {
         }
     }
 
-    int64_t head_bytes() const {
-        return 2 * s_.size * kPage * cache_.bytes + (cache_.bytes == 1 ? 2 * kPage * 4 : 0);
-    }
+    int64_t head_bytes() const { return 2 * s_.size * kPage * cache_.bytes + (cache_.bytes == 1 ? 2 * kPage * 4 : 0); }
 
     // Of a row the positions that layer attends to.
     int64_t begin_of(const DecodeLayer& layer, int64_t i) const {
@@ -549,8 +549,7 @@ int64_t Decoder::page_bytes() const {
     return static_cast<int64_t>(layers.size()) * shape_.kv_heads * (head + (bytes == 1 ? 2 * kPage * 4 : 0));
 }
 
-void Decoder::step(const std::vector<DecodeRow>& rows, const std::vector<Angles>& angles, float* logits,
-                   int threads) {
+void Decoder::step(const std::vector<DecodeRow>& rows, const std::vector<Angles>& angles, float* logits, int threads) {
     DecodeStep(*this, rows, angles, logits, threads).run(threads);
 }
 

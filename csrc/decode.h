@@ -7,10 +7,10 @@
 //     x = N(h);  q, k, v = x Wᵀ;  q, k = rotary(N(q)), rotary(N(k));  k, v to the cache;  a = attention(q)
 //     h = h + N(a Woᵀ);  x = N(h);  g, u = x Wᵀ;  h = h + N((f(g) u) Wdᵀ)
 //
-// and at the end logits = N(h) Whᵀ. Each product may have a low-rank part of its row's own adapter (LoRA, DoRA). Products
-// read the storage type of the model and sum in fp32 (matmul.h, few rows); h and all that lies between products is
-// fp32, so that less is rounded than in the training forward. Each row's result is bitwise the same whatever the other
-// rows are, and for any number of threads.
+// and at the end logits = N(h) Whᵀ. Each product may have a low-rank part of its row's own adapter (LoRA, DoRA).
+// Products read the storage type of the model and sum in fp32 (matmul.h, few rows); h and all that lies between
+// products is fp32, so that less is rounded than in the training forward. Each row's result is bitwise the same
+// whatever the other rows are, and for any number of threads.
 //
 // The cache is pages of kPage positions that a row has a table of; a page holds all layers and heads, keys with the
 // positions of a value next to each other (a score is then a sum of vectors), values with the values of a position.
@@ -52,9 +52,9 @@ struct Products {
 
 // An adapter's part of Products.
 struct LowRankPart {
-    int64_t first, width, rank;    // columns of the results; rows of `a` that are its own follow those before
-    const void* b;                 // rank x width
-    const float *rescale, *bias;   // width values, or null
+    int64_t first, width, rank;   // columns of the results; rows of `a` that are its own follow those before
+    const void* b;                // rank x width
+    const float *rescale, *bias;  // width values, or null
 };
 struct LowRanks {
     const void* a = nullptr;  // sum of ranks x depth, of the storage type
@@ -67,7 +67,7 @@ struct DecodeLayer {
     Products qkv, o, gate_up, down;
     bool whole_norms = false;  // of queries and keys: over all heads together
     int64_t window = 0;        // 0: none
-    int64_t angles = -1;  // which table; -1: no rotary embedding
+    int64_t angles = -1;       // which table; -1: no rotary embedding
 };
 
 enum Place : int { of_qkv, of_o, of_gate_up, of_down, kPlaces };
@@ -87,7 +87,7 @@ struct DecoderShape {
     int cache;  // index into CacheKernels
     int64_t width, heads, kv_heads, size, inner, vocabulary;
     int activation;
-    float scale, cap;          // of scores
+    float scale, cap;  // of scores
     float embedding_factor, logit_factor, logit_cap;
 };
 
@@ -111,7 +111,8 @@ class Decoder {
     int64_t page_bytes() const;
     Type type() const { return shape_.type; }
 
-    // logits: rows x vocabulary, fp32. `angles`: of each table; positions lie within them. Rows of one adapter follow each other.
+    // logits: rows x vocabulary, fp32. `angles`: of each table; positions lie within them. Rows of one adapter follow
+    // each other.
     void step(const std::vector<DecodeRow>& rows, const std::vector<Angles>& angles, float* logits, int threads);
 
   private:

@@ -6,9 +6,9 @@
 
 namespace halfbyte {
 
-constexpr int64_t kPage = 64;            // positions
-constexpr int64_t kChunkOfPages = 512;   // positions that one thread attends to at a time
-constexpr int64_t kHeadsAtOnce = 4;      // query heads that read a page together
+constexpr int64_t kPage = 64;           // positions
+constexpr int64_t kChunkOfPages = 512;  // positions that one thread attends to at a time
+constexpr int64_t kHeadsAtOnce = 4;     // query heads that read a page together
 constexpr int64_t kLargestHead = 512;
 
 // y = (x - mean) / sqrt(variance + eps) weight; without `centered`, x / sqrt(mean(x²) + eps) weight.

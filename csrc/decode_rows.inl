@@ -218,6 +218,8 @@ inline void store_head_int8(const float* x, int64_t size, int64_t step, void* ou
 
 template <class T>
 constexpr DecodeKernels decode_kernels = {
-    finish_product<T>, norm_to_storage<T>, norm_in_place<T>, round_row<T>,
-    widen_row<T>,      add_row,            turn_head,        {gated_row<T, Silu>, gated_row<T, GeluTanh>},
+    finish_product<T>, norm_to_storage<T>,
+    norm_in_place<T>,  round_row<T>,
+    widen_row<T>,      add_row,
+    turn_head,         {gated_row<T, Silu>, gated_row<T, GeluTanh>},
 };

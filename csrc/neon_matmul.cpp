@@ -298,14 +298,8 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 }
 
 template <class T>
-const FewKernels few = {8,
-                        T::kSize,
-                        false,
-                        arrange<T>,
-                        dot<T, LookedUp<T>>,
-                        arrange<T>,
-                        dot<T, Converted<T>>,
-                        dot<T, Loaded<T>>};
+const FewKernels few = {
+    8, T::kSize, false, arrange<T>, dot<T, LookedUp<T>>, arrange<T>, dot<T, Converted<T>>, dot<T, Loaded<T>>};
 
 template <class T>
 const MatmulKernels kernels = {

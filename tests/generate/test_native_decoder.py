@@ -221,7 +221,7 @@ def test_a_prompt_s_numbers_do_not_depend_on_where_it_was_cut_or_what_was_there(
     model = make("Llama", dtype=dtype)
     decoder = NativeDecoder(model)
     ids = ids_of(300)
-    cold, expected = read(NativeDecoder(model), ids)
+    _, expected = read(NativeDecoder(model), ids)
     for piece in (64, 128, 256):
         sequence, logits = read(decoder, ids, piece=piece)
         assert torch.equal(logits, expected)

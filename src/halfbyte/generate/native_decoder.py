@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 from collections import OrderedDict, abc
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -162,7 +163,8 @@ class NativeDecoder:
             parts = self.reading.parts
             shape = parts.kv_heads, max(end, sequence.prompt), parts.size
             held = (lambda layer: self.paged.keys_and_values(text, layer)) if text.length else None
-            sequence.reading = ReadingCache(len(parts.layers), shape, base_of(self.model).dtype, text.length, held)
+            dtype: Any = base_of(self.model).dtype
+            sequence.reading = ReadingCache(len(parts.layers), shape, dtype, text.length, held)
         cache = sequence.reading
         cache.length = start
         cache.sink = lambda layer, keys, values: self.paged.append(text, layer, keys[:, again:], values[:, again:])

@@ -167,20 +167,20 @@ class PagedDecoder:
             done += count
 
     def _views(self, page: Page, layer: int) -> tuple[Any, Any]:
-        """Return keys and values of a layer as views ``[kv_heads, PAGE, size]``, int8 with scales ``[kv_heads, PAGE]``."""
+        """Return a layer's keys and values as views ``[kv_heads, PAGE, size]``; int8 with scales ``[kv_heads, PAGE]``."""
         parts = self.decoder.parts
         if self.decoder.cache == "int8":
             of_values = parts.size * PAGE
             bytes_ = page.memory.view(len(parts.layers), parts.kv_heads, -1)[layer]
             codes = bytes_[:, : 2 * of_values].view(torch.int8)
             scales = bytes_[:, 2 * of_values :].view(torch.float32).view(parts.kv_heads, 2, PAGE)
-            keys = codes[:, :of_values].unflatten(1, (parts.size, PAGE)).transpose(1, 2)
-            values = codes[:, of_values:].unflatten(1, (PAGE, parts.size))
+            keys = codes[:, :of_values].view(-1, parts.size, PAGE).transpose(1, 2)
+            values = codes[:, of_values:].view(-1, PAGE, parts.size)
             return (keys, scales[:, 0]), (values, scales[:, 1])
         typed = page.memory.view(getattr(torch, self.decoder.cache))
         both = typed.view(len(parts.layers), parts.kv_heads, 2, -1)[layer]
-        keys = both[:, 0].unflatten(1, (parts.size, PAGE)).transpose(1, 2)
-        return keys, both[:, 1].unflatten(1, (PAGE, parts.size))
+        keys = both[:, 0].view(-1, parts.size, PAGE).transpose(1, 2)
+        return keys, both[:, 1].view(-1, PAGE, parts.size)
 
     def _grow_tables(self, length: int) -> None:
         if length <= self._table_length:

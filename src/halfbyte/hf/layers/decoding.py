@@ -151,19 +151,20 @@ def agrees(model: PreTrainedModel | PeftModel, logits: Tensor, ids: Sequence[int
     return bool(torch.isfinite(logits).all()) and off <= bound * spread
 
 
-def _linears(layer: Any) -> dict[Place, list[nn.Module]]:
+def _linears(layer: Any) -> dict[Place, list[Any]]:
     attention, mlp = layer.self_attn, layer.mlp
     if not (isinstance(attention, Fused) and isinstance(mlp, Fused) and untouched(attention) and untouched(mlp)):
         raise NotNative(f"{type(layer).__name__} has an attention or an MLP that is not known")
     if type(activation_of(mlp)) not in ACTIVATIONS or not untouched(activation_of(mlp)):
         raise NotNative("its activation is not known")
-    qkv = (
-        [attention.qkv_proj]
-        if hasattr(attention, "qkv_proj")
-        else [attention.q_proj, attention.k_proj, attention.v_proj]
-    )
-    gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-    return {"qkv": qkv, "o": [attention.o_proj], "gate_up": gate_up, "down": [mlp.down_proj]}
+    qkv = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
+    gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+    return {
+        "qkv": [getattr(attention, name) for name in qkv],
+        "o": [attention.o_proj],
+        "gate_up": [getattr(mlp, name) for name in gate_up],
+        "down": [mlp.down_proj],
+    }
 
 
 def _layer(
@@ -205,7 +206,7 @@ class _Rotary:
 
     def __init__(self, backbone: Any, dtype: torch.dtype) -> None:
         self._module = backbone.rotary_emb
-        self._types = getattr(backbone.config, "layer_types", None)
+        self._types: Any = getattr(backbone.config, "layer_types", None)
         self._by_type = "layer_type" in inspect.signature(inspect.unwrap(type(self._module).forward)).parameters
         self._like = torch.empty(0, dtype=dtype)
         kinds = self._module.rope_type
@@ -273,10 +274,7 @@ def _bias(modules: Sequence[nn.Module]) -> Tensor | None:
     if all(base.bias is None for base in bases):
         return None
     return torch.cat(
-        [
-            torch.zeros(base.out_features) if base.bias is None else base.bias.detach().float()  # type: ignore[union-attr]
-            for base in bases
-        ]
+        [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().float() for base in bases]
     )
 
 

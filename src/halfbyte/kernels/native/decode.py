@@ -34,7 +34,7 @@ class Decoder:
         widths = (
             embedding.shape[1], parts.heads, parts.kv_heads, parts.size, layer.down.depth, parts.head.width,
         )  # fmt: skip
-        self._handle = extension.Decoder(
+        self._handle: Any = extension.Decoder(
             tier_index(), TYPES[parts.dtype], cache, widths, ACTIVATIONS.index(parts.activation), parts.scale,
             parts.cap or 0.0, parts.embedding_factor, parts.logit_factor, parts.logit_cap or 0.0,
         )  # fmt: skip
