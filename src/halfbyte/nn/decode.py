@@ -167,7 +167,7 @@ class PagedDecoder:
             done += count
 
     def _views(self, page: Page, layer: int) -> tuple[Any, Any]:
-        """Return a layer's keys and values as views ``[kv_heads, PAGE, size]``; int8 with scales ``[kv_heads, PAGE]``."""
+        """Return keys and values of a layer, views ``[kv_heads, PAGE, size]``; int8 with scales ``[kv_heads, PAGE]``."""
         parts = self.decoder.parts
         if self.decoder.cache == "int8":
             of_values = parts.size * PAGE
