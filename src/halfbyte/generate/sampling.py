@@ -4,11 +4,11 @@ The order is that of transformers' logits processors (5.23): bias, penalties, co
 min-p, and a draw from what is left. Frequency and presence penalties are OpenAI's: a token that was written c times
 loses c·frequency + [c > 0]·presence. Repetition's is CTRL's (arXiv 1909.05858, section 4.1), over prompt and answer.
 
-A draw is u·(mass that is left) looked up in cumulative weights, where u comes from Philox with the request's seed as key
-and the number of tokens written as counter: no state is shared, so what neighbours draw changes nothing.
+A draw is u·(mass that is left) looked up in cumulative weights, where u comes from Philox with the request's seed as
+key and the number of tokens written as counter: no state is shared, so what neighbours draw changes nothing.
 
-No vocabulary is sorted where it need not be: the tokens heavier than a floor hold the top-p whenever their mass does, so
-only they are sorted, and the floor is lowered until it does.
+No vocabulary is sorted where it need not be: the tokens heavier than a floor hold the top-p whenever their mass does,
+so only they are sorted, and the floor is lowered until it does.
 """
 
 import math
