@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
-from halfbyte.generate.decoder import PAGE
+from halfbyte.generate.decoder import PAGE, Sequence
 from halfbyte.hf.layers.decoding import NotNative, adapter_parts, agrees, read
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.layers.paged import ReadingCache
@@ -78,6 +78,8 @@ class NativeDecoder:
         NotNative: the model or one of its adapters is not known, or the native way gives other numbers.
     """
 
+    reason: str | None = None
+    """Why the model decodes through transformers; here it does not."""
     rows = MOST_ROWS
     reads_apart = False
 
@@ -104,6 +106,11 @@ class NativeDecoder:
         for name in names:
             self.add_adapter(name)
         self._try()
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that the model has active, or None."""
+        return str(self.model.active_adapter) if isinstance(self.model, PeftModel) else None
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -153,8 +160,9 @@ class NativeDecoder:
         return sequence
 
     @torch.no_grad()
-    def read(self, sequence: NativeSequence, ids: abc.Sequence[int]) -> Tensor:
+    def read(self, sequence: Sequence, ids: abc.Sequence[int]) -> Tensor:
         """Append one piece of the prompt; return the logits after its last token."""
+        sequence = _own(sequence)
         text = sequence.text
         again = min(text.length, max(0, FEW + 1 - len(ids))) if len(ids) <= FEW else 0
         start, end = text.length - again, text.length + len(ids)
@@ -190,25 +198,28 @@ class NativeDecoder:
         self._store(sequence, sequence.read)
         return logits.float()
 
-    def step(self, sequences: abc.Sequence[NativeSequence], tokens: abc.Sequence[int]) -> Tensor:
+    def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> Tensor:
         """Append one token to each sequence; return the logits after it."""
-        self._make_room(PAGE * sum(one.length % PAGE == 0 for one in sequences))
-        numbers = [self._numbers[one.adapter] for one in sequences]
-        logits = self.paged.step([one.text for one in sequences], tokens, numbers)
-        for one, token in zip(sequences, tokens, strict=True):
+        rows = [_own(sequence) for sequence in sequences]
+        self._make_room(PAGE * sum(one.length % PAGE == 0 for one in rows))
+        numbers = [self._numbers[one.adapter] for one in rows]
+        logits = self.paged.step([one.text for one in rows], tokens, numbers)
+        for one, token in zip(rows, tokens, strict=True):
             one.ids.append(token)
             one.reading = None
         return logits
 
-    def cut(self, sequence: NativeSequence, length: int) -> None:
+    def cut(self, sequence: Sequence, length: int) -> None:
         """Forget all tokens behind the first ``length``."""
+        sequence = _own(sequence)
         self.paged.cut(sequence.text, length)
         del sequence.ids[length:]
         sequence.read = min(sequence.read, length)
         sequence.reading = None
 
-    def end(self, sequence: NativeSequence) -> None:
+    def end(self, sequence: Sequence) -> None:
         """Free what a sequence takes; whole pages may stay for others."""
+        sequence = _own(sequence)
         if self.keep_decoded:
             self._store(sequence, sequence.length)
         self.cut(sequence, 0)
@@ -265,6 +276,11 @@ class NativeDecoder:
             with self._adapter(name):
                 if not agrees(self.model, torch.cat(rows), ids, exact=self._exact):
                     raise NotNative(f"it gives other logits natively{'' if name is None else f' with {name}'}")
+
+
+def _own(sequence: Sequence) -> NativeSequence:
+    assert isinstance(sequence, NativeSequence)
+    return sequence
 
 
 def _adapter_key(adapter: str | None) -> bytes:

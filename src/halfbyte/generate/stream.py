@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.errors import InputError
 from halfbyte.generate.answers import Request
 from halfbyte.generate.conversation import encode, encode_source, stop_tokens
+from halfbyte.generate.decoders import decoder_for
 from halfbyte.generate.engine import Engine
 from halfbyte.generate.sampling import Sampling
-from halfbyte.generate.transformers_decoder import TransformersDecoder
 from halfbyte.hf.models.limits import check_tokens, most_positions
 
 
@@ -75,7 +75,7 @@ def stream_reply(
         seed=int(torch.randint(2**63 - 1, ())),
         **own_options(model),
     )
-    decoder = TransformersDecoder(model)
+    decoder = decoder_for(model)
     with Engine(decoder, tokenizer, stops=stop_tokens(model, tokenizer)) as engine:
         for piece in engine.submit(Request(tuple(ids), sampling, adapter=decoder.active)):
             if piece.text:

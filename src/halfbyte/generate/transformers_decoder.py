@@ -86,6 +86,8 @@ class TransformersDecoder:
             if config.is_prompt_learning:
                 kind = config.peft_type.value
                 raise InputError(f"Adapter {name!r} is a {kind}, which has no cache of its own; adapters of layers do.")
+        self.reason: str | None = None
+        """Why the model decodes this way and not natively, if somebody has found out."""
         self.adapters: tuple[str, ...] = tuple(configs)
         self.rows = rows
         self.budget: int | None = None

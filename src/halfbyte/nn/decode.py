@@ -167,7 +167,7 @@ class PagedDecoder:
             done += count
 
     def _views(self, page: Page, layer: int) -> tuple[Any, Any]:
-        """Return keys and values of a layer, views ``[kv_heads, PAGE, size]``; int8 with scales ``[kv_heads, PAGE]``."""
+        """Return a layer of a page as views ``[kv_heads, PAGE, size]``, in int8 with scales ``[kv_heads, PAGE]``."""
         parts = self.decoder.parts
         if self.decoder.cache == "int8":
             of_values = parts.size * PAGE
