@@ -27,7 +27,7 @@ from halfbyte.errors import InputError, nearest, size_text
 from halfbyte.generate.answers import Busy, Closed, DecodingError, Finish, Piece, Request, Stream, Usage
 from halfbyte.generate.decoder import PIECE, Decoder
 from halfbyte.generate.decoder import Sequence as Held
-from halfbyte.generate.sampling import Chosen, Sampler, sample
+from halfbyte.generate.sampling import Allowed, Chosen, Sampler, sample
 from halfbyte.generate.text import TextStream
 
 BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -333,7 +333,7 @@ class Engine:
 
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Choose the next token of each row, and hand it on."""
-        masks: list[Tensor | None] = []
+        masks: list[Allowed | None] = []
         able: list[int] = []
         for place, row in enumerate(rows):
             try:

@@ -4,6 +4,9 @@ The joined pieces are the decoded answer exactly, up to a stop string. Each toke
 gives what it added, but for an unfinished character at the end. The window begins anew only where its shorter text is
 the end of the longer one, so that what a decoder does at the start of a text (SentencePiece loses a space there) is not
 mistaken for text. Text that could begin a stop string is held back until it is one or is none.
+
+One thing is not as decoded: where tokens are single bytes (byte fallback), a run of them that turns out to be no text
+decodes to replacement characters as a whole; characters of it that were whole, and given, stay.
 """
 
 from collections.abc import Sequence
