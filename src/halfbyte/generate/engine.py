@@ -17,8 +17,10 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +31,8 @@ from halfbyte.generate.decoder import PIECE, Decoder
 from halfbyte.generate.decoder import Sequence as Held
 from halfbyte.generate.sampling import Allowed, Chosen, Sampler, sample
 from halfbyte.generate.text import TextStream
+
+Result = TypeVar("Result")
 
 BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Seconds: upper bounds of the classes that steps are counted in."""
@@ -133,6 +137,7 @@ class Engine:
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._reserved = 0
+        self._calls: deque[Callable[[], None]] = deque()
         self._is_closed = False
         self._ended: Counter[Finish] = Counter()
         self._refused = self._read = self._cached = self._written = self._steps = 0
@@ -226,6 +231,28 @@ class Engine:
                 read_seconds=self._read_seconds,
             )
 
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the engine's thread between two tokens, such as one that loads an adapter; wait for it.
+
+        Raises:
+            Closed: the engine is closed.
+            Exception: what the function raises.
+        """
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._is_closed:
+                raise Closed("The engine has been closed.")
+            self._calls.append(run)
+            self._changed.notify_all()
+        return future.result()
+
     def close(self) -> None:
         """End all requests as cancelled, and the engine; waits for the token in work."""
         with self._changed:
@@ -275,13 +302,18 @@ class Engine:
                 for row in [*self._rows, *self._waiting]:
                     self._tell_end(row, "error", error)
                 self._rows, self._waiting = [], deque()
+                while self._calls:
+                    self._calls.popleft()()
             raise
 
     def _go_on(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._rows or self._is_closed)
-                is_closed, rows = self._is_closed, list(self._rows)
+                self._changed.wait_for(lambda: self._rows or self._calls or self._is_closed)
+                is_closed, rows, calls = self._is_closed, list(self._rows), list(self._calls)
+                self._calls.clear()
+            for call in calls:
+                call()
             for row in rows:
                 if row.is_cancelled or is_closed:
                     self._end(row, "cancelled")
@@ -386,6 +418,7 @@ class Engine:
         with contextlib.suppress(Exception):  # what ended it may have left it broken
             if row.held is not None:
                 self.decoder.end(row.held)
+        row.held = None  # readers may keep their stream, and with it the row
         with self._changed:
             self._rows.remove(row)
             self._reserved -= row.reserved
