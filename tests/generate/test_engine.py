@@ -305,6 +305,7 @@ def test_what_can_never_be_answered_is_refused_at_once(tokenizer: PreTrainedToke
                 r"There is no adapter 'reds' \(did you mean 'red'\?\); there is red, blue.",
             ),
             (Request((3,), Sampling(stop_ids=(999,))), "stop_ids names token 999"),
+            (Request((3,), constraint=Constraints(tokenizer, 300, [0]).regex("a")), "is for 300 tokens, but"),
             (Request(prompt(60), Sampling(max_new_tokens=41)), "prompt of 60 tokens and an answer of up to 41 take"),
         ]:
             with pytest.raises(InputError, match=sentence):

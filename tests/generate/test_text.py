@@ -109,6 +109,16 @@ def test_the_answer_ends_before_the_first_stop_string_wherever_tokens_part_it(ki
     assert was_stopped or kind == "word piece" or stops[0] != "a"
 
 
+@pytest.mark.parametrize("offset", range(3))
+def test_a_long_run_of_single_bytes_comes_character_by_character(offset: int) -> None:
+    tokenizer, text = fast("llama 2"), "日本" * 60
+    names = ["b"] * offset + [f"<0x{byte:02X}>" for byte in text.encode()]
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(tokenizer.convert_tokens_to_ids(name)) for name in names]
+    assert "".join(pieces) == "b" * offset + text
+    assert max(map(len, pieces)) == 1
+
+
 def test_only_what_could_begin_a_stop_string_is_held_back() -> None:
     tokenizer = fast("byte level")
     stream = TextStream(tokenizer, ("END", "DOT."))

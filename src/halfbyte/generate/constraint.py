@@ -107,6 +107,7 @@ class Constraint:
     """A grammar that is ready for use; any number of answers may be held to it."""
 
     def __init__(self, owner: Constraints, matcher: "LLMatcher") -> None:
+        self.vocab_size = owner.vocab_size
         self._owner, self._matcher = owner, matcher
 
     def begin(self, stops: Iterable[int] = ()) -> "Following":
@@ -115,7 +116,7 @@ class Constraint:
         Args:
             stops: tokens that end it beside the model's own.
         """
-        return Following(self._owner.vocab_size, self._matcher.deep_copy(), {*self._owner.stops, *stops})
+        return Following(self.vocab_size, self._matcher.deep_copy(), {*self._owner.stops, *stops})
 
 
 class Following:

@@ -27,7 +27,7 @@ from halfbyte.generate.answers import Busy, Closed, DecodingError, Finish, Piece
 from halfbyte.generate.decoder import PIECE, Decoder
 from halfbyte.generate.figures import Counts, Figures
 from halfbyte.generate.row import Row, most_tokens
-from halfbyte.generate.sampling import Allowed, Chosen, sample
+from halfbyte.generate.sampling import Chosen, sample
 from halfbyte.generate.text import TextStream
 
 Result = TypeVar("Result")
@@ -134,6 +134,8 @@ class Engine:
             Closed: the engine is closed.
             Exception: what the function raises.
         """
+        if threading.current_thread() is self._thread:
+            return function()
         future: Future[Result] = Future()
 
         def run() -> None:
@@ -185,7 +187,7 @@ class Engine:
     def _tell_end(self, row: Row, finish: Finish, error: BaseException | None, last: Piece | None = None) -> None:
         row.has_ended = True
         self._counts.ended[finish] += 1
-        row.stream.put(None if error else last or Piece((), row.text.end(), finish), row.usage, error)
+        row.stream.put(None if error else last or Piece((), "", finish), row.usage, error)
 
     # What follows runs in the engine's thread.
 
@@ -258,24 +260,10 @@ class Engine:
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Choose the next token of each row, and hand it on."""
-        masks: list[Allowed | None] = []
-        able: list[int] = []
-        for place, row in enumerate(rows):
+        for row, own in zip(rows, logits, strict=True):
             try:
-                masks.append(row.following.mask() if row.following else None)
-                able.append(place)
-            except Exception as error:
-                self._end(row, "error", error)
-        if len(able) < len(rows):
-            rows, logits = [rows[place] for place in able], logits[able]
-        try:
-            choices = sample(logits, [row.sampler for row in rows], masks)
-        except Exception as error:
-            for row in rows:
-                self._end(row, "error", error)
-            return
-        for row, chosen in zip(rows, choices, strict=True):
-            try:
+                mask = row.following.mask() if row.following else None
+                [chosen] = sample(own[None], [row.sampler], [mask])
                 if chosen is None:
                     raise DecodingError("The model's logits are not numbers here, so no token can be chosen.")
                 self._hand_on(row, chosen)

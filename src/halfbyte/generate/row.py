@@ -32,6 +32,11 @@ def most_tokens(decoder: Decoder, memory: int | None, request: Request) -> int:
         known = ", ".join(decoder.adapters) or "none"
         guess = nearest(request.adapter, decoder.adapters)
         raise InputError(f"There is no adapter {request.adapter!r}{guess}; there is {known}.")
+    if request.constraint and request.constraint.vocab_size != decoder.vocab_size:
+        raise InputError(
+            f"The constraint is for {request.constraint.vocab_size} tokens, but the model has {decoder.vocab_size}; "
+            "make it for this model."
+        )
     most, limit = sampling.max_new_tokens, decoder.positions
     if limit is not None:
         if len(ids) >= limit:
