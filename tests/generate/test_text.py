@@ -112,11 +112,13 @@ def test_the_answer_ends_before_the_first_stop_string_wherever_tokens_part_it(ki
 @pytest.mark.parametrize("offset", range(3))
 def test_a_long_run_of_single_bytes_comes_character_by_character(offset: int) -> None:
     tokenizer, text = fast("llama 2"), "日本" * 60
+    lengths = counted(tokenizer)
     names = ["b"] * offset + [f"<0x{byte:02X}>" for byte in text.encode()]
     stream = TextStream(tokenizer)
     pieces = [stream.add(tokenizer.convert_tokens_to_ids(name)) for name in names]
     assert "".join(pieces) == "b" * offset + text
     assert max(map(len, pieces)) == 1
+    assert max(lengths) <= LONGEST_WINDOW + 4
 
 
 def test_only_what_could_begin_a_stop_string_is_held_back() -> None:
@@ -126,16 +128,21 @@ def test_only_what_could_begin_a_stop_string_is_held_back() -> None:
     assert stream.end() == "E"
 
 
-def test_each_token_decodes_a_window_and_not_the_whole_answer() -> None:
-    tokenizer = fast("llama 2")
+def counted(tokenizer: Any) -> list[int]:
+    """Return the list of how many tokens are decoded each time from now on."""
     decode, lengths = tokenizer.decode, []
 
-    def counted(ids: list[int], **options: Any) -> Any:
+    def counting(ids: list[int], **options: Any) -> Any:
         lengths.append(len(ids))
         return decode(ids, **options)
 
-    tokenizer.decode = counted
-    stream = TextStream(tokenizer)
+    tokenizer.decode = counting
+    return lengths
+
+
+def test_each_token_decodes_a_window_and_not_the_whole_answer() -> None:
+    tokenizer = fast("llama 2")
+    lengths, stream = counted(tokenizer), TextStream(tokenizer)
     letter = tokenizer.convert_tokens_to_ids("▁cat")
     given = "".join([stream.add(letter) for _ in range(1000)])
     assert given == ("cat " * 1000).rstrip()

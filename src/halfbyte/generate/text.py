@@ -18,6 +18,9 @@ LONGEST_WINDOW = 64
 SHORTEST_WINDOW = 16
 """Tokens that are decoded for a new one: as the window grows, and when it has begun anew."""
 
+BYTES = 4
+"""Of a character in UTF-8, at most."""
+
 
 class TextStream:
     """The text of one answer."""
@@ -63,10 +66,12 @@ class TextStream:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _begin_anew(self) -> None:
-        window = self._window[-SHORTEST_WINDOW:]
-        text = self._decode(window)
-        if text and self._text.endswith(text):
-            self._window, self._text, self._shown = window, text, len(text)
+        for length in range(SHORTEST_WINDOW, SHORTEST_WINDOW + BYTES):  # one of them begins with a whole character
+            window = self._window[-length:]
+            text = self._decode(window)
+            if text and self._text.endswith(text):
+                self._window, self._text, self._shown = window, text, len(text)
+                return
 
     def _until_stop(self, new: str) -> str:
         """Return of held and new text what comes before a stop string, and hold back what could begin one."""
