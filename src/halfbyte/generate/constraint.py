@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.errors import InputError
+from halfbyte.generate.sampling import Allowed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -90,6 +89,8 @@ class Constraints:
         return self._made("The grammar", grammar, self._matcher.grammar_from_lark)
 
     def _made(self, what: str, text: str, compiled: Any) -> "Constraint":
+        if not isinstance(text, str):
+            raise InputError(f"{what} is a {type(text).__name__}; it must be a text.")
         if len(text) > LONGEST_GRAMMAR:
             raise InputError(f"{what} is {len(text):,} characters long; up to {LONGEST_GRAMMAR:,} are taken.")
         try:
@@ -106,6 +107,7 @@ class Constraint:
     """A grammar that is ready for use; any number of answers may be held to it."""
 
     def __init__(self, owner: Constraints, matcher: "LLMatcher") -> None:
+        self.vocab_size = owner.vocab_size
         self._owner, self._matcher = owner, matcher
 
     def begin(self, stops: Iterable[int] = ()) -> "Following":
@@ -114,7 +116,7 @@ class Constraint:
         Args:
             stops: tokens that end it beside the model's own.
         """
-        return Following(self._owner.vocab_size, self._matcher.deep_copy(), {*self._owner.stops, *stops})
+        return Following(self.vocab_size, self._matcher.deep_copy(), {*self._owner.stops, *stops})
 
 
 class Following:
@@ -128,14 +130,14 @@ class Following:
         """Whether the grammar allows nothing more."""
         return self._matcher.is_stopped()
 
-    def mask(self) -> Tensor:
-        """Return which tokens may come next: bool [vocab_size].
+    def mask(self) -> Allowed:
+        """Return which tokens may come next: [vocab_size].
 
         Raises:
             RuntimeError: none may, or the grammar has grown too complex; told with llguidance's reason.
         """
         bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
-        allowed = torch.from_numpy(numpy.unpackbits(bits, bitorder="little")[: self._size].astype(bool))
+        allowed = numpy.unpackbits(bits, bitorder="little")[: self._size].view(numpy.bool_)
         self._check()
         if self._stops:
             allowed[self._stops] = self._matcher.is_accepting()
@@ -160,5 +162,6 @@ class Following:
 def _reason(error: str) -> str:
     """Return the library's reason as part of one sentence."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
+    lines = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
     text = " ".join(lines[:3]).rstrip(".") or "no reason is given"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -12,83 +12,25 @@ fixed places. An exception ends the requests that took part in it and no other.
 
 import contextlib
 import contextvars
-import secrets
 import threading
 import time
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.errors import InputError, nearest, size_text
-from halfbyte.generate.answers import Busy, Closed, DecodingError, Finish, Piece, Request, Stream, Usage
+from halfbyte.errors import InputError, size_text
+from halfbyte.generate.answers import Busy, Closed, DecodingError, Finish, Piece, Request, Stream
 from halfbyte.generate.decoder import PIECE, Decoder
-from halfbyte.generate.decoder import Sequence as Held
-from halfbyte.generate.sampling import Chosen, Sampler, sample
+from halfbyte.generate.figures import Counts, Figures
+from halfbyte.generate.row import Row, most_tokens
+from halfbyte.generate.sampling import Chosen, sample
 from halfbyte.generate.text import TextStream
 
-BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Seconds: upper bounds of the classes that steps are counted in."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What an engine has done, and does now.
-
-    Attributes:
-        ended: requests by the reason of their end.
-        refused: requests that found the queue full.
-        tokens_read: tokens of prompts that were read.
-        tokens_cached: tokens of prompts that had been read before.
-        tokens_written: tokens of answers.
-        waiting: requests that wait for memory or a row.
-        rows: requests admitted, those whose prompt is being read included.
-        bytes_held: that keys and values take, kept prefixes included.
-        bytes_reserved: that the requests admitted may come to take.
-        steps: of decoding.
-        step_seconds: they took together.
-        step_counts: steps of at most ``BOUNDS`` seconds each, not cumulated; the last number: of more.
-        read_seconds: that reading prompts took.
-    """
-
-    ended: dict[Finish, int]
-    refused: int
-    tokens_read: int
-    tokens_cached: int
-    tokens_written: int
-    waiting: int
-    rows: int
-    bytes_held: int
-    bytes_reserved: int
-    steps: int
-    step_seconds: float
-    step_counts: tuple[int, ...]
-    read_seconds: float
-
-
-class _Row:
-    """A request under way."""
-
-    def __init__(self, request: Request, stream: Stream, most: int, reserved: int, text: TextStream) -> None:
-        self.request, self.stream, self.text = request, stream, text
-        self.most, self.reserved = most, reserved  # tokens of the answer, bytes
-        self.sampler = Sampler(request.sampling, request.ids, secrets.randbits(64))
-        self.following = request.constraint and request.constraint.begin(request.sampling.stop_ids)
-        self.held: Held | None = None
-        self.cached = 0
-        self.is_cancelled = self.has_ended = False
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the whole prompt has been read, and the first token chosen."""
-        return bool(self.sampler.written)
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(len(self.request.ids), self.cached, len(self.sampler.written))
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -130,14 +72,12 @@ class Engine:
             )
         self.most_waiting = most_waiting
         self._changed = threading.Condition(threading.RLock())
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
         self._reserved = 0
+        self._calls: deque[Callable[[], None]] = deque()
         self._is_closed = False
-        self._ended: Counter[Finish] = Counter()
-        self._refused = self._read = self._cached = self._written = self._steps = 0
-        self._step_seconds = self._read_seconds = 0.0
-        self._step_counts = [0] * (len(BOUNDS) + 1)
+        self._counts = Counts()
         run = contextvars.copy_context().run  # the provider in force here is in force there
         self._thread = threading.Thread(target=run, args=(self._run,), name="halfbyte-engine", daemon=True)
         self._thread.start()
@@ -152,14 +92,13 @@ class Engine:
         """Begin to answer a request, or have it wait, and return its answer's stream.
 
         Raises:
-            InputError: it can never be answered: the prompt is empty, as long as the model attends to, or takes more
-                memory than there is; there is no such adapter; a token does not exist.
+            InputError: it can never be answered (:func:`halfbyte.generate.row.most_tokens`).
             Busy: the queue is full.
             Closed: the engine is closed.
         """
-        most = self.check(request)
+        most = most_tokens(self.decoder, self.memory, request)
         reserved = self._bytes_of(request, most)
-        row = _Row(
+        row = Row(
             request,
             Stream(len(request.ids), lambda: self._cancel(row)),
             most,
@@ -174,57 +113,43 @@ class Engine:
             elif len(self._waiting) < self.most_waiting:
                 self._waiting.append(row)
             else:
-                self._refused += 1
+                self._counts.refused += 1
                 raise Busy(f"{self.most_waiting} requests wait already.")
         return row.stream
-
-    def check(self, request: Request) -> int:
-        """Check that a request can be answered, and return the most tokens that its answer can have.
-
-        Raises:
-            InputError: it can never be.
-        """
-        decoder, ids, sampling = self.decoder, request.ids, request.sampling
-        if not ids:
-            raise InputError("The prompt is empty, so there is nothing to go on from; give at least one token.")
-        if not 0 <= min(ids) <= max(ids) < decoder.vocab_size:
-            wrong = next(token for token in ids if not 0 <= token < decoder.vocab_size)
-            raise InputError(f"The prompt holds token {wrong}, but the model has {decoder.vocab_size}.")
-        sampling.check_vocabulary(decoder.vocab_size)
-        if request.adapter is not None and request.adapter not in decoder.adapters:
-            known = ", ".join(decoder.adapters) or "none"
-            guess = nearest(request.adapter, decoder.adapters)
-            raise InputError(f"There is no adapter {request.adapter!r}{guess}; there is {known}.")
-        most, limit = sampling.max_new_tokens, decoder.positions
-        if limit is not None:
-            if len(ids) >= limit:
-                raise InputError(f"The prompt is {len(ids)} tokens long, but the model attends to {limit}: shorten it.")
-            most = min(most, limit - (0 if decoder.reads_apart else len(ids)))
-        if self.memory is not None and (needed := self._bytes_of(request, most)) > self.memory:
-            raise InputError(
-                f"The prompt of {len(ids)} tokens and an answer of up to {most} take {size_text(needed)} of keys and "
-                f"values, and there are {size_text(self.memory)}: shorten it, or lower max_new_tokens."
-            )
-        return most
 
     def figures(self) -> Figures:
         """Return what has been done so far, and what is done now."""
         with self._changed:
-            return Figures(
-                ended=dict(self._ended),
-                refused=self._refused,
-                tokens_read=self._read,
-                tokens_cached=self._cached,
-                tokens_written=self._written,
+            return self._counts.figures(
                 waiting=len(self._waiting),
                 rows=len(self._rows),
                 bytes_held=self.decoder.bytes_held,
                 bytes_reserved=self._reserved,
-                steps=self._steps,
-                step_seconds=self._step_seconds,
-                step_counts=tuple(self._step_counts),
-                read_seconds=self._read_seconds,
             )
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the engine's thread between two tokens, such as one that loads an adapter; wait for it.
+
+        Raises:
+            Closed: the engine is closed.
+            Exception: what the function raises.
+        """
+        if threading.current_thread() is self._thread:
+            return function()
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._is_closed:
+                raise Closed("The engine has been closed.")
+            self._calls.append(run)
+            self._changed.notify_all()
+        return future.result()
 
     def close(self) -> None:
         """End all requests as cancelled, and the engine; waits for the token in work."""
@@ -242,16 +167,16 @@ class Engine:
 
     # Rows and memory; the lock is held.
 
-    def _fits(self, row: _Row) -> bool:
+    def _fits(self, row: Row) -> bool:
         enough = self.memory is None or self._reserved + row.reserved <= self.memory
         return enough and len(self._rows) < self.decoder.rows
 
-    def _admit(self, row: _Row) -> None:
+    def _admit(self, row: Row) -> None:
         self._reserved += row.reserved
         self._rows.append(row)
         self._changed.notify_all()
 
-    def _cancel(self, row: _Row) -> None:
+    def _cancel(self, row: Row) -> None:
         with self._changed:
             row.is_cancelled = True
             if row in self._waiting:
@@ -259,10 +184,10 @@ class Engine:
                 self._tell_end(row, "cancelled", None)
             self._changed.notify_all()
 
-    def _tell_end(self, row: _Row, finish: Finish, error: BaseException | None, last: Piece | None = None) -> None:
+    def _tell_end(self, row: Row, finish: Finish, error: BaseException | None, last: Piece | None = None) -> None:
         row.has_ended = True
-        self._ended[finish] += 1
-        row.stream.put(None if error else last or Piece((), row.text.end(), finish), row.usage, error)
+        self._counts.ended[finish] += 1
+        row.stream.put(None if error else last or Piece((), "", finish), row.usage, error)
 
     # What follows runs in the engine's thread.
 
@@ -275,13 +200,18 @@ class Engine:
                 for row in [*self._rows, *self._waiting]:
                     self._tell_end(row, "error", error)
                 self._rows, self._waiting = [], deque()
+                while self._calls:
+                    self._calls.popleft()()
             raise
 
     def _go_on(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._rows or self._is_closed)
-                is_closed, rows = self._is_closed, list(self._rows)
+                self._changed.wait_for(lambda: self._rows or self._calls or self._is_closed)
+                is_closed, rows, calls = self._is_closed, list(self._rows), list(self._calls)
+                self._calls.clear()
+            for call in calls:
+                call()
             for row in rows:
                 if row.is_cancelled or is_closed:
                     self._end(row, "cancelled")
@@ -293,7 +223,7 @@ class Engine:
             if going := [row for row in rows if row.is_read and not row.has_ended]:
                 self._step(going)
 
-    def _read_piece(self, row: _Row) -> None:
+    def _read_piece(self, row: Row) -> None:
         """Read the next piece of a prompt; after its last one, choose the answer's first token."""
         ids, began = row.request.ids, time.perf_counter()
         try:
@@ -301,7 +231,7 @@ class Engine:
                 row.held = self.decoder.begin(ids, row.request.adapter)
                 row.cached = row.held.length
                 with self._changed:
-                    self._cached += row.cached
+                    self._counts.tokens_cached += row.cached
             done = row.held.length
             piece = ids[done : (done // PIECE + 1) * PIECE]
             logits = self.decoder.read(row.held, piece)
@@ -309,12 +239,12 @@ class Engine:
             self._end(row, "error", error)
             return
         with self._changed:
-            self._read += len(piece)
-            self._read_seconds += time.perf_counter() - began
+            self._counts.tokens_read += len(piece)
+            self._counts.read_seconds += time.perf_counter() - began
         if done + len(piece) == len(ids):
             self._choose([row], logits[None])
 
-    def _step(self, rows: Sequence[_Row]) -> None:
+    def _step(self, rows: Sequence[Row]) -> None:
         """Give each answer one more token."""
         began = time.perf_counter()
         held = [row.held for row in rows if row.held is not None]
@@ -325,44 +255,27 @@ class Engine:
                 self._end(row, "error", error)
             return
         self._choose(rows, logits)
-        seconds = time.perf_counter() - began
         with self._changed:
-            self._steps += 1
-            self._step_seconds += seconds
-            self._step_counts[bisect_left(BOUNDS, seconds)] += 1
+            self._counts.step(time.perf_counter() - began)
 
-    def _choose(self, rows: Sequence[_Row], logits: Tensor) -> None:
+    def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Choose the next token of each row, and hand it on."""
-        masks: list[Tensor | None] = []
-        able: list[int] = []
-        for place, row in enumerate(rows):
+        for row, own in zip(rows, logits, strict=True):
             try:
-                masks.append(row.following.mask() if row.following else None)
-                able.append(place)
-            except Exception as error:
-                self._end(row, "error", error)
-        if len(able) < len(rows):
-            rows, logits = [rows[place] for place in able], logits[able]
-        try:
-            choices = sample(logits, [row.sampler for row in rows], masks)
-        except Exception as error:
-            for row in rows:
-                self._end(row, "error", error)
-            return
-        for row, chosen in zip(rows, choices, strict=True):
-            try:
+                mask = row.following.mask() if row.following else None
+                [chosen] = sample(own[None], [row.sampler], [mask])
                 if chosen is None:
                     raise DecodingError("The model's logits are not numbers here, so no token can be chosen.")
                 self._hand_on(row, chosen)
             except Exception as error:
                 self._end(row, "error", error)
 
-    def _hand_on(self, row: _Row, chosen: Chosen) -> None:
+    def _hand_on(self, row: Row, chosen: Chosen) -> None:
         finish: Finish | None = None
         token = chosen.token
         row.sampler.add(token)
         with self._changed:
-            self._written += 1
+            self._counts.tokens_written += 1
         text = ""
         if token in self.stops or token in row.request.sampling.stop_ids:
             finish = "stop"
@@ -379,13 +292,14 @@ class Engine:
         else:
             self._end(row, finish, last=Piece((chosen,), text + row.text.end(), finish))
 
-    def _end(self, row: _Row, finish: Finish, error: BaseException | None = None, last: Piece | None = None) -> None:
+    def _end(self, row: Row, finish: Finish, error: BaseException | None = None, last: Piece | None = None) -> None:
         """Free a row, tell its reader, and admit those that fit now."""
         if row.has_ended:
             return
         with contextlib.suppress(Exception):  # what ended it may have left it broken
             if row.held is not None:
                 self.decoder.end(row.held)
+        row.held = None  # readers may keep their stream, and with it the row
         with self._changed:
             self._rows.remove(row)
             self._reserved -= row.reserved

@@ -4,23 +4,27 @@ The order is that of transformers' logits processors (5.23): bias, penalties, co
 min-p, and a draw from what is left. Frequency and presence penalties are OpenAI's: a token that was written c times
 loses c·frequency + [c > 0]·presence. Repetition's is CTRL's (arXiv 1909.05858, section 4.1), over prompt and answer.
 
-A draw is u·(mass that is left) looked up in cumulative weights, where u comes from Philox with the request's seed as
+A draw is u·(mass that is left) looked up in cumulative sums, where u comes from Philox with the request's seed as
 key and the number of tokens written as counter: no state is shared, so what neighbours draw changes nothing.
 
-No vocabulary is sorted where it need not be: the tokens heavier than a floor hold the top-p whenever their mass does,
-so only they are sorted, and the floor is lowered until it does.
+No vocabulary is sorted where it need not be: the tokens above a floor hold the top-p whenever their mass reaches it,
+and the top-k whenever they are so many; only they are sorted, and the floor is lowered until one is true.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.errors import InputError
+
+Numbers = NDArray[numpy.float32]
+Ids = NDArray[numpy.int64]
+Allowed = NDArray[numpy.bool_]
 
 COLDEST = 1e-5
 """The temperature below which the likeliest token is taken: divided by less, logits become infinite."""
@@ -31,11 +35,11 @@ MOST_LOGPROBS = 20
 MOST_STOPS = 64
 """Stop strings of a request."""
 
-FLOORS = (1e-2, 1e-4, 1e-6)
-"""Weights, relative to the likeliest token's, above which the tokens of top-p are looked for one after the other."""
+FLOORS = (1e-2, 1e-3, 1e-4, 1e-6)
+"""Shares of the likeliest token's probability: among the tokens above, those of top-k and top-p are looked for."""
 
 BLOCK = 512
-"""Tokens whose weights are summed before the place of a draw among all tokens is looked up."""
+"""Tokens whose probabilities are summed before the place of a draw among all of them is looked up."""
 
 
 @dataclass(frozen=True)
@@ -161,136 +165,129 @@ class Sampler:
         self.seed = (seed if sampling.seed is None else sampling.seed) % 2**64
         self.written: list[int] = []
         self._counts: dict[int, int] = {}
-        self._seen = dict.fromkeys(prompt) if sampling.repetition_penalty != 1 else {}
-        self._bias = (torch.tensor([*sampling.logit_bias]), torch.tensor([*sampling.logit_bias.values()]))
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self._seen_ids = numpy.array(sorted(self._seen), dtype=numpy.int64)
+        self._biased = numpy.array([*sampling.logit_bias], dtype=numpy.int64)
+        self._biases = numpy.array([*sampling.logit_bias.values()], dtype=numpy.float32)
 
     def add(self, token: int) -> None:
         """Take a token for the next one of the answer."""
         self.written.append(token)
-        if not self.sampling.is_plain:
-            self._counts[token] = self._counts.get(token, 0) + 1
-            self._seen[token] = None
+        if self.sampling.is_plain:
+            return
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if token not in self._seen:
+            self._seen.add(token)
+            self._seen_ids = numpy.append(self._seen_ids, token)
 
     def uniform(self) -> float:
         """Return the number in [0, 1) that decides the next token."""
         philox = numpy.random.Philox(key=self.seed, counter=len(self.written))
         return float(numpy.random.Generator(philox).random())
 
-    def shifted(self, logits: Tensor) -> Tensor:
-        """Return logits [vocab] with bias and penalties; a new tensor."""
-        options, logits = self.sampling, logits.clone()
-        if options.logit_bias:
-            logits[self._bias[0]] += self._bias[1].to(logits.dtype)
-        if options.repetition_penalty != 1 and self._seen:
-            seen = torch.tensor([*self._seen])
-            found = logits[seen]
-            penalty = options.repetition_penalty
-            logits[seen] = torch.where(found < 0, found * penalty, found / penalty)
+    def shifted(self, logits: Numbers) -> Numbers:
+        """Return logits [vocab] with bias and penalties; a new array."""
+        options, logits = self.sampling, logits.copy()
+        logits[self._biased] += self._biases
+        if options.repetition_penalty != 1:
+            found = logits[self._seen_ids]
+            penalty = numpy.float32(options.repetition_penalty)
+            logits[self._seen_ids] = numpy.where(found < 0, found * penalty, found / penalty)
         if self._counts and (options.frequency_penalty or options.presence_penalty):
-            counts = torch.tensor([*self._counts.values()], dtype=logits.dtype)
-            logits[torch.tensor([*self._counts])] -= counts * options.frequency_penalty + options.presence_penalty
+            counts = numpy.array([*self._counts.values()], dtype=numpy.float32)
+            taken = counts * numpy.float32(options.frequency_penalty) + numpy.float32(options.presence_penalty)
+            logits[[*self._counts]] -= taken
         return logits
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler], masks: Sequence[Tensor | None]) -> list[Chosen | None]:
+def sample(logits: Tensor, samplers: Sequence[Sampler], masks: Sequence[Allowed | None]) -> list[Chosen | None]:
     """Choose the next token of each request; what they have written stays as it is (:meth:`Sampler.add`).
 
     Args:
         logits: fp32 [rows, vocab].
         samplers: one for each row.
-        masks: bool [vocab] for each row, true where a token is allowed, at least one of them; None: all are.
+        masks: for each row which tokens are allowed, [vocab], at least one of them; None: all are.
 
     Returns:
         A choice for each row, or None where its logits are not numbers.
     """
-    logits = logits.detach().to("cpu", torch.float32)
-    likeliest, tokens = logits.max(-1)  # not a number, if one in the row is none
-    are_numbers = likeliest.isfinite().tolist()
-    return [
-        _choose(row, sampler, mask, token) if is_number else None
-        for row, sampler, mask, token, is_number in zip(
-            logits, samplers, masks, tokens.tolist(), are_numbers, strict=True
-        )
-    ]
+    rows = logits.detach().to("cpu", torch.float32).numpy()
+    return [_choose(row, sampler, mask) for row, sampler, mask in zip(rows, samplers, masks, strict=True)]
 
 
-def _choose(logits: Tensor, sampler: Sampler, mask: Tensor | None, likeliest: int) -> Chosen:
-    options, token = sampler.sampling, likeliest
+def _choose(logits: Numbers, sampler: Sampler, mask: Allowed | None) -> Chosen | None:
+    options = sampler.sampling
+    token = int(logits.argmax())  # not a number, if one is none
+    if not numpy.isfinite(logits[token]):
+        return None
     scores = logits if options.is_plain else sampler.shifted(logits)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = numpy.where(mask, scores, numpy.float32(-numpy.inf))
     if not options.is_greedy:
         token = draw(scores, options, sampler.uniform())
     elif scores is not logits:
         token = int(scores.argmax())
     if options.logprobs is None:
         return Chosen(token)
-    logprobs = logits.log_softmax(-1)
+    logprobs = torch.from_numpy(logits).log_softmax(-1)
     best = logprobs.topk(min(options.logprobs, len(logits)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return Chosen(token, float(logprobs[token]), top)
 
 
-def draw(scores: Tensor, options: Sampling, uniform: float) -> int:
+def draw(scores: Numbers, options: Sampling, uniform: float) -> int:
     """Return the token that a number in [0, 1) draws by temperature, top-k, top-p and min-p.
 
     Args:
-        scores: fp32 [vocab], biased, penalized and masked; one of them is finite, none is infinite or not a number
-            otherwise than -inf.
+        scores: [vocab], biased, penalized and masked: numbers or -inf, one number at least.
         options: the request's; a temperature above 0.
         uniform: the number.
     """
-    weights = ((scores - scores.max()) / options.temperature).exp_()  # the likeliest token's is 1
-    ids, kept = _filtered(weights, options)
+    warmed = (scores - scores.max()) * numpy.float32(1 / options.temperature)
+    shares: Numbers = torch.from_numpy(warmed).softmax(-1).numpy()
+    ids = _left(shares, options)
     if ids is None:
-        return _place_among_all(kept, uniform)
-    sums = kept.double().cumsum(0)
-    place = int(torch.searchsorted(sums, uniform * sums[-1], right=True))
+        return _place_among_all(shares, uniform)
+    sums = shares[ids].cumsum(dtype=numpy.float64)
+    place = int(numpy.searchsorted(sums, uniform * sums[-1], side="right"))
     return int(ids[min(place, len(ids) - 1)])
 
 
-def _filtered(weights: Tensor, options: Sampling) -> tuple[Tensor | None, Tensor]:
-    """Return the tokens that are left and their weights; None for the tokens: all are."""
-    ids: Tensor | None = None
-    if options.top_k is not None and options.top_k < len(weights):
-        least = weights.topk(options.top_k, sorted=False).values.min()
-        ids, weights = _above(None, weights, weights >= least)
-    if options.top_p < 1:
-        ids, weights = _nucleus(ids, weights, options.top_p)
-    if options.min_p > 0:
-        ids, weights = _above(ids, weights, weights >= options.min_p * weights.max())
-    return ids, weights
-
-
-def _above(ids: Tensor | None, weights: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    places = kept.nonzero()[:, 0]
-    return places if ids is None else ids[places], weights[places]
-
-
-def _nucleus(ids: Tensor | None, weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the likeliest tokens that together have a share of ``top_p``, one at least, and their weights."""
-    needed = top_p * float(weights.sum(dtype=torch.float64))
+def _left(shares: Numbers, options: Sampling) -> Ids | None:
+    """Return the tokens that are left by top-k, top-p and min-p, or None where none of these is asked for."""
+    count, peak = options.top_k or len(shares), float(shares.max())
+    is_few, least = count < len(shares), options.min_p * peak
+    if not is_few and options.top_p == 1:
+        return numpy.flatnonzero(shares >= least) if least else None
     for floor in FLOORS:
-        heavy_ids, heavy = _above(ids, weights, weights > floor)
-        if float(heavy.sum(dtype=torch.float64)) >= needed:
+        ids = numpy.flatnonzero(shares > floor * peak)
+        held = shares[ids]
+        if len(ids) >= count if is_few else held.sum(dtype=numpy.float64) >= options.top_p:
             break
     else:
-        heavy_ids, heavy = (torch.arange(len(weights)) if ids is None else ids), weights
-    heavy, order = heavy.sort(descending=True, stable=True)
-    before = heavy.double().cumsum(0) - heavy
-    count = max(1, int((before < needed).sum()))
-    return heavy_ids[order[:count]], heavy[:count]
+        ids, held = numpy.arange(len(shares)), shares
+    if is_few:
+        kept = held >= numpy.partition(held, -count)[-count]  # those that equal the last one stay
+        ids, held = ids[kept], held[kept]
+    order = numpy.argsort(-held, kind="stable")
+    ids, held = ids[order], held[order]
+    if options.top_p < 1:
+        sums = held.cumsum(dtype=numpy.float64)
+        needed = options.top_p * (sums[-1] if is_few else 1)
+        end = max(1, int(numpy.searchsorted(sums - held, needed, side="left")))
+        ids, held = ids[:end], held[:end]
+    return ids[held >= least]
 
 
-def _place_among_all(weights: Tensor, uniform: float) -> int:
-    """Return the place of u·(sum of all weights) in their cumulative sums, without summing up all of them in order."""
-    blocks = torch.nn.functional.pad(weights, (0, -len(weights) % BLOCK)).view(-1, BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64).cumsum(0)
+def _place_among_all(shares: Numbers, uniform: float) -> int:
+    """Return the place of u·(sum of all) in the cumulative sums, without summing up all of them in order."""
+    begins = numpy.arange(0, len(shares), BLOCK)
+    sums = numpy.add.reduceat(shares, begins).cumsum(dtype=numpy.float64)
     sought = uniform * sums[-1]
-    block = min(int(torch.searchsorted(sums, sought, right=True)), len(sums) - 1)
-    within = blocks[block].double().cumsum(0)
+    block = min(int(numpy.searchsorted(sums, sought, side="right")), len(sums) - 1)
+    held = shares[block * BLOCK : (block + 1) * BLOCK]
     rest = sought - (sums[block - 1] if block else 0)
-    place = int(torch.searchsorted(within, rest, right=True))
-    if place < BLOCK and block * BLOCK + place < len(weights) and weights[block * BLOCK + place] > 0:
-        return block * BLOCK + place
-    return block * BLOCK + int(blocks[block].nonzero()[-1])  # rounding has gone past the block's last weight
+    place = int(numpy.searchsorted(held.cumsum(dtype=numpy.float64), rest, side="right"))
+    if place == len(held):  # rounding has gone past the last one
+        place = int(held.nonzero()[0][-1])
+    return block * BLOCK + place

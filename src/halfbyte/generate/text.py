@@ -4,6 +4,9 @@ The joined pieces are the decoded answer exactly, up to a stop string. Each toke
 gives what it added, but for an unfinished character at the end. The window begins anew only where its shorter text is
 the end of the longer one, so that what a decoder does at the start of a text (SentencePiece loses a space there) is not
 mistaken for text. Text that could begin a stop string is held back until it is one or is none.
+
+One thing is not as decoded: where tokens are single bytes (byte fallback), a run of them that turns out to be no text
+decodes to replacement characters as a whole; characters of it that were whole, and given, stay.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,9 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 LONGEST_WINDOW = 64
 SHORTEST_WINDOW = 16
 """Tokens that are decoded for a new one: as the window grows, and when it has begun anew."""
+
+BYTES = 4
+"""Of a character in UTF-8, at most."""
 
 
 class TextStream:
@@ -60,10 +66,12 @@ class TextStream:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _begin_anew(self) -> None:
-        window = self._window[-SHORTEST_WINDOW:]
-        text = self._decode(window)
-        if text and self._text.endswith(text):
-            self._window, self._text, self._shown = window, text, len(text)
+        for length in range(SHORTEST_WINDOW, SHORTEST_WINDOW + BYTES):  # one of them begins with a whole character
+            window = self._window[-length:]
+            text = self._decode(window)
+            if text and self._text.endswith(text):
+                self._window, self._text, self._shown = window, text, len(text)
+                return
 
     def _until_stop(self, new: str) -> str:
         """Return of held and new text what comes before a stop string, and hold back what could begin one."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, named
 from halfbyte.generate.decoder import PIECE, Sequence
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.models.limits import most_positions
@@ -88,7 +88,6 @@ class TransformersDecoder:
                 raise InputError(f"Adapter {name!r} is a {kind}, which has no cache of its own; adapters of layers do.")
         self.reason: str | None = None
         """Why the model decodes this way and not natively, if somebody has found out."""
-        self.adapters: tuple[str, ...] = tuple(configs)
         self.rows = rows
         self.budget: int | None = None
         self.reads_apart = bool(self._base.config.is_encoder_decoder)
@@ -97,11 +96,15 @@ class TransformersDecoder:
         self._device = self._base.device
         takes = inspect.signature(self._base.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self._active: str | None = None if self._peft is None else self._peft.active_adapter
-        self._before = self._active
+        self._before = self._active = None if self._peft is None else _active_adapter(self._peft)
         self._under_way: list[_Sequence] = []
         self._kept: list[_Sequence] = []
         self._cost: _Cost | None = None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters over the base."""
+        return () if self._peft is None else tuple(self._peft.peft_config)
 
     @property
     def active(self) -> str | None:
@@ -174,8 +177,13 @@ class TransformersDecoder:
         self._under_way.remove(own)
         if not self.reads_apart:
             self._keep(own)
+        own.cache = own.source = None
         if not self._under_way:
             self._use(self._before)
+
+    def forget(self, adapter: str | None) -> None:
+        """Drop the prefixes that were kept for an adapter, because it is replaced or taken away."""
+        self._kept = [one for one in self._kept if one.adapter != adapter]
 
     def bytes_of(self, tokens: int) -> int:
         """Return the bytes that a sequence of so many tokens takes, at most; the first call computes two tokens."""
@@ -291,6 +299,20 @@ class TransformersDecoder:
             self._forward(sequence, sequence.ids)
             taken.append(_bytes_of(sequence))
         return _Cost(max(0, 2 * taken[0] - taken[1]), taken[1] - taken[0])
+
+
+def _active_adapter(model: PeftModel) -> str | None:
+    """Return the adapter that a model is computed with, or None where adapters are off.
+
+    Raises:
+        InputError: there are several at once.
+    """
+    if model.get_model_status().enabled is False:
+        return None
+    names = list(model.active_adapters)
+    if len(names) > 1:
+        raise InputError(f"The adapters {named(names)} are active at once; combine them into one, or activate one.")
+    return str(names[0]) if names else None
 
 
 def _is_whole(cache: Any) -> bool:
