@@ -73,6 +73,14 @@ struct Fp16 {
     static void store(void* out, int64_t i, __m256 value) { _mm_storeu_si128(at(out, 2 * i), round(value)); }
 };
 
+// What is only read.
+struct Int8 {
+    static constexpr int kSize = 1;
+    static __m256 load(const void* x, int64_t i) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at(x, i))));
+    }
+};
+
 // The sixteen values of a block, rounded to the type T.
 template <class T>
 struct Table {

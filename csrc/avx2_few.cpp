@@ -29,8 +29,9 @@ constexpr int64_t kTile = 3;      // rows of x at a time
 // A group of 4-bit values, of which two are a byte.
 struct Group4bit {
     using Weight = Weight4bit;
-    using Code = uint8_t;
-    static constexpr int64_t kGroup = 64, kPerCode = 2;
+    static constexpr int64_t kGroup = 64;
+    static const uint8_t* codes(const Weight4bit& w) { return w.codes; }
+    static int64_t bytes(int64_t values) { return values / 2; }
 };
 
 // By permutes: values as they lie.
@@ -102,21 +103,44 @@ template <class T>
 struct Converted {
     using Type = T;
     using Weight = Weight8bit;
-    using Code = int8_t;
-    static constexpr int64_t kGroup = 32, kPerCode = 1;
+    static constexpr int64_t kGroup = 32;
     __m256 scale;
+
+    static const uint8_t* codes(const Weight8bit& w) { return reinterpret_cast<const uint8_t*>(w.codes); }
+    static int64_t bytes(int64_t values) { return values; }
 
     Converted(const Weight8bit&, float scale) : scale(_mm256_set1_ps(scale)) {}
 
     template <int half, class Use>
-    void each(const int8_t* codes, const Use& use) const {
+    void each(const uint8_t* codes, const Use& use) const {
 #pragma GCC unroll 2
         for (int i = 16 * half; i < 16 * half + 16; i += 8) {
-            const __m256i values = _mm256_cvtepi8_epi32(_mm_loadl_epi64(at(codes, i)));
+            const __m256i values = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
             use(i, T::nearest(_mm256_mul_ps(_mm256_cvtepi32_ps(values), scale)));
         }
     }
 };
+
+// Values of a dense W in the type of x, whose rows lie without gaps.
+template <class T>
+struct Loaded {
+    using Type = T;
+    using Weight = Dense;
+    static constexpr int64_t kGroup = 32;
+
+    static const uint8_t* codes(const Dense& w) { return static_cast<const uint8_t*>(w.values); }
+    static int64_t bytes(int64_t values) { return values * T::kSize; }
+
+    Loaded(const Dense&, float) {}
+
+    template <int half, class Use>
+    void each(const uint8_t* values, const Use& use) const {
+#pragma GCC unroll 2
+        for (int i = 16 * half; i < 16 * half + 16; i += 8) use(i, T::load(values, i));
+    }
+};
+
+inline void read_scales(const Dense&, int64_t, int64_t, int64_t, float*) {}
 
 template <class L>
 void arrange(const void* x, int64_t rows, int64_t depth, void* arranged) {
@@ -185,12 +209,12 @@ void read_row(const typename L::Weight& w, int64_t column, int64_t count, const 
     const int64_t depth = w.columns;
     for (int64_t begin = 0; begin < depth; begin += kStretch, x += kRow) {
         const int64_t values = least(kStretch, depth - begin);
-        const typename L::Code* codes[kReadRows];
-        float scales[kReadRows][kStretch / kGroup];
+        const uint8_t* codes[kReadRows];
+        float scales[kReadRows][kStretch / kGroup] = {};
         __m256 sum[kReadRows];
         for (int64_t c = 0; c < kReadRows; ++c) {  // the last row again where there are no more
             const int64_t first = (column + least(c, count - 1)) * depth + begin;
-            codes[c] = w.codes + first / L::kPerCode;
+            codes[c] = L::codes(w) + L::bytes(first);
             read_scales(w, first, kGroup, values / kGroup, scales[c]);
             sum[c] = _mm256_setzero_ps();
         }
@@ -205,12 +229,12 @@ void read_row(const typename L::Weight& w, int64_t column, int64_t count, const 
                 };
             };
 #pragma GCC unroll 4
-            for (int c = 0; c < kReadRows; ++c) tables[c].template each<0>(codes[c] + j / L::kPerCode, multiply_add(c));
+            for (int c = 0; c < kReadRows; ++c) tables[c].template each<0>(codes[c] + L::bytes(j), multiply_add(c));
 #pragma GCC unroll 4
             for (int c = 0; c < kReadRows; ++c) {
-                const typename L::Code* const from = codes[c] + j / L::kPerCode;
+                const uint8_t* const from = codes[c] + L::bytes(j);
                 tables[c].template each<1>(from, multiply_add(c));
-                _mm_prefetch(reinterpret_cast<const char*>(from + kReadRows * depth / L::kPerCode), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(from + L::bytes(kReadRows * depth)), _MM_HINT_T0);
             }
         }
         for (int c = 0; c < kReadRows; ++c) sums[c] = begin > 0 ? sums[c] + total(sum[c]) : total(sum[c]);
@@ -236,11 +260,11 @@ void dot(const typename L::Weight& w, int64_t column, int64_t columns, const voi
             const int64_t values = least(kStretch, depth - begin);
             for (int64_t i = 0; i < kColumns; ++i) {  // the last row again where there are no eight
                 const int64_t first = (column + c + least(i, count - 1)) * depth + begin;
-                float scales[kStretch / kGroup];
+                float scales[kStretch / kGroup] = {};
                 read_scales(w, first, kGroup, values / kGroup, scales);
                 for (int64_t j = 0; j < values; j += kGroup) {
-                    const typename L::Code* const codes = w.codes + (first + j) / L::kPerCode;
-                    _mm_prefetch(reinterpret_cast<const char*>(codes + kColumns * depth / L::kPerCode), _MM_HINT_T0);
+                    const uint8_t* const codes = L::codes(w) + L::bytes(first + j);
+                    _mm_prefetch(reinterpret_cast<const char*>(codes + L::bytes(kColumns * depth)), _MM_HINT_T0);
                     float* const out = expanded + i * kRow + j;
                     const L table(w, scales[j / kGroup]);
                     const auto store = [&](int place, __m256 value) { _mm256_storeu_ps(out + place, value); };
@@ -270,8 +294,14 @@ void dot(const typename L::Weight& w, int64_t column, int64_t columns, const voi
 }
 
 template <class L>
-constexpr FewKernels few = {
-    16, 4, arrange<L>, dot<L>, arrange_bytes<typename L::Type>, dot<Converted<typename L::Type>>};
+constexpr FewKernels few = {16,
+                            4,
+                            true,
+                            arrange<L>,
+                            dot<L>,
+                            arrange_bytes<typename L::Type>,
+                            dot<Converted<typename L::Type>>,
+                            dot<Loaded<typename L::Type>>};
 
 }  // namespace
 

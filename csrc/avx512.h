@@ -76,6 +76,14 @@ struct Fp16 {
     }
 };
 
+// What is only read.
+struct Int8 {
+    static constexpr int kSize = 1;
+    static __m512 load(const void* x, int64_t i) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at(x, i, 1)))));
+    }
+};
+
 // The entries `index` of a table of 32 to 256 values in registers; higher bits are ignored.
 inline __m512 pick32(__m512i index, const __m512* table) { return _mm512_permutex2var_ps(table[0], index, table[1]); }
 

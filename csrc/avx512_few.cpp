@@ -4,7 +4,7 @@
 // word (pairs of bf16), or of every 32-bit lane (fp32), makes one vector of values, so that a shift is all that it
 // takes; the order that results, `arrange` gives to x. The two blocks of a group are the halves of a register: a lookup
 // reads one bit more than a code has, and that bit tells them apart. Of bytes a group is 32 values, which are converted
-// as they lie.
+// as they lie; dense values are read so.
 //
 // Up to four rows, values are multiplied as they are looked up: then reading W from memory bounds the product. For
 // more, eight rows of W are expanded a stretch at a time, into cache, and serve all rows of x.
@@ -83,6 +83,9 @@ struct Pairs {
         return (__m512i)_mm512_cvtne2ps_pbh(scaled(codes + 16, scale), scaled(codes, scale));
     }
 
+    // Vector k of a group of a dense W.
+    static __m512i load(const void* values, int k) { return _mm512_loadu_si512(at(values, kWidth * k, 2)); }
+
     static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
         return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
     }
@@ -124,6 +127,8 @@ struct Singles {
     static __m512i convert(const int8_t* codes, __m512 scale, int k) {
         return _mm512_castps_si512(T::nearest(scaled(codes + 16 * k, scale)));
     }
+
+    static __m512i load(const void* values, int k) { return _mm512_castps_si512(T::load(values, kWidth * k)); }
 
     static __m512 multiply_add(__m512i x, __m512i w, __m512 sum) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
@@ -268,6 +273,41 @@ class Reader8bit {
     int64_t ahead_, count_ = 0;
 };
 
+// The same of a dense W whose rows lie without gaps, in values of the type T.
+template <class L, class T>
+class ReaderDense {
+  public:
+    static constexpr int64_t kGroup = 32;
+
+    struct Stretch {
+        const char* values;
+    };
+
+    ReaderDense(const Dense& w, int64_t ahead) : w_(w), ahead_(ahead * w.columns * T::kSize) {}
+
+    void begin(int64_t count) { count_ = count; }
+    int64_t count() const { return count_; }
+
+    void stretch(int64_t first, Stretch& out) const { out.values = at(w_.values, first, T::kSize); }
+
+    struct Group {
+        const char* values;
+
+        __m512i vector(int k) const { return L::load(values, k); }
+    };
+
+    Group group(const Stretch& from, int64_t i) const {
+        const char* const values = from.values + i * T::kSize;
+        _mm_prefetch(values + ahead_, _MM_HINT_T0);
+        if (T::kSize == 4) _mm_prefetch(values + ahead_ + 64, _MM_HINT_T0);
+        return {values};
+    }
+
+  private:
+    const Dense& w_;
+    int64_t ahead_, count_ = 0;
+};
+
 // The sum of each of four registers.
 __m128 totals(const __m512* a) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
@@ -392,10 +432,12 @@ void dot(const Weight& w, int64_t column, int64_t columns, const void* arranged,
 template <class L, class T>
 constexpr FewKernels few = {16,
                             sizeof(typename L::Element),
+                            true,
                             arrange<L, T>,
                             dot<L, Reader4bit<L>, Weight4bit>,
                             arrange_bytes<L, T>,
-                            dot<L, Reader8bit<L>, Weight8bit>};
+                            dot<L, Reader8bit<L>, Weight8bit>,
+                            dot<L, ReaderDense<L, T>, Dense>};
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -21,6 +22,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "contract.h"
+#include "decode.h"
 #include "dispatch.h"
 #include "matmul.h"
 #include "parallel.h"
@@ -403,6 +405,133 @@ void fold_softmax(int isa, int threads, Address logits, int type, int64_t rows, 
                  [&](int64_t begin, int64_t end) { kernels.fold_softmax(arguments, begin, end); });
 }
 
+// A norm: address of its fp32 weight or 0, eps, whether it rounds before the weight, whether it subtracts the mean.
+using NormOf = std::tuple<Address, float, bool, bool>;
+
+DecodeNorm norm(const std::optional<NormOf>& given) {
+    if (!given) return {};
+    const auto [weight, eps, rounded, centered] = *given;
+    return {true, pointer<const float>(weight), eps, rounded, centered};
+}
+
+// A decoder, as Python gathers its parts.
+class BoundDecoder {
+  public:
+    // Width, heads, key/value heads, values of a head, inner width, vocabulary.
+    using Widths = std::array<int64_t, 6>;
+
+    BoundDecoder(int isa, int type, int cache, const Widths& widths, int activation, float scale, float cap,
+                 float embedding_factor, float logit_factor, float logit_cap)
+        : decoder_(tier(isa), {static_cast<Type>(type), cache, widths[0], widths[1], widths[2], widths[3], widths[4],
+                               widths[5], activation, scale, cap, embedding_factor, logit_factor, logit_cap}) {}
+
+    void set_embedding(Address values, int type, int64_t rows, int64_t columns) {
+        decoder_.embedding = {pointer<const void>(values), static_cast<Type>(type), rows, columns, columns};
+    }
+
+    // Norms: before and after attention, before and after the MLP, of queries, of keys.
+    void add_layer(const std::array<std::optional<NormOf>, 6>& norms, bool whole_norms, int64_t window,
+                   int64_t angles) {
+        DecodeLayer& layer = decoder_.layers.emplace_back();
+        DecodeNorm* const places[] = {&layer.before_attention, &layer.after_attention, &layer.before_mlp,
+                                      &layer.after_mlp,        &layer.q_norm,          &layer.k_norm};
+        for (size_t i = 0; i < norms.size(); ++i) *places[i] = norm(norms[i]);
+        layer.whole_norms = whole_norms;
+        layer.window = window;
+        layer.angles = angles;
+    }
+
+    void set_last_norm(const std::optional<NormOf>& given) { decoder_.last_norm = norm(given); }
+
+    void add_weight(int place, Address packed, Address code, Address absmax, Address nested_absmax, Address nested_code,
+                    int64_t nested_blocksize, float offset, int64_t blocksize, int64_t rows, int64_t columns) {
+        Factor factor{};
+        factor.kind = Factor::four_bits;
+        factor.weight_4bit = weight_4bit(packed, code, absmax, nested_absmax, nested_code, nested_blocksize, offset,
+                                         blocksize, rows, columns);
+        add(place, factor);
+    }
+
+    void add_bytes(int place, Address codes, Address absmax, int64_t blocksize, int64_t rows, int64_t columns) {
+        Factor factor{};
+        factor.kind = Factor::bytes;
+        factor.weight_8bit = {
+            pointer<const int8_t>(codes), pointer<const float>(absmax), Divisor(blocksize), rows, columns,
+            piece_of(blocksize, columns)};
+        add(place, factor);
+    }
+
+    void add_dense(int place, Address values, int64_t rows, int64_t columns) {
+        Factor factor{};
+        factor.kind = Factor::dense;
+        factor.weight_dense = {pointer<const void>(values), decoder_.type(), rows, columns, columns};
+        add(place, factor);
+    }
+
+    void set_bias(int place, Address bias) { products(place).bias = pointer<const float>(bias); }
+
+    int add_adapter() {
+        decoder_.adapters.emplace_back().places.resize(decoder_.layers.size() * kPlaces);
+        return static_cast<int>(decoder_.adapters.size()) - 1;
+    }
+
+    void clear_adapter(int adapter) {
+        DecodeAdapter& cleared = decoder_.adapters[static_cast<size_t>(adapter)];
+        cleared.places.assign(cleared.places.size(), {});
+    }
+
+    void set_factor_a(int adapter, int64_t layer, int place, Address a, int64_t rank) {
+        LowRanks& low = low_ranks(adapter, layer, place);
+        low.a = pointer<const void>(a);
+        low.rank = rank;
+    }
+
+    void add_factor_b(int adapter, int64_t layer, int place, int64_t first, int64_t width, int64_t rank, Address b,
+                      Address rescale, Address bias) {
+        low_ranks(adapter, layer, place)
+            .parts.push_back({first, width, rank, pointer<const void>(b), pointer<const float>(rescale),
+                              pointer<const float>(bias)});
+    }
+
+    int64_t page_bytes() const { return decoder_.page_bytes(); }
+
+    void step(int threads, const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions,
+              const Addresses& pages, const std::vector<int>& adapters,
+              const std::vector<std::tuple<Address, Address, int64_t>>& tables, Address logits) {
+        std::vector<DecodeRow> rows;
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            rows.push_back({tokens[i], positions[i], pointer<const void* const>(pages[i]), adapters[i]});
+        }
+        std::vector<Angles> angles;
+        for (const auto& [cos, sin, size] : tables) {
+            angles.push_back({pointer<const float>(cos), pointer<const float>(sin), size});
+        }
+        const nb::gil_scoped_release unlocked;
+        decoder_.step(rows, angles, pointer<float>(logits), threads);
+    }
+
+  private:
+    Products& products(int place) {
+        if (place == kPlaces) return decoder_.head;
+        DecodeLayer& layer = decoder_.layers.back();
+        Products* const places[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+        return *places[place];
+    }
+
+    void add(int place, const Factor& factor) {
+        Products& p = products(place);
+        p.factors.push_back(factor);
+        p.depth = factor.depth();
+        p.width += factor.width();
+    }
+
+    LowRanks& low_ranks(int adapter, int64_t layer, int place) {
+        return decoder_.adapters[static_cast<size_t>(adapter)].places[static_cast<size_t>(layer * kPlaces + place)];
+    }
+
+    Decoder decoder_;
+};
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -499,6 +628,43 @@ NB_MODULE(_native, module) {
     module.def("attention_backward", attention_backward_of, unlocked(), "isa"_a, "threads"_a, "sizes"_a, "type"_a,
                "ranges"_a, "scale"_a, "cap"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dq"_a, "dk"_a, "dv"_a,
                "The gradients of attention, written to dq, dk and dv; all else as there.");
+
+    nb::class_<BoundDecoder>(module, "Decoder",
+                             "All layers of a decoder, whose next tokens one call computes (csrc/decode.h).\n\n"
+                             "Layers are added in order; what is added to a place belongs to the last of them: 0 "
+                             "queries, keys and values,\n1 output, 2 gate and up, 3 down, 4 the head.")
+        .def(nb::init<int, int, int, const BoundDecoder::Widths&, int, float, float, float, float, float>(), "isa"_a,
+             "type"_a, "cache"_a, "widths"_a, "activation"_a, "scale"_a, "cap"_a, "embedding_factor"_a,
+             "logit_factor"_a, "logit_cap"_a,
+             "`widths`: width, heads, key/value heads, values of a head, inner width, vocabulary. `cache`: a type, or "
+             "3 int8.")
+        .def("set_embedding", &BoundDecoder::set_embedding, "values"_a, "type"_a, "rows"_a, "columns"_a,
+             "The table that tokens are looked up in.")
+        .def("add_layer", &BoundDecoder::add_layer, "norms"_a, "whole_norms"_a, "window"_a, "angles"_a,
+             "Add a layer. Norms: before and after attention, before and after the MLP, of queries, of keys; each "
+             "None or\nfp32 weight, eps, rounded, centered. `window` 0: none; `angles` -1: none.")
+        .def("set_last_norm", &BoundDecoder::set_last_norm, "norm"_a.none(), "The norm before the head.")
+        .def("add_weight", &BoundDecoder::add_weight, "place"_a, "packed"_a, "code"_a, "absmax"_a, "nested_absmax"_a,
+             "nested_code"_a, "nested_blocksize"_a, "offset"_a, "blocksize"_a, "rows"_a, "columns"_a,
+             "Add a 4-bit weight, given as to dequantize_4bit.")
+        .def("add_bytes", &BoundDecoder::add_bytes, "place"_a, "codes"_a, "absmax"_a, "blocksize"_a, "rows"_a,
+             "columns"_a, "Add a weight in signed bytes.")
+        .def("add_dense", &BoundDecoder::add_dense, "place"_a, "values"_a, "rows"_a, "columns"_a,
+             "Add a dense weight of the decoder's type.")
+        .def("set_bias", &BoundDecoder::set_bias, "place"_a, "bias"_a, "The fp32 bias of all weights of a place.")
+        .def("add_adapter", &BoundDecoder::add_adapter, "Add an adapter without parts; return its number.")
+        .def("clear_adapter", &BoundDecoder::clear_adapter, "adapter"_a, "Take all parts from an adapter.")
+        .def("set_factor_a", &BoundDecoder::set_factor_a, "adapter"_a, "layer"_a, "place"_a, "a"_a, "rank"_a,
+             "Set all A of a place, one below the other, times their scaling.")
+        .def("add_factor_b", &BoundDecoder::add_factor_b, "adapter"_a, "layer"_a, "place"_a, "first"_a, "width"_a,
+             "rank"_a, "b"_a, "rescale"_a, "bias"_a,
+             "Add Bᵀ [rank, width] for the columns from `first` on; fp32 `rescale` and `bias` may be 0.")
+        .def("page_bytes", &BoundDecoder::page_bytes, "Return the size of a page of the cache.")
+        .def("step", &BoundDecoder::step, "threads"_a, "tokens"_a, "positions"_a, "pages"_a, "adapters"_a, "tables"_a,
+             "logits"_a,
+             "Write the fp32 logits [rows, vocabulary] of the token after each of these.\n\n"
+             "`pages`: of each row the address of the addresses of its pages. Rows of one adapter (-1: none) follow "
+             "each\nother. `tables`: fp32 cosines and sines [positions, size], and size.");
 
     module.def("adamw_32bit", step_32bit, unlocked(), "isa"_a, "threads"_a, "constants"_a, "types"_a, "sizes"_a,
                "params"_a, "grads"_a, "ms"_a, "vs"_a,

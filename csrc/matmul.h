@@ -89,8 +89,9 @@ struct Dense {
 
 // A tier's products of few rows, for one storage type of x.
 struct FewKernels {
-    int64_t rows;   // at most
-    int64_t bytes;  // of a value of x when arranged
+    int64_t rows;    // at most
+    int64_t bytes;   // of a value of x when arranged
+    bool stretched;  // whether x is arranged in stretches; otherwise rows follow each other as they lie
 
     // Bring x into the order of `dot`.
     void (*arrange)(const void* x, int64_t rows, int64_t depth, void* arranged);
@@ -102,6 +103,10 @@ struct FewKernels {
     // The same of a weight in bytes, in pieces of at least 32.
     void (*arrange_bytes)(const void* x, int64_t rows, int64_t depth, void* arranged);
     void (*dot_bytes)(const Weight8bit& w, int64_t column, int64_t columns, const void* arranged, int64_t rows,
+                      float* sums);
+
+    // The same of a dense W in the type of x, whose rows lie without gaps and have a multiple of 32 values.
+    void (*dot_dense)(const Dense& w, int64_t column, int64_t columns, const void* arranged_bytes, int64_t rows,
                       float* sums);
 };
 

@@ -55,6 +55,17 @@ struct Fp16 {
     }
 };
 
+// What is only read.
+struct Int8 {
+    static constexpr int kSize = 1;
+    static float32x4_t load(const void* x, int64_t i) {
+        int32_t four;
+        std::memcpy(&four, at(x, i), sizeof four);
+        const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+    }
+};
+
 // Sixteen 4-bit codes from eight bytes, one to a byte.
 inline uint8x16_t unpack(const uint8_t* packed) {
     const uint8x8_t bytes = vld1_u8(packed);

@@ -207,18 +207,37 @@ struct Converted {
     float32x4_t value(int16x4_t codes) const { return T::nearest(vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(codes)), scale)); }
 };
 
+// Dense values of the type T, whose rows lie without gaps.
+template <class T>
+struct Loaded {
+    using Weight = Dense;
+
+    Loaded(const Dense&, float) {}
+    float32x4x4_t values(const Dense& w, int64_t i) const {
+        return {{T::load(w.values, i), T::load(w.values, i + 4), T::load(w.values, i + 8), T::load(w.values, i + 12)}};
+    }
+};
+
+template <class Weight>
+int64_t piece_of(const Weight& w) {
+    return w.piece;
+}
+int64_t piece_of(const Dense&) { return 32; }
+
+inline void read_scales(const Dense&, int64_t, int64_t, int64_t, float*) {}
+
 // Two rows of W, from the positions `first` on, times `rows` of x.
 template <class T, class L, int rows>
 void dot_tile(const typename L::Weight& w, const int64_t* first, const void* x, float* sums) {
     constexpr int64_t stretch = 2048;  // values whose scales are read at once
-    const int64_t depth = w.columns, piece = least(w.piece, stretch);
+    const int64_t depth = w.columns, piece = least(piece_of(w), stretch);
     float32x4_t sum[rows][2][2];  // of each product the even and the odd vectors, since a sum is slow to follow another
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < 2; ++c) sum[r][c][0] = sum[r][c][1] = vdupq_n_f32(0);
     }
     for (int64_t begin = 0; begin < depth; begin += stretch) {
         const int64_t end = least(begin + stretch, depth);
-        float scales[2][stretch / 32];
+        float scales[2][stretch / 32] = {};
         for (int c = 0; c < 2; ++c) read_scales(w, first[c] + begin, piece, (end - begin) / piece, scales[c]);
         for (int64_t i = begin, k = 0; i < end; i += piece, ++k) {
             const L one(w, scales[0][k]), other(w, scales[1][k]);
@@ -279,7 +298,8 @@ void finish(const float* sums, const float* bias, int64_t n, void* y) {
 }
 
 template <class T>
-const FewKernels few = {8, T::kSize, arrange<T>, dot<T, LookedUp<T>>, arrange<T>, dot<T, Converted<T>>};
+const FewKernels few = {
+    8, T::kSize, false, arrange<T>, dot<T, LookedUp<T>>, arrange<T>, dot<T, Converted<T>>, dot<T, Loaded<T>>};
 
 template <class T>
 const MatmulKernels kernels = {

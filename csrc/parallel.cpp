@@ -87,6 +87,16 @@ void after_fork() {
     pool = nullptr;
 }
 
+constexpr int kSpins = 10000;  // some 50 us or more
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
 const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
 Pool& current_pool() {
@@ -111,6 +121,37 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
     } else {
         const int64_t ranges = (count + grain - 1) / grain;
         current_pool().run(job, static_cast<int>(std::min<int64_t>(threads, ranges)));
+    }
+}
+
+void Phases::run(int threads) {
+    const size_t phases = items().size();
+    if (phases > phases_) {
+        counts_.reset(new Count[phases]);
+        phases_ = phases;
+    }
+    for (size_t i = 0; i < phases; ++i) counts_[i].next = counts_[i].done = 0;
+    // As many ranges as threads: each is one thread's stay.
+    parallel_for(threads, 1, threads, [this](int64_t, int64_t) { join(); });
+}
+
+void Phases::join() {
+    const std::vector<int64_t>& all = items();
+    for (size_t phase = 0; phase < all.size(); ++phase) {
+        Count& count = counts_[phase];
+        const int64_t wanted = all[phase];
+        int64_t mine = 0;
+        for (int64_t item; (item = count.next.fetch_add(1, std::memory_order_relaxed)) < wanted; ++mine) {
+            work(static_cast<int64_t>(phase), item);
+        }
+        if (mine) count.done.fetch_add(mine, std::memory_order_release);
+        for (int turns = 0; count.done.load(std::memory_order_acquire) < wanted; ++turns) {
+            if (turns < kSpins) {
+                pause();
+            } else {
+                std::this_thread::yield();  // somebody else has the core of the thread that works
+            }
+        }
     }
 }
 

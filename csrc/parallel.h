@@ -6,8 +6,11 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <vector>
 
 namespace halfbyte {
 
@@ -21,5 +24,30 @@ void use_openmp(OpenMP parallel);
 // long, on up to `threads` threads, the calling one among them; at once and whole on the calling thread where there is
 // no more than one grain or one thread. The body must not throw.
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body);
+
+// Work in phases, each of which begins when all items of the one before are done: one parallel region for all of them.
+// Whoever of the threads comes, and when, takes items of the phase at hand.
+class Phases {
+  public:
+    virtual ~Phases() = default;
+
+    // Do all phases on up to `threads` threads, the calling one among them.
+    void run(int threads);
+
+  protected:
+    // For each phase how many items it has.
+    virtual const std::vector<int64_t>& items() const = 0;
+    virtual void work(int64_t phase, int64_t item) = 0;
+
+  private:
+    struct alignas(64) Count {  // of items begun, and of those done
+        std::atomic<int64_t> next{0};
+        alignas(64) std::atomic<int64_t> done{0};
+    };
+    void join();
+
+    std::unique_ptr<Count[]> counts_;
+    size_t phases_ = 0;
+};
 
 }  // namespace halfbyte

@@ -16,6 +16,7 @@
 #include <math.h>
 
 #include "contract.h"
+#include "decode_rows.h"
 
 namespace halfbyte {
 
@@ -111,6 +112,9 @@ struct RowKernels {
 
     // The rows [first, last).
     void (*fold_softmax)(const FoldSoftmax&, int64_t first, int64_t last);
+
+    DecodeKernels decode[3];  // by storage type
+    CacheKernels cache[4];    // by what the cache keeps
 };
 
 extern const RowKernels scalar_rows;

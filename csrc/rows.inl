@@ -14,6 +14,7 @@ void elementary(const float* x, int64_t n, float* y) {
 #include "norm.inl"
 #include "gated.inl"
 #include "rotary.inl"
+#include "decode_rows.inl"
 
 constexpr RowKernels row_kernels = {
     elementary<exp>,
@@ -29,6 +30,11 @@ constexpr RowKernels row_kernels = {
     {{rotary<Fp32, Fp32>, rotary<Bf16, Bf16>, rotary<Fp16, Fp16>},
      {rotary<Fp32, Fp32>, rotary<Bf16, Fp32>, rotary<Fp16, Fp32>}},
     fold_softmax,
+    {decode_kernels<Fp32>, decode_kernels<Bf16>, decode_kernels<Fp16>},
+    {{4, attend_pages<Fp32>, store_head<Fp32>},
+     {2, attend_pages<Bf16>, store_head<Bf16>},
+     {2, attend_pages<Fp16>, store_head<Fp16>},
+     {1, attend_pages<Int8>, store_head_int8}},
 };
 
 }  // namespace

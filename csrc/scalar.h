@@ -53,6 +53,12 @@ struct Fp16 {
     }
 };
 
+// What is only read.
+struct Int8 {
+    static constexpr int kSize = 1;
+    static float load(const void* x, int64_t i) { return static_cast<float>(halfbyte::load<int8_t>(x, i)); }
+};
+
 template <class Stored>
 void store(void* base, int64_t i, Stored value) {
     std::memcpy(static_cast<char*>(base) + i * static_cast<int64_t>(sizeof(Stored)), &value, sizeof(Stored));

@@ -209,6 +209,106 @@ def attention_backward(
     The gradients of attention, written to dq, dk and dv; all else as there.
     """
 
+class Decoder:
+    """
+    All layers of a decoder, whose next tokens one call computes (csrc/decode.h).
+
+    Layers are added in order; what is added to a place belongs to the last of them: 0 queries, keys and values,
+    1 output, 2 gate and up, 3 down, 4 the head.
+    """
+
+    def __init__(
+        self,
+        isa: int,
+        type: int,
+        cache: int,
+        widths: Sequence[int],
+        activation: int,
+        scale: float,
+        cap: float,
+        embedding_factor: float,
+        logit_factor: float,
+        logit_cap: float,
+    ) -> None:
+        """
+        `widths`: width, heads, key/value heads, values of a head, inner width, vocabulary. `cache`: a type, or 3 int8.
+        """
+
+    def set_embedding(self, values: int, type: int, rows: int, columns: int) -> None:
+        """The table that tokens are looked up in."""
+
+    def add_layer(
+        self, norms: Sequence[tuple[int, float, bool, bool] | None], whole_norms: bool, window: int, angles: int
+    ) -> None:
+        """
+        Add a layer. Norms: before and after attention, before and after the MLP, of queries, of keys; each None or
+        fp32 weight, eps, rounded, centered. `window` 0: none; `angles` -1: none.
+        """
+
+    def set_last_norm(self, norm: tuple[int, float, bool, bool] | None) -> None:
+        """The norm before the head."""
+
+    def add_weight(
+        self,
+        place: int,
+        packed: int,
+        code: int,
+        absmax: int,
+        nested_absmax: int,
+        nested_code: int,
+        nested_blocksize: int,
+        offset: float,
+        blocksize: int,
+        rows: int,
+        columns: int,
+    ) -> None:
+        """Add a 4-bit weight, given as to dequantize_4bit."""
+
+    def add_bytes(self, place: int, codes: int, absmax: int, blocksize: int, rows: int, columns: int) -> None:
+        """Add a weight in signed bytes."""
+
+    def add_dense(self, place: int, values: int, rows: int, columns: int) -> None:
+        """Add a dense weight of the decoder's type."""
+
+    def set_bias(self, place: int, bias: int) -> None:
+        """The fp32 bias of all weights of a place."""
+
+    def add_adapter(self) -> int:
+        """Add an adapter without parts; return its number."""
+
+    def clear_adapter(self, adapter: int) -> None:
+        """Take all parts from an adapter."""
+
+    def set_factor_a(self, adapter: int, layer: int, place: int, a: int, rank: int) -> None:
+        """Set all A of a place, one below the other, times their scaling."""
+
+    def add_factor_b(
+        self, adapter: int, layer: int, place: int, first: int, width: int, rank: int, b: int, rescale: int, bias: int
+    ) -> None:
+        """
+        Add Bᵀ [rank, width] for the columns from `first` on; fp32 `rescale` and `bias` may be 0.
+        """
+
+    def page_bytes(self) -> int:
+        """Return the size of a page of the cache."""
+
+    def step(
+        self,
+        threads: int,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        pages: Sequence[int],
+        adapters: Sequence[int],
+        tables: Sequence[tuple[int, int, int]],
+        logits: int,
+    ) -> None:
+        """
+        Write the fp32 logits [rows, vocabulary] of the token after each of these.
+
+        `pages`: of each row the address of the addresses of its pages. Rows of one adapter (-1: none) follow each
+        other. `tables`: fp32 cosines and sines [positions, size], and size.
+        """
+
 def adamw_32bit(
     isa: int,
     threads: int,

@@ -222,6 +222,7 @@ void gated(Case& c);
 void rotary(Case& c);
 void fold_softmax(Case& c);
 void attention(Case& c);
+void decode(Case& c);
 void adamw_32bit(Case& c);
 void adamw_8bit(Case& c);
 

@@ -72,6 +72,7 @@ const Group groups[] = {
     {"few", few, multiplies},
     {"multiply", multiply, multiplies},
     {"attention", attention, attends},
+    {"decode", decode, multiplies},
     {"elementary", elementary, every},
     {"rms_norm", rms_norm, every},
     {"gated", gated, every},

@@ -1,30 +1,23 @@
-"""Answers as they are generated: transformers' ``generate`` in a thread, its text as an iterator.
+"""One answer as it is generated: an engine for one request, its text as an iterator.
 
-Each new token decodes the whole answer again and yields what it added, but for an unfinished character at the
-end. That costs little beside generating the token, and the joined pieces are the decoded answer exactly;
-transformers' own ``TextIteratorStreamer`` decodes line by line, which loses a space of indentation at the
-start of a line with SentencePiece tokenizers. The cache of keys and values is not kept between two turns.
+The joined pieces are the decoded answer exactly (:mod:`halfbyte.generate.text`). Who has more than one question keeps
+an :class:`halfbyte.generate.engine.Engine`, which keeps the keys and values of what it has read.
 """
 
-import contextvars
-import functools
-import queue
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import InputError
+from halfbyte.generate.answers import Request
 from halfbyte.generate.conversation import encode, encode_source, stop_tokens
+from halfbyte.generate.decoders import decoder_for
+from halfbyte.generate.engine import Engine
+from halfbyte.generate.sampling import Sampling
 from halfbyte.hf.models.limits import check_tokens, most_positions
-
-COLDEST = 1e-5
-"""The temperature below which the likeliest token is taken: divided by less, logits become infinite."""
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def check_generates(model: PreTrainedModel | PeftModel) -> None:
@@ -60,7 +53,8 @@ def stream_reply(
         prompt: the conversation so far (dictionaries with ``role`` and ``content``), or a plain text to go on
             with as it stands.
         max_new_tokens: the answer's greatest length in tokens.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn by torch's global generator.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn, with a seed from torch's global
+            generator.
         top_p: tokens are drawn from the likeliest ones that together have this probability.
 
     Raises:
@@ -72,64 +66,27 @@ def stream_reply(
     ids = encode_source(prompt, tokenizer) if reads_apart else encode(prompt, tokenizer)
     check_tokens(model, tokenizer, max(ids), "The prompt")
     limit = most_positions(model)
-    taken = 0 if reads_apart else len(ids)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"The prompt is {len(ids)} tokens long, but the model attends to {limit}: shorten it.")
-    listener = _Listener()
-    generate = functools.partial(
-        model.generate,
-        input_ids=torch.tensor([ids], device=model.device),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-        streamer=listener,
-        stopping_criteria=StoppingCriteriaList([listener]),
-        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - taken),
-        num_beams=1,
-        eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        **(
-            {"do_sample": True, "temperature": temperature, "top_p": top_p}
-            if temperature >= COLDEST
-            else {"do_sample": False}
-        ),
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=int(torch.randint(2**63 - 1, ())),
+        **own_options(model),
     )
-    with ThreadPoolExecutor(1) as thread:
-        generation = thread.submit(contextvars.copy_context().run, generate)
-        generation.add_done_callback(lambda _: listener.tokens.put(None))
-        try:
-            yield from _decode(listener, tokenizer)
-        finally:
-            listener.stopped = True
-        generation.result()
+    decoder = decoder_for(model)
+    with Engine(decoder, tokenizer, stops=stop_tokens(model, tokenizer)) as engine:
+        for piece in engine.submit(Request(tuple(ids), sampling, adapter=decoder.active)):
+            if piece.text:
+                yield piece.text
 
 
-class _Listener:
-    """Gets each token from ``generate``, as its streamer, and tells it when to stop, as a stopping criterion."""
+def own_options(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Return the options of sampling that a model's generation settings name, beside temperature and top-p.
 
-    def __init__(self) -> None:
-        self.tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self.stopped = False
-        self._prompt_seen = False
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt_seen:
-            self.tokens.put(int(value))
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
-
-
-def _decode(listener: _Listener, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    ids: list[int] = []
-    shown = text = ""
-    while (token := listener.tokens.get()) is not None:
-        ids.append(token)
-        text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        if len(text) > len(shown) and not text.endswith(UNFINISHED):
-            yield text[len(shown) :]
-            shown = text
-    if len(text) > len(shown):
-        yield text[len(shown) :]
+    Others that transformers' ``generate`` obeys (``no_repeat_ngram_size``, suppressed tokens) are not sampling's.
+    """
+    own = model.generation_config
+    named = {"top_k": own.top_k or None, "min_p": own.min_p, "repetition_penalty": own.repetition_penalty}
+    return {name: value for name, value in named.items() if value is not None}

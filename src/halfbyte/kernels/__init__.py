@@ -10,6 +10,15 @@ operations take; ``pool`` is where large results lie. Codebooks come in as argum
 from halfbyte.kernels.adamw import Adamw8bit, Adamw32bit, adamw_8bit, adamw_32bit
 from halfbyte.kernels.adamw_step import AdamwStep
 from halfbyte.kernels.attention import attention, attention_backward
+from halfbyte.kernels.decode import (
+    DecodeLayer,
+    DecodeNorm,
+    Decoder,
+    DecoderParts,
+    LowRankPart,
+    Products,
+    can_decode,
+)
 from halfbyte.kernels.fold_softmax import fold_softmax
 from halfbyte.kernels.gated import gated, gated_gradient, gated_halves_gradient
 from halfbyte.kernels.matmul import matmul_4bit, matmul_int8, matmul_sums
@@ -32,7 +41,13 @@ __all__ = [
     "Adamw8bit",
     "Adamw32bit",
     "AdamwStep",
+    "DecodeLayer",
+    "DecodeNorm",
+    "Decoder",
+    "DecoderParts",
+    "LowRankPart",
     "Nested",
+    "Products",
     "RunningSoftmax",
     "Statistics",
     "Sum",
@@ -43,6 +58,7 @@ __all__ = [
     "adamw_32bit",
     "attention",
     "attention_backward",
+    "can_decode",
     "dequantize_4bit",
     "dequantize_coded",
     "dequantize_int8",

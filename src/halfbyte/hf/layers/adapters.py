@@ -134,7 +134,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
 
     Of PEFT 0.21's ``lora.Linear`` this reads what its own forward reads.
     """
-    if _is_frozen(layer):
+    if is_frozen(layer):
         return _Projection(Projection(layer.frozen_weight, layer.bias, ()), layer.compute_dtype, 0.0)
     if type(layer) is not LoraLinear4bit or layer.disable_adapters or layer.merged:
         return None
@@ -146,7 +146,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
     varied = any(name in layer.lora_variant for name in names) and not is_dora
     if varied or dropouts or dropout is None or not untouched(base):
         return None
-    if not _is_frozen(base):
+    if not is_frozen(base):
         return None
     bias, adapters = base.bias, []
     for name in names:
@@ -164,7 +164,7 @@ def _projection(layer: nn.Module) -> _Projection | None:
     return _Projection(projection, base.compute_dtype, dropout, whole=tuple(begun))
 
 
-def _is_frozen(layer: nn.Module) -> TypeGuard[FrozenLinear]:
+def is_frozen(layer: nn.Module) -> TypeGuard[FrozenLinear]:
     """Return whether ``layer`` computes as ours do, with a weight that gets no gradient."""
     kinds = (Linear4bit, Linear8bit, DenseLinear)
     plain = any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds)
@@ -174,7 +174,7 @@ def _is_frozen(layer: nn.Module) -> TypeGuard[FrozenLinear]:
 def _dropped_dora(layer: LoraLinear4bit) -> list[str] | None:
     """Return the active adapters if they are a single DoRA whose input loses values now, else None."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    plain = type(layer) is LoraLinear4bit and _is_frozen(layer.base_layer) and untouched(layer.base_layer)
+    plain = type(layer) is LoraLinear4bit and is_frozen(layer.base_layer) and untouched(layer.base_layer)
     if not plain or layer.disable_adapters or not dora.is_dora(layer, names):
         return None
     return names if _probability(layer.lora_dropout[names[0]]) else None

@@ -27,7 +27,7 @@ from halfbyte.hf.layers.families import FAMILIES, FUSED_ON, Family, recognise
 from halfbyte.nn import gated, gated_halves, rms_norm, rotary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = {type(ACT2FN["silu"]): "silu", nn.SiLU: "silu", type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh"}
+ACTIVATIONS = {type(ACT2FN["silu"]): "silu", nn.SiLU: "silu", type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh"}
 
 
 def fuse(model: nn.Module) -> str:
@@ -43,21 +43,21 @@ def fuse(model: nn.Module) -> str:
         if family is None or not family.fits(layer):
             continue
         layer.self_attn.__class__ = _fused(_Attention, type(layer.self_attn), family)
-        if type(_activation(layer.mlp)) in _ACTIVATIONS:
+        if type(activation_of(layer.mlp)) in ACTIVATIONS:
             layer.mlp.__class__ = _fused(_Mlp, type(layer.mlp), family)
         layer.__class__ = _fused(_LAYERS[family.norms], type(layer), family)
     norms = {
-        layer.family.of(f"{layer.family.name}RMSNorm"): layer.family for layer in layers if isinstance(layer, _Fused)
+        layer.family.of(f"{layer.family.name}RMSNorm"): layer.family for layer in layers if isinstance(layer, Fused)
     }
     for module in model.modules():
         if type(module) in norms and module.weight.device.type in FUSED_ON:
-            module.__class__ = _fused(_Norm, type(module), norms[type(module)])
+            module.__class__ = _fused(FusedNorm, type(module), norms[type(module)])
     return describe_layers(model)
 
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place."""
-    fused: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, Fused)]
     for module in fused:
         module.__class__ = module.unfused
 
@@ -68,22 +68,22 @@ def describe_layers(model: nn.Module) -> str:
     For example ``fused: 30 Llama layers`` or ``unfused: GPTNeoXLayer is not known``.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    fused = Counter(layer.family.name for layer in layers if isinstance(layer, _Fused))
+    fused = Counter(layer.family.name for layer in layers if isinstance(layer, Fused))
     lines = [f"fused: {count} {name} layer{'s' * (count > 1)}" for name, count in fused.items()]
-    for name in sorted({type(layer).__name__ for layer in layers if not isinstance(layer, _Fused)}):
+    for name in sorted({type(layer).__name__ for layer in layers if not isinstance(layer, Fused)}):
         reason = "is not the one that is known, or not on a CPU or CUDA GPU" if name in FAMILIES else "is not known"
         lines.append(f"unfused: {name} {reason}")
     return "; ".join(lines) or "unfused: there is no decoder layer"
 
 
-class _Fused(nn.Module):
+class Fused(nn.Module):
     """What the swapped classes share; they are made by :func:`_fused`."""
 
     family: "Family"
     unfused: type[nn.Module]
 
 
-class _Layer(_Fused):
+class _Layer(Fused):
     """A decoder layer: its named arguments go on to attention, as in every family here."""
 
     defaults: dict[str, Any]
@@ -144,7 +144,7 @@ class _PostNorm(_Layer):
         return x + self.norm("post_feedforward_layernorm", self.mlp(x))[1]
 
 
-class _Attention(_Fused):
+class _Attention(Fused):
     """Projections, norms of queries and keys, rotation, cache, attention, projection."""
 
     config: Any
@@ -214,7 +214,7 @@ class _Attention(_Fused):
         return _after_sum(module, x.view(*x.shape[:-1], -1, len(module.weight)))[1].flatten(-2)
 
 
-class _Mlp(_Fused):
+class _Mlp(Fused):
     """A gated MLP, gate and up projected together or, in Phi-3, by one layer."""
 
     gate_proj: nn.Module
@@ -224,11 +224,11 @@ class _Mlp(_Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, length, width]`` to the same."""
-        activation = _activation(self)
+        activation = activation_of(self)
         if not _plain(x) or not untouched(activation):
             theirs: Tensor = super().forward(x)
             return theirs
-        name = _ACTIVATIONS[type(activation)]
+        name = ACTIVATIONS[type(activation)]
         if hasattr(self, "gate_up_proj"):
             y: Tensor = self.down_proj(gated_halves(self.gate_up_proj(x), name))
         else:
@@ -237,7 +237,7 @@ class _Mlp(_Fused):
         return y
 
 
-class _Norm(_Fused):
+class FusedNorm(Fused):
     """An RMSNorm, whose ``eps`` has one name or the other."""
 
     weight: Tensor
@@ -260,13 +260,13 @@ class _Norm(_Fused):
 def _after_sum(module: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``x + residual`` and its norm; by calling ``module`` if it is not the family's plain RMSNorm."""
     alike = residual is None or residual.dtype == x.dtype  # not where a script has cast the norms to fp32
-    if isinstance(module, _Norm) and untouched(module) and module.weight.dtype == x.dtype and alike:
+    if isinstance(module, FusedNorm) and untouched(module) and module.weight.dtype == x.dtype and alike:
         return module.after_sum(x, residual)
     h = x if residual is None else residual + x
     return h, module(h)
 
 
-def _activation(mlp: Any) -> nn.Module:
+def activation_of(mlp: Any) -> nn.Module:
     activation: nn.Module = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
     return activation
 
@@ -277,10 +277,10 @@ def _plain(x: Tensor) -> bool:
 
 
 _LAYERS = {"before": _PreNorm, "around": _BothNorms, "after": _PostNorm}
-_made: dict[type[nn.Module], type[_Fused]] = {}
+_made: dict[type[nn.Module], type[Fused]] = {}
 
 
-def _fused(kind: type[_Fused], cls: type[nn.Module], family: Family) -> type[_Fused]:
+def _fused(kind: type[Fused], cls: type[nn.Module], family: Family) -> type[Fused]:
     """Return the subclass of ``cls`` that runs as ``kind``, under the same name (FSDP wraps layers by it)."""
     if cls not in _made:
         members: dict[str, Any] = {"family": family, "unfused": cls, "__module__": __name__}

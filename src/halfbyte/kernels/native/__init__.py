@@ -12,6 +12,7 @@ leaves the rest to torch.
 
 from halfbyte.kernels.native.adamw import adamw_8bit, adamw_32bit
 from halfbyte.kernels.native.attention import attention, attention_backward
+from halfbyte.kernels.native.decode import Decoder, multiplies
 from halfbyte.kernels.native.fold_softmax import fold_softmax
 from halfbyte.kernels.native.gated import gated, gated_gradient
 from halfbyte.kernels.native.matmul import matmul_4bit, matmul_4bit_dx, matmul_sums
@@ -29,6 +30,7 @@ from halfbyte.kernels.native.rotary import rotary
 from halfbyte.kernels.native.runtime import available, threads, tier, tiers
 
 __all__ = [
+    "Decoder",
     "adamw_8bit",
     "adamw_32bit",
     "attention",
@@ -44,6 +46,7 @@ __all__ = [
     "matmul_4bit",
     "matmul_4bit_dx",
     "matmul_sums",
+    "multiplies",
     "probe",
     "probe_lookups",
     "probed_arithmetic",

@@ -1,0 +1,556 @@
+// The phases of a step of decode.h, and who does what in each.
+
+#include "decode.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t kItemBytes = 1 << 15;  // of a factor that one item reads, at least, while there is enough to share
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t size_of(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+// Rows that are arranged together: those of one product with few rows.
+struct Group {
+    int64_t first, count;
+};
+
+std::vector<Group> groups_of(int64_t first, int64_t end, int64_t most) {
+    std::vector<Group> groups;
+    for (; first < end; first += most) groups.push_back({first, std::min(most, end - first)});
+    return groups;
+}
+
+// What rows of x look like to the products of few rows: row by row, as it comes.
+class Arrangement {
+  public:
+    Arrangement(const FewKernels& few, bool codes) : few_(few), codes_(codes) {}
+
+    int64_t bytes(int64_t rows, int64_t depth) const {
+        return few_.stretched ? rows * parts(depth * few_.bytes, kStretchBytes) * kArrangedBytes
+                              : rows * depth * few_.bytes;
+    }
+
+    // Put the values [begin, end) of row `row` of `rows`; `begin` at a multiple of stretch().
+    void put(const void* x, int64_t size, int64_t begin, int64_t end, int64_t depth, int64_t row, int64_t rows,
+             char* out) const {
+        const auto arrange = codes_ ? few_.arrange : few_.arrange_bytes;
+        const char* from = static_cast<const char*>(x);
+        if (!few_.stretched) {
+            return arrange(from + begin * size, 1, end - begin, out + (row * depth + begin) * few_.bytes);
+        }
+        for (int64_t i = begin; i < end; i += stretch()) {
+            char* const to = out + (i / stretch() * rows + row) * kArrangedBytes;
+            arrange(from + i * size, 1, std::min(stretch(), end - i), to);
+        }
+    }
+
+    int64_t stretch() const { return kStretchBytes / few_.bytes; }
+
+  private:
+    const FewKernels& few_;
+    bool codes_;
+};
+
+}  // namespace
+
+class DecodeStep : public Phases {
+  public:
+    DecodeStep(Decoder& decoder, const std::vector<DecodeRow>& rows, const std::vector<Angles>& angles, float* logits,
+               int threads)
+        : d_(decoder),
+          s_(decoder.shape_),
+          rows_(rows),
+          angles_(angles),
+          logits_(logits),
+          threads_(threads),
+          count_(static_cast<int64_t>(rows.size())),
+          few_(*d_.tier_.matmul(s_.type)->few),
+          kernels_(d_.tier_.rows->decode[static_cast<int>(s_.type)]),
+          cache_(d_.tier_.rows->cache[s_.cache]),
+          size_(size_of(s_.type)) {
+        groups_ = groups_of(0, count_, few_.rows);
+        for (int64_t first = 0, end; first < count_; first = end) {
+            const int adapter = row(first).adapter;
+            for (end = first + 1; end < count_ && row(end).adapter == adapter;) ++end;
+            if (adapter < 0) continue;
+            for (const Group& group : groups_of(first, end, few_.rows)) adapted_.push_back({adapter, group});
+        }
+        for (const DecodeRow& one : rows_) chunks_ = std::max(chunks_, parts(one.position + 1, kChunkOfPages));
+        lay_out();
+        count_items();
+    }
+
+  protected:
+    const std::vector<int64_t>& items() const override { return items_; }
+
+    void work(int64_t phase, int64_t item) override {
+        const int64_t layers = static_cast<int64_t>(d_.layers.size());
+        if (phase == 0) return embed(item);
+        --phase;
+        const int64_t l = phase / kPhases;
+        if (l == layers) return phase % kPhases ? logits(item) : last(item);
+        const DecodeLayer& layer = d_.layers[static_cast<size_t>(l)];
+        switch (phase % kPhases) {
+            case 0: return products(layer.qkv, l, of_qkv, item);
+            case 1: return heads(layer, l, item);
+            case 2: return attend(layer, l, item);
+            case 3: return gather(layer, item);
+            case 4: return products(layer.o, l, of_o, item);
+            case 5: return after_attention(layer, l, item);
+            case 6: return products(layer.gate_up, l, of_gate_up, item);
+            case 7: return activate(layer, l, item);
+            case 8: return products(layer.down, l, of_down, item);
+            default: return after_mlp(layer, l, item);
+        }
+    }
+
+  private:
+    static constexpr int64_t kPhases = 10;  // of a layer
+
+    const DecodeRow& row(int64_t i) const { return rows_[static_cast<size_t>(i)]; }
+
+    // Memory of the step.
+    void lay_out() {
+        int64_t deepest = 0, widest = 0, most_rank = 1;
+        for (const DecodeLayer& layer : d_.layers) {
+            for (const Products* p : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+                deepest = std::max(deepest, p->depth);
+                widest = std::max(widest, p->width);
+            }
+        }
+        deepest = std::max(deepest, d_.head.depth);
+        for (const DecodeAdapter& adapter : d_.adapters) {
+            for (const LowRanks& place : adapter.places) most_rank = std::max(most_rank, place.rank);
+        }
+        deepest_ = deepest;
+        widest_ = widest;
+        most_rank_ = most_rank;
+        const Arrangement any(few_, false);
+        const int64_t arranged = any.bytes(1, deepest) + 64;
+        const int64_t partial = chunks_ * s_.heads * (s_.size + 2);
+        const int64_t bytes[] = {
+            count_ * s_.width * 4,            // h
+            count_ * widest * 4,              // sums
+            count_ * widest * 4,              // finished
+            count_ * deepest * size_,         // x
+            count_ * arranged,                // x for 4-bit factors
+            count_ * arranged,                // x for other factors
+            count_ * arranged,                // x for adapters
+            count_ * most_rank * 4,           // u
+            count_ * s_.heads * s_.size * 4,  // q
+            count_ * partial * 4,             // attention
+        };
+        int64_t total = 64;
+        for (const int64_t b : bytes) total += parts(b, 64) * 64;
+        if (static_cast<int64_t>(d_.memory_.size()) < total) d_.memory_.assign(static_cast<size_t>(total), 0);
+        char* at = d_.memory_.data() + (-reinterpret_cast<uintptr_t>(d_.memory_.data()) & 63);
+        char* places[10];
+        for (int i = 0; i < 10; ++i) {
+            places[i] = at;
+            at += parts(bytes[i], 64) * 64;
+        }
+        h_ = reinterpret_cast<float*>(places[0]);
+        sums_ = reinterpret_cast<float*>(places[1]);
+        finished_ = reinterpret_cast<float*>(places[2]);
+        x_ = places[3];
+        codes_ = places[4];
+        bytes_ = places[5];
+        adapters_ = places[6];
+        u_ = reinterpret_cast<float*>(places[7]);
+        q_ = reinterpret_cast<float*>(places[8]);
+        partial_ = reinterpret_cast<float*>(places[9]);
+    }
+
+    void count_items() {
+        items_.push_back(count_);
+        for (const DecodeLayer& layer : d_.layers) {
+            const size_t l = static_cast<size_t>(&layer - d_.layers.data());
+            const bool whole = whole_norms(layer);
+            items_.push_back(product_items(layer.qkv, l, of_qkv));
+            items_.push_back(whole ? count_ : count_ * (s_.heads + 2 * s_.kv_heads));
+            items_.push_back(count_ * s_.kv_heads * chunks_);
+            items_.push_back(count_);
+            items_.push_back(product_items(layer.o, l, of_o));
+            items_.push_back(count_);
+            items_.push_back(product_items(layer.gate_up, l, of_gate_up));
+            items_.push_back(count_ * inner_parts());
+            items_.push_back(product_items(layer.down, l, of_down));
+            items_.push_back(count_);
+        }
+        items_.push_back(count_);
+        items_.push_back(product_items(d_.head, 0, kPlaces));
+    }
+
+    // --- products -------------------------------------------------------------------------------------------------
+
+    // Strips that an item of these products does.
+    int64_t strips_of_item(const Products& p) const {
+        int64_t strips = 0, bytes = 0;
+        for (const Factor& factor : p.factors) {
+            strips += parts(factor.width(), kStrip);
+            const int64_t values = factor.width() * factor.depth();
+            bytes += factor.kind == Factor::four_bits ? values / 2
+                     : factor.kind == Factor::bytes   ? values
+                                                      : values * size_;
+        }
+        const int64_t enough = parts(kItemBytes * strips, std::max(bytes, int64_t{1}));
+        return std::max(int64_t{1}, std::min(enough, strips / (4 * threads_)));
+    }
+
+    int64_t product_items(const Products& p, size_t layer, int place) const {
+        int64_t strips = 0;
+        for (const Factor& factor : p.factors) strips += parts(factor.width(), kStrip);
+        int64_t items = parts(strips, strips_of_item(p));
+        if (place == kPlaces) return items;
+        for (const auto& [adapter, group] : adapted_) items += parts(low_ranks(adapter, layer, place).rank, kStrip);
+        return items;
+    }
+
+    const LowRanks& low_ranks(int adapter, size_t layer, int place) const {
+        return d_.adapters[static_cast<size_t>(adapter)].places[layer * kPlaces + static_cast<size_t>(place)];
+    }
+
+    void products(const Products& p, int64_t layer, Place place, int64_t item) {
+        int64_t strips = 0;
+        for (const Factor& factor : p.factors) strips += parts(factor.width(), kStrip);
+        const int64_t each = strips_of_item(p), items = parts(strips, each);
+        if (item < items) return strips_of(p, item * each, std::min(strips, (item + 1) * each), sums_, widest_);
+        item -= items;
+        for (const auto& [adapter, group] : adapted_) {
+            const LowRanks& low = low_ranks(adapter, static_cast<size_t>(layer), place);
+            const int64_t n = parts(low.rank, kStrip);
+            if (item < n) return low_rank(p, low, group, item * kStrip);
+            item -= n;
+        }
+    }
+
+    // The strips [first, last) of all factors, for all rows.
+    void strips_of(const Products& p, int64_t first, int64_t last, float* out, int64_t stride) const {
+        int64_t begin = 0, column = 0;  // of this factor
+        for (const Factor& factor : p.factors) {
+            const int64_t strips = parts(factor.width(), kStrip);
+            for (int64_t s = std::max(first - begin, int64_t{0}); s < std::min(last - begin, strips); ++s) {
+                strip(factor, s * kStrip, column, p.depth, out, stride);
+            }
+            begin += strips;
+            column += factor.width();
+        }
+    }
+
+    void strip(const Factor& factor, int64_t from, int64_t column, int64_t depth, float* out, int64_t stride) const {
+        alignas(64) float sums[16 * kStrip + 16];
+        const int64_t columns = std::min(kStrip, factor.width() - from);
+        for (const Group& group : groups_) {
+            const char* const x = (factor.kind == Factor::four_bits ? codes_ : bytes_) + place_of(group.first, depth);
+            switch (factor.kind) {
+                case Factor::four_bits: few_.dot(factor.weight_4bit, from, columns, x, group.count, sums); break;
+                case Factor::bytes: few_.dot_bytes(factor.weight_8bit, from, columns, x, group.count, sums); break;
+                default: few_.dot_dense(factor.weight_dense, from, columns, x, group.count, sums); break;
+            }
+            for (int64_t r = 0; r < group.count; ++r) {
+                float* const to = out + (group.first + r) * stride + column + from;
+                std::memcpy(to, sums + r * kStrip, static_cast<size_t>(columns) * sizeof(float));
+            }
+        }
+    }
+
+    void low_rank(const Products& p, const LowRanks& low, const Group& group, int64_t from) const {
+        alignas(64) float sums[16 * kStrip + 16];
+        const int64_t columns = std::min(kStrip, low.rank - from);
+        const Dense a{low.a, s_.type, low.rank, p.depth, p.depth};
+        few_.dot_dense(a, from, columns, adapters_ + place_of(group.first, p.depth), group.count, sums);
+        for (int64_t r = 0; r < group.count; ++r) {
+            float* const to = u_ + (group.first + r) * most_rank_ + from;
+            std::memcpy(to, sums + r * kStrip, static_cast<size_t>(columns) * sizeof(float));
+        }
+    }
+
+    // Where the arranged rows from `first` on begin, of whatever depth.
+    int64_t place_of(int64_t first, int64_t depth) const { return Arrangement(few_, false).bytes(first, depth); }
+
+    // Bring the values [begin, end) of row i of x into the orders that the products of `p` read.
+    void arrange(const Products& p, int64_t i, int64_t begin, int64_t end) const {
+        bool codes = false, bytes = false;
+        for (const Factor& factor : p.factors) (factor.kind == Factor::four_bits ? codes : bytes) = true;
+        const char* const x = x_ + i * deepest_ * size_;
+        const auto put = [&](bool as_codes, const Group& group, char* out) {
+            const Arrangement order(few_, as_codes);
+            order.put(x, size_, begin, end, p.depth, i - group.first, group.count,
+                      out + place_of(group.first, p.depth));
+        };
+        const Group& group = groups_[static_cast<size_t>(i / few_.rows)];
+        if (codes) put(true, group, codes_);
+        if (bytes) put(false, group, bytes_);
+        if (row(i).adapter < 0 || &p == &d_.head) return;
+        for (const auto& [adapter, mine] : adapted_) {
+            if (i >= mine.first && i < mine.first + mine.count) put(false, mine, adapters_);
+        }
+    }
+
+    // The columns [first, last) of row i, with what its adapter adds and the bias; to `finished_`.
+    float* finish(const Products& p, int64_t layer, Place place, int64_t i, int64_t first, int64_t last) const {
+        const float* const sums = sums_ + i * widest_;
+        float* const out = finished_ + i * widest_;
+        if (row(i).adapter < 0) {
+            finish_part(p, nullptr, nullptr, 0, p.width, sums, out, first, last);
+            return out;
+        }
+        const LowRanks& low = low_ranks(row(i).adapter, static_cast<size_t>(layer), place);
+        const float* u = u_ + i * most_rank_;
+        int64_t done = first;
+        for (const LowRankPart& part : low.parts) {
+            const int64_t begin = std::max(part.first, first), end = std::min(part.first + part.width, last);
+            if (begin < end) {
+                if (done < begin) finish_part(p, nullptr, nullptr, 0, p.width, sums, out, done, begin);
+                finish_part(p, &part, u, part.first, part.width, sums, out, begin, end);
+                done = end;
+            }
+            u += part.rank;
+        }
+        if (done < last) finish_part(p, nullptr, nullptr, 0, p.width, sums, out, done, last);
+        return out;
+    }
+
+    // [first, last) of the columns that begin at `from`.
+    void finish_part(const Products& p, const LowRankPart* part, const float* u, int64_t from, int64_t width,
+                     const float* sums, float* out, int64_t first, int64_t last) const {
+        FinishProduct f{};
+        f.sums = sums + from;
+        f.out = out + from;
+        f.bias = p.bias ? p.bias + from : nullptr;
+        f.width = width;
+        if (part) {
+            f.u = u;
+            f.b = part->b;
+            f.rank = part->rank;
+            f.rescale = part->rescale;
+            f.extra_bias = part->bias;
+        }
+        kernels_.finish(f, first - from, last - from);
+    }
+
+    // --- between products -----------------------------------------------------------------------------------------
+
+    void embed(int64_t i) const {
+        float* const h = h_ + i * s_.width;
+        const char* const table = static_cast<const char*>(d_.embedding.values);
+        const int64_t size = size_of(d_.embedding.type);
+        const auto widen = d_.tier_.rows->decode[static_cast<int>(d_.embedding.type)].widen;
+        widen(table + row(i).token * d_.embedding.stride * size, s_.width, s_.embedding_factor, h);
+        enter(d_.layers.front(), i);
+    }
+
+    // x = N(h), or h where the norm comes after.
+    void normalize(const DecodeNorm& norm, int64_t i) const {
+        const float* const h = h_ + i * s_.width;
+        char* const x = x_ + i * deepest_ * size_;
+        norm.there ? kernels_.norm(norm, h, s_.width, x) : kernels_.round(h, s_.width, x);
+    }
+
+    void enter(const DecodeLayer& layer, int64_t i) const {
+        normalize(layer.before_attention, i);
+        arrange(layer.qkv, i, 0, layer.qkv.depth);
+    }
+
+    static bool whole_norms(const DecodeLayer& layer) { return layer.whole_norms; }
+
+    void heads(const DecodeLayer& layer, int64_t l, int64_t item) const {
+        const int64_t all = s_.heads + 2 * s_.kv_heads;
+        if (!whole_norms(layer)) {
+            const int64_t i = item / all, head = item % all;
+            finish(layer.qkv, l, of_qkv, i, head * s_.size, (head + 1) * s_.size);
+            return put_head(layer, l, i, head, true);
+        }
+        float* const y = finish(layer.qkv, l, of_qkv, item, 0, layer.qkv.width);
+        if (layer.q_norm.there) kernels_.norm_in_place(layer.q_norm, y, s_.heads * s_.size);
+        if (layer.k_norm.there) kernels_.norm_in_place(layer.k_norm, y + s_.heads * s_.size, s_.kv_heads * s_.size);
+        for (int64_t head = 0; head < all; ++head) put_head(layer, l, item, head, false);
+    }
+
+    void put_head(const DecodeLayer& layer, int64_t l, int64_t i, int64_t head, bool normalizes) const {
+        float* const y = finished_ + i * widest_ + head * s_.size;
+        const bool query = head < s_.heads, key = !query && head < s_.heads + s_.kv_heads;
+        const DecodeNorm& norm = query ? layer.q_norm : layer.k_norm;
+        if (normalizes && (query || key) && norm.there) kernels_.norm_in_place(norm, y, s_.size);
+        const int64_t position = row(i).position;
+        if (query || key) {
+            static constexpr float none = 0.0f;
+            const bool turns = layer.angles >= 0;
+            const Angles angles = turns ? angles_[static_cast<size_t>(layer.angles)] : Angles{&none, &none, 0};
+            const float *const cos = angles.cos + position * angles.size, *const sin =
+                                                                              angles.sin + position * angles.size;
+            kernels_.turn(y, cos, sin, angles.size / 2, s_.size, query ? s_.scale : 1.0f);
+        }
+        if (query) {
+            float* const q = q_ + (i * s_.heads + head) * s_.size;
+            std::memcpy(q, y, static_cast<size_t>(s_.size) * sizeof(float));
+            return;
+        }
+        const int64_t kv = head - s_.heads - (key ? 0 : s_.kv_heads), place = position % kPage;
+        char* const page = static_cast<char*>(const_cast<void*>(row(i).pages[position / kPage]));
+        const int64_t base = (l * s_.kv_heads + kv) * head_bytes(), values = s_.size * kPage * cache_.bytes;
+        float* const scales = reinterpret_cast<float*>(page + base + 2 * values);
+        if (key) {
+            cache_.store(y, s_.size, kPage, page + base + place * cache_.bytes, scales + place);
+        } else {
+            cache_.store(y, s_.size, 1, page + base + values + place * s_.size * cache_.bytes, scales + kPage + place);
+        }
+    }
+
+    int64_t head_bytes() const { return 2 * s_.size * kPage * cache_.bytes + (cache_.bytes == 1 ? 2 * kPage * 4 : 0); }
+
+    // Of a row the positions that layer attends to.
+    int64_t begin_of(const DecodeLayer& layer, int64_t i) const {
+        return layer.window ? std::max(int64_t{0}, row(i).position + 1 - layer.window) : 0;
+    }
+
+    // Of one row, head and chunk: maxima and totals of the query heads, then their sums.
+    float* partial(int64_t i, int64_t kv, int64_t chunk) const {
+        return partial_ + ((i * s_.kv_heads + kv) * chunks_ + chunk) * (s_.heads / s_.kv_heads) * (s_.size + 2);
+    }
+
+    void attend(const DecodeLayer& layer, int64_t l, int64_t item) const {
+        const int64_t chunk = item % chunks_, kv = item / chunks_ % s_.kv_heads, i = item / chunks_ / s_.kv_heads;
+        const int64_t begin = std::max(begin_of(layer, i), chunk * kChunkOfPages);
+        const int64_t end = std::min(row(i).position + 1, (chunk + 1) * kChunkOfPages);
+        if (begin >= end) return;
+        const int64_t heads = s_.heads / s_.kv_heads, base = (l * s_.kv_heads + kv) * head_bytes();
+        const int64_t values = s_.size * kPage * cache_.bytes;
+        float* const to = partial(i, kv, chunk);
+        AttendPages a{};
+        a.q = q_ + (i * s_.heads + kv * heads) * s_.size;
+        a.heads = heads;
+        a.size = s_.size;
+        a.pages = row(i).pages;
+        a.keys = base;
+        a.values = base + values;
+        a.key_scales = base + 2 * values;
+        a.value_scales = a.key_scales + kPage * 4;
+        a.begin = begin;
+        a.end = end;
+        a.scaled = cache_.bytes == 1;
+        a.cap = s_.cap;
+        a.maximum = to;
+        a.total = to + heads;
+        a.out = to + 2 * heads;
+        cache_.attend(a);
+    }
+
+    // The chunks of each head, summed in their order.
+    void gather(const DecodeLayer& layer, int64_t i) const {
+        const int64_t heads = s_.heads / s_.kv_heads, first = begin_of(layer, i) / kChunkOfPages;
+        const int64_t last = row(i).position / kChunkOfPages;
+        float* const out = finished_ + i * widest_;
+        for (int64_t kv = 0; kv < s_.kv_heads; ++kv) {
+            for (int64_t g = 0; g < heads; ++g) {
+                float maximum = -INFINITY, total = 0.0f;
+                for (int64_t c = first; c <= last; ++c) maximum = std::max(maximum, partial(i, kv, c)[g]);
+                for (int64_t c = first; c <= last; ++c) {
+                    const float* const from = partial(i, kv, c);
+                    total += from[heads + g] * std::exp(from[g] - maximum);
+                }
+                float* const y = out + (kv * heads + g) * s_.size;
+                for (int64_t c = first; c <= last; ++c) {
+                    const float* const from = partial(i, kv, c);
+                    const float factor = std::exp(from[g] - maximum) / total;
+                    const float* const sums = from + 2 * heads + g * s_.size;
+                    for (int64_t d = 0; d < s_.size; ++d) y[d] = (c > first ? y[d] : 0.0f) + factor * sums[d];
+                }
+            }
+        }
+        kernels_.round(out, layer.o.depth, x_ + i * deepest_ * size_);
+        arrange(layer.o, i, 0, layer.o.depth);
+    }
+
+    // h += N(y)
+    void add(const Products& p, const DecodeNorm& norm, int64_t l, Place place, int64_t i) const {
+        float* const y = finish(p, l, place, i, 0, p.width);
+        if (norm.there) kernels_.norm_in_place(norm, y, s_.width);
+        kernels_.add(h_ + i * s_.width, y, s_.width);
+    }
+
+    void after_attention(const DecodeLayer& layer, int64_t l, int64_t i) const {
+        add(layer.o, layer.after_attention, l, of_o, i);
+        normalize(layer.before_mlp, i);
+        arrange(layer.gate_up, i, 0, layer.gate_up.depth);
+    }
+
+    void after_mlp(const DecodeLayer& layer, int64_t l, int64_t i) const {
+        add(layer.down, layer.after_mlp, l, of_down, i);
+        if (&layer != &d_.layers.back()) enter(*(&layer + 1), i);
+    }
+
+    int64_t inner_parts() const { return parts(s_.inner, Arrangement(few_, false).stretch()); }
+
+    // A stretch of the inner values of a row.
+    void activate(const DecodeLayer& layer, int64_t l, int64_t item) const {
+        const int64_t i = item / inner_parts(), stretch = Arrangement(few_, false).stretch();
+        const int64_t begin = item % inner_parts() * stretch, end = std::min(begin + stretch, s_.inner);
+        finish(layer.gate_up, l, of_gate_up, i, begin, end);
+        const float* const y = finish(layer.gate_up, l, of_gate_up, i, s_.inner + begin, s_.inner + end);
+        char* const x = x_ + (i * deepest_ + begin) * size_;
+        kernels_.gated[s_.activation](y + begin, y + s_.inner + begin, end - begin, x);
+        arrange(layer.down, i, begin, end);
+    }
+
+    void last(int64_t i) const {
+        normalize(d_.last_norm, i);
+        arrange(d_.head, i, 0, d_.head.depth);
+    }
+
+    void logits(int64_t item) const {
+        int64_t strips = 0;
+        for (const Factor& factor : d_.head.factors) strips += parts(factor.width(), kStrip);
+        const int64_t each = strips_of_item(d_.head), first = item * each;
+        const int64_t end = std::min(strips, first + each);
+        strips_of(d_.head, first, end, logits_, s_.vocabulary);
+        const int64_t begin = first * kStrip, columns = std::min(end * kStrip, s_.vocabulary) - begin;
+        for (int64_t i = 0; i < count_; ++i) {
+            float* const z = logits_ + i * s_.vocabulary + begin;
+            if (d_.head.bias) kernels_.add(z, d_.head.bias + begin, columns);
+            if (s_.logit_factor == 1.0f && s_.logit_cap == 0.0f) continue;
+            for (int64_t c = 0; c < columns; ++c) z[c] *= s_.logit_factor;
+            if (s_.logit_cap == 0.0f) continue;
+            for (int64_t c = 0; c < columns; ++c) z[c] /= s_.logit_cap;
+            d_.tier_.rows->tanh(z, columns, z);
+            for (int64_t c = 0; c < columns; ++c) z[c] *= s_.logit_cap;
+        }
+    }
+
+    Decoder& d_;
+    const DecoderShape& s_;
+    const std::vector<DecodeRow>& rows_;
+    const std::vector<Angles>& angles_;
+    float* const logits_;
+    const int64_t threads_, count_;
+    const FewKernels& few_;
+    const DecodeKernels& kernels_;
+    const CacheKernels& cache_;
+    const int64_t size_;
+    std::vector<Group> groups_;
+    std::vector<std::pair<int, Group>> adapted_;
+    std::vector<int64_t> items_;
+    int64_t chunks_ = 1, deepest_ = 0, widest_ = 0, most_rank_ = 1;
+    float *h_, *sums_, *finished_, *u_, *q_, *partial_;
+    char *x_, *codes_, *bytes_, *adapters_;
+};
+
+Decoder::Decoder(const Tier& tier, const DecoderShape& shape) : tier_(tier), shape_(shape) {}
+
+int64_t Decoder::page_bytes() const {
+    const int64_t bytes = tier_.rows->cache[shape_.cache].bytes, head = 2 * shape_.size * kPage * bytes;
+    return static_cast<int64_t>(layers.size()) * shape_.kv_heads * (head + (bytes == 1 ? 2 * kPage * 4 : 0));
+}
+
+void Decoder::step(const std::vector<DecodeRow>& rows, const std::vector<Angles>& angles, float* logits, int threads) {
+    DecodeStep(*this, rows, angles, logits, threads).run(threads);
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,125 @@
+// Decoding: the next token of up to 64 conversations by one call, which goes through all layers of a decoder in one
+// parallel region (parallel.h, run_phases).
+//
+// A layer is that of the families in src/halfbyte/hf/layers/families.py. With h the residual stream, x what a product
+// reads, and N a norm where the family has it:
+//
+//     x = N(h);  q, k, v = x Wᵀ;  q, k = rotary(N(q)), rotary(N(k));  k, v to the cache;  a = attention(q)
+//     h = h + N(a Woᵀ);  x = N(h);  g, u = x Wᵀ;  h = h + N((f(g) u) Wdᵀ)
+//
+// and at the end logits = N(h) Whᵀ. Each product may have a low-rank part of its row's own adapter (LoRA, DoRA).
+// Products read the storage type of the model and sum in fp32 (matmul.h, few rows); h and all that lies between
+// products is fp32, so that less is rounded than in the training forward. Each row's result is bitwise the same
+// whatever the other rows are, and for any number of threads.
+//
+// The cache is pages of kPage positions that a row has a table of; a page holds all layers and heads, keys with the
+// positions of a value next to each other (a score is then a sum of vectors), values with the values of a position.
+// In int8 each position of a head has a scale beside them.
+
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "decode_rows.h"
+#include "matmul.h"
+
+namespace halfbyte {
+
+// A factor of a product.
+struct Factor {
+    enum Kind { four_bits, bytes, dense } kind;
+    Weight4bit weight_4bit;
+    Weight8bit weight_8bit;
+    Dense weight_dense;
+
+    int64_t width() const {
+        return kind == four_bits ? weight_4bit.rows : kind == bytes ? weight_8bit.rows : weight_dense.rows;
+    }
+    int64_t depth() const {
+        return kind == four_bits ? weight_4bit.columns : kind == bytes ? weight_8bit.columns : weight_dense.columns;
+    }
+};
+
+// Products of one input, whose results follow each other.
+struct Products {
+    std::vector<Factor> factors;
+    const float* bias = nullptr;  // of all of them, or null
+    int64_t depth = 0, width = 0;
+};
+
+// An adapter's part of Products.
+struct LowRankPart {
+    int64_t first, width, rank;   // columns of the results; rows of `a` that are its own follow those before
+    const void* b;                // rank x width
+    const float *rescale, *bias;  // width values, or null
+};
+struct LowRanks {
+    const void* a = nullptr;  // sum of ranks x depth, of the storage type
+    int64_t rank = 0;
+    std::vector<LowRankPart> parts;
+};
+
+struct DecodeLayer {
+    DecodeNorm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
+    Products qkv, o, gate_up, down;
+    bool whole_norms = false;  // of queries and keys: over all heads together
+    int64_t window = 0;        // 0: none
+    int64_t angles = -1;       // which table; -1: no rotary embedding
+};
+
+enum Place : int { of_qkv, of_o, of_gate_up, of_down, kPlaces };
+
+struct DecodeAdapter {
+    std::vector<LowRanks> places;  // kPlaces a layer
+};
+
+// Cosines and sines: `size` fp32 values a position.
+struct Angles {
+    const float *cos, *sin;
+    int64_t size;
+};
+
+struct DecoderShape {
+    Type type;
+    int cache;  // index into CacheKernels
+    int64_t width, heads, kv_heads, size, inner, vocabulary;
+    int activation;
+    float scale, cap;  // of scores
+    float embedding_factor, logit_factor, logit_cap;
+};
+
+// A row of a step.
+struct DecodeRow {
+    int64_t token, position;
+    const void* const* pages;  // of positions 0 to `position`; addresses
+    int adapter;               // -1: none
+};
+
+class Decoder {
+  public:
+    Decoder(const Tier& tier, const DecoderShape& shape);
+
+    std::vector<DecodeLayer> layers;
+    std::deque<DecodeAdapter> adapters;
+    Dense embedding;
+    DecodeNorm last_norm;
+    Products head;
+
+    int64_t page_bytes() const;
+    Type type() const { return shape_.type; }
+
+    // logits: rows x vocabulary, fp32. `angles`: of each table; positions lie within them. Rows of one adapter follow
+    // each other.
+    void step(const std::vector<DecodeRow>& rows, const std::vector<Angles>& angles, float* logits, int threads);
+
+  private:
+    friend class DecodeStep;
+    const Tier& tier_;
+    const DecoderShape shape_;
+    std::vector<char> memory_;
+};
+
+}  // namespace halfbyte

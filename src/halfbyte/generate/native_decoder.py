@@ -1,0 +1,295 @@
+"""A decoder (:mod:`halfbyte.generate.decoder`) whose prompts go through the training forward and whose tokens are one
+native call each (:mod:`halfbyte.nn.decode`).
+
+Row by row the numbers of a sequence are bitwise those of the same sequence alone: a step's rows do not depend on each
+other, and neither does what the training forward gives for a token on what else is read with it, but that few rows are
+summed in another order than more (csrc/matmul.h). So a piece of few tokens that goes on with a text is read again from
+somewhat before it.
+
+Whole pages of prompts that were read stay for others that begin alike, with the same adapter, the oldest going first
+when memory is wanted; with ``keep_decoded`` pages of decoded tokens stay too, as a chat wants it: they are as good as
+read ones, but not bitwise the same.
+"""
+
+import contextlib
+import hashlib
+from collections import OrderedDict, abc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfbyte.errors import InputError
+from halfbyte.generate.decoder import PAGE, Sequence
+from halfbyte.hf.layers.decoding import NotNative, adapter_parts, agrees, read
+from halfbyte.hf.layers.head import base_of
+from halfbyte.hf.layers.paged import ReadingCache
+from halfbyte.hf.models.limits import most_positions
+from halfbyte.kernels import Decoder as Kernels
+from halfbyte.kernels.decode import MOST_ROWS
+from halfbyte.nn.decode import Page, PagedDecoder, Text
+
+FEW = 16
+"""Rows up to which a product sums in another order (csrc/matmul.h; on Arm 8)."""
+TRIAL = 12
+"""Tokens by which the native way is tried before it is used."""
+
+
+class NativeSequence:
+    """A sequence of a :class:`NativeDecoder`.
+
+    Attributes:
+        adapter: its name, or None.
+        ids: the tokens whose keys and values are held.
+        read: how many of them were read as a prompt.
+        prompt: how many tokens the prompt has.
+    """
+
+    def __init__(self, adapter: str | None, prompt: int) -> None:
+        self.adapter = adapter
+        self.text = Text()
+        self.ids: list[int] = []
+        self.read = 0
+        self.prompt = prompt
+        self.reading: ReadingCache | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are held."""
+        return self.text.length
+
+
+class NativeDecoder:
+    """See :class:`halfbyte.generate.decoder.Decoder`.
+
+    Args:
+        model: a model of a known family on the CPU, with adapters or without, prepared or fused, in evaluation mode.
+        cache: what keys and values are kept in: ``bf16`` (the model's own dtype where that is another), or ``int8``.
+        head: the output head as trained (``None``), or quantized: ``int8`` or ``nf4``.
+        keep_decoded: whether pages of decoded tokens may be shared.
+
+    Attributes:
+        budget: bytes that the cache may take, or None.
+
+    Raises:
+        NotNative: the model or one of its adapters is not known, or the native way gives other numbers.
+    """
+
+    reason: str | None = None
+    """Why the model decodes through transformers; here it does not."""
+    rows = MOST_ROWS
+    reads_apart = False
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, *, cache: str | None = None, head: str | None = None,
+        keep_decoded: bool = False,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.reading = read(model, head=head)
+        parts = self.reading.parts
+        own = str(parts.dtype).removeprefix("torch.")
+        try:
+            self.paged = PagedDecoder(Kernels(parts, cache if cache == "int8" else own), self.reading.angles)
+        except InputError as error:
+            raise NotNative(str(error)) from None
+        self._exact = head is None
+        self.keep_decoded = keep_decoded
+        self.budget: int | None = None
+        self.positions = most_positions(model)
+        self.vocab_size = parts.head.width
+        self._numbers: dict[str | None, int] = {None: -1}
+        self._stored: OrderedDict[bytes, Page] = OrderedDict()
+        names = list(model.peft_config) if isinstance(model, PeftModel) else []
+        for name in names:
+            self.add_adapter(name)
+        self._try()
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that the model has active, or None."""
+        return str(self.model.active_adapter) if isinstance(self.model, PeftModel) else None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters."""
+        return tuple(name for name in self._numbers if name is not None)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that keys and values take now."""
+        return self.paged.pages_held * self.paged.decoder.page_bytes
+
+    def bytes_of(self, tokens: int) -> int:
+        """Return the bytes that a sequence of so many tokens takes, at most."""
+        return -(-tokens // PAGE) * self.paged.decoder.page_bytes
+
+    def add_adapter(self, name: str) -> None:
+        """Take an adapter that the model has by now, or take it again as it is now.
+
+        Raises:
+            NotNative: it is not known.
+        """
+        parts = adapter_parts(self.reading, self.model, name)
+        self.remove_adapter(name)
+        self._numbers[name] = self.paged.decoder.add_adapter(parts)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter, of which there is no sequence any more, and what was kept of it."""
+        if name in self._numbers:
+            self.paged.decoder.remove_adapter(self._numbers.pop(name))
+        for key in [key for key in self._stored if key.startswith(_adapter_key(name))]:
+            self.paged.release(self._stored.pop(key))
+
+    def begin(self, ids: abc.Sequence[int], adapter: str | None) -> NativeSequence:
+        """Return a sequence for a prompt, with what is kept of its beginning."""
+        if adapter not in self._numbers:
+            raise KeyError(adapter)
+        sequence = NativeSequence(adapter, len(ids))
+        shared = []
+        for key in _keys(adapter, ids[: (len(ids) - 1) // PAGE * PAGE]):
+            if key not in self._stored:
+                break
+            self._stored.move_to_end(key)
+            shared.append(self._stored[key])
+        self.paged.share(sequence.text, shared)
+        sequence.ids = list(ids[: sequence.length])
+        sequence.read = sequence.length
+        return sequence
+
+    @torch.no_grad()
+    def read(self, sequence: Sequence, ids: abc.Sequence[int]) -> Tensor:
+        """Append one piece of the prompt; return the logits after its last token."""
+        sequence = _own(sequence)
+        text = sequence.text
+        again = min(text.length, max(0, FEW + 1 - len(ids))) if len(ids) <= FEW else 0
+        start, end = text.length - again, text.length + len(ids)
+        self._make_room(end - len(text.pages) * PAGE)
+        if sequence.reading is None:
+            parts = self.reading.parts
+            shape = parts.kv_heads, max(end, sequence.prompt), parts.size
+            held = (lambda layer: self.paged.keys_and_values(text, layer)) if text.length else None
+            dtype: Any = base_of(self.model).dtype
+            sequence.reading = ReadingCache(len(parts.layers), shape, dtype, text.length, held)
+        cache = sequence.reading
+        cache.length = start
+        cache.sink = lambda layer, keys, values: self.paged.append(text, layer, keys[:, again:], values[:, again:])
+        given = [*sequence.ids[start:], *ids]
+        try:
+            with self._adapter(sequence.adapter):
+                logits: Tensor = self.model(
+                    input_ids=torch.tensor([given]),
+                    position_ids=torch.arange(start, end)[None],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[0, -1]
+        except BaseException:
+            sequence.reading = None
+            raise
+        text.length = cache.length = end
+        sequence.ids += ids
+        if sequence.read == start + again:
+            sequence.read = end
+        if end >= sequence.prompt:
+            sequence.reading = None
+        self._store(sequence, sequence.read)
+        return logits.float()
+
+    def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> Tensor:
+        """Append one token to each sequence; return the logits after it."""
+        rows = [_own(sequence) for sequence in sequences]
+        self._make_room(PAGE * sum(one.length % PAGE == 0 for one in rows))
+        numbers = [self._numbers[one.adapter] for one in rows]
+        logits = self.paged.step([one.text for one in rows], tokens, numbers)
+        for one, token in zip(rows, tokens, strict=True):
+            one.ids.append(token)
+            one.reading = None
+        return logits
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        """Forget all tokens behind the first ``length``."""
+        sequence = _own(sequence)
+        self.paged.cut(sequence.text, length)
+        del sequence.ids[length:]
+        sequence.read = min(sequence.read, length)
+        sequence.reading = None
+
+    def end(self, sequence: Sequence) -> None:
+        """Free what a sequence takes; whole pages may stay for others."""
+        sequence = _own(sequence)
+        if self.keep_decoded:
+            self._store(sequence, sequence.length)
+        self.cut(sequence, 0)
+        self._make_room(0)
+
+    def _store(self, sequence: NativeSequence, length: int) -> None:
+        """Keep the whole pages of the first ``length`` tokens for others."""
+        pages = sequence.text.pages[: length // PAGE]
+        for key, page in zip(_keys(sequence.adapter, sequence.ids[: len(pages) * PAGE]), pages, strict=True):
+            if key not in self._stored:
+                self._stored[key] = page
+                page.users += 1
+            self._stored.move_to_end(key)
+
+    def _make_room(self, tokens: int) -> None:
+        """Let go of kept pages, the oldest first, until so many further tokens fit into the budget."""
+        if self.budget is None:
+            return
+        wanted = self.bytes_of(max(tokens, 0))
+        for key in list(self._stored):
+            if self.bytes_held + wanted <= self.budget:
+                return
+            if self._stored[key].users == 1:
+                self.paged.release(self._stored.pop(key))
+
+    @contextlib.contextmanager
+    def _adapter(self, name: str | None) -> Iterator[None]:
+        """Let the model's forward compute with one adapter, or with none."""
+        model = self.model
+        if not isinstance(model, PeftModel):
+            yield
+        elif name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            if model.active_adapters != [name]:
+                model.base_model.set_adapter(name, inference_mode=True)
+                model.active_adapter = name
+            yield
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Compare the native way with the model's own, of the base and of each adapter.
+
+        Raises:
+            NotNative: they differ.
+        """
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.reading.parts.embedding.shape[0], (TRIAL,), generator=generator).tolist()
+        for name in self._numbers:
+            text = Text()
+            rows = [self.paged.step([text], [token], [self._numbers[name]]) for token in ids]
+            self.paged.cut(text, 0)
+            with self._adapter(name):
+                if not agrees(self.model, torch.cat(rows), ids, exact=self._exact):
+                    raise NotNative(f"it gives other logits natively{'' if name is None else f' with {name}'}")
+
+
+def _own(sequence: Sequence) -> NativeSequence:
+    assert isinstance(sequence, NativeSequence)
+    return sequence
+
+
+def _adapter_key(adapter: str | None) -> bytes:
+    return hashlib.sha256(b"base" if adapter is None else b"adapter " + adapter.encode()).digest()
+
+
+def _keys(adapter: str | None, ids: abc.Sequence[int]) -> Iterator[bytes]:
+    """Yield what each whole page of ``ids`` is kept by: the digest of all tokens up to its end."""
+    digest = hashlib.sha256()
+    for first in range(0, len(ids) - PAGE + 1, PAGE):
+        digest.update(b"".join(token.to_bytes(4, "little") for token in ids[first : first + PAGE]))
+        yield _adapter_key(adapter) + digest.digest()

@@ -1,0 +1,322 @@
+"""A model of transformers as the parts that decode by one native call a token (:mod:`halfbyte.kernels.decode`).
+
+What is read here are models whose decoder layers are fused (:mod:`halfbyte.hf.layers.fusion`: known families,
+prepared), with adapters of plain LoRA or DoRA. The rest of the family's model (embeddings, angles, last norm, head) is
+known by its attributes as they are in transformers 5.23. That all of it is what the model computes is not believed but
+tried: :func:`agrees` runs a few made-up tokens both ways. Anything else is refused by :class:`NotNative`, with the
+reason, and decodes through transformers.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halfbyte.hf.layers import dora, starts
+from halfbyte.hf.layers.adapters import LoraLinear4bit, is_frozen, untouched
+from halfbyte.hf.layers.fusion import ACTIVATIONS, Fused, FusedNorm, activation_of
+from halfbyte.hf.layers.head import base_of, head_of
+from halfbyte.kernels import DecodeLayer, DecodeNorm, DecoderParts, LowRankPart, Products, can_decode
+from halfbyte.kernels.decode import PLACES, Place
+from halfbyte.nn import DenseLinear, LowRank
+from halfbyte.quant import quantize_4bit, quantize_int8
+
+Angles = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Of the positions from the first to before the last: cosines and sines, fp32 ``[positions, turned]``."""
+CHANGING = ("dynamic", "longrope")
+"""Rotary embeddings whose angles depend on how long the text is."""
+
+
+class NotNative(Exception):
+    """A model, or an adapter, that the native decoder does not know; the message says why."""
+
+
+@dataclass
+class Reading:
+    """What a model is to the native decoder.
+
+    Attributes:
+        parts: of the base, without adapters.
+        angles: for each table of cosines and sines what computes it.
+        linears: of each layer and place its layers, in the order of their results.
+    """
+
+    parts: DecoderParts
+    angles: list[Angles]
+    linears: dict[tuple[int, Place], list[nn.Module]] = field(default_factory=dict)
+
+
+def read(model: PreTrainedModel | PeftModel, *, head: str | None = None) -> Reading:
+    """Return what ``model`` is to the native decoder.
+
+    Args:
+        model: on the CPU, prepared (:func:`halfbyte.hf.layers.prepare.prepare`) or fused.
+        head: what the output head is quantized to: ``int8``, ``nf4``, or None as it is.
+
+    Raises:
+        NotNative: it is not known.
+    """
+    if not can_decode():
+        raise NotNative("there are no native products here")
+    base: Any = base_of(model)
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise NotNative("the model is not on the CPU")
+    backbone = base.base_model
+    layers = list(getattr(backbone, "layers", ()))
+    if not layers or not all(isinstance(layer, Fused) and untouched(layer) for layer in layers):
+        raise NotNative(f"{type(base).__name__} has decoder layers that are not known, or changed")
+    linears: dict[tuple[int, Place], list[nn.Module]] = {}
+    for number, layer in enumerate(layers):
+        for place, modules in _linears(layer).items():
+            linears[number, place] = modules
+    dtype = _dtype(linears, base.dtype)
+    rotary = _Rotary(backbone, dtype)
+    decode_layers = [_layer(layer, number, linears, dtype, rotary) for number, layer in enumerate(layers)]
+    attention = layers[0].self_attn
+    embedding = backbone.get_input_embeddings()
+    extras = [layer.family.extras(layer.self_attn) for layer in layers]
+    caps = {extra.get("softcap") for extra in extras}
+    scales = {layer.self_attn.scaling for layer in layers}
+    sizes = {layer.self_attn.head_dim for layer in layers}
+    if len(caps) > 1 or len(scales) > 1 or len(sizes) > 1:
+        raise NotNative("its layers differ in scale, soft cap or size of heads")
+    logits = head_of(base)
+    if logits is None:
+        raise NotNative("its head is not known")
+    output = base.get_output_embeddings()
+    if not (is_frozen(output) or type(output) is nn.Linear) or not untouched(output):
+        raise NotNative("its head has an adapter, or is no plain linear layer")
+    config = base.config.get_text_config()
+    parts = DecoderParts(
+        dtype=dtype,
+        embedding=_embedding(embedding),
+        layers=decode_layers,
+        last_norm=_norm(backbone.norm),
+        head=Products([_head_weight(output, head, dtype)], _bias([output])),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        size=attention.head_dim,
+        activation=ACTIVATIONS[type(activation_of(layers[0].mlp))],
+        scale=float(scales.pop()),
+        cap=caps.pop(),
+        embedding_factor=float(embedding.embed_scale.to(embedding.weight.dtype))
+        if hasattr(embedding, "embed_scale")
+        else 1.0,
+        logit_factor=logits.scale,
+        logit_cap=logits.cap,
+    )
+    return Reading(parts, rotary.tables, linears)
+
+
+def adapter_parts(
+    reading: Reading, model: PreTrainedModel | PeftModel, name: str
+) -> dict[tuple[int, Place], list[LowRankPart]]:
+    """Return what the adapter ``name`` adds at each layer and place.
+
+    Raises:
+        NotNative: it is no plain LoRA or DoRA of layers that are known.
+    """
+    if not isinstance(model, PeftModel) or name not in model.peft_config:
+        raise NotNative(f"there is no adapter {name}")
+    found = {at: list(_low_ranks(modules, name, reading.parts.dtype)) for at, modules in reading.linears.items()}
+    known = {id(module) for modules in reading.linears.values() for module in modules}
+    for module in model.modules():
+        held = any(name in vars(module).get("_modules", {}).get(kind, {}) for kind in _HOLDERS)
+        if held and id(module) not in known:
+            raise NotNative(f"the adapter {name} is at {type(module).__name__}, which is not known")
+    if str(getattr(model.peft_config[name].peft_type, "value", "")) != "LORA":
+        raise NotNative(f"the adapter {name} is of the kind {model.peft_config[name].peft_type}")
+    return found
+
+
+_HOLDERS = ("lora_A", "lora_embedding_A", "modules_to_save", "trainable_tokens_delta")
+
+
+def agrees(model: PreTrainedModel | PeftModel, logits: Tensor, ids: Sequence[int], *, exact: bool = True) -> bool:
+    """Whether ``logits`` ``[tokens, vocabulary]``, found natively for ``ids``, are those of the model's own forward.
+
+    The bound is a multiple of what the dtype rounds, or, where the head is not ``exact``, of what 4 bits round: wrong
+    formulas are off by far more.
+    """
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+    spread = float(theirs.std())
+    off = float((theirs - logits).abs().mean())
+    bound = 1e-3 if exact and base_of(model).dtype == torch.float32 else 0.15 if exact else 0.3
+    return bool(torch.isfinite(logits).all()) and off <= bound * spread
+
+
+def _linears(layer: Any) -> dict[Place, list[Any]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    if not (isinstance(attention, Fused) and isinstance(mlp, Fused) and untouched(attention) and untouched(mlp)):
+        raise NotNative(f"{type(layer).__name__} has an attention or an MLP that is not known")
+    if type(activation_of(mlp)) not in ACTIVATIONS or not untouched(activation_of(mlp)):
+        raise NotNative("its activation is not known")
+    qkv = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
+    gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+    return {
+        "qkv": [getattr(attention, name) for name in qkv],
+        "o": [attention.o_proj],
+        "gate_up": [getattr(mlp, name) for name in gate_up],
+        "down": [mlp.down_proj],
+    }
+
+
+def _layer(
+    layer: Any, number: int, linears: dict[tuple[int, Place], list[nn.Module]], dtype: torch.dtype, rotary: "_Rotary"
+) -> DecodeLayer:
+    attention = layer.self_attn
+    products = {
+        place: Products([_weight(m, dtype) for m in linears[number, place]], _bias(linears[number, place]))
+        for place in PLACES
+    }
+    around = {
+        "before": ("input_layernorm", None, "post_attention_layernorm", None),
+        "around": (
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+        ),
+        "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    }[layer.family.norms]  # fmt: skip
+    norms = [None if name is None else _norm(getattr(layer, name)) for name in around]
+    q_norm, k_norm = (
+        _norm(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
+    )
+    whole = q_norm is not None and q_norm.weight is not None and len(q_norm.weight) != attention.head_dim
+    return DecodeLayer(
+        **products,
+        before_attention=norms[0],
+        after_attention=norms[1],
+        before_mlp=norms[2],
+        after_mlp=norms[3],
+        q_norm=q_norm,
+        k_norm=k_norm,
+        whole_norms=whole,
+        window=layer.family.extras(attention).get("sliding_window"),
+        angles=rotary.table_of(number, attention),
+    )
+
+
+class _Rotary:
+    """Tables of cosines and sines of a model: one, or one for each type of layer."""
+
+    def __init__(self, backbone: Any, dtype: torch.dtype) -> None:
+        self._module = backbone.rotary_emb
+        self._types: Any = getattr(backbone.config, "layer_types", None)
+        self._by_type = "layer_type" in inspect.signature(inspect.unwrap(type(self._module).forward)).parameters
+        self._like = torch.empty(0, dtype=dtype)
+        kinds = self._module.rope_type
+        if any(word in kind for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]) for word in CHANGING):
+            raise NotNative("its rotary embedding depends on how long the text is")
+        self.tables: list[Angles] = []
+        self._known: dict[str | None, int] = {}
+
+    def table_of(self, number: int, attention: Any) -> int | None:
+        """Return the index of the table for a layer."""
+        if not getattr(attention, "use_rope", True):
+            return None
+        kind = self._types[number] if self._by_type else None
+        if kind not in self._known:
+            self._known[kind] = len(self.tables)
+            self.tables.append(lambda first, last: self._angles(first, last, kind))
+        return self._known[kind]
+
+    def _angles(self, first: int, last: int, kind: str | None) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(first, last)[None]
+        more = {} if kind is None else {"layer_type": kind}
+        cos, sin = self._module(self._like, positions, **more)
+        return cos[0].float().contiguous(), sin[0].float().contiguous()
+
+
+def _dtype(linears: dict[tuple[int, Place], list[nn.Module]], otherwise: torch.dtype) -> torch.dtype:
+    """Return what all products read."""
+    found = set()
+    for modules in linears.values():
+        for module in modules:
+            base = _base(module)
+            found.add(base.compute_dtype or otherwise)
+    if len(found) != 1:
+        raise NotNative("its layers compute in several dtypes")
+    dtype: torch.dtype = found.pop()
+    return dtype
+
+
+def _base(module: nn.Module) -> Any:
+    """Return the frozen layer under an adapter, or the layer itself."""
+    base = module.base_layer if isinstance(module, LoraLinear4bit) else module
+    if not is_frozen(base) or not untouched(base) or not untouched(module):
+        raise NotNative(f"{type(module).__name__} is no frozen layer with plain adapters")
+    return base
+
+
+def _weight(module: nn.Module, dtype: torch.dtype) -> Any:
+    if type(module) is nn.Linear:
+        return module.weight.detach().to(dtype).contiguous()
+    base = _base(module)
+    weight = base.frozen_weight
+    return weight.detach().to(dtype).contiguous() if isinstance(base, DenseLinear) else weight
+
+
+def _head_weight(module: nn.Module, quantized: str | None, dtype: torch.dtype) -> Any:
+    weight = _weight(module, dtype)
+    if quantized is None or not isinstance(weight, Tensor):
+        return weight
+    return quantize_int8(weight) if quantized == "int8" else quantize_4bit(weight, quantized, double_quant=True)
+
+
+def _bias(modules: Sequence[nn.Module]) -> Tensor | None:
+    """Return the biases of some layers, fp32, one after the other."""
+    bases = [module if type(module) is nn.Linear else _base(module) for module in modules]
+    if all(base.bias is None for base in bases):
+        return None
+    return torch.cat(
+        [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().float() for base in bases]
+    )
+
+
+def _norm(module: Any) -> DecodeNorm:
+    if not untouched(module):
+        raise NotNative(f"{type(module).__name__} is changed")
+    if isinstance(module, FusedNorm):
+        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        weight = module.weight.detach().float() + module.family.offset
+        return DecodeNorm(weight.contiguous(), float(eps), module.family.rounded)
+    if type(module).__name__ == "OlmoLayerNorm" and type(module).__module__.startswith("transformers.models.olmo."):
+        return DecodeNorm(None, 1e-5, rounded=False, centered=True)
+    raise NotNative(f"{type(module).__name__} is not known")
+
+
+def _embedding(module: Any) -> Tensor:
+    plain = type(module) is nn.Embedding or type(module).__name__.endswith("ScaledWordEmbedding")
+    if not plain or not untouched(module) or type(module.weight) is not nn.Parameter:
+        raise NotNative("its embedding has an adapter, or is no plain one")
+    weight: Tensor = module.weight.detach()
+    return weight.contiguous()
+
+
+def _low_ranks(modules: Sequence[nn.Module], name: str, dtype: torch.dtype) -> Iterator[LowRankPart]:
+    """Yield what the adapter ``name`` adds to the results of some layers of one input."""
+    first = 0
+    for layer in modules:
+        base: Any = _base(layer)
+        width = base.out_features
+        if isinstance(layer, LoraLinear4bit) and name in layer.lora_A:
+            is_dora = dora.is_dora(layer, [name])
+            if name in layer.lora_variant and not is_dora:
+                raise NotNative(f"the adapter {name} is a variant of LoRA that is not known")
+            a, b = layer.lora_A[name], layer.lora_B[name]
+            scaling = layer.scaling[name]
+            terms = [LowRank(a.weight, b.weight, scaling), *starts.starts_of(layer, [name])]
+            with torch.no_grad():
+                yield LowRankPart(
+                    first,
+                    torch.cat([(term.a * term.scaling).to(dtype) for term in terms]).contiguous(),
+                    torch.cat([term.b.T.to(dtype) for term in terms]).contiguous(),
+                    dora.factors(layer, name, base).float().contiguous() if is_dora else None,
+                    None if b.bias is None else (b.bias.float() * scaling).contiguous(),
+                )
+        first += width
