@@ -7,7 +7,11 @@ import pytest
 from halfbyte.generate.thoughts import Thoughts, opened_by
 
 CASES = {
-    "a thought and an answer": (None, "<think>\nwell, 1 < 2\n</think>\n\nYes <think> no", ("well, 1 < 2\n", "Yes <think> no")),
+    "a thought and an answer": (
+        None,
+        "<think>\nwell, 1 < 2\n</think>\n\nYes <think> no",
+        ("well, 1 < 2\n", "Yes <think> no"),
+    ),
     "behind blanks": (None, " \n<thought>hm</thought>ok", ("hm", "ok")),
     "no thought": (None, "<thinly> no", ("", "<thinly> no")),
     "blanks of an answer stay": (None, "\n  x = 1", ("", "\n  x = 1")),

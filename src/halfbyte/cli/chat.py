@@ -98,9 +98,12 @@ def chat(
             thinking=None if thinking == "hide" else thinking,
             seed=seed,
         )
-        stack.enter_context(editing(COMMANDS, folder().parent / "chat_history"))
+        stack.enter_context(editing(COMMANDS, folder() / "chat_history"))
         notes.print("Ctrl-C stops an answer; /help tells the commands; /quit or Ctrl-D ends.", style="dim")
-        Chat(dialogue, screen_for(plain), shows_thoughts=thinking != "hide").talk()
+        talk = Chat(dialogue, screen_for(plain), shows_thoughts=thinking != "hide")
+        if adapter:
+            obey(talk, "/adapter")  # says who answers
+        talk.talk()
 
 
 @dataclass(frozen=True)
