@@ -1,4 +1,4 @@
-"""A file of prompts answered into another one: the answers of each prompt alone, in order, gone on with after any end."""
+"""A file of prompts answered into another one: each gets the answer that it gets alone, in order, after any end."""
 
 import io
 import json

@@ -1,5 +1,6 @@
 """Further adapters over one base, each by a name of the user's, to run side by side."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,6 @@ def _remark(model: PeftModel, folder: Path, name: str) -> str | None:
     """Return a sentence where the adapter names another base: shapes and names fit, but numbers may not."""
     theirs: Any = json_of(folder / ADAPTER).get("base_model_name_or_path")
     ours = str(model.get_base_model().name_or_path)
-    if not theirs or model_path(str(theirs)) == model_path(ours):
+    if not theirs or os.path.realpath(model_path(str(theirs))) == os.path.realpath(model_path(ours)):
         return None
     return f"The adapter {name} was trained on {theirs}, and this is {ours}; it fits, but may not do well."
