@@ -263,3 +263,19 @@ def test_a_terminal_gets_editing_markdown_and_history(tiny_model_folder, tmp_pat
         os.close(ours)
     history = tmp_path / "chat_history"
     assert "/help" in history.read_text() and history.stat().st_mode & 0o077 == 0
+
+
+def test_thoughts_go_to_standard_error_or_are_hidden(run, tiny_model_folder, tmp_path):
+    for file in tiny_model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(
+        template.read_text().replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
+    )
+    assert template.read_text().endswith("<think>{% endif %}")
+    [thought] = answers(tmp_path, 12, [user("hello")])
+    options = ["chat", tmp_path, "--max-new-tokens", 12, "--temperature", 0]
+    code, out, err = run(*options, stdin="hello\n")
+    assert (code, out) == (0, "\n") and thought.strip() in err
+    code, out, err = run(*options, "--thinking", "hide", stdin="hello\n")
+    assert (code, out) == (0, "\n") and thought.strip() not in err
