@@ -1,6 +1,7 @@
 """The command line as its users see it: exit codes, the two streams, and that what it says to type works."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -17,12 +18,13 @@ import safetensors
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.nn.modules.module import register_module_forward_hook
 
 import halfbyte
 from halfbyte import cli
 from halfbyte.cli import console
+from halfbyte.generate.native_decoder import NativeDecoder
 from halfbyte.generate.stream import stream_reply
+from halfbyte.generate.transformers_decoder import TransformersDecoder
 from halfbyte.plan import doctor
 from halfbyte.runs.config import TrainConfig
 
@@ -306,22 +308,27 @@ def test_chat_ends_with_quit(run, tiny_model_folder):
     assert (code, out) == (0, "")
 
 
-def test_an_interrupt_in_chat_stops_the_answer_and_not_the_program(run, tiny_model_folder):
-    tokens = []
+def _passed(self, function, step, *arguments):
+    return function(functools.partial(step, self), *arguments)
 
-    def interrupt(module, inputs, output):
-        if isinstance(module, torch.nn.Embedding):
-            tokens.append(len(tokens))
-            if len(tokens) == 5:
-                os.kill(os.getpid(), 2)
 
-    handle = register_module_forward_hook(interrupt)
-    try:
-        code, _, err = run("chat", tiny_model_folder, "--max-new-tokens", 150, stdin="hello\n/nonsense\n")
-    finally:
-        handle.remove()
+def test_an_interrupt_in_chat_stops_the_answer_and_not_the_program(run, tiny_model_folder, monkeypatch):
+    steps = []
+
+    def interrupting(step, *arguments):
+        steps.append(len(steps))
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(steps) >= 5:
+            time.sleep(0.02)  # the tiny model would have said all before a signal is heard
+        return step(*arguments)
+
+    for decoder in (NativeDecoder, TransformersDecoder):
+        monkeypatch.setattr(decoder, "step", functools.partialmethod(_passed, interrupting, decoder.step))
+    options = ["--max-new-tokens", 150, "--temperature", 0]
+    code, _, err = run("chat", tiny_model_folder, *options, stdin="hello\n/nonsense\n")
     assert code == 0
-    assert len(tokens) < 150
+    assert 5 <= len(steps) < 149
     assert "(stopped)" in err
     assert "There is no /nonsense" in err
 

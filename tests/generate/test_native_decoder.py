@@ -323,6 +323,18 @@ def test_an_adapter_may_come_and_go() -> None:
     assert torch.equal(read(decoder, ids, "one")[1], before)
 
 
+def test_a_model_in_training_is_left_as_it_was() -> None:
+    model = adapted(make("Llama"), "one", "two")
+    model.set_adapter("one")
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert any(before.values()) and not all(before.values())
+    decoder = NativeDecoder(model)
+    for adapter in ("two", None, "one"):
+        decoder.end(read(decoder, ids_of(20), adapter)[0])
+    assert model.active_adapter == "one"
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_what_is_not_known_is_refused_with_the_reason() -> None:
     with pytest.raises(NotNative, match="decoder layers that are not known"):
         NativeDecoder(t.GPTNeoXForCausalLM(t.GPTNeoXConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)))

@@ -24,7 +24,21 @@ from typing import Annotated
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, resume, run, runs, talk, train
+from halfbyte.cli import (
+    bench,
+    chat,
+    classify,
+    convert,
+    data,
+    generate,
+    machine,
+    models,
+    qlora,
+    resume,
+    run,
+    runs,
+    train,
+)
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import DataCommand, complete
 from halfbyte.errors import InputError, nearest
@@ -51,8 +65,8 @@ app.add_typer(shown_runs, name="runs")
 shown_runs.command("list")(runs.list_runs)
 shown_runs.command()(runs.compare)
 app.command()(runs.report)
-app.command()(talk.chat)
-app.command()(talk.generate)
+app.command()(chat.chat)
+app.command()(generate.generate)
 app.command()(classify.classify)
 app.command()(models.quantize)
 app.command()(machine.doctor)

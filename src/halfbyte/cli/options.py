@@ -16,11 +16,46 @@ from halfbyte import choices
 from halfbyte.errors import InputError
 
 Model = Annotated[str, typer.Argument(help="Run folder, adapter folder, model folder or hub id.")]
-System = Annotated[str | None, typer.Option(help="System prompt, put before the conversation.")]
+System = Annotated[
+    str | None, typer.Option(help="System prompt, put before the conversation: a text, or a file that holds it.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Greatest length of an answer in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; more varies the answers.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this probability.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed, to draw the same answers again.")]
+TopK = Annotated[
+    int | None, typer.Option(min=1, help="Draw from so many likeliest tokens.  [default: the model's own]")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Draw from tokens at least so likely, of the likeliest one's share.  [default: the model's own]",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, max=100, help="Above 1 makes tokens unlikely that stand there already.  [default: the model's]"
+    ),
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(min=-100, max=100, help="Taken from a token's logit each time that the answer holds it.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(min=-100, max=100, help="Taken from a token's logit if the answer holds it.")
+]
+Kv = Annotated[
+    choices.KvType | None, typer.Option(help="Keep keys and values in 8 bits: half the memory.  [default: as they are]")
+]
+Head = Annotated[
+    choices.HeadType | None, typer.Option(help="Quantize the output head, for speed.  [default: as it is]")
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="A further adapter over the same base, as NAME=PATH. For several, give it again."),
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Device = Annotated[
     choices.Device,

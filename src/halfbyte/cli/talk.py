@@ -1,153 +1,144 @@
-"""``chat`` and ``generate``."""
+"""What ``chat``, ``generate`` and ``classify`` share: a model opened, the engine over it, how answers are drawn."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
-
-import typer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from halfbyte import choices
-from halfbyte.cli.console import fail, notes, status
-from halfbyte.cli.options import Device, MaxNewTokens, Model, RemoteCode, Seed, System, Temperature, TopP
+from halfbyte.cli.console import notes, status
 from halfbyte.errors import InputError
 from halfbyte.quiet import quiet
 
-
-def chat(
-    model: Model,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    seed: Seed = None,
-    device: Device = "auto",
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
-    with opened(model, seed, trust_remote_code, device) as (loaded, tokenizer):
-        from halfbyte.generate import check_generates, stream_reply
-
-        check_generates(loaded)
-        if loaded.config.is_encoder_decoder:
-            raise InputError(f"{model} turns one text into another and has no conversation; use generate --prompt.")
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives input() line editing and history)
-        opening = _opening(loaded, tokenizer, system)
-        messages = list(opening)
-        notes.print("Ctrl-C stops an answer; /reset forgets the conversation; /quit or Ctrl-D ends.", style="dim")
-        while (line := _read_line()) not in (None, "/quit"):
-            if line == "/reset":
-                messages = list(opening)
-                notes.print("The conversation is forgotten.", style="dim")
-                continue
-            if line.startswith("/"):
-                notes.print(f"There is no {line}; there is /reset and /quit.", style="dim", markup=False)
-                continue
-            if not line:
-                continue
-            question = {"role": "user", "content": line}
-            reply = stream_reply(
-                loaded,
-                tokenizer,
-                [*messages, question],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-            )
-            try:
-                answer = _print_stream(reply)
-            except InputError as error:
-                fail(str(error))
-                continue
-            if answer:
-                messages += [question, {"role": "assistant", "content": answer}]
-
-
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="The question; - reads it from standard input.")],
-    system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Go on with the prompt as it stands, without a template.")] = False,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    device: Device = "auto",
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Answer one prompt on standard output."""
-    if raw and system is not None:
-        raise InputError("--raw takes the prompt as it stands, without --system; give one of the two.")
-    text = _standard_input() if prompt == "-" else prompt
-    with opened(model, seed, trust_remote_code, device) as (loaded, tokenizer):
-        from halfbyte.generate import stream_reply
-
-        for piece in stream_reply(
-            loaded,
-            tokenizer,
-            text if raw else [*_opening(loaded, tokenizer, system), {"role": "user", "content": text}],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-        ):
-            typer.echo(piece, nl=False)
-    typer.echo()
+if TYPE_CHECKING:
+    from halfbyte.generate.engine import Engine
+    from halfbyte.generate.sampling import Sampling
 
 
 @contextlib.contextmanager
 def opened(
-    path: str, seed: int | None, trust_remote_code: bool, device: choices.Device = "auto"
+    path: str,
+    seed: int | None,
+    trust_remote_code: bool,
+    device: choices.Device = "auto",
+    adapters: list[str] | None = None,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield a model and its tokenizer, the libraries silent meanwhile."""
+    """Yield a model and its tokenizer, the libraries silent meanwhile.
+
+    Args:
+        path: a run, an adapter, or a model.
+        seed: of what draws from global generators.
+        trust_remote_code: run code that comes with the model.
+        device: where it runs.
+        adapters: further adapters over its base, as ``NAME=PATH``.
+    """
+    named = named_adapters(adapters or [])
     with quiet():
         with status(f"Loading {path}"):
             import transformers
 
-            from halfbyte.hf import describe_base, load, load_tokenizer
+            from halfbyte.hf import add_adapter, describe_base, load, load_tokenizer
 
             if seed is not None:
                 transformers.set_seed(seed)
             tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
             loaded = load(path, trust_remote_code=trust_remote_code, device=device)
+            for name, folder in named.items():
+                loaded, remark = add_adapter(loaded, folder, name)
+                if remark:
+                    notes.print(remark, style="dim", markup=False, soft_wrap=True)
         if notes.is_terminal:  # else nobody watches, and loading has warned of less than half
             notes.print(f"The weights: {describe_base(loaded)}.", style="dim")
         yield loaded, tokenizer
 
 
-def _standard_input() -> str:
-    if sys.stdin is None:
-        raise InputError("--prompt - reads the prompt from standard input, but that is closed.")
-    return sys.stdin.read()
+def named_adapters(words: list[str]) -> dict[str, str]:
+    """Return name and path of each ``NAME=PATH``.
+
+    Raises:
+        InputError: a word is none, or two have one name.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if not name or not path:
+            raise InputError(f"--adapter {word!r} names no adapter; write NAME=PATH, as in --adapter terse=runs/terse.")
+        if name in found:
+            raise InputError(f"Two adapters are called {name!r}; give each a name of its own.")
+        found[name] = path
+    return found
 
 
-def _read_line() -> str | None:
-    """Return what the user types next, or None at the end."""
-    while sys.stdin is not None:
-        try:
-            return input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            notes.print("\n/quit or Ctrl-D ends.", style="dim")
-    return None
+@contextlib.contextmanager
+def engine_over(
+    model: Any,
+    tokenizer: Any,
+    *,
+    kv: choices.KvType | None = None,
+    head: choices.HeadType | None = None,
+    keep_decoded: bool = False,
+    most_waiting: int = 64,
+) -> Iterator["Engine"]:
+    """Yield an engine over a model, with half of the memory that is free for keys and values; closed at the end."""
+    from halfbyte.generate.conversation import stop_tokens
+    from halfbyte.generate.decoders import decoder_for
+    from halfbyte.generate.engine import Engine
+    from halfbyte.memory import free_memory
+
+    decoder = decoder_for(model, cache=kv, head=head, keep_decoded=keep_decoded)
+    with Engine(
+        decoder,
+        tokenizer,
+        stops=stop_tokens(model, tokenizer),
+        memory=max(free_memory() // 2, decoder.bytes_of(2)),
+        most_waiting=most_waiting,
+    ) as engine:
+        yield engine
 
 
-def _opening(model: Any, tokenizer: Any, system: str | None) -> list[dict[str, str]]:
-    """Return what a conversation begins with."""
+def adapter_of(model: Any) -> str | None:
+    """Return the name of the adapter that a model answers with, or None for the base; before there is an engine."""
+    from peft import PeftModel
+
+    return str(model.active_adapter) if isinstance(model, PeftModel) else None
+
+
+def sampling_of(model: Any, **given: Any) -> "Sampling":
+    """Return how answers are drawn: as given, and where that is None as the model's own settings say."""
+    from halfbyte.generate.sampling import Sampling
+    from halfbyte.generate.stream import own_options
+
+    return Sampling(**own_options(model) | {name: value for name, value in given.items() if value is not None})
+
+
+def system_text(given: str | None) -> str | None:
+    """Return a system prompt: what a file of that name holds, or the text itself.
+
+    Raises:
+        InputError: there is such a file, but it is no UTF-8 text.
+    """
+    if given is None or "\n" in given:
+        return given
+    try:
+        is_file = Path(given).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # too long a name, for instance
+        is_file = False
+    return read_text(Path(given).expanduser()).strip() if is_file else given
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        InputError: it cannot be read as UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}); name another file.") from None
+
+
+def say_template(model: Any, tokenizer: Any) -> None:
+    """Say that conversations are written with a plain template, where the model has none of its own."""
     if not tokenizer.chat_template and not model.config.is_encoder_decoder:
         notes.print("The model has no chat template; a plain one is used.", style="dim")
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def _print_stream(pieces: Iterator[str]) -> str:
-    """Print the pieces as they come, until the end or Ctrl-C; return what was printed."""
-    printed = ""
-    try:
-        for piece in pieces:
-            printed += piece
-            typer.echo(piece, nl=False)
-    except KeyboardInterrupt:
-        notes.print(" (stopped)", style="dim", end="")
-    typer.echo()
-    return printed

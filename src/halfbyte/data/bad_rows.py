@@ -42,8 +42,13 @@ class BadRows:
         """All of them."""
         return sum(self.counts.values())
 
-    def check(self, rows: int, skip: Skip) -> None:
+    def check(self, rows: int, skip: Skip, verb: str = "train on", done: str = "trained on") -> None:
         """Go on with the others of ``rows`` rows, if ``skip`` says so and there are any.
+
+        Args:
+            rows: how many there are.
+            skip: whether to.
+            verb: what is done with rows, for messages; and ``done``, its participle.
 
         Raises:
             InputError: it does not, or too many are bad.
@@ -51,20 +56,20 @@ class BadRows:
         if not self.total:
             return
         if self.total == rows:
-            remedy = "none is left to train on"
+            remedy = f"none is left to {verb}"
         elif not skip:
             them = "it" if self.total == 1 else "them"
-            remedy = f"mend {them}, or train on the others with skip_bad_rows (--skip-bad-rows)"
+            remedy = f"mend {them}, or {verb} the others with skip_bad_rows (--skip-bad-rows)"
         elif skip != "all" and self.total > SHARE * rows:
             remedy = (
-                f"that is more than {SHARE:.0%}, so perhaps not what was meant; to train on the others all the same, "
+                f"that is more than {SHARE:.0%}, so perhaps not what was meant; to {verb} the others all the same, "
                 "set skip_bad_rows to all (--skip-bad-rows all)"
             )
         else:
             return
         if rows == self.total == 1:
             raise InputError(next(iter(self.first.values())))
-        raise InputError(f"{self.total:,} of {rows:,} rows cannot be trained on; {remedy}.\n{self.told()}")
+        raise InputError(f"{self.total:,} of {rows:,} rows cannot be {done}; {remedy}.\n{self.told()}")
 
     def told(self) -> str:
         """The commonest kinds, a line each: how many, and the first of them."""

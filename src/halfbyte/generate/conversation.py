@@ -1,5 +1,6 @@
 """A conversation as a model reads it, and where its answers end."""
 
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
@@ -46,10 +47,22 @@ def encode(
         if not ids:
             raise InputError("The prompt is empty, so there is nothing to go on from; give at least one character.")
         return ids
+    return encoder_of(tokenizer, thinking=thinking)(prompt)
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase, *, thinking: Thinking | None = None) -> Callable[..., list[int]]:
+    """Return what :func:`encode` does to a conversation, for many: the template is learnt once.
+
+    It takes the turns, and JSON schemas of functions that may be called, for the template.
+    """
     writer = Writer(tokenizer, thinking=thinking)
     control, to_tokens = tools_for(tokenizer, writer.template)
-    [tokens] = to_tokens([control.render(prompt, writer.prompt)])
-    return [int(token) for token in tokens.ids]
+
+    def encoded(messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        [tokens] = to_tokens([control.render(messages, lambda turns: writer.prompt(turns, tools))])
+        return [int(token) for token in tokens.ids]
+
+    return encoded
 
 
 def encode_source(prompt: list[Message] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

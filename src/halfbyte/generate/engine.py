@@ -96,7 +96,7 @@ class Engine:
             Busy: the queue is full.
             Closed: the engine is closed.
         """
-        most = most_tokens(self.decoder, self.memory, request)
+        most = self.check(request)
         reserved = self._bytes_of(request, most)
         row = Row(
             request,
@@ -116,6 +116,14 @@ class Engine:
                 self._counts.refused += 1
                 raise Busy(f"{self.most_waiting} requests wait already.")
         return row.stream
+
+    def check(self, request: Request) -> int:
+        """Check that a request can be answered, and return the most tokens that its answer can have.
+
+        Raises:
+            InputError: it can never be (:func:`halfbyte.generate.row.most_tokens`).
+        """
+        return most_tokens(self.decoder, self.memory, request)
 
     def figures(self) -> Figures:
         """Return what has been done so far, and what is done now."""

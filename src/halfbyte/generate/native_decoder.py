@@ -12,6 +12,7 @@ read ones, but not bitwise the same.
 """
 
 import contextlib
+import functools
 import hashlib
 from collections import OrderedDict, abc
 from collections.abc import Iterator
@@ -170,7 +171,7 @@ class NativeDecoder:
         if sequence.reading is None:
             parts = self.reading.parts
             shape = parts.kv_heads, max(end, sequence.prompt), parts.size
-            held = (lambda layer: self.paged.keys_and_values(text, layer)) if text.length else None
+            held = functools.partial(self.paged.copy_held, text) if text.length else None
             dtype: Any = base_of(self.model).dtype
             sequence.reading = ReadingCache(len(parts.layers), shape, dtype, text.length, held)
         cache = sequence.reading
@@ -255,10 +256,19 @@ class NativeDecoder:
             with model.disable_adapter():
                 yield
         else:
-            if model.active_adapters != [name]:
-                model.base_model.set_adapter(name, inference_mode=True)
-                model.active_adapter = name
-            yield
+            before = model.active_adapter
+            if before == name:
+                yield
+                return
+            # PEFT makes trainable what is active, and nothing else
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            model.set_adapter(name, inference_mode=True)
+            try:
+                yield
+            finally:
+                model.set_adapter(before, inference_mode=True)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
 
     @torch.no_grad()
     def _try(self) -> None:

@@ -10,6 +10,7 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.linears import describe_base, not_linear, share_in_4bit, share_quantized
 from halfbyte.hf.models.loader import load, load_tokenizer
 from halfbyte.hf.models.loftq import LoftQ
+from halfbyte.hf.models.more_adapters import add_adapter
 from halfbyte.hf.models.quantize_files import quantize_checkpoint
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "HalfbyteQuantizer",
     "LoftQ",
     "LoraLinear4bit",
+    "add_adapter",
     "count_parameters",
     "describe_attention",
     "describe_base",

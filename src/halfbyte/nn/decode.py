@@ -142,17 +142,13 @@ class PagedDecoder:
         back = sorted(range(len(texts)), key=lambda place: order[place])
         return logits[back]
 
-    def keys_and_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
-        """Return what is held of a layer, of the decoder's dtype: ``[kv_heads, length, size]`` each."""
-        parts = self.decoder.parts
-        shape = parts.kv_heads, text.length, parts.size
-        keys, values = torch.empty(shape, dtype=parts.dtype), torch.empty(shape, dtype=parts.dtype)
+    def copy_held(self, text: Text, keys: Tensor, values: Tensor) -> None:
+        """Copy what is held of all layers to ``keys`` and ``values``, ``[layers, kv_heads, length, size]``."""
         for number in range(-(-text.length // PAGE)):
             first = number * PAGE
             count = min(PAGE, text.length - first)
-            for out, held in zip((keys, values), self._views(text.pages[number], layer), strict=True):
-                out[:, first : first + count] = _dense(held, count)
-        return keys, values
+            for out, held in zip((keys, values), self._views(text.pages[number], slice(None)), strict=True):
+                out[:, :, first : first + count] = _dense(held, count)
 
     def append(self, text: Text, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values ``[kv_heads, tokens, size]`` of a layer behind the text's length, which stays."""
@@ -166,21 +162,24 @@ class PagedDecoder:
                 _write(held, place, given[:, done : done + count])
             done += count
 
-    def _views(self, page: Page, layer: int) -> tuple[Any, Any]:
-        """Return a layer of a page as views ``[kv_heads, PAGE, size]``, in int8 with scales ``[kv_heads, PAGE]``."""
+    def _views(self, page: Page, layer: int | slice) -> tuple[Any, Any]:
+        """Return a layer of a page as views ``[kv_heads, PAGE, size]``, in int8 with scales ``[kv_heads, PAGE]``.
+
+        Of several layers they have one more dimension, the first.
+        """
         parts = self.decoder.parts
         if self.decoder.cache == "int8":
             of_values = parts.size * PAGE
             bytes_ = page.memory.view(len(parts.layers), parts.kv_heads, -1)[layer]
-            codes = bytes_[:, : 2 * of_values].view(torch.int8)
-            scales = bytes_[:, 2 * of_values :].view(torch.float32).view(parts.kv_heads, 2, PAGE)
-            keys = codes[:, :of_values].view(-1, parts.size, PAGE).transpose(1, 2)
-            values = codes[:, of_values:].view(-1, PAGE, parts.size)
-            return (keys, scales[:, 0]), (values, scales[:, 1])
+            codes = bytes_[..., : 2 * of_values].view(torch.int8)
+            scales = _parted(bytes_[..., 2 * of_values :].view(torch.float32), 2, PAGE)
+            keys = _parted(codes[..., :of_values], parts.size, PAGE).transpose(-1, -2)
+            values = _parted(codes[..., of_values:], PAGE, parts.size)
+            return (keys, scales[..., 0, :]), (values, scales[..., 1, :])
         typed = page.memory.view(getattr(torch, self.decoder.cache))
         both = typed.view(len(parts.layers), parts.kv_heads, 2, -1)[layer]
-        keys = both[:, 0].view(-1, parts.size, PAGE).transpose(1, 2)
-        return keys, both[:, 1].view(-1, PAGE, parts.size)
+        keys = _parted(both[..., 0, :], parts.size, PAGE).transpose(-1, -2)
+        return keys, _parted(both[..., 1, :], PAGE, parts.size)
 
     def _grow_tables(self, length: int) -> None:
         if length <= self._table_length:
@@ -189,12 +188,17 @@ class PagedDecoder:
         self._tables = [angles(0, self._table_length) for angles in self._angles]
 
 
+def _parted(x: Tensor, *sizes: int) -> Tensor:
+    """Return ``x`` with its last dimension as several."""
+    return x.view(*x.shape[:-1], *sizes)
+
+
 def _dense(held: Any, count: int) -> Tensor:
     if isinstance(held, tuple):
         codes, scales = held
-        dense: Tensor = codes[:, :count].float() * scales[:, :count, None]
+        dense: Tensor = codes[..., :count, :].float() * scales[..., :count, None]
         return dense
-    plain: Tensor = held[:, :count]
+    plain: Tensor = held[..., :count, :]
     return plain
 
 

@@ -60,25 +60,23 @@ class ReadingCache(Cache):
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         length: int,
-        held: Callable[[int], tuple[Tensor, Tensor]] | None,
+        copy_held: Callable[[Tensor, Tensor], None] | None,
     ) -> None:
-        """Begin with ``length`` tokens, whose keys and values ``held`` gives by layer.
+        """Begin with ``length`` tokens, whose keys and values ``copy_held`` copies.
 
         Args:
             layers: how many there are.
             shape: heads of keys and values, tokens to expect, values of a head.
             dtype: of keys and values in the pass.
             length: tokens that are there.
-            held: ``[kv_heads, length, size]`` each; None where there are none.
+            copy_held: to ``[layers, kv_heads, length, size]`` each; None where there are none.
         """
         heads, capacity, size = shape
-        self._keys = [torch.empty(1, heads, capacity, size, dtype=dtype) for _ in range(layers)]
-        self._values = [torch.empty(1, heads, capacity, size, dtype=dtype) for _ in range(layers)]
+        keys, values = (torch.empty(layers, 1, heads, capacity, size, dtype=dtype) for _ in range(2))
         self.length = length
-        for number in range(layers if held else 0):
-            keys, values = held(number)  # type: ignore[misc]
-            self._keys[number][0, :, :length] = keys
-            self._values[number][0, :, :length] = values
+        if copy_held:
+            copy_held(keys[:, 0, :, :length], values[:, 0, :, :length])
+        self._keys, self._values = list(keys.unbind(0)), list(values.unbind(0))
         self.sink: Sink | None = None
         super().__init__(layers=[_Layer(number, self) for number in range(layers)])
 

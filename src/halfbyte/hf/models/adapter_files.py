@@ -36,12 +36,16 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "default")
 SHOWN = 3
 
 
-def put_adapter(model: PreTrainedModel, folder: Path, trained: bool = False) -> PeftModel:
+def put_adapter(
+    model: PreTrainedModel | PeftModel, folder: Path, trained: bool = False, name: str = "default"
+) -> PeftModel:
     """Put the adapter in ``folder`` on ``model``, to run, or to be ``trained`` further.
 
     Args:
-        model: its base model; its embeddings grow or shrink to the rows that the adapter brings.
+        model: its base model, whose embeddings grow or shrink to the rows that the adapter brings; or one that has
+            adapters by now, whose embeddings stay. If the adapter does not fit, it is as it was.
         folder: what PEFT's ``save_pretrained`` or a run has left: any kind of adapter.
+        name: what the adapter is called on the model.
 
     Raises:
         InputError: the folder holds no whole adapter, or one of another base model, or of a kind that needs dense
@@ -53,8 +57,13 @@ def put_adapter(model: PreTrainedModel, folder: Path, trained: bool = False) -> 
         check_kind(config.peft_type)
     _resize(model, config, weights, folder)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    adapted: PeftModel
     try:
-        adapted: PeftModel = kind(model, config)
+        if isinstance(model, PeftModel):
+            adapted = model
+            model.add_adapter(name, config)
+        else:
+            adapted = kind(model, config, adapter_name=name)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         targets = getattr(config, "target_modules", None)
         if "not found in the base model" in str(error) and isinstance(targets, (set, list)):
@@ -62,7 +71,19 @@ def put_adapter(model: PreTrainedModel, folder: Path, trained: bool = False) -> 
                 model, folder, f"the base model has none of its layers, {_listed(sorted(targets))}"
             ) from error
         raise _misfit(model, folder, _sentence(error)) from error
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    try:
+        _fill(adapted, name, config, weights, folder)
+    except BaseException:
+        if adapted is model:
+            adapted.delete_adapter(name)
+        raise
+    return adapted if trained else adapted.eval()
+
+
+def _fill(adapted: PeftModel, adapter: str, config: PeftConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Give the adapter that a model has just got its tensors, each of them."""
+    model = adapted.get_base_model()
+    expected = get_peft_model_state_dict(adapted, adapter_name=adapter, save_embedding_layers=False)
     weights = _renamed(weights, expected, folder)
     if config.peft_type != PeftType.ADALORA:  # whose ranks follow from its configuration while it is loaded
         wrong = [name for name, x in expected.items() if name in weights and weights[name].shape != x.shape]
@@ -70,15 +91,15 @@ def put_adapter(model: PreTrainedModel, folder: Path, trained: bool = False) -> 
         if shapes:
             raise _misfit(model, folder, _listed(shapes, "; "))
     try:
-        result = set_peft_model_state_dict(adapted, weights)
+        result = set_peft_model_state_dict(adapted, weights, adapter_name=adapter)
     except KeyError as error:
         raise _misfit(model, folder, f"the file lacks {error.args[0]}") from error
     except (RuntimeError, ValueError) as error:
         raise _misfit(model, folder, _sentence(error)) from error
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
-    missing = [name for name in result.missing_keys if prefix and prefix in name and ".default" in name]
+    missing = [name for name in result.missing_keys if prefix and prefix in name and f".{adapter}" in name]
     # what layers share is saved once, and prompts are not parameters of layers
-    missing = [name for name in missing if name.replace(".default", "") in expected]
+    missing = [name for name in missing if name.replace(f".{adapter}", "") in expected]
     tied = [
         f"{name}.token_adapter.trainable_tokens_delta"
         for name, module in adapted.named_modules()
@@ -88,10 +109,9 @@ def put_adapter(model: PreTrainedModel, folder: Path, trained: bool = False) -> 
     for names, words in ((unexpected, "has no place for"), (missing, "needs, and the file lacks,")):
         if names:
             raise _misfit(model, folder, f"the base model {words} {_listed(names)}")
-    return adapted if trained else adapted.eval()
 
 
-def _read(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+def _read(model: PreTrainedModel | PeftModel, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     if not any((folder / name).is_file() for name in FILES):
         raise InputError(f"The adapter {folder} holds no {FILES[0]}; copy it there, or save the adapter again.")
     try:
@@ -109,8 +129,13 @@ def _read(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, T
     return config, {name: tensor for name, tensor in weights.items() if name not in twice}
 
 
-def _resize(model: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+def _resize(
+    model: PreTrainedModel | PeftModel, config: PeftConfig, weights: Mapping[str, Tensor], folder: Path
+) -> None:
     """Give the embeddings of ``model`` as many rows as the adapter brings, whole or one by one."""
+    has_others = isinstance(model, PeftModel)
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {name for name, module in model.named_modules() if any(module is head for head in heads)}
     found = {weights[key].shape[0] for key in _embedding_keys(names) if key in weights}
@@ -122,6 +147,8 @@ def _resize(model: PreTrainedModel, config: PeftConfig, weights: Mapping[str, Te
         found = {last + 1}
     if found <= {rows}:
         return
+    if has_others:
+        raise _misfit(model, folder, f"it brings {max(found)} embeddings beside adapters of {rows}; open it alone")
     if len(found) > 1 or (isinstance(heads[1], QuantizedLinear)):
         raise _misfit(
             model, folder, f"its embeddings have {' and '.join(map(str, sorted(found)))} rows, the base's {rows}"
@@ -164,7 +191,7 @@ def _bare(name: str) -> str:
     return name
 
 
-def _misfit(model: PreTrainedModel, folder: Path, what: str) -> InputError:
+def _misfit(model: PreTrainedModel | PeftModel, folder: Path, what: str) -> InputError:
     base = model.config._name_or_path or type(model).__name__
     return InputError(
         f"The adapter {folder} does not fit the base model {base}: {what}. Name the model that it was trained on in "
