@@ -69,7 +69,8 @@ class Row:
         self.request, self.stream, self.text = request, stream, text
         self.most, self.reserved = most, reserved
         self.sampler = Sampler(request.sampling, request.ids, secrets.randbits(64))
-        self.following = request.constraint and request.constraint.begin(request.sampling.stop_ids)
+        grammar = request.constraint
+        self.following = None if grammar is None else grammar.begin(request.sampling.stop_ids)
         self.held: Sequence | None = None
         self.cached = 0
         self.is_cancelled = self.has_ended = False
