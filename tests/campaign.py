@@ -10,10 +10,12 @@ from this one, which has imported the libraries and computed nothing. It is ende
     save          SIGKILL before or after a random one of the system calls by which files and folders are written
     torn          SIGKILL within the writing of a file of tensors, of which a random part is there
     term, ctrl_c, twice     SIGTERM, Ctrl-C, and Ctrl-C twice within a second
-    full          a small disk (tmpfs in a mount namespace of the trial's own), filled at a random time, freed later
+    full          a small disk (tmpfs in a mount namespace of the trial's own), filled at a random time or before a
+                  random system call, freed later
     read_only     the run folder loses its permission to be written (without root's right to do so all the same)
     clock         SIGKILL, and a clock (time.time) that jumps by weeks in both directions, before and after
-    flip          SIGTERM or SIGKILL, then one random bit of a random file of the newest checkpoint is turned
+    flip          SIGTERM or SIGKILL, then one random bit of a random file is turned: of the newest checkpoint, of those
+                  beside it in the run folder, or of the cached table of tokens
 
 Every tenth configuration is of two processes. Of them SIGKILL takes one, the launcher, both or all; SIGTERM one or the
 launcher. In every fifth trial the tables of tokens and the shared base are made anew, in a cache of its own.
@@ -29,6 +31,7 @@ A line of JSON a trial is appended to the results; the folder of one that failed
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -272,10 +275,8 @@ def command_line(
     return work
 
 
-def counting(
-    kill_at: int | None, after: bool, report: Path, target: str = "one", number: int = 0
-) -> Callable[[], None]:
-    """Count the calls of ``CALLS`` under a run, and kill ``target`` at one of them, or write their number down."""
+def counting(place: int | None, after: bool, report: Path, strike: Callable[[], None] = nothing) -> Callable[[], None]:
+    """Count the calls of ``CALLS`` under a run, and ``strike`` at one of them, or write their number down."""
 
     def install() -> None:
         count, leave = 0, os._exit
@@ -285,18 +286,18 @@ def counting(
                 nonlocal count
                 count += 1
                 at = count
-                if at == kill_at and not after:
-                    campaign_processes.kill(target, number)
+                if at == place and not after:
+                    strike()
                 result = real(*args, **kwargs)
-                if at == kill_at and after:
-                    campaign_processes.kill(target, number)
+                if at == place and after:
+                    strike()
                 return result
 
             return call
 
         def tell(code: int) -> None:
             total = count
-            if kill_at is None:
+            if place is None:
                 report.write_text(str(total))
             leave(code)
 
@@ -330,6 +331,16 @@ def tearing(at: int, share: float) -> Callable[[], None]:
             module.save_file = module.safe_save_file = save_file  # type: ignore[attr-defined]
 
     return install
+
+
+def fill(disk: Path) -> Callable[[], None]:
+    """Leave no byte free on the disk at ``disk``; return what frees it again."""
+    filler = disk / "filler"
+    for size in (4096, 1):
+        with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as stream:
+            while True:
+                stream.write(bytes(size))
+    return lambda: filler.unlink(missing_ok=True)
 
 
 def jumping(seed: int) -> Callable[[], None]:
@@ -415,7 +426,8 @@ class Trial:
         else:
             self._perform(about)
         self.result["seconds"] = round(time.monotonic() - begun, 1)
-        compare(self.run, whole / "run", tidy=not self.result.get("finished"))
+        other = self.result.get("told") == "the run went on, with what can be read"
+        compare(self.run, whole / "run", tidy=not self.result.get("finished"), watched=not other)
 
     def _perform(self, about: dict[str, Any]) -> None:
         config = self.folder / "config.yaml"
@@ -453,7 +465,12 @@ class Trial:
             self.result["target"] = [*self.result.get("target", ()), target]
         if end == "save":
             at = self.draw.randint(1, about["calls"])
-            writer = counting(at, self.draw.random() < 0.5, self.folder / "calls", target, number)
+            kill = functools.partial(campaign_processes.kill, target, number)
+            writer = counting(at, self.draw.random() < 0.5, self.folder / "calls", kill)
+        elif end == "full" and self.draw.random() < 0.5:
+            at = self.draw.randint(1, about["calls"] // (3 if words[0] == "resume" else 1))
+            writer = counting(at, False, self.folder / "calls", functools.partial(fill, self.disk))
+            end = "full at a call"
         elif end == "torn":
             at = self.draw.randint(1, about["files"])
             writer = tearing(at, self.draw.random())
@@ -463,7 +480,7 @@ class Trial:
             hook = powerless
         child = fork(command_line(*words, before=hook, writer=writer, processes=self.processes), self.log)
         undo = nothing
-        if end in ("save", "torn"):
+        if end in ("save", "torn", "full at a call"):
             self.result["moment"] = at
         else:
             self.result["moment"] = round(moment, 2)
@@ -473,6 +490,7 @@ class Trial:
             undo = self._strike(end, child, target, number)
         code = wait(child)
         undo()
+        (self.disk / "filler").unlink(missing_ok=True)
         if code == 0 and self.result.get("alive") and end in ("term", "ctrl_c", "twice"):
             total = sum(event["kind"] == "step" for event in events(self.run))
             if steps < total - 2:
@@ -480,7 +498,8 @@ class Trial:
         self.result["exit"] = [*self.result.get("exit", ()), code]
         self._no_traceback()
         allowed = {
-            "kill": {-9}, "clock": {-9}, "save": {-9}, "torn": {-9}, "full": {2}, "read_only": {2},
+            "kill": {-9}, "clock": {-9}, "save": {-9}, "torn": {-9},
+            "full": {2}, "full at a call": {2}, "read_only": {2},
         }.get(end, {130, -2, -15}) | {0}  # fmt: skip
         if self.processes > 1 and end in ("kill", "save", "torn", "clock", "term"):
             # the launcher tells of one that was killed, unless it begins them again
@@ -506,14 +525,7 @@ class Trial:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGINT)
         elif end == "full":
-            filler = self.disk / "filler"
-            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
-                while True:
-                    stream.write(bytes(4096))
-            with contextlib.suppress(OSError), filler.open("ab", buffering=0) as stream:
-                while True:
-                    stream.write(b"x")
-            return filler.unlink
+            return fill(self.disk)
         elif end == "read_only":
             locked = [folder for folder in (self.run, self.run / "checkpoints", self.disk) if folder.is_dir()]
             before = [(folder, folder.stat().st_mode) for folder in locked]
@@ -539,23 +551,51 @@ class Trial:
         if not (self.run / "summary.json").exists() and max(told, default=0) > newest:
             raise Failed(f"the checkpoint of step {max(told)} was told, and the newest good one is {newest}")
 
-    def _flip(self) -> None:
-        """Damage the newest checkpoint, and hold what is said of that."""
-        there = self._checkpoints()
-        if not there:
-            return
-        newest = there[-1]
-        file = self.draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+    def _flip_a_bit(self, file: Path) -> tuple[bytes, int, str]:
+        """Turn a bit of ``file`` and resume; return what it was, the exit code and what was said."""
         whole = file.read_bytes()
         place, bit = self.draw.randrange(len(whole)), self.draw.randrange(8)
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
-        self.result["flipped"] = [newest.name, file.relative_to(newest).as_posix(), place, bit]
-        before = self._names()
+        self.result["flipped"] = [file.parent.name, file.name, place, bit]
         log = self.folder / "flipped.txt"
         code = wait(fork(command_line("resume", str(self.run), processes=self.processes), log))
         text = log.read_text()
         if "Traceback" in text:
             raise Failed(f"a traceback: {text}")
+        return whole, code, text
+
+    def _flip_beside(self) -> None:
+        """Damage something beside the checkpoints: it is told, or the run is the whole one all the same."""
+        files = [self.run / name for name in ("config.yaml", "run.json", "metrics.jsonl") if (self.run / name).exists()]
+        if self.result.get("own_cache"):
+            rows = (Path(os.environ["HALFBYTE_CACHE"]) / "rows").rglob("*")
+            files += sorted(path for path in rows if path.is_file() and path.stat().st_size)
+        if not files:
+            return
+        file, before = self.draw.choice(files), self._names()
+        whole, code, text = self._flip_a_bit(file)
+        if code == 2 and self._names() == before and "Error: " in text and text.count("Error: ") == 1:
+            self.result["told"] = text[text.index("Error: ") :].strip().replace(str(self.folder), "TRIAL")
+            file.write_bytes(whole)
+        elif code:
+            raise Failed(f"{file.name} is damaged: {code}, changed: {self._names() ^ before}: {text[-400:]}")
+        elif file.name == "run.json":
+            raise Failed("run.json is damaged, and the run went on")
+        # what config.yaml may say otherwise is as its user wishes
+        elif file.name == "config.yaml" or f"{file.name} is not as it was" in text:
+            self.result["told"] = "the run went on, with what can be read"
+
+    def _flip(self) -> None:
+        """Damage the newest checkpoint, and hold what is said of that."""
+        if self.draw.random() < 0.4:
+            self._flip_beside()
+            return
+        there = self._checkpoints()
+        if not there:
+            return
+        newest, before = there[-1], self._names()
+        file = self.draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+        whole, code, text = self._flip_a_bit(file)
         name = file.relative_to(newest).as_posix()
         told = f"{newest.name}: {name} is damaged" in text or f"{newest.name}: a newer halfbyte" in text
         if not told:
@@ -610,8 +650,10 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def compare(run: Path, whole: Path, tidy: bool) -> None:
+def compare(run: Path, whole: Path, tidy: bool, watched: bool = True) -> None:
     """Hold a run to the uninterrupted one, and if it is to be ``tidy``, to having left nothing half-written.
+
+    Not ``watched`` is what was told on the way: then the adapter alone has to be the same.
 
     Raises:
         Failed: something is other.
@@ -621,6 +663,8 @@ def compare(run: Path, whole: Path, tidy: bool) -> None:
     for file in [*files, last / "adapter_model.safetensors"]:
         if (run / file).read_bytes() != (whole / file).read_bytes():
             raise Failed(f"{file} is not that of the uninterrupted run")
+        if not watched:
+            return
     for kind in ("step", "evaluation", "sample"):
         ours, theirs = ([timeless(e) for e in events(folder) if e["kind"] == kind] for folder in (run, whole))
         if ours != theirs:

@@ -117,7 +117,8 @@ class BaseTrainer(Checkpoints):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+        with self._gathered_whole() if self.model.training else contextlib.nullcontext():
+            result = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if self.model.training:
             self._step_batches.append(inputs)
@@ -250,6 +251,22 @@ class BaseTrainer(Checkpoints):
         if not any(isinstance(module, Linear4bit) for module in self.model.modules()):
             return ""
         return ", or hold the base in more than 4 bits (quant_type int8, or none for 16 bits)"
+
+    @contextlib.contextmanager
+    def _gathered_whole(self) -> Iterator[None]:
+        """Gather what each process tells of a batch that is trained on, also where it repeats rows.
+
+        accelerate (1.15) takes one value a process for one a row there, and leaves some out: of the divergence that
+        KTO's loss holds too. In an epoch that was gone on with it leaves out none, so that losses would be others.
+        """
+        if distributed.world_size() == 1:
+            yield
+            return
+        self.accelerator.gather_for_metrics = lambda x, *_, **__: self.accelerator.gather(x)
+        try:
+            yield
+        finally:
+            self.accelerator.__dict__.pop("gather_for_metrics", None)
 
     @contextlib.contextmanager
     def _metrics_alone(self) -> Iterator[None]:
