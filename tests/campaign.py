@@ -152,9 +152,9 @@ def draw_configuration(number: int, place: Path) -> dict[str, Any]:
                 options["data"] = [f"{options['data']}@{draw.choice([0.6, 1.7])}", f"{place / 'more.jsonl'}@0.5"]
             if draw.random() < 0.3:
                 options["replay"] = f"{place / 'more.jsonl'}*{draw.choice([0.2, 0.4])}"
+        options |= {} if task == "classify" else {"max_new_tokens": draw.choice([4, 16]), "eval_samples": 3}
         if is_lm:
             options |= draw.choice([{}, {"sample_prompts": []}, {"sample_prompts": ["why?", "who is it?"]}])
-            options["max_new_tokens"] = draw.choice([4, 16])
             if draw.random() < 0.25:
                 options["forgetting_data"] = str(place / "general.txt")
         if draw.random() < 0.5:
@@ -180,7 +180,7 @@ def draw_watching(draw: random.Random, task: str, place: Path) -> dict[str, Any]
     """Return options of evaluations: references, a closed set of answers, early stopping."""
     options: dict[str, Any] = {}
     if task == "sft":
-        options["eval_samples"] = draw.choice([0, 3, 32])
+        options["eval_samples"] = draw.choice([0, 3, 8])
         if draw.random() < 0.3:
             options["data"] = str(place / "closed.jsonl")
         elif draw.random() < 0.4:

@@ -92,10 +92,6 @@ class BaseTrainer(Checkpoints):
             if model is not None and isinstance(base_of(model), PreTrainedModel):
                 bind_head(base_of(model))
         self._step_batches: list[dict[str, Any]] = []
-        if distributed.world_size() == 1:
-            # of the last batches of an epoch accelerate (1.10) leaves out what other processes repeat, by counts that
-            # are others after a resume; of one process nothing is repeated
-            self.accelerator.gather_for_metrics = lambda x, *_, **__: x
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
@@ -256,13 +252,12 @@ class BaseTrainer(Checkpoints):
     def _gathered_whole(self) -> Iterator[None]:
         """Gather what each process tells of a batch that is trained on, also where it repeats rows.
 
-        accelerate (1.15) takes one value a process for one a row there, and leaves some out: of the divergence that
-        KTO's loss holds too. In an epoch that was gone on with it leaves out none, so that losses would be others.
+        Of the last batches of an epoch accelerate (1.15) leaves out what is repeated, taking one value a process for
+        one a row: of the divergence that KTO's loss holds too. In an epoch that was gone on with it leaves out none,
+        so that losses would be others. Evaluations are never gone on with.
         """
-        if distributed.world_size() == 1:
-            yield
-            return
-        self.accelerator.gather_for_metrics = lambda x, *_, **__: self.accelerator.gather(x)
+        gather = self.accelerator.gather if distributed.world_size() > 1 else lambda x: x
+        self.accelerator.gather_for_metrics = lambda x, *_, **__: gather(x)
         try:
             yield
         finally:
