@@ -385,13 +385,14 @@ class Trial:
         seed: of everything that is drawn.
         place: models, data, and the uninterrupted runs.
         folder: of the trial.
+        configurations: of how many one is drawn.
     """
 
-    def __init__(self, seed: int, place: Path, folder: Path) -> None:
+    def __init__(self, seed: int, place: Path, folder: Path, configurations: int = CONFIGURATIONS) -> None:
         self.draw = random.Random(f"trial {seed}")
         self.place = place
         self.folder = folder
-        self.number = self.draw.randrange(int(os.environ.get("CAMPAIGN_CONFIGURATIONS", CONFIGURATIONS)))
+        self.number = self.draw.randrange(configurations)
         self.options = draw_configuration(self.number, place)
         self.end = self.draw.choices(ENDS, WEIGHTS)[0]
         self.disk = folder / "disk"
@@ -709,13 +710,13 @@ def reference(number: int, options: dict[str, Any], place: Path) -> Path:
     return whole
 
 
-def perform(seed: int, place: Path, folder: Path) -> dict[str, Any]:
+def perform(seed: int, place: Path, folder: Path, configurations: int = CONFIGURATIONS) -> dict[str, Any]:
     """Perform a trial in a process of its own; return its line of the results."""
     report = folder / "result.json"
 
     def work() -> None:
         adopt()
-        trial = Trial(seed, place, folder)
+        trial = Trial(seed, place, folder, configurations)
         try:
             trial.perform()
             trial.result["ok"] = True
@@ -745,6 +746,7 @@ def main() -> int:
     parser.add_argument("count", type=int, nargs="?", default=300, help="how many trials there are to be in all")
     parser.add_argument("--first", type=int, default=0, help="the seed of the first one")
     parser.add_argument("--seed", type=int, help="one trial again, with its folder kept")
+    parser.add_argument("--configurations", type=int, default=CONFIGURATIONS, help="how many are drawn from")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--place", type=Path, help="a folder for all that is written, kept")
     given = parser.parse_args()
@@ -765,7 +767,7 @@ def main() -> int:
             continue
         folder = place / f"trial-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        result = perform(seed, place, folder)
+        result = perform(seed, place, folder, given.configurations)
         with given.results.open("a") as stream:
             stream.write(json.dumps(result).replace(str(place), "PLACE") + "\n")
         print(json.dumps(result), flush=True)
