@@ -10,10 +10,15 @@ from this one, which has imported the libraries and computed nothing. It is ende
     save          SIGKILL before or after a random one of the system calls by which files and folders are written
     torn          SIGKILL within the writing of a file of tensors, of which a random part is there
     term, ctrl_c, twice     SIGTERM, Ctrl-C, and Ctrl-C twice within a second
-    full          a small disk (tmpfs in a mount namespace of the trial's own), filled at a random time, freed later
+    full          a small disk (tmpfs in a mount namespace of the trial's own), filled at a random time or before a
+                  random system call, freed later
     read_only     the run folder loses its permission to be written (without root's right to do so all the same)
     clock         SIGKILL, and a clock (time.time) that jumps by weeks in both directions, before and after
-    flip          SIGTERM or SIGKILL, then one random bit of a random file of the newest checkpoint is turned
+    flip          SIGTERM or SIGKILL, then one random bit of a random file is turned: of the newest checkpoint, of those
+                  beside it in the run folder, or of the cached table of tokens
+
+Every tenth configuration is of two processes. Of them SIGKILL takes one, the launcher, both or all; SIGTERM one or the
+launcher. In every fifth trial the tables of tokens and the shared base are made anew, in a cache of its own.
 
 Then ``halfbyte resume`` goes on until the run is finished. What is held to hold: no traceback, ever; what metrics.jsonl
 calls a checkpoint is there and whole; a damaged one is told with its file and the one before is taken, or where there
@@ -26,6 +31,7 @@ A line of JSON a trial is appended to the results; the folder of one that failed
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -46,8 +52,10 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
+import campaign_processes  # noqa: E402
 from conftest import save_task_model, save_tiny  # noqa: E402
 from halfbyte import checksums  # noqa: E402
 from halfbyte.errors import InputError  # noqa: E402
@@ -58,6 +66,8 @@ ENDS = ("kill", "save", "torn", "term", "ctrl_c", "twice", "full", "read_only", 
 WEIGHTS = (5, 5, 2, 2, 2, 2, 3, 2, 2, 5)
 CONFIGURATIONS = 60
 """Of the random ones, so many are drawn from; each is run without an end once."""
+OWN_CACHE = 0.2
+"""Share of the trials whose cache is empty."""
 TIMEOUT = 180.0
 CALLS = ("mkdir", "open", "pwrite", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir")
 """Of module ``os``: what files are written and removed by."""
@@ -85,6 +95,10 @@ def rows_of(task: str, count: int = 13) -> list[dict[str, Any]]:
         return [{"sentence": q, "label": ("owl", "dog", "fish")[i % 3]} for i, q in enumerate(asked)]
     if task == "seq2seq":
         return [{"text": q, "target": a} for q, a in both]
+    if task == "closed":
+        return [{"instruction": q, "output": ("yes", "no", "owl")[i % 3]} for i, q in enumerate(asked)]
+    if task == "other":  # what no row that is trained on says
+        return [{"instruction": q, "output": "~~~~ ~~~~"} for q in asked]
     return [{"instruction": q, "output": a} for q, a in both]
 
 
@@ -93,10 +107,12 @@ def make_place(place: Path) -> None:
     save_tiny(place / "tiny")
     save_task_model("bert", place / "bert")
     save_task_model("t5", place / "t5")
-    for task in ("sft", "dpo", "orpo", "kto", "classify", "seq2seq"):
+    for task in ("sft", "closed", "dpo", "orpo", "kto", "classify", "seq2seq"):
         lines = "".join(json.dumps(row) + "\n" for row in rows_of(task))
         (place / f"{task}.jsonl").write_text(lines)
-    (place / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("sft", 7)))
+    for name, task, count in (("more", "sft", 7), ("other", "other", 4)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(task, count)))
+    (place / "general.txt").write_text("A general text, of which there is not much.\n\n" * 8)
 
 
 def draw_configuration(number: int, place: Path) -> dict[str, Any]:
@@ -134,9 +150,16 @@ def draw_configuration(number: int, place: Path) -> dict[str, Any]:
                 options |= {"neftune_noise_alpha": 5.0, "packing": None}
             if draw.random() < 0.4:
                 options["data"] = [f"{options['data']}@{draw.choice([0.6, 1.7])}", f"{place / 'more.jsonl'}@0.5"]
-        if draw.random() < 0.4:
+            if draw.random() < 0.3:
+                options["replay"] = f"{place / 'more.jsonl'}*{draw.choice([0.2, 0.4])}"
+        options |= {} if task == "classify" else {"max_new_tokens": draw.choice([4, 16]), "eval_samples": 3}
+        if is_lm:
+            options |= draw.choice([{}, {"sample_prompts": []}, {"sample_prompts": ["why?", "who is it?"]}])
+            if draw.random() < 0.25:
+                options["forgetting_data"] = str(place / "general.txt")
+        if draw.random() < 0.5:
             options |= {"eval_share": 0.3, "eval_steps": draw.choice([1, 2, 3]), "keep_best": draw.random() < 0.5}
-            # early stopping: its options here, once there are some
+            options |= draw_watching(draw, task, place)
         if draw.random() < 0.2:
             options["save_minutes"] = 0.002
         kind = draw.choice(["lora", "lora", "loraplus", "dora", "pissa"])
@@ -145,9 +168,28 @@ def draw_configuration(number: int, place: Path) -> dict[str, Any]:
             options |= {"init_lora_weights": "pissa", "lora_dropout": 0.0}
         if model == "tiny" and draw.random() < 0.3:
             options["modules_to_save"] = "embed_tokens"  # 8-bit state from 4096 values on
+        if number % 10 == 9:
+            options |= {"processes": 2, "batch_size": 2, "gradient_accumulation_steps": draw.choice([1, 1, 2])}
+            options |= {"max_restarts": draw.choice([0, 2])}
         with contextlib.suppress(InputError):
             TrainConfig.from_yaml(None, options | {"output": "out"})
             return options
+
+
+def draw_watching(draw: random.Random, task: str, place: Path) -> dict[str, Any]:
+    """Return options of evaluations: references, a closed set of answers, early stopping."""
+    options: dict[str, Any] = {}
+    if task == "sft":
+        options["eval_samples"] = draw.choice([0, 3, 8])
+        if draw.random() < 0.3:
+            options["data"] = str(place / "closed.jsonl")
+        elif draw.random() < 0.4:
+            options |= {"eval_share": None, "eval_data": str(place / "other.jsonl")}
+    if draw.random() < 0.5:
+        options |= {"early_stopping_patience": draw.choice([1, 2]), "eval_steps": 1, "epochs": 4, "keep_best": True}
+        if task == "sft":
+            options["metric_for_best"] = draw.choice(["loss", "loss", "token_accuracy"])
+    return options
 
 
 def fork(work: Callable[[], int | None], log: Path | None = None) -> int:
@@ -180,24 +222,52 @@ def fork(work: Callable[[], int | None], log: Path | None = None) -> int:
 
 
 def wait(child: int, timeout: float = TIMEOUT) -> int:
-    """Return the exit code of ``child``, or minus the signal that ended it."""
+    """Return the exit code of ``child``, or minus the signal that ended it, when all of its processes have ended."""
     deadline = time.monotonic() + timeout
+    code: int | None = None
     while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise Failed(f"a run took more than {timeout:.0f} s")
+        try:
+            done, status = os.waitpid(-1, os.WNOHANG)  # those that lost their launcher are ours now
+        except ChildProcessError:
+            assert code is not None
+            return code
+        if done == child:
+            code = os.waitstatus_to_exitcode(status)
+        if not done:
+            time.sleep(0.005)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+    raise Failed(f"a run took more than {timeout:.0f} s" if code is None else "a process outlived its launcher")
 
 
-def command_line(*words: str, before: Callable[[], None] = nothing) -> Callable[[], None]:
-    """Return what runs the command line ``halfbyte WORDS``, after ``before``."""
+def adopt() -> None:
+    """Become the parent of what this process's children leave behind when they end (Linux)."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def command_line(
+    *words: str, before: Callable[[], None] = nothing, writer: Callable[[], None] = nothing, processes: int = 1
+) -> Callable[[], None]:
+    """Return what runs the command line ``halfbyte WORDS``, after ``before``, and in who writes after ``writer``."""
+
+    def run() -> None:
+        if campaign_processes.is_writer():
+            writer()
+        from halfbyte.cli import main
+
+        main()
 
     def work() -> None:
         before()
         sys.argv = ["halfbyte", *words]
+        if processes == 1:
+            run()
+            return
+        campaign_processes.fork_workers(run)
         from halfbyte.cli import main
 
         main()
@@ -205,8 +275,8 @@ def command_line(*words: str, before: Callable[[], None] = nothing) -> Callable[
     return work
 
 
-def counting(kill_at: int | None, after: bool, report: Path) -> Callable[[], None]:
-    """Count the calls of ``CALLS`` under a run, and kill the process at one of them, or write their number down."""
+def counting(place: int | None, after: bool, report: Path, strike: Callable[[], None] = nothing) -> Callable[[], None]:
+    """Count the calls of ``CALLS`` under a run, and ``strike`` at one of them, or write their number down."""
 
     def install() -> None:
         count, leave = 0, os._exit
@@ -216,18 +286,18 @@ def counting(kill_at: int | None, after: bool, report: Path) -> Callable[[], Non
                 nonlocal count
                 count += 1
                 at = count
-                if at == kill_at and not after:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if at == place and not after:
+                    strike()
                 result = real(*args, **kwargs)
-                if at == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if at == place and after:
+                    strike()
                 return result
 
             return call
 
         def tell(code: int) -> None:
             total = count
-            if kill_at is None:
+            if place is None:
                 report.write_text(str(total))
             leave(code)
 
@@ -261,6 +331,16 @@ def tearing(at: int, share: float) -> Callable[[], None]:
             module.save_file = module.safe_save_file = save_file  # type: ignore[attr-defined]
 
     return install
+
+
+def fill(disk: Path) -> Callable[[], None]:
+    """Leave no byte free on the disk at ``disk``; return what frees it again."""
+    filler = disk / "filler"
+    for size in (4096, 1):
+        with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as stream:
+            while True:
+                stream.write(bytes(size))
+    return lambda: filler.unlink(missing_ok=True)
 
 
 def jumping(seed: int) -> Callable[[], None]:
@@ -305,17 +385,19 @@ class Trial:
         seed: of everything that is drawn.
         place: models, data, and the uninterrupted runs.
         folder: of the trial.
+        configurations: of how many one is drawn.
     """
 
-    def __init__(self, seed: int, place: Path, folder: Path) -> None:
+    def __init__(self, seed: int, place: Path, folder: Path, configurations: int = CONFIGURATIONS) -> None:
         self.draw = random.Random(f"trial {seed}")
         self.place = place
         self.folder = folder
-        self.number = self.draw.randrange(CONFIGURATIONS)
+        self.number = self.draw.randrange(configurations)
         self.options = draw_configuration(self.number, place)
         self.end = self.draw.choices(ENDS, WEIGHTS)[0]
         self.disk = folder / "disk"
         self.run = self.disk / "run"
+        self.processes = self.options.get("processes", 1)
         self.log = folder / "log.txt"
         self.result: dict[str, Any] = {"seed": seed, "end": self.end, "configuration": self.number}
 
@@ -329,6 +411,11 @@ class Trial:
         whole = reference(self.number, self.options, self.place)
         about = json.loads((whole / "about.json").read_text())
         begun = time.monotonic()
+        if self.draw.random() < OWN_CACHE:
+            os.environ["HALFBYTE_CACHE"] = str((self.disk if self.end == "full" else self.folder) / "cache")
+            self.result["own_cache"] = True
+        if self.processes > 1:
+            self.result["restarts"] = self.options["max_restarts"]
         if self.end == "full":
             with small_disk(self.disk, "64m") as there:
                 if not there:
@@ -340,7 +427,8 @@ class Trial:
         else:
             self._perform(about)
         self.result["seconds"] = round(time.monotonic() - begun, 1)
-        compare(self.run, whole / "run", tidy=not self.result.get("finished"))
+        other = self.result.get("told") == "the run went on, with what can be read"
+        compare(self.run, whole / "run", tidy=not self.result.get("finished"), watched=not other)
 
     def _perform(self, about: dict[str, Any]) -> None:
         config = self.folder / "config.yaml"
@@ -359,7 +447,7 @@ class Trial:
                 return
             fresh = not (self.run / "config.yaml").exists()
             words = [*train_words(config), "--resume"] if fresh else ["resume", str(self.run)]
-            code = wait(fork(command_line(*words, before=hook), self.log))
+            code = wait(fork(command_line(*words, before=hook, processes=self.processes), self.log))
             self._no_traceback()
             if code:
                 raise Failed(f"resuming ended with {code}: {self._last_line()}")
@@ -368,32 +456,42 @@ class Trial:
 
     def _end_it(self, words: list[str], about: dict[str, Any]) -> None:
         """Begin ``halfbyte WORDS`` and end it."""
-        moment, hook = self.draw.uniform(0, 0.95 * about["seconds"]), nothing
+        moment, hook, writer = self.draw.uniform(0, 0.95 * about["seconds"]), nothing, nothing
         end, number = self.end, self.draw.randrange(99)
         if end == "flip":
             end = self.draw.choice(["term", "kill"])
+        targets = campaign_processes.TARGETS
+        target = self.draw.choice(targets if end in ("kill", "save", "clock") else ("launcher", "launcher", "one"))
+        if self.processes > 1:
+            self.result["target"] = [*self.result.get("target", ()), target]
         if end == "save":
             at = self.draw.randint(1, about["calls"])
-            hook = counting(at, self.draw.random() < 0.5, self.folder / "calls")
+            kill = functools.partial(campaign_processes.kill, target, number)
+            writer = counting(at, self.draw.random() < 0.5, self.folder / "calls", kill)
+        elif end == "full" and self.draw.random() < 0.5:
+            at = self.draw.randint(1, about["calls"] // (3 if words[0] == "resume" else 1))
+            writer = counting(at, False, self.folder / "calls", functools.partial(fill, self.disk))
+            end = "full at a call"
         elif end == "torn":
             at = self.draw.randint(1, about["files"])
-            hook = tearing(at, self.draw.random())
+            writer = tearing(at, self.draw.random())
         elif end == "clock":
             hook = jumping(number)
         elif end == "read_only":
             hook = powerless
-        child = fork(command_line(*words, before=hook), self.log)
+        child = fork(command_line(*words, before=hook, writer=writer, processes=self.processes), self.log)
         undo = nothing
-        if end in ("save", "torn"):
+        if end in ("save", "torn", "full at a call"):
             self.result["moment"] = at
         else:
             self.result["moment"] = round(moment, 2)
             time.sleep(moment)
             self.result["alive"] = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
             steps = sum(event["kind"] == "step" for event in events(self.run))
-            undo = self._strike(end, child)
+            undo = self._strike(end, child, target, number)
         code = wait(child)
         undo()
+        (self.disk / "filler").unlink(missing_ok=True)
         if code == 0 and self.result.get("alive") and end in ("term", "ctrl_c", "twice"):
             total = sum(event["kind"] == "step" for event in events(self.run))
             if steps < total - 2:
@@ -401,32 +499,34 @@ class Trial:
         self.result["exit"] = [*self.result.get("exit", ()), code]
         self._no_traceback()
         allowed = {
-            "kill": {-9}, "clock": {-9}, "save": {-9}, "torn": {-9}, "full": {2}, "read_only": {2},
+            "kill": {-9}, "clock": {-9}, "save": {-9}, "torn": {-9},
+            "full": {2}, "full at a call": {2}, "read_only": {2},
         }.get(end, {130, -2, -15}) | {0}  # fmt: skip
+        if self.processes > 1 and end in ("kill", "save", "torn", "clock", "term"):
+            # the launcher tells of one that was killed, unless it begins them again
+            allowed |= set() if self.options["max_restarts"] and end != "term" else {2}
         if code not in allowed:
             raise Failed(f"{end}: exit code {code}: {self._last_line()}")
         self._hold_checkpoints()
         if self.end == "flip" and not (self.run / "summary.json").exists():
             self._flip()
 
-    def _strike(self, end: str, child: int) -> Callable[[], None]:
+    def _strike(self, end: str, child: int, target: str, number: int) -> Callable[[], None]:
         """Do to the run what ends it; return what undoes that."""
         if end in ("kill", "clock", "term", "ctrl_c", "twice"):
             numbers = {"term": signal.SIGTERM, "ctrl_c": signal.SIGINT, "twice": signal.SIGINT}
-            os.kill(child, numbers.get(end, signal.SIGKILL))
+            hit = [child]
+            if self.processes > 1 and end in ("kill", "clock", "term"):
+                hit = campaign_processes.struck(target, child, number)
+            for pid in hit:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, numbers.get(end, signal.SIGKILL))
             if end == "twice":
                 time.sleep(self.draw.uniform(0, 1))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGINT)
         elif end == "full":
-            filler = self.disk / "filler"
-            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
-                while True:
-                    stream.write(bytes(4096))
-            with contextlib.suppress(OSError), filler.open("ab", buffering=0) as stream:
-                while True:
-                    stream.write(b"x")
-            return filler.unlink
+            return fill(self.disk)
         elif end == "read_only":
             locked = [folder for folder in (self.run, self.run / "checkpoints", self.disk) if folder.is_dir()]
             before = [(folder, folder.stat().st_mode) for folder in locked]
@@ -452,23 +552,51 @@ class Trial:
         if not (self.run / "summary.json").exists() and max(told, default=0) > newest:
             raise Failed(f"the checkpoint of step {max(told)} was told, and the newest good one is {newest}")
 
-    def _flip(self) -> None:
-        """Damage the newest checkpoint, and hold what is said of that."""
-        there = self._checkpoints()
-        if not there:
-            return
-        newest = there[-1]
-        file = self.draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+    def _flip_a_bit(self, file: Path) -> tuple[bytes, int, str]:
+        """Turn a bit of ``file`` and resume; return what it was, the exit code and what was said."""
         whole = file.read_bytes()
         place, bit = self.draw.randrange(len(whole)), self.draw.randrange(8)
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
-        self.result["flipped"] = [newest.name, file.relative_to(newest).as_posix(), place, bit]
-        before = self._names()
+        self.result["flipped"] = [file.parent.name, file.name, place, bit]
         log = self.folder / "flipped.txt"
-        code = wait(fork(command_line("resume", str(self.run)), log))
+        code = wait(fork(command_line("resume", str(self.run), processes=self.processes), log))
         text = log.read_text()
         if "Traceback" in text:
             raise Failed(f"a traceback: {text}")
+        return whole, code, text
+
+    def _flip_beside(self) -> None:
+        """Damage something beside the checkpoints: it is told, or the run is the whole one all the same."""
+        files = [self.run / name for name in ("config.yaml", "run.json", "metrics.jsonl") if (self.run / name).exists()]
+        if self.result.get("own_cache"):
+            rows = (Path(os.environ["HALFBYTE_CACHE"]) / "rows").rglob("*")
+            files += sorted(path for path in rows if path.is_file() and path.stat().st_size)
+        if not files:
+            return
+        file, before = self.draw.choice(files), self._names()
+        whole, code, text = self._flip_a_bit(file)
+        if code == 2 and self._names() == before and "Error: " in text and text.count("Error: ") == 1:
+            self.result["told"] = text[text.index("Error: ") :].strip().replace(str(self.folder), "TRIAL")
+            file.write_bytes(whole)
+        elif code:
+            raise Failed(f"{file.name} is damaged: {code}, changed: {self._names() ^ before}: {text[-400:]}")
+        elif file.name == "run.json":
+            raise Failed("run.json is damaged, and the run went on")
+        # what config.yaml may say otherwise is as its user wishes
+        elif file.name == "config.yaml" or f"{file.name} is not as it was" in text:
+            self.result["told"] = "the run went on, with what can be read"
+
+    def _flip(self) -> None:
+        """Damage the newest checkpoint, and hold what is said of that."""
+        if self.draw.random() < 0.4:
+            self._flip_beside()
+            return
+        there = self._checkpoints()
+        if not there:
+            return
+        newest, before = there[-1], self._names()
+        file = self.draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+        whole, code, text = self._flip_a_bit(file)
         name = file.relative_to(newest).as_posix()
         told = f"{newest.name}: {name} is damaged" in text or f"{newest.name}: a newer halfbyte" in text
         if not told:
@@ -523,8 +651,10 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def compare(run: Path, whole: Path, tidy: bool) -> None:
+def compare(run: Path, whole: Path, tidy: bool, watched: bool = True) -> None:
     """Hold a run to the uninterrupted one, and if it is to be ``tidy``, to having left nothing half-written.
+
+    Not ``watched`` is what was told on the way: then the adapter alone has to be the same.
 
     Raises:
         Failed: something is other.
@@ -534,7 +664,9 @@ def compare(run: Path, whole: Path, tidy: bool) -> None:
     for file in [*files, last / "adapter_model.safetensors"]:
         if (run / file).read_bytes() != (whole / file).read_bytes():
             raise Failed(f"{file} is not that of the uninterrupted run")
-    for kind in ("step", "evaluation"):
+        if not watched:
+            return
+    for kind in ("step", "evaluation", "sample"):
         ours, theirs = ([timeless(e) for e in events(folder) if e["kind"] == kind] for folder in (run, whole))
         if ours != theirs:
             raise Failed(f"the metrics ({kind}) are not those of the uninterrupted run")
@@ -566,12 +698,11 @@ def reference(number: int, options: dict[str, Any], place: Path) -> Path:
     config = whole / "config.yaml"
     config.write_text(json.dumps(options | {"output": str(whole / "run")}))
     calls, log = whole / "calls", whole / "log.txt"
-    for again in (False, True):  # the second time finds the table of tokens
-        begun = time.monotonic()
-        words = [*train_words(config), *(["--overwrite"] if again else [])]
-        code = wait(fork(command_line(*words, before=counting(None, False, calls)), log))
-        if code:
-            raise Failed(f"configuration {number} does not run: {log.read_text()[-3000:]}")
+    begun, processes = time.monotonic(), options.get("processes", 1)
+    writer = counting(None, False, calls)
+    code = wait(fork(command_line(*train_words(config), writer=writer, processes=processes), log))
+    if code or "Traceback" in log.read_text():
+        raise Failed(f"configuration {number} does not run: {log.read_text()[-3000:]}")
     seconds = time.monotonic() - begun
     saves = sum(event["kind"] == "checkpoint" for event in events(whole / "run"))
     about = {"seconds": seconds, "calls": int(calls.read_text()), "files": 2 * saves + 1}
@@ -579,12 +710,13 @@ def reference(number: int, options: dict[str, Any], place: Path) -> Path:
     return whole
 
 
-def perform(seed: int, place: Path, folder: Path) -> dict[str, Any]:
+def perform(seed: int, place: Path, folder: Path, configurations: int = CONFIGURATIONS) -> dict[str, Any]:
     """Perform a trial in a process of its own; return its line of the results."""
     report = folder / "result.json"
 
     def work() -> None:
-        trial = Trial(seed, place, folder)
+        adopt()
+        trial = Trial(seed, place, folder, configurations)
         try:
             trial.perform()
             trial.result["ok"] = True
@@ -614,6 +746,7 @@ def main() -> int:
     parser.add_argument("count", type=int, nargs="?", default=300, help="how many trials there are to be in all")
     parser.add_argument("--first", type=int, default=0, help="the seed of the first one")
     parser.add_argument("--seed", type=int, help="one trial again, with its folder kept")
+    parser.add_argument("--configurations", type=int, default=CONFIGURATIONS, help="how many are drawn from")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--place", type=Path, help="a folder for all that is written, kept")
     given = parser.parse_args()
@@ -634,7 +767,7 @@ def main() -> int:
             continue
         folder = place / f"trial-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        result = perform(seed, place, folder)
+        result = perform(seed, place, folder, given.configurations)
         with given.results.open("a") as stream:
             stream.write(json.dumps(result).replace(str(place), "PLACE") + "\n")
         print(json.dumps(result), flush=True)
@@ -651,13 +784,12 @@ def main() -> int:
 def imported(number: int, place: Path) -> list[str]:
     """Return the names of the modules that a run of configuration ``number`` has imported at its end."""
     config, listed = place / "config.yaml", place / "imported.json"
-    config.write_text(
-        json.dumps(draw_configuration(number, place) | {"output": str(place / "first"), "overwrite": True})
-    )
+    options = draw_configuration(number, place) | {"output": str(place / "first"), "overwrite": True}
+    config.write_text(json.dumps(options))
 
     def run() -> None:
         try:
-            command_line(*train_words(config))()
+            command_line(*train_words(config), processes=options.get("processes", 1))()
         finally:
             listed.write_text(json.dumps([name for name in sys.modules if "." in name or name.isidentifier()]))
 
@@ -672,9 +804,10 @@ def load_libraries(place: Path) -> None:
     torch.set_num_threads(1)
     listed = place / "modules.json"
     if not listed.exists():
-        for number in range(4):
-            names = imported(number, place)
-            listed.write_text(json.dumps(sorted({*names, *(json.loads(listed.read_text()) if number else ())})))
+        names: set[str] = set()
+        for number in (*range(4), 9):  # 9: a launcher
+            names |= set(imported(number, place))
+        listed.write_text(json.dumps(sorted(names)))
     for name in json.loads(listed.read_text()):
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
             importlib.import_module(name)

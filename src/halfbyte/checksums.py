@@ -34,7 +34,7 @@ def write(folder: Path, **about: Any) -> None:
     """
     files = {name: _sum(folder / name) for name in _names(folder)}
     content = {"version": VERSION, "about": about, "files": files}
-    text = json.dumps(content | {"digest": _digest(content)}, indent=1)
+    text = json.dumps(content | {"digest": digest_of(content)}, indent=1)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -54,7 +54,7 @@ def check(folder: Path) -> dict[str, Any]:
         raise Damaged(f"it has no {NAME}, so it is not whole, or not halfbyte's") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{NAME} is damaged") from None
-    if digest != _digest(content):
+    if digest != digest_of(content):
         raise Damaged(f"{NAME} is damaged")
     if version != VERSION:
         raise Damaged(f"a newer halfbyte wrote it (form {version}; this one knows {VERSION})")
@@ -70,6 +70,11 @@ def check(folder: Path) -> dict[str, Any]:
         if found != expected:
             raise Damaged(f"{name} is damaged")
     return dict(about)
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """Return what was written ``about`` a folder that has been checked."""
+    return dict(json.loads((folder / NAME).read_text(encoding="utf-8"))["about"])
 
 
 def step_of(folder: Path) -> int:
@@ -125,6 +130,7 @@ def _sum(file: Path) -> dict[str, Any]:
         return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest_of(content: dict[str, Any]) -> str:
+    """Return the digest of what is to be written as JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

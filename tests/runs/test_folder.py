@@ -203,6 +203,15 @@ def test_a_damaged_description_is_told(content: str, begun: RunFolder) -> None:
         begun.check(config(begun.path, resume=True))
 
 
+def test_any_flipped_byte_of_the_description_is_told(begun: RunFolder) -> None:
+    whole = begun.about.read_bytes()
+    assert begun.check(config(begun.path, resume=True))
+    for place in range(0, len(whole), 5):
+        begun.about.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=r"run\.json (is damaged|cannot be read)|newer halfbyte"):
+            begun.check(config(begun.path, resume=True))
+
+
 def test_what_may_change_bits_is_noted_and_what_makes_another_run_refused(begun: RunFolder) -> None:
     assert begun.compare(CIRCUMSTANCES) == []
     assert begun.compare(CIRCUMSTANCES.model_copy(update={"cores": 8, "memory_bytes": 1})) == []

@@ -13,7 +13,9 @@ CAMPAIGN = Path(__file__).parents[1] / "campaign.py"
 @pytest.mark.slow
 def test_whatever_ends_a_run_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    words = [sys.executable, CAMPAIGN, "10030", "--first", "10000", "--results", results, "--place", tmp_path / "place"]
+    # ten configurations, one of them of two processes: each is run once without an end, too
+    words = [sys.executable, CAMPAIGN, "10030", "--first", "10000", "--configurations", "10"]
+    words += ["--results", results, "--place", tmp_path / "place"]
     done = subprocess.run(words, capture_output=True, text=True)
     trials = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     failed = [trial for trial in trials if not trial.get("ok") and "skipped" not in trial]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from halfbyte.train import launch
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +176,34 @@ def test_an_interrupted_run_goes_on_with_as_many_processes_or_with_another_numbe
     assert "2 processes began this run and 1 goes on, with gradient_accumulation_steps 2" in err
     losses = [[step["loss"] for step in events(tmp_path / name, "step")] for name in ("whole", "other")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # no dropout: sums in another order, through forty steps
+
+
+def test_a_signal_that_comes_before_the_processes_is_passed_on_to_them() -> None:
+    asked = launch.Asked()
+    asked.set(signal.SIGTERM)
+    late = subprocess.Popen(["sleep", "100"])
+    asked.tell()
+    assert late.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_kto_of_two_processes_goes_on_within_an_epoch_and_after_the_last_step(start: Start, tmp_path: Path) -> None:
+    rows = tmp_path / "kto.jsonl"  # an epoch ends with a step of one row and three that are repeated
+    lines = [{"prompt": f"{i} is", "completion": f" {'yes ' * (i % 4)}{i}", "label": i % 3 > 0} for i in range(13)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"data": rows, "method": "kto", "processes": 2, "batch_size": 2, "epochs": 2, "keep": 8, "save_steps": 1}
+    done(start("whole", **options))
+    for last in (3, 8):
+        run = tmp_path / f"run-{last}"
+        subprocess.run(["cp", "-r", tmp_path / "whole", run], check=True)
+        (run / "summary.json").unlink()
+        for checkpoint in (run / "checkpoints").iterdir():
+            if int(checkpoint.name[-6:]) > last:
+                shutil.rmtree(checkpoint)
+        done(start(run.name, resume=True, **options))
+        whole, again = (path / "adapter_model.safetensors" for path in (tmp_path / "whole", run))
+        assert whole.read_bytes() == again.read_bytes(), last
+        losses = [[step["loss"] for step in events(path, "step")] for path in (tmp_path / "whole", run)]
+        assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
 def test_no_process_outlives_the_command(start: Start, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -260,6 +261,14 @@ def test_the_reference_may_be_computed_once_and_is_the_base_without_a_copy(
     assert steps_of(once.output)[0].loss == pytest.approx(np.log(2), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")  # PEFT's, of the copy
+def test_what_pissa_subtracts_is_no_part_of_the_reference_s_copy(options: dict[str, Any]) -> None:
+    options |= {"init_lora_weights": "pissa", "modules_to_save": "embed_tokens", "max_steps": 1}
+    [step] = steps_of(fine_tune(TrainConfig(**options, method="dpo")).output)
+    # the first step's model is its own reference: -log sigmoid(0)
+    assert step.loss == pytest.approx(math.log(2), rel=1e-5)
+
+
 def pair_trainer(model: Any, folder: Path, tokenizer: Any, rows: list[dict[str, Any]], **arguments: Any) -> Any:
     args = ours.DPOConfig(output_dir=str(folder), max_steps=1, report_to="none", disable_tqdm=True, **arguments)
     return ours.DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
@@ -276,6 +285,23 @@ def test_a_trained_adapter_keeps_its_copy_as_reference(options: dict[str, Any], 
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     assert list(pair_trainer(model, tmp_path, tokenizer, rows).model.peft_config) == ["default", "ref"]
+
+
+def test_an_evaluation_is_the_mean_over_pairs_the_first_one_and_those_after_it(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    config = TrainConfig(**options)
+    tokenizer, model = hf.load_tokenizer(config.model), build_model(config)
+    rows = [{"prompt": "why?", "chosen": WORDS[i], "rejected": WORDS[(i + 3) % 8]} for i in range(4)]
+    trainer = pair_trainer(model, tmp_path, tokenizer, rows, per_device_eval_batch_size=3, dataloader_pin_memory=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    evaluated = trainer.train_dataset
+    losses = [trainer.evaluate(evaluated)["eval_loss"] for _ in range(2)]
+    alone = [trainer.evaluate(evaluated.select([i]))["eval_loss"] for i in range(4)]
+    assert np.std(alone) > 0.01
+    assert losses == pytest.approx([np.mean(alone)] * 2, rel=1e-4)
 
 
 class Largest(TorchDispatchMode):

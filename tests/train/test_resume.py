@@ -99,15 +99,15 @@ def lines(run: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def assert_same(run: Path, whole: Path) -> None:
-    for folder in (run, whole):
-        assert len(list((folder / "checkpoints").iterdir())) == 1
+    saved, expected = ({path.name for path in (folder / "checkpoints").iterdir()} for folder in (run, whole))
+    assert saved == expected
+    assert len(expected) in (1, 2)  # the last one, and the best one
     names = ["adapter_model.safetensors"]
-    names += [
-        f"checkpoints/{next((whole / 'checkpoints').iterdir()).name}/state.{kind}" for kind in ("json", "safetensors")
-    ]
+    names += [f"checkpoints/{name}/state.{kind}" for name in expected for kind in ("json", "safetensors")]
     for name in names:
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    for one, other in zip(lines(run, "step", "evaluation"), lines(whole, "step", "evaluation"), strict=True):
+    kinds = ("step", "evaluation", "sample")
+    for one, other in zip(lines(run, *kinds), lines(whole, *kinds), strict=True):
         assert one.pop("figures", {}) == other.pop("figures", {})
         assert one == other
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole))
@@ -124,7 +124,14 @@ CASES: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor"},
     "neftune": {"neftune_noise_alpha": 5.0, "lora_dropout": 0.1},
     "evaluation": {"eval_share": 0.3, "eval_steps": 1, "epochs": 5, "keep_best": False, "lora_dropout": 0.1},
-    # early stopping: here, once there is such an option
+    "early stopping": {
+        "eval_data": "other", "eval_steps": 1, "epochs": 10, "early_stopping_patience": 3, "lora_dropout": 0.1,
+    },
+    "replay": {"replay": 0.3, "lora_dropout": 0.1},
+    "forgetting and references": {
+        "eval_share": 0.3, "eval_steps": 1, "forgetting_data": "builtin", "sample_prompts": ["why?", "who is it?"],
+        "max_new_tokens": 8, "lora_dropout": 0.1, "epochs": 5,
+    },
     "plateau": {"eval_share": 0.3, "eval_steps": 1, "epochs": 5, "lr_scheduler_type": "reduce_lr_on_plateau"},
     "LoRA+": {"loraplus_lr_ratio": 4.0},
     "DoRA": {"use_dora": True, "lora_dropout": 0.1},
@@ -133,13 +140,17 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo": {"task": "dpo", "lora_dropout": 0.1},
     "dpo over PiSSA": {"task": "dpo", "init_lora_weights": "pissa", "lora_dropout": 0.1},
     "kto": {"task": "kto"},
+    "kto over PiSSA with embeddings": {
+        "task": "kto", "init_lora_weights": "pissa", "lora_dropout": 0.0, "modules_to_save": "embed_tokens",
+    },
     "orpo": {"task": "orpo", "lora_dropout": 0.1},
     "classify": {"task": "classify", "eval_share": 0.3, "lora_dropout": 0.1},
     "seq2seq": {"task": "seq2seq", "lora_dropout": 0.1},
-}
+}  # fmt: skip
 QUICK = ("packing and dropout",)
 
 
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")  # PEFT's, of a reference's copy
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_twice_n_steps_are_n_an_end_and_n_more(case: str, options: Any, tmp_path: Path) -> None:
     more = dict(CASES[case])
@@ -150,9 +161,16 @@ def test_twice_n_steps_are_n_an_end_and_n_more(case: str, options: Any, tmp_path
     if weights:
         (tmp_path / "more.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("?", "!"))
         given["data"] = [f"{given['data'][0]}@0.6", f"{tmp_path / 'more.jsonl'}@1.5"]
+    if "replay" in more:
+        (tmp_path / "more.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("?", "!"))
+        given["replay"] = f"{tmp_path / 'more.jsonl'}*{more['replay']}"
+    if more.get("eval_data"):  # what no row says that is trained on
+        given["eval_data"] = str(tmp_path / "other.jsonl")
+        (tmp_path / "other.jsonl").write_text(json.dumps({"instruction": "0?", "output": "~~~~ ~~~~"}) + "\n")
     whole = train(given, output=str(tmp_path / "whole"))
     steps = len(lines(whole, "step"))
     assert steps >= 4
+    assert ("early_stopping_patience" in more) == (steps < lines(whole, "begin")[0]["total_steps"])
     run = interrupt(given, steps // 2)
     assert any("Going on from" in note for note in told(run))
     assert_same(run, whole)
@@ -213,6 +231,21 @@ def test_the_damaged_checkpoint_is_told_and_the_one_before_taken(options: Any, t
     assert f"Going on from {run}/checkpoints/step-000003" in notes
     assert (run / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
     assert lines(run, "step") == lines(whole, "step")
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_the_metrics_is_told_and_changes_nothing_that_is_trained(options: Any, tmp_path: Path) -> None:
+    whole = train(options(), output=str(tmp_path / "whole"))
+    run = interrupt(options(), 3)
+    file = run / "metrics.jsonl"
+    text = file.read_text()
+    place = text.index('"loss":') + len('"loss":')
+    file.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+    sentence = f"{file} is not as it was when step-000003 was saved: what can be read of it stays"
+    assert any(note.startswith(sentence) for note in told(run))
+    assert (run / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    losses = [[line["loss"] for line in lines(folder, "step")] for folder in (run, whole)]
+    assert [one == other for one, other in zip(*losses, strict=True)].count(False) == 1
 
 
 @pytest.mark.slow

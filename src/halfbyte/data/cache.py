@@ -3,7 +3,8 @@
 That is the bytes of the data, the options of reading, the tokenizer with its template, and the code of this package
 and of the libraries under it. They lie in ``~/.cache/halfbyte/rows`` (``XDG_CACHE_HOME`` and ``HALFBYTE_CACHE`` move
 it); those that nobody has used for a month go when a new one comes. A table that somebody has mapped outlives its file.
-Where the cache cannot be written, a temporary folder takes its place.
+Each has checksums, and a damaged one is made again. Where the cache cannot be written, a temporary folder takes its
+place.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.files import absolute, repair_within, whole_folder
+from halfbyte import checksums
+from halfbyte.files import absolute, remove_folder, repair_within, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,13 +66,14 @@ def kept(name: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
     """
     place = folder() / "rows" / name
     try:
-        if (place / USED).is_file():
+        if (place / USED).is_file() and _is_whole(place):
             os.utime(place / USED)
         else:
             place.parent.mkdir(parents=True, exist_ok=True)
             _tidy(place.parent)
             with whole_folder(place) as part:
                 make(part)
+                checksums.write(part)
                 (part / USED).touch()
         return place, False
     except OSError as error:
@@ -83,6 +86,17 @@ def kept(name: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
         shutil.rmtree(place, ignore_errors=True)
         raise
     return place, True
+
+
+def _is_whole(place: Path) -> bool:
+    """Return whether a table is as it was made; a damaged one is removed, to be made again."""
+    try:
+        checksums.check(place)
+    except checksums.Damaged:
+        with contextlib.suppress(FileNotFoundError):  # somebody else has
+            remove_folder(place)
+        return False
+    return True
 
 
 def _tidy(rows: Path) -> None:

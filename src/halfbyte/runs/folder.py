@@ -43,6 +43,9 @@ VERSION = 1
 
 
 OF_THE_CALL_LEFT = {"resume": False, "overwrite": False, "ray": None}
+KEYS = {"version", "id", "job", "begun", "circumstances", "packed_tokens", "rows_a_pass"}
+KEYS |= {"options", "inputs", "courses"}
+"""Of run.json, beside the digest of them all, which older ones lack."""
 INPUTS = {
     "data": "other training data",
     "eval_data": "other evaluation data",
@@ -220,7 +223,7 @@ class RunFolder:
         }
         about |= {"rows_a_pass": rows_a_pass, "options": config.model_dump(mode="json")}
         about["inputs"] = dict(inputs or {})
-        files.write_text(self.about, json.dumps(about, indent=2) + "\n")
+        self._write_about(about)
         if skipped:
             with files.whole_file(self.skipped) as part:
                 shutil.copyfile(skipped, part)
@@ -262,7 +265,7 @@ class RunFolder:
         about = self._read_about()
         about["options"] = config.model_dump(mode="json")
         about["courses"] = [*about.get("courses", ()), *([dict(course)] if course else ())]
-        files.write_text(self.about, json.dumps(about, indent=2) + "\n")
+        self._write_about(about)
 
     def run_id(self) -> str | None:
         """Return what tells this run from others; None of an old one."""
@@ -330,7 +333,18 @@ class RunFolder:
             ) from error
         if version > VERSION:
             raise InputError(f"{self.path} holds a run of a newer halfbyte (layout {version}); go on with that one.")
+        digest = about.pop("digest", None)
+        if digest != checksums.digest_of(about) and not (digest is None and about.keys() <= KEYS):
+            raise InputError(
+                f"{self.about} is damaged, so nobody can say how the run began; put it back from a copy, set "
+                "overwrite, or name another folder."
+            )
         return about
+
+    def _write_about(self, about: dict[str, Any]) -> None:
+        about = json.loads(json.dumps(about))  # as it is read
+        text = json.dumps(about | {"digest": checksums.digest_of(about)}, indent=2)
+        files.write_text(self.about, text + "\n")
 
 
 def _short(digest: str | None) -> str:

@@ -1,7 +1,9 @@
 """``metrics.jsonl``: every event of a run that is worth keeping, in the order in which it happened."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from halfbyte import __version__
 from halfbyte.files import append, read_lines, write_text
@@ -31,6 +33,13 @@ class MetricsFile:
         else:
             append(self._path, to_line(event))
 
+    def digest(self) -> dict[str, Any] | None:
+        """Return how many lines there are behind the header, and their SHA-256."""
+        if self._path is None:
+            return None
+        lines = read_lines(self._path)[1:]
+        return {"lines": len(lines), "sha256": _digest(lines)}
+
     def open(self, path: Path, step: int = 0, known: Sequence[StepMetrics] = ()) -> list[StepMetrics]:
         """Begin the file at ``path``, or with ``step`` go on with the one that is there.
 
@@ -49,6 +58,16 @@ class MetricsFile:
         write_text(path, "".join(to_line(event) + "\n" for event in events))
         self._path, self._waiting = path, []
         return [event for event in before if isinstance(event, StepMetrics)]
+
+
+def is_as(path: Path, digest: Mapping[str, Any]) -> bool:
+    """Return whether the file at ``path`` begins with what :meth:`MetricsFile.digest` was taken of."""
+    lines = read_lines(path)[1:] if path.exists() else []
+    return bool(_digest(lines[: digest["lines"]]) == digest["sha256"])
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
 def read_events(path: Path) -> list[Event]:

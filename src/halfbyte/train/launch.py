@@ -51,14 +51,14 @@ def launch(processes: int, arguments: Sequence[str], tell: Listener, max_restart
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if processes > cores:
         tell(Note(text=f"{processes} processes share {cores} core{'s' * (cores > 1)}: they wait for each other"))
-    asked = threading.Event()
+    asked = Asked()
     job = uuid.uuid4().hex
     with _environment(max(1, cores // processes)), _passed_on(asked):
         for restart in range(max_restarts + 1):
             if asked.is_set():
                 return INTERRUPTED
             os.environ[RESTARTS] = str(restart)
-            codes = _run(processes, arguments, job)
+            codes = _run(processes, arguments, job, asked)
             if asked.is_set():
                 return INTERRUPTED if any(codes.values()) else 0
             failed = {code for code in codes.values() if code > 0}
@@ -74,7 +74,35 @@ def launch(processes: int, arguments: Sequence[str], tell: Listener, max_restart
     raise AssertionError("a restart without an end")
 
 
-def _run(processes: int, arguments: Sequence[str], job: str) -> dict[int, int]:
+class Asked:
+    """Whether somebody asked by a signal for an end, and which processes have been told."""
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._told: set[int] = set()
+
+    def is_set(self) -> bool:
+        """Return whether somebody did."""
+        return self._signal is not None
+
+    def set(self, number: int) -> None:
+        """Tell the processes, those that have been told before too: a second signal is a wish to end at once."""
+        self._signal = number
+        self._told.clear()
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell those that were started while the signal came."""
+        if self._signal is None:
+            return
+        for child in psutil.Process().children():
+            if child.pid not in self._told:
+                self._told.add(child.pid)
+                with contextlib.suppress(psutil.Error):
+                    child.send_signal(self._signal if self._signal != signal.SIGHUP else signal.SIGTERM)
+
+
+def _run(processes: int, arguments: Sequence[str], job: str, asked: Asked) -> dict[int, int]:
     """Start the processes, wait for all of them, and return the exit code of each that failed, by its number."""
     codes: dict[int, int] = {}
     errors: list[BaseException] = []
@@ -104,6 +132,7 @@ def _run(processes: int, arguments: Sequence[str], job: str) -> dict[int, int]:
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
+            asked.tell()
     if errors:
         raise InputError(f"The processes cannot be started: {str(errors[0]).splitlines()[0]}.") from errors[0]
     return codes
@@ -131,14 +160,11 @@ def _environment(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _passed_on(asked: threading.Event) -> Iterator[None]:
+def _passed_on(asked: Asked) -> Iterator[None]:
     """While this lasts a signal to this process is one to the workers."""
 
     def pass_on(number: int, _: Any) -> None:
-        asked.set()
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):
-                child.send_signal(number if number != signal.SIGHUP else signal.SIGTERM)
+        asked.set(number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte import data, devices, hf
-from halfbyte.checksums import step_of
+from halfbyte.checksums import about, step_of
 from halfbyte.data.prepared import give_plain
 from halfbyte.data.samples import preview_lines
 from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
@@ -35,7 +35,7 @@ from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import End, Event, Listener, Note, Progress, Stage, StepMetrics
 from halfbyte.runs.folder import RunFolder
-from halfbyte.runs.metrics import MetricsFile, read_events
+from halfbyte.runs.metrics import MetricsFile, is_as, read_events
 from halfbyte.runs.report.writer import ReportFile
 from halfbyte.train import course, loggers, schedules, space, worlds
 from halfbyte.train.adapters import Beginning, collator, load_tokenizer
@@ -143,7 +143,10 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
                 raise Interrupted(trainer.state.global_step, folder.path)
         kept = best.deliver(heard.evaluations)
         trained = hf.count_parameters(model)[0]
-        summary = summarize(steps.made, rows.train.counts, trained, heard.evaluations, config.metric_for_best, kept)
+        facts = (rows.train.counts, trained, heard.evaluations, config.metric_for_best, kept)
+        with distributed.first_writes() as writes:  # the others know none of the steps of before
+            own = summarize(steps.made, *facts) if writes else None
+        [summary, *_] = distributed.gather(own)
         _finish(folder, config, trainer, tokenizer, steps, summary, page)
     return RunResult(folder.path, summary)
 
@@ -249,6 +252,11 @@ def _begin(
                 folder.go_on(config, changed and changed[0])
         elif writes:
             begin(circumstances)
+        if checkpoint and writes and (saved := about(checkpoint).get("metrics")) and not is_as(folder.metrics, saved):
+            note(
+                f"{folder.metrics} is not as it was when {checkpoint.name} was saved: what can be read of it stays, "
+                "and what it says of earlier steps may be wrong"
+            )
         before = []
         if checkpoint and writes:
             before = metrics.open(folder.metrics, step_of(checkpoint), steps_of(checkpoint))
@@ -260,6 +268,7 @@ def _begin(
         elif writes:
             metrics.open(folder.metrics)
     trainer.run_id = folder.run_id()
+    trainer.beside_it = lambda: {"metrics": metrics.digest()}
     trainer.passed_over = [path for path in folder.saved() if checkpoint and step_of(path) > step_of(checkpoint)]
     return before
 

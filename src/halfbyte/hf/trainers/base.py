@@ -97,10 +97,6 @@ class BaseTrainer(Checkpoints):
             if model is not None and isinstance(base_of(model), PreTrainedModel):
                 bind_head(base_of(model))
         self._step_batches: list[dict[str, Any]] = []
-        if distributed.world_size() == 1:
-            # of the last batches of an epoch accelerate (1.10) leaves out what other processes repeat, by counts that
-            # are others after a resume; of one process nothing is repeated
-            self.accelerator.gather_for_metrics = lambda x, *_, **__: x
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
@@ -122,7 +118,8 @@ class BaseTrainer(Checkpoints):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+        with self._gathered_whole() if self.model.training else contextlib.nullcontext():
+            result = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if self.model.training:
             self._step_batches.append(inputs)
@@ -257,6 +254,21 @@ class BaseTrainer(Checkpoints):
         if not any(isinstance(module, Linear4bit) for module in self.model.modules()):
             return ""
         return ", or hold the base in more than 4 bits (quant_type int8, or none for 16 bits)"
+
+    @contextlib.contextmanager
+    def _gathered_whole(self) -> Iterator[None]:
+        """Gather what each process tells of a batch that is trained on, also where it repeats rows.
+
+        Of the last batches of an epoch accelerate (1.15) leaves out what is repeated, taking one value a process for
+        one a row: of the divergence that KTO's loss holds too. In an epoch that was gone on with it leaves out none,
+        so that losses would be others. Evaluations are never gone on with.
+        """
+        gather = self.accelerator.gather if distributed.world_size() > 1 else lambda x: x
+        self.accelerator.gather_for_metrics = lambda x, *_, **__: gather(x)
+        try:
+            yield
+        finally:
+            self.accelerator.__dict__.pop("gather_for_metrics", None)
 
     @contextlib.contextmanager
     def _metrics_alone(self) -> Iterator[None]:

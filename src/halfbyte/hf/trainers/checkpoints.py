@@ -5,7 +5,7 @@ Of several processes one writes and the others wait; each has random numbers of 
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,7 @@ class Checkpoints(_Theirs):
     """Checkpoints of safetensors and JSON, complete or absent, in place of Trainer's own.
 
     Attributes:
+        beside_it: what else the list of checksums says about the run, as JSON.
         run_id: of the run that its checkpoints belong to, if that has one.
         keep_best: whether each best evaluation gets a checkpoint, whatever ``save_steps`` is.
         passed_over: damaged checkpoints of later steps than that which was gone on from; the next one replaces them.
@@ -95,6 +96,7 @@ class Checkpoints(_Theirs):
     run_id: str | None = None
     keep_best = False
     passed_over: Sequence[Path] = ()
+    beside_it: Callable[[], dict[str, Any]] = dict
     _made_again: tuple[str, ...] = ()
     """Adapters that are not saved, since whoever goes on makes them again."""
 
@@ -121,7 +123,7 @@ class Checkpoints(_Theirs):
             if writes:
                 with whole_folder(folder) as part:
                     self._write_checkpoint(part, random_tensors, random_numbers)
-                    checksums.write(part, step=self.state.global_step, run=self.run_id)
+                    checksums.write(part, step=self.state.global_step, run=self.run_id, **self.beside_it())
                 best_folder, limit = self.state.best_model_checkpoint, self.args.save_total_limit
                 passed_over, self.passed_over = [path for path in self.passed_over if path != folder], ()
                 for old in passed_over:

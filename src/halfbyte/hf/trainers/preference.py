@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch.utils.data import DataLoader
 
-from halfbyte.hf.layers.starts import untrained
+from halfbyte.hf.layers.starts import starts_of, untrained
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
 from halfbyte.hf.trainers.shares import SHARE, Shared
@@ -52,8 +53,11 @@ class Preferences(Shared, BaseTrainer, _Theirs):
         super().__init__(model, *args, **kwargs)
         self._is_built = True
         self.trained_tokens = 0
-        if isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config and is_new(self.model):
-            self.model.delete_adapter(REFERENCE)
+        if isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config:
+            if is_new(self.model):
+                self.model.delete_adapter(REFERENCE)
+            else:
+                subtract_from_reference(self.model)
         if getattr(self, "precompute_ref_logps", False):
             size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
             self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
@@ -115,6 +119,14 @@ def is_new(model: PeftModel) -> bool:
         if not zero.keys() & set(parts) or bool(parameter.any()):
             return False
     return True
+
+
+@torch.no_grad()
+def subtract_from_reference(model: PeftModel) -> None:
+    """Take from the copy what is subtracted for the adapter that began with it (PiSSA): then its product is zero."""
+    for layer in (layer for layer in model.modules() if isinstance(layer, LoraLinear)):
+        if starts_of(layer, ["default"]) and not starts_of(layer, [REFERENCE]) and REFERENCE in layer.lora_B:
+            layer.lora_B[REFERENCE].weight.zero_()
 
 
 def _answer_tokens(batch: dict[str, Any]) -> int:
