@@ -24,7 +24,7 @@ from typing import Annotated
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, resume, run, runs, talk, train
+from halfbyte.cli import bench, classify, convert, data, machine, models, qlora, resume, run, runs, serve, talk, train
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import DataCommand, complete
 from halfbyte.errors import InputError, nearest
@@ -54,6 +54,7 @@ app.command()(runs.report)
 app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(classify.classify)
+app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(machine.doctor)
 app.command(context_settings=run.CONTEXT)(run.run)

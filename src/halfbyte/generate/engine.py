@@ -17,8 +17,10 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,7 @@ from halfbyte.generate.decoder import Sequence as Held
 from halfbyte.generate.sampling import Chosen, Sampler, sample
 from halfbyte.generate.text import TextStream
 
+Result = TypeVar("Result")
 BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Seconds: upper bounds of the classes that steps are counted in."""
 
@@ -132,6 +135,7 @@ class Engine:
         self._changed = threading.Condition(threading.RLock())
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
+        self._between: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._reserved = 0
         self._is_closed = False
         self._ended: Counter[Finish] = Counter()
@@ -226,6 +230,20 @@ class Engine:
                 read_seconds=self._read_seconds,
             )
 
+    def between(self, work: Callable[[], Result]) -> Future[Result]:
+        """Have the engine's thread do something between two steps, when nobody else uses the decoder.
+
+        Raises:
+            Closed: the engine is closed; what waits when it is closed is cancelled.
+        """
+        done: Future[Result] = Future()
+        with self._changed:
+            if self._is_closed:
+                raise Closed("The engine has been closed.")
+            self._between.append((done, work))
+            self._changed.notify_all()
+        return done
+
     def close(self) -> None:
         """End all requests as cancelled, and the engine; waits for the token in work."""
         with self._changed:
@@ -275,13 +293,18 @@ class Engine:
                 for row in [*self._rows, *self._waiting]:
                     self._tell_end(row, "error", error)
                 self._rows, self._waiting = [], deque()
+                for done, _ in self._between:
+                    done.cancel()
             raise
 
     def _go_on(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._rows or self._is_closed)
+                self._changed.wait_for(lambda: self._rows or self._between or self._is_closed)
                 is_closed, rows = self._is_closed, list(self._rows)
+                between, self._between = self._between, deque()
+            for done, work in between:
+                _do(done, work, is_closed)
             for row in rows:
                 if row.is_cancelled or is_closed:
                     self._end(row, "cancelled")
@@ -392,3 +415,15 @@ class Engine:
             while self._waiting and self._fits(self._waiting[0]):
                 self._admit(self._waiting.popleft())
             self._tell_end(row, finish, error, last)
+
+
+def _do(done: "Future[Any]", work: Callable[[], Any], is_closed: bool) -> None:
+    """Do what was asked for between two steps, unless it has been cancelled."""
+    if is_closed:
+        done.cancel()
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)
