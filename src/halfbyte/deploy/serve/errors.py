@@ -69,7 +69,7 @@ def told(error: BaseException, param: str | None = None) -> ApiError | None:
             length = "attends to" in text or "keys and values" in text
             return ApiError(400, text, param=param, code="context_length_exceeded" if length else None)
         case Busy():
-            return too_many(f"The server is busy: {error} Ask again in a moment.")
+            return too_many("The server is busy: as many answers as may wait do already. Ask again in a moment.")
         case Closed():
             return shutting_down()
         case DecodingError():
@@ -84,8 +84,11 @@ def of_schema(error: ValidationError, fields: Mapping[str, Any]) -> ApiError:
         error: pydantic's.
         fields: of the schema, for the name that is near.
     """
-    first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
+    found = error.errors(include_url=False)
+    same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+    # of a union each member has its error: the one that is of the right type says more than those that are not
+    first = next((one for one in same if not one["type"].endswith("_type")), found[0])
+    place = [str(part) for part in first["loc"] if str(part) not in _TYPES and _NAME.fullmatch(str(part))]
     param = ".".join(place)[:100] or None
     if first["type"] == "extra_forbidden":
         near = nearest(place[-1][:60], fields) if len(place) == 1 else ""
@@ -95,6 +98,11 @@ def of_schema(error: ValidationError, fields: Mapping[str, Any]) -> ApiError:
     told = first.get("ctx", {}).get("error")
     text = first["msg"].removeprefix("Value error, ") if told is None else str(told)
     return ApiError(400, f"{param}: {text}." if param else f"{text}.", param=param, code="invalid_value")
+
+
+_NAME = re.compile(r"\w+")
+_TYPES = ("str", "int", "float", "list")
+"""Which pydantic (2) puts into the place of an error, to name the member of a union."""
 
 
 def _printable(text: str) -> str:
