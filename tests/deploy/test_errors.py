@@ -170,7 +170,8 @@ def bad_request(random_: random.Random) -> tuple[str, str, bytes, dict[str, str]
     """Return a request with something wrong, most of the time."""
     body: dict[str, Any] = json.loads(json.dumps(GOOD))
     odd: list[Any] = [
-        None, True, -1, 0, 2**63, 1e308, -1.5, "", "a", "\u0000", "\ud83d\ude00", [], [[]], {}, {"a": {}}, [None], "x" * 5000,
+        None, True, -1, 0, 2**63, 1e308, -1.5, "", "a", "\u0000", "\ud83d\ude00", [], [[]], {}, {"a": {}}, [None],
+        "x" * 5000,
     ]  # fmt: skip
     names = [
         "model", "messages", "temperature", "top_p", "n", "seed", "stop", "max_tokens", "logprobs", "top_logprobs",

@@ -170,7 +170,7 @@ def test_adapters_are_models_with_answers_of_their_own(client: openai.OpenAI) ->
     assert client.models.retrieve("red").model_dump()["parent"] == "tiny"
     answers = {name: ask(client, model=name).choices[0].message.content for name in ("tiny", "red", "blue")}
     assert len(set(answers.values())) == 3
-    with pytest.raises(openai.NotFoundError, match="did you mean 'blue'.*tiny, red and blue") as caught:
+    with pytest.raises(openai.NotFoundError, match=r"did you mean 'blue'.*tiny, red and blue") as caught:
         ask(client, model="bluee")
     assert caught.value.code == "model_not_found"
 

@@ -180,7 +180,7 @@ class Server(uvicorn.Server):
         del sig, frame
         if self.should_exit:
             self.was_forced = self.force_exit = True
-        self.should_exit = True
+        self.should_exit = self._service.is_ending = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and let answers end."""
