@@ -16,10 +16,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halfbyte.deploy.serve.answering import Service
 from halfbyte.deploy.serve.log import Log
 from halfbyte.deploy.serve.options import ServeOptions
 from halfbyte.deploy.serve.running import Server, listen, make_server, opened, url_of
+from halfbyte.deploy.serve.service import Service
 
 POSITIONS = 1024
 TEMPLATE = (

@@ -157,15 +157,16 @@ def test_metrics_are_what_prometheus_reads(served: Running) -> None:
 
 
 def save_brief(base: Path, folder: Path) -> Path:
-    """Save a model that ends its answers, and its strings, after some twenty tokens."""
+    """Save a model that ends its answers, strings and objects after some twenty tokens."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = AutoConfig.from_pretrained(base, tie_word_embeddings=False)
-    model = LlamaForCausalLM.from_pretrained(base, config=config)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 50  # so the last norm gives about 8 here and 0 elsewhere
         model.lm_head.weight[:, 0] = 0
-        for token in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids('"')):
-            model.lm_head.weight[token, 0] = 0.35
+        for token in (tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(['"', "}"])):
+            model.lm_head.weight[token, 0] = 0.4
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

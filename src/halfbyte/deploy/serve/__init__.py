@@ -8,6 +8,7 @@ A request takes this way, and each part is a file:
     schemas        what it may say, by pydantic
     catalog        the model that it names: the base, or an adapter over it, loaded and unloaded at run time
     prompts        messages or texts as tokens; tools: the calls of functions in an answer
+    service        what a request may ask, handed to the engine
     answering      the engine's streams, and a client that hangs up
     chat, completions, embeddings   the forms of the answers
     errors         the form of errors

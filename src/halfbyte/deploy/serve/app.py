@@ -11,7 +11,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from halfbyte.deploy.serve.answering import Service
 from halfbyte.deploy.serve.catalog import Served, folder_within
 from halfbyte.deploy.serve.chat import chat
 from halfbyte.deploy.serve.completions import completions
@@ -20,6 +19,7 @@ from halfbyte.deploy.serve.errors import FAILED, ApiError, shutting_down, told
 from halfbyte.deploy.serve.guard import GONE, Guard
 from halfbyte.deploy.serve.log import Record
 from halfbyte.deploy.serve.schemas import LoadAdapter, UnloadAdapter
+from halfbyte.deploy.serve.service import Service
 from halfbyte.deploy.serve.wire import ClientGone, body
 from halfbyte.errors import InputError
 from halfbyte.generate.answers import Busy, Closed, DecodingError

@@ -11,10 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from halfbyte.deploy.serve.answering import (
     Answer,
     EventStream,
-    Service,
     collect,
     json_text,
-    length_of,
     merged,
     new_id,
     shown,
@@ -24,6 +22,7 @@ from halfbyte.deploy.serve.catalog import Served
 from halfbyte.deploy.serve.errors import shutting_down
 from halfbyte.deploy.serve.log import Record
 from halfbyte.deploy.serve.schemas import ChatRequest
+from halfbyte.deploy.serve.service import Service, length_of
 from halfbyte.deploy.serve.tools import ToolForm
 from halfbyte.deploy.serve.wire import body
 from halfbyte.generate.answers import Stream

@@ -10,10 +10,8 @@ from fastapi.responses import JSONResponse, Response
 
 from halfbyte.deploy.serve.answering import (
     EventStream,
-    Service,
     collect,
     json_text,
-    length_of,
     merged,
     new_id,
     shown,
@@ -22,6 +20,7 @@ from halfbyte.deploy.serve.answering import (
 from halfbyte.deploy.serve.errors import shutting_down
 from halfbyte.deploy.serve.log import Record
 from halfbyte.deploy.serve.schemas import CompletionRequest
+from halfbyte.deploy.serve.service import Service, length_of
 from halfbyte.deploy.serve.wire import body
 from halfbyte.generate.answers import Stream
 

@@ -21,7 +21,6 @@ import uvicorn
 from peft import PeftModel
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from halfbyte.deploy.serve.answering import Service
 from halfbyte.deploy.serve.app import PATHS, make_app
 from halfbyte.deploy.serve.catalog import Catalog, Served
 from halfbyte.deploy.serve.embeddings import EmbedService
@@ -31,6 +30,7 @@ from halfbyte.deploy.serve.logprobs import TokenTexts
 from halfbyte.deploy.serve.metrics import Metrics
 from halfbyte.deploy.serve.options import PATIENCE, ServeOptions
 from halfbyte.deploy.serve.prompts import Prompts
+from halfbyte.deploy.serve.service import Service
 from halfbyte.errors import InputError, size_text
 from halfbyte.generate.conversation import stop_tokens
 from halfbyte.generate.decoders import decoder_for

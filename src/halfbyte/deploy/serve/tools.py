@@ -17,6 +17,8 @@ from halfbyte.deploy.serve.schemas import FunctionTool
 from halfbyte.errors import InputError
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How llguidance spaces JSON: as templates show it, so that no model goes on with blanks for ever."""
 _HERMES = re.compile(re.escape(BEGIN) + r"\s*(.*?)\s*(?:" + re.escape(END) + r"|\Z)", re.DOTALL)
 
 
@@ -73,7 +75,7 @@ class ToolForm:
             for tool in tools
         ]
         try:
-            text = json.dumps({"anyOf": schemas}, allow_nan=False)
+            text = json.dumps({"anyOf": schemas, "x-guidance": SPACED}, allow_nan=False)
         except (ValueError, RecursionError) as error:
             raise InputError(f"The parameters of a tool are no JSON schema: {error}.") from None
         if self.kind == "bare":
