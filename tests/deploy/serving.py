@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfbyte.deploy.serve.log import Log
 from halfbyte.deploy.serve.options import ServeOptions
-from halfbyte.deploy.serve.running import Server, listen, make_server, opened, url_of
+from halfbyte.deploy.serve.running import Server, bound, make_server, opened, url_of
 from halfbyte.deploy.serve.service import Service
 
 POSITIONS = 1024
@@ -106,7 +106,7 @@ def running(model: Path, **given: Any) -> Iterator[Running]:
     """Serve a model meanwhile."""
     options = ServeOptions.from_yaml(None, {"port": 0, "memory": "200MB"} | given)
     written = io.StringIO()
-    with contextlib.closing(listen(options)) as listening, opened(str(model), options, Log(written)) as service:
+    with contextlib.closing(bound(options)) as listening, opened(str(model), options, Log(written)) as service:
         keys = options.keys()
         server = make_server(service, keys)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

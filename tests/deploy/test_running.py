@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving import Running, listen, running
+from serving import Running, bound, running
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from halfbyte.deploy.serve.log import Log
@@ -60,10 +60,11 @@ def test_a_host_that_others_reach_demands_a_key(tmp_path: Path) -> None:
 
 
 def test_a_port_in_use_is_told() -> None:
-    with listen(options(port=0)) as taken, pytest.raises(InputError, match="in use by another program"):
-        listen(options(port=taken.getsockname()[1]))
+    with bound(options(port=0)) as taken, pytest.raises(InputError, match="in use by another program"):
+        taken.listen()
+        bound(options(port=taken.getsockname()[1]))
     with pytest.raises(InputError, match="no address"):
-        listen(options(host="nowhere.invalid", api_key="a"))
+        bound(options(host="nowhere.invalid", api_key="a"))
 
 
 def test_models_that_cannot_be_served_are_refused(

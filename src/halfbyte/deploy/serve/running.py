@@ -46,11 +46,11 @@ BACKLOG = 512
 KEEP_ALIVE = 75
 """Seconds that a connection may wait for its next request."""
 AFTER_GRACE = 5
-"""Seconds in which answers that were ended say so."""
+"""Seconds in which answers that were ended say so; one after a second signal."""
 
 
-def listen(options: ServeOptions) -> socket.socket:
-    """Return a socket that listens where the options say.
+def bound(options: ServeOptions) -> socket.socket:
+    """Return a socket for the address that the options say; it listens once the model is there.
 
     Raises:
         InputError: it cannot: the port is in use, or the address is none of this machine's.
@@ -67,15 +67,18 @@ def listen(options: ServeOptions) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(
-                f"Port {options.port} of {options.host} is in use by another program; take another one (--port)."
-            ) from None
-        raise InputError(f"Nobody can listen at {options.host}, port {options.port}: {error.strerror}.") from None
+        raise _not_free(options, error) from None
     return listening
+
+
+def _not_free(options: ServeOptions, error: OSError) -> InputError:
+    if error.errno == errno.EADDRINUSE:
+        return InputError(
+            f"Port {options.port} of {options.host} is in use by another program; take another one (--port)."
+        )
+    return InputError(f"Nobody can listen at {options.host}, port {options.port}: {error.strerror}.")
 
 
 def url_of(listening: socket.socket) -> str:
@@ -179,7 +182,7 @@ class Server(uvicorn.Server):
         """Take a signal; it is in the main thread, between two steps of the event loop."""
         del sig, frame
         if self.should_exit:
-            self.was_forced = self.force_exit = True
+            self.was_forced = True
         self.should_exit = self._service.is_ending = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -197,6 +200,8 @@ class Server(uvicorn.Server):
         while loop.time() < until and not self.was_forced:
             await asyncio.sleep(0.05)
         self._service.end_all()
+        await asyncio.sleep(1 if self.was_forced else AFTER_GRACE)
+        self.force_exit = True
 
 
 class Protocol(H11Protocol):
@@ -233,7 +238,7 @@ def make_server(service: Service | EmbedService, keys: tuple[str, ...]) -> Serve
     config = uvicorn.Config(
         make_app(service, keys), http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=KEEP_ALIVE, backlog=BACKLOG,
-        timeout_graceful_shutdown=int(service.options.grace) + AFTER_GRACE,
+        timeout_graceful_shutdown=int(service.options.grace) + 2 * AFTER_GRACE,
     )  # fmt: skip
     logger = logging.getLogger("uvicorn.error")
     logger.handlers = [Handler(service.log)]
@@ -261,8 +266,12 @@ def serve(model: str, options: ServeOptions, log_to: TextIO | None, ready: Calla
         if not Path(folder).expanduser().is_dir():
             raise InputError(f"There is no folder {folder} (--adapter-folder).")
     log = Log(log_to)
-    with contextlib.closing(listen(options)) as listening, opened(model, options, log) as service:
+    with contextlib.closing(bound(options)) as listening, opened(model, options, log) as service:
         server = make_server(service, keys)
+        try:
+            listening.listen(BACKLOG)
+        except OSError as error:
+            raise _not_free(options, error) from None
         ready(url_of(listening), about(service))
         server.run(sockets=[listening])
         return not server.was_forced
