@@ -2,6 +2,7 @@
 # make test         every check and every quick test
 # make sanitize     the kernels under AddressSanitizer, UBSan and ThreadSanitizer, on random shapes
 # make fuzz         the same for SECONDS=... each, from a seed of its own (an hour: SECONDS=3600)
+# make soak         an hour of 32 clients of a server, its memory as a picture
 # make campaign     N=1000: that many runs, each ended at a random moment, resumed, and compared
 # make test-neon    the kernels for 64-bit Arm, cross-compiled, run by an emulator
 # The rest: setup, check, test-slow, bench, docs, clean.
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # As in cli/__init__.py: torch's threads share the cores with whatever else runs.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup quickstart test test-slow check sanitize fuzz test-neon campaign bench docs clean
+.PHONY: setup quickstart test test-slow check sanitize fuzz test-neon campaign soak bench docs clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -65,6 +66,12 @@ test-neon:
 campaign: N := 300
 campaign: setup
 	$(BIN)/python tests/campaign.py $(N)
+
+# Clients of a server that stream, hang up, read slowly; build/soak.svg is its memory. See tests/deploy/load.py.
+soak: SECONDS := 3600
+soak: setup
+	mkdir -p build
+	$(BIN)/python tests/deploy/load.py $(SECONDS) build/soak.svg
 
 bench: setup
 	$(BIN)/halfbyte bench kernels

@@ -37,6 +37,7 @@ from halfbyte.cli import (
     resume,
     run,
     runs,
+    serve,
     train,
 )
 from halfbyte.cli.console import INTERRUPTED, fail
@@ -68,6 +69,7 @@ app.command()(runs.report)
 app.command()(chat.chat)
 app.command()(generate.generate)
 app.command()(classify.classify)
+app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(machine.doctor)
 app.command(context_settings=run.CONTEXT)(run.run)

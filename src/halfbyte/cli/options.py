@@ -74,12 +74,15 @@ OPTIONAL_VALUES = {"--skip-bad-rows": ("yes", "no", "true", "false", "all")}
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the options below.")]
 
 
-def flags_of(model: type[BaseModel], names: Iterable[str] | None = None, **first: Any) -> inspect.Signature:
+def flags_of(
+    model: type[BaseModel], names: Iterable[str] | None = None, tells: bool = False, /, **first: Any
+) -> inspect.Signature:
     """Return the parameters of a command: a flag for each field, absent unless given, and others before them.
 
     Args:
         model: whose fields.
         names: of the fields that get one; None: all.
+        tells: whether defaults are told although something comes before.
         **first: the annotations of what comes before, and says what is true where a flag is not given; without any, a
             configuration file, over the fields' own defaults.
     """
@@ -87,7 +90,7 @@ def flags_of(model: type[BaseModel], names: Iterable[str] | None = None, **first
     for name in model.model_fields if names is None else names:
         field = model.model_fields[name]
         default = f"  [default: {field.default}]"
-        if first or field.is_required() or field.default is None:
+        if (first and not tells) or field.is_required() or field.default is None or (tells and not field.default):
             default = ""
         flag = _flag_type(field.annotation)
         again = " For several, give the flag again." if typing.get_origin(flag) is list else ""

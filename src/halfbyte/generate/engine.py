@@ -144,6 +144,14 @@ class Engine:
         """
         if threading.current_thread() is self._thread:
             return function()
+        return self.between(function).result()
+
+    def between(self, function: Callable[[], Result]) -> Future[Result]:
+        """Have the engine's thread run a function between two tokens, and return its result as it will be.
+
+        Raises:
+            Closed: the engine is closed.
+        """
         future: Future[Result] = Future()
 
         def run() -> None:
@@ -157,7 +165,7 @@ class Engine:
                 raise Closed("The engine has been closed.")
             self._calls.append(run)
             self._changed.notify_all()
-        return future.result()
+        return future
 
     def close(self) -> None:
         """End all requests as cancelled, and the engine; waits for the token in work."""

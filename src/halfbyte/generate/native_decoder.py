@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.generate.decoder import PAGE, Sequence
-from halfbyte.hf.layers.decoding import NotNative, adapter_parts, agrees, read
+from halfbyte.hf.layers.decoding import NotNative, adapter_parts, agrees, linears_of, read
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.layers.paged import ReadingCache
 from halfbyte.hf.models.limits import most_positions
@@ -106,7 +106,8 @@ class NativeDecoder:
         names = list(model.peft_config) if isinstance(model, PeftModel) else []
         for name in names:
             self.add_adapter(name)
-        self._try()
+        for known in self._numbers:
+            self._try(known)
 
     @property
     def active(self) -> str | None:
@@ -136,6 +137,27 @@ class NativeDecoder:
         parts = adapter_parts(self.reading, self.model, name)
         self.remove_adapter(name)
         self._numbers[name] = self.paged.decoder.add_adapter(parts)
+
+    def take(self, model: PreTrainedModel | PeftModel, name: str) -> None:
+        """Take an adapter that was put on the model by now, and try it.
+
+        Raises:
+            NotNative: it is not known, or gives other numbers natively; it is not there then.
+        """
+        self.model = model
+        self.reading.linears = linears_of(model)
+        self.add_adapter(name)
+        try:
+            self._try(name)
+        except BaseException:
+            self.remove_adapter(name)
+            raise
+
+    def let_go(self, model: PreTrainedModel | PeftModel, name: str) -> None:
+        """Forget an adapter that the model has no more."""
+        self.remove_adapter(name)
+        self.model = model
+        self.reading.linears = linears_of(model)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter, of which there is no sequence any more, and what was kept of it."""
@@ -271,21 +293,20 @@ class NativeDecoder:
                     parameter.requires_grad_(True)
 
     @torch.no_grad()
-    def _try(self) -> None:
-        """Compare the native way with the model's own, of the base and of each adapter.
+    def _try(self, name: str | None) -> None:
+        """Compare the native way with the model's own, of the base or an adapter.
 
         Raises:
             NotNative: they differ.
         """
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.reading.parts.embedding.shape[0], (TRIAL,), generator=generator).tolist()
-        for name in self._numbers:
-            text = Text()
-            rows = [self.paged.step([text], [token], [self._numbers[name]]) for token in ids]
-            self.paged.cut(text, 0)
-            with self._adapter(name):
-                if not agrees(self.model, torch.cat(rows), ids, exact=self._exact):
-                    raise NotNative(f"it gives other logits natively{'' if name is None else f' with {name}'}")
+        text = Text()
+        rows = [self.paged.step([text], [token], [self._numbers[name]]) for token in ids]
+        self.paged.cut(text, 0)
+        with self._adapter(name):
+            if not agrees(self.model, torch.cat(rows), ids, exact=self._exact):
+                raise NotNative(f"it gives other logits natively{'' if name is None else f' with {name}'}")
 
 
 def _own(sequence: Sequence) -> NativeSequence:

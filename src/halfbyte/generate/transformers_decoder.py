@@ -185,6 +185,30 @@ class TransformersDecoder:
         """Drop the prefixes that were kept for an adapter, because it is replaced or taken away."""
         self._kept = [one for one in self._kept if one.adapter != adapter]
 
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """What it decodes with."""
+        return self._base if self._peft is None else self._peft
+
+    def take(self, model: PeftModel, name: str) -> None:
+        """Take an adapter that was put on the model by now."""
+        del name
+        self._peft = model
+        model.base_model.enable_adapter_layers()  # those that it has wrapped anew are, whatever the others
+        self._active = str(model.active_adapter)
+        self._use(self._before)
+
+    def let_go(self, model: PreTrainedModel | PeftModel, name: str) -> None:
+        """Forget an adapter that the model has no more, of which there is no sequence, and what was kept of it."""
+        self.forget(name)
+        self._peft = model if isinstance(model, PeftModel) else None
+        self._before = None if self._before == name else self._before
+        self._active = None
+        if self._peft is not None:
+            self._peft.base_model.enable_adapter_layers()
+            self._active = str(self._peft.active_adapter)
+            self._use(self._before)
+
     def bytes_of(self, tokens: int) -> int:
         """Return the bytes that a sequence of so many tokens takes, at most; the first call computes two tokens."""
         if self._cost is None:

@@ -70,10 +70,7 @@ def read(model: PreTrainedModel | PeftModel, *, head: str | None = None) -> Read
     layers = list(getattr(backbone, "layers", ()))
     if not layers or not all(isinstance(layer, Fused) and untouched(layer) for layer in layers):
         raise NotNative(f"{type(base).__name__} has decoder layers that are not known, or changed")
-    linears: dict[tuple[int, Place], list[nn.Module]] = {}
-    for number, layer in enumerate(layers):
-        for place, modules in _linears(layer).items():
-            linears[number, place] = modules
+    linears = linears_of(model)
     dtype = _dtype(linears, base.dtype)
     rotary = _Rotary(backbone, dtype)
     decode_layers = [_layer(layer, number, linears, dtype, rotary) for number, layer in enumerate(layers)]
@@ -111,6 +108,18 @@ def read(model: PreTrainedModel | PeftModel, *, head: str | None = None) -> Read
         logit_cap=logits.cap,
     )
     return Reading(parts, rotary.tables, linears)
+
+
+def linears_of(model: PreTrainedModel | PeftModel) -> dict[tuple[int, Place], list[nn.Module]]:
+    """Return of each layer and place its linear layers, as they are now: an adapter that is added wraps some.
+
+    Raises:
+        NotNative: a layer is not known.
+    """
+    layers: Any = getattr(base_of(model).base_model, "layers", ())
+    return {
+        (number, place): modules for number, layer in enumerate(layers) for place, modules in _linears(layer).items()
+    }
 
 
 def adapter_parts(

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import check_kind
+from halfbyte.hf.layers.head import base_of
 from halfbyte.nn import QuantizedLinear
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -37,15 +38,16 @@ SHOWN = 3
 
 
 def put_adapter(
-    model: PreTrainedModel | PeftModel, folder: Path, trained: bool = False, name: str = "default"
+    model: PreTrainedModel | PeftModel, folder: Path, trained: bool = False, *, name: str | None = None
 ) -> PeftModel:
     """Put the adapter in ``folder`` on ``model``, to run, or to be ``trained`` further.
 
     Args:
-        model: its base model, whose embeddings grow or shrink to the rows that the adapter brings; or one that has
-            adapters by now, whose embeddings stay. If the adapter does not fit, it is as it was.
+        model: its base model; its embeddings grow or shrink to the rows that the adapter brings.
         folder: what PEFT's ``save_pretrained`` or a run has left: any kind of adapter.
-        name: what the adapter is called on the model.
+        trained: whether it is to be trained.
+        name: of the adapter, on a model that others use too or that has adapters already: its embeddings stay as they
+            are, and where the adapter does not fit, the model is left as it was.
 
     Raises:
         InputError: the folder holds no whole adapter, or one of another base model, or of a kind that needs dense
@@ -55,15 +57,14 @@ def put_adapter(
     config.inference_mode = not trained
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         check_kind(config.peft_type)
-    _resize(model, config, weights, folder)
+    _resize(model, config, weights, folder, may=name is None)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    adapted: PeftModel
     try:
         if isinstance(model, PeftModel):
+            model.add_adapter(name or "default", config)
             adapted = model
-            model.add_adapter(name, config)
         else:
-            adapted = kind(model, config, adapter_name=name)
+            adapted = kind(model, config, adapter_name=name or "default")
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         targets = getattr(config, "target_modules", None)
         if "not found in the base model" in str(error) and isinstance(targets, (set, list)):
@@ -72,18 +73,39 @@ def put_adapter(
             ) from error
         raise _misfit(model, folder, _sentence(error)) from error
     try:
-        _fill(adapted, name, config, weights, folder)
+        _load(model, adapted, config, weights, folder, name or "default")
     except BaseException:
-        if adapted is model:
-            adapted.delete_adapter(name)
+        if name is not None:
+            drop_adapter(adapted, name)
         raise
     return adapted if trained else adapted.eval()
 
 
-def _fill(adapted: PeftModel, adapter: str, config: PeftConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    """Give the adapter that a model has just got its tensors, each of them."""
-    model = adapted.get_base_model()
-    expected = get_peft_model_state_dict(adapted, adapter_name=adapter, save_embedding_layers=False)
+def drop_adapter(model: PeftModel, name: str) -> PreTrainedModel | PeftModel:
+    """Take an adapter off a model, and return the model: without PEFT's wrapper where it was the last one."""
+    if set(model.peft_config) == {name} and not model.peft_config[name].is_prompt_learning:
+        base: PreTrainedModel = model.unload()
+        return base
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that another one is active now
+        model.delete_adapter(name)
+    return model
+
+
+def _load(
+    model: PreTrainedModel | PeftModel,
+    adapted: PeftModel,
+    config: PeftConfig,
+    weights: dict[str, Tensor],
+    folder: Path,
+    name: str,
+) -> None:
+    """Load weights into an adapter that was made.
+
+    Raises:
+        InputError: one has no place, or a place no weight.
+    """
+    expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     weights = _renamed(weights, expected, folder)
     if config.peft_type != PeftType.ADALORA:  # whose ranks follow from its configuration while it is loaded
         wrong = [name for name, x in expected.items() if name in weights and weights[name].shape != x.shape]
@@ -91,15 +113,15 @@ def _fill(adapted: PeftModel, adapter: str, config: PeftConfig, weights: dict[st
         if shapes:
             raise _misfit(model, folder, _listed(shapes, "; "))
     try:
-        result = set_peft_model_state_dict(adapted, weights, adapter_name=adapter)
+        result = set_peft_model_state_dict(adapted, weights, adapter_name=name)
     except KeyError as error:
         raise _misfit(model, folder, f"the file lacks {error.args[0]}") from error
     except (RuntimeError, ValueError) as error:
         raise _misfit(model, folder, _sentence(error)) from error
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
-    missing = [name for name in result.missing_keys if prefix and prefix in name and f".{adapter}" in name]
+    missing = [key for key in result.missing_keys if prefix and prefix in key and f".{name}" in key]
     # what layers share is saved once, and prompts are not parameters of layers
-    missing = [name for name in missing if name.replace(f".{adapter}", "") in expected]
+    missing = [key for key in missing if key.replace(f".{name}", "") in expected]
     tied = [
         f"{name}.token_adapter.trainable_tokens_delta"
         for name, module in adapted.named_modules()
@@ -116,7 +138,7 @@ def _read(model: PreTrainedModel | PeftModel, folder: Path) -> tuple[PeftConfig,
         raise InputError(f"The adapter {folder} holds no {FILES[0]}; copy it there, or save the adapter again.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        mapping = {} if config.is_prompt_learning else getattr(model, "_checkpoint_conversion_mapping", {})
+        mapping = {} if config.is_prompt_learning else getattr(base_of(model), "_checkpoint_conversion_mapping", {})
         weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise InputError(f"The adapter {folder} cannot be read: {_sentence(error)}.") from error
@@ -130,14 +152,11 @@ def _read(model: PreTrainedModel | PeftModel, folder: Path) -> tuple[PeftConfig,
 
 
 def _resize(
-    model: PreTrainedModel | PeftModel, config: PeftConfig, weights: Mapping[str, Tensor], folder: Path
+    model: PreTrainedModel | PeftModel, config: PeftConfig, weights: Mapping[str, Tensor], folder: Path, may: bool
 ) -> None:
     """Give the embeddings of ``model`` as many rows as the adapter brings, whole or one by one."""
-    has_others = isinstance(model, PeftModel)
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = {name for name, module in model.named_modules() if any(module is head for head in heads)}
+    names = {name for name, module in base_of(model).named_modules() if any(module is head for head in heads)}
     found = {weights[key].shape[0] for key in _embedding_keys(names) if key in weights}
     rows = model.get_input_embeddings().weight.shape[0]
     single = getattr(config, "trainable_token_indices", None) or []
@@ -147,9 +166,7 @@ def _resize(
         found = {last + 1}
     if found <= {rows}:
         return
-    if has_others:
-        raise _misfit(model, folder, f"it brings {max(found)} embeddings beside adapters of {rows}; open it alone")
-    if len(found) > 1 or (isinstance(heads[1], QuantizedLinear)):
+    if len(found) > 1 or not may or isinstance(heads[1], QuantizedLinear):
         raise _misfit(
             model, folder, f"its embeddings have {' and '.join(map(str, sorted(found)))} rows, the base's {rows}"
         )
