@@ -563,6 +563,7 @@ NB_MODULE(_native, module) {
     using namespace nb::literals;
     using unlocked = nb::call_guard<nb::gil_scoped_release>;
 
+    nb::set_leak_warnings(false);  // whoever holds a decoder until the program ends is no leak
     module.doc() =
         "The native kernels, built from csrc/. Nothing is checked here: halfbyte.kernels does that.\n\n"
         "`isa` counts in tiers(). Tensors are addresses; 0 is none, where there may be none. A `type` is that\n"
