@@ -47,6 +47,11 @@ KtoLoss = Literal["kto", "apo_zero_unpaired"]
 SMOOTHED: tuple[DpoLoss, ...] = ("robust", "exo_pair", "aot", "aot_unpaired")
 """The losses of DPO that smooth labels."""
 
+KvType = Literal["int8"]
+"""What keys and values may be kept in, other than as they are."""
+HeadType = Literal["int8", "nf4"]
+"""What the output head may be quantized to for decoding."""
+
 Task = Literal["lm", "classify", "seq2seq"]
 """What a model is trained to do: go on with text, name the class of a text, turn one text into another."""
 
