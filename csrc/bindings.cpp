@@ -7,6 +7,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -495,6 +496,17 @@ class BoundDecoder {
 
     int64_t page_bytes() const { return decoder_.page_bytes(); }
 
+    void profile(bool on) {
+        decoder_.profiles = on;
+        if (on) decoder_.times = {};
+    }
+
+    std::vector<std::pair<int64_t, int64_t>> phase_times() const {
+        std::vector<std::pair<int64_t, int64_t>> found;
+        for (const Decoder::Times& time : decoder_.times) found.emplace_back(time.working, time.waiting);
+        return found;
+    }
+
     void step(int threads, const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions,
               const Addresses& pages, const std::vector<int>& adapters,
               const std::vector<std::tuple<Address, Address, int64_t>>& tables, Address logits) {
@@ -661,6 +673,10 @@ NB_MODULE(_native, module) {
              "rank"_a, "b"_a, "rescale"_a, "bias"_a,
              "Add Bᵀ [rank, width] for the columns from `first` on; fp32 `rescale` and `bias` may be 0.")
         .def("page_bytes", &BoundDecoder::page_bytes, "Return the size of a page of the cache.")
+        .def("profile", &BoundDecoder::profile, "on"_a,
+             "Take the processor time of the phases of each step from now on, or no more.")
+        .def("phase_times", &BoundDecoder::phase_times,
+             "Return it for each kind of phase, in nanoseconds: in its items, in waiting for those of other threads.")
         .def("step", &BoundDecoder::step, "threads"_a, "tokens"_a, "positions"_a, "pages"_a, "adapters"_a, "tables"_a,
              "logits"_a,
              "Write the fp32 logits [rows, vocabulary] of the token after each of these.\n\n"

@@ -112,7 +112,7 @@ class DecodeStep : public Phases {
     }
 
   private:
-    static constexpr int64_t kPhases = 10;  // of a layer
+    static constexpr int64_t kPhases = Decoder::kPhases;
 
     const DecodeRow& row(int64_t i) const { return rows_[static_cast<size_t>(i)]; }
 
@@ -550,7 +550,16 @@ int64_t Decoder::page_bytes() const {
 }
 
 void Decoder::step(const std::vector<DecodeRow>& rows, const std::vector<Angles>& angles, float* logits, int threads) {
-    DecodeStep(*this, rows, angles, logits, threads).run(threads);
+    DecodeStep step(*this, rows, angles, logits, threads);
+    if (!profiles) return step.run(threads);
+    const size_t of_layers = layers.size() * kPhases, phases = of_layers + 3;
+    const std::unique_ptr<PhaseTime[]> taken(new PhaseTime[phases]);
+    step.run(threads, taken.get());
+    for (size_t i = 0; i < phases; ++i) {
+        const size_t kind = i == 0 ? 0 : i <= of_layers ? 1 + (i - 1) % kPhases : i - of_layers + kPhases;
+        times[kind].working += taken[i].working;
+        times[kind].waiting += taken[i].waiting;
+    }
 }
 
 }  // namespace halfbyte

@@ -18,6 +18,7 @@
 
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -110,6 +111,15 @@ class Decoder {
 
     int64_t page_bytes() const;
     Type type() const { return shape_.type; }
+
+    // Of each kind of phase the processor time of all steps, in and between items: the embedding, the kPhases of a
+    // layer, the last norm, the head. Taken while `profiles`.
+    static constexpr int kPhases = 10;
+    struct Times {
+        int64_t working = 0, waiting = 0;
+    };
+    bool profiles = false;
+    std::array<Times, kPhases + 3> times{};
 
     // logits: rows x vocabulary, fp32. `angles`: of each table; positions lie within them. Rows of one adapter follow
     // each other.

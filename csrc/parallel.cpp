@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -97,6 +98,13 @@ void pause() {
 #endif
 }
 
+// Of the calling thread.
+int64_t processor_time() {
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return int64_t{now.tv_sec} * 1000000000 + now.tv_nsec;
+}
+
 const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
 Pool& current_pool() {
@@ -124,7 +132,8 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
     }
 }
 
-void Phases::run(int threads) {
+void Phases::run(int threads, PhaseTime* times) {
+    times_ = times;
     const size_t phases = items().size();
     if (phases > phases_) {
         counts_.reset(new Count[phases]);
@@ -139,18 +148,23 @@ void Phases::join() {
     const std::vector<int64_t>& all = items();
     for (size_t phase = 0; phase < all.size(); ++phase) {
         Count& count = counts_[phase];
-        const int64_t wanted = all[phase];
+        const int64_t wanted = all[phase], begun = times_ ? processor_time() : 0;
         int64_t mine = 0;
         for (int64_t item; (item = count.next.fetch_add(1, std::memory_order_relaxed)) < wanted; ++mine) {
             work(static_cast<int64_t>(phase), item);
         }
         if (mine) count.done.fetch_add(mine, std::memory_order_release);
+        const int64_t worked = times_ ? processor_time() : 0;
         for (int turns = 0; count.done.load(std::memory_order_acquire) < wanted; ++turns) {
             if (turns < kSpins) {
                 pause();
             } else {
                 std::this_thread::yield();  // somebody else has the core of the thread that works
             }
+        }
+        if (times_) {
+            times_[phase].working.fetch_add(worked - begun, std::memory_order_relaxed);
+            times_[phase].waiting.fetch_add(processor_time() - worked, std::memory_order_relaxed);
         }
     }
 }

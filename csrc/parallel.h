@@ -25,14 +25,21 @@ void use_openmp(OpenMP parallel);
 // no more than one grain or one thread. The body must not throw.
 void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body);
 
+// The processor time of all threads in the phases of some work, in nanoseconds: in its items, and in waiting for those
+// of others.
+struct PhaseTime {
+    std::atomic<int64_t> working{0}, waiting{0};
+};
+
 // Work in phases, each of which begins when all items of the one before are done: one parallel region for all of them.
 // Whoever of the threads comes, and when, takes items of the phase at hand.
 class Phases {
   public:
     virtual ~Phases() = default;
 
-    // Do all phases on up to `threads` threads, the calling one among them.
-    void run(int threads);
+    // Do all phases on up to `threads` threads, the calling one among them. `times`: null, or one of each phase, to be
+    // added to.
+    void run(int threads, PhaseTime* times = nullptr);
 
   protected:
     // For each phase how many items it has.
@@ -48,6 +55,7 @@ class Phases {
 
     std::unique_ptr<Count[]> counts_;
     size_t phases_ = 0;
+    PhaseTime* times_ = nullptr;
 };
 
 }  // namespace halfbyte

@@ -292,6 +292,16 @@ class Decoder:
     def page_bytes(self) -> int:
         """Return the size of a page of the cache."""
 
+    def profile(self, on: bool) -> None:
+        """
+        Take the processor time of the phases of each step from now on, or no more.
+        """
+
+    def phase_times(self) -> list[tuple[int, int]]:
+        """
+        Return it for each kind of phase, in nanoseconds: in its items, in waiting for those of other threads.
+        """
+
     def step(
         self,
         threads: int,

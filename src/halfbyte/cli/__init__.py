@@ -77,6 +77,7 @@ app.add_typer(benchmarks, name="bench")
 benchmarks.command()(bench.kernels)
 benchmarks.command()(bench.train)
 benchmarks.command()(bench.packing)
+benchmarks.command()(bench.decode)
 
 
 def main() -> None:

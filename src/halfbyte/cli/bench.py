@@ -1,4 +1,4 @@
-"""``bench kernels``, ``bench train`` and ``bench packing``."""
+"""``bench kernels``, ``bench train``, ``bench packing`` and ``bench decode``."""
 
 import contextlib
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from halfbyte import choices
 from halfbyte.cli.console import bar, notes, print_table
 from halfbyte.cli.options import Results, Threads
 from halfbyte.errors import InputError
@@ -131,6 +132,96 @@ def packing(
                 progress=shown.update if shown else notes.print,
             )
     _show(report, output)
+
+
+def decode(
+    model: Annotated[
+        str,
+        typer.Argument(help="16-bit model folder or hub id, or 135m, 0.5b, 1b, 3b: random weights of such a shape."),
+    ] = SMOLLM2,
+    rows: Annotated[
+        str, typer.Option(help="Conversations that are decoded together, such as 1,4,16,64.")
+    ] = "1,4,16,64",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Of bitsandbytes, bf16 (transformers both) and llama.cpp, with commas between, or none; llama.cpp is "
+            "installed through npm into the cache."
+        ),
+    ] = "bitsandbytes,bf16",
+    head: Annotated[
+        choices.HeadType | None, typer.Option(help="Quantize halfbyte's output head.  [default: as it is]")
+    ] = None,
+    kv: Annotated[
+        choices.KvType | None, typer.Option(help="Keep halfbyte's keys and values in 8 bits.  [default: as they are]")
+    ] = None,
+    adapters: Annotated[
+        int, typer.Option(min=0, max=64, help="Rows with an adapter each, beside as many on one; 0: none.")
+    ] = 16,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that is read.")] = 512,
+    history: Annotated[int, typer.Option(min=0, help="Tokens that a second turn comes after; 0: none.")] = 1000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that each row is decoded by in a round.")] = 32,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds that are counted.")] = 5,
+    agreement: Annotated[
+        bool,
+        typer.Option("--agreement", help="Measure instead what kinds of head and cache cost in quality."),
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where every time goes.  [default: decode.json among the results]")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Where the picture goes.  [default: decode.png among the results]")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Measure decoding on the CPU: tokens/s of one and of several conversations, each beside its floor.
+
+    Also how fast prompts are read, the first token of a second turn, and rows on adapters of their own. The floor is
+    what the bytes of a step take at the speed of reading memory, or its products at the peak, both measured in the run;
+    all sides take turns. Prints tables; writes decode.json and decode.png.
+    """
+    try:
+        counts = [int(part) for part in rows.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise InputError(f"--rows is {rows!r}; give numbers from 1 on with commas between, such as 1,4,16.")
+    with quiet():
+        from halfbyte import bench
+        from halfbyte.bench.agreement import bench_agreement
+        from halfbyte.bench.decode import bench_decode
+
+        with notes.status("Measuring") if notes.is_terminal else contextlib.nullcontext() as shown:
+            progress = shown.update if shown else notes.print
+            if agreement:
+                found = bench_agreement(model, threads=threads, progress=progress)
+            else:
+                report = bench_decode(
+                    model,
+                    rows=counts,
+                    peers=[] if peers == "none" else peers.split(","),
+                    head=head,
+                    cache=kv,
+                    prompt=prompt,
+                    history=history,
+                    tokens=tokens,
+                    adapters=adapters,
+                    rounds=rounds,
+                    threads=threads,
+                    progress=progress,
+                )
+    if agreement:
+        print_table(found.table())
+        file = absolute(json_file) if json_file else bench.default_folder(found) / "agreement.json"
+        found.write(file)
+        typer.echo(f"All that was counted is in {file}.")
+        return
+    print_table(report.table())
+    print_table(report.phases())
+    folder = bench.default_folder(report)
+    files = absolute(json_file or folder / "decode.json"), absolute(picture or folder / "decode.png")
+    report.write(*files)
+    typer.echo(f"Every time that was taken is in {files[0]}, the picture in {files[1]}.")
 
 
 def _show(report: Any, output: Path | None) -> None:

@@ -29,6 +29,11 @@ CACHES = ("float32", "bfloat16", "float16", "int8")
 """What keys and values are kept in, as the extension counts them."""
 Place = Literal["qkv", "o", "gate_up", "down"]
 PLACES: tuple[Place, ...] = ("qkv", "o", "gate_up", "down")
+PHASES = (
+    "embedding", "qkv", "heads", "attention", "gather", "o", "after attention", "gate_up", "activation", "down",
+    "after the MLP", "last norm", "head",
+)  # fmt: skip
+"""What a step does one after the other, those in the middle in each layer; csrc/decode.cpp."""
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -188,6 +193,19 @@ class Decoder:
     def page_bytes(self) -> int:
         """Bytes of a page."""
         return self._handle.page_bytes
+
+    def profile(self, on: bool) -> None:
+        """Take the processor time of each phase of a step from now on, or no more; it costs some time itself."""
+        self._handle.profile(on)
+
+    def phase_times(self) -> dict[str, tuple[float, float]]:
+        """Return the processor seconds of all threads in each of ``PHASES`` since it was asked for.
+
+        Returns:
+            in the phase's work, and in waiting for the work of other threads.
+        """
+        times = self._handle.phase_times()
+        return {name: (work / 1e9, wait / 1e9) for name, (work, wait) in zip(PHASES, times, strict=True)}
 
     def add_adapter(self, places: Mapping[tuple[int, Place], Sequence[LowRankPart]]) -> int:
         """Add an adapter, whose parts are given by layer and place; return its number."""

@@ -49,6 +49,15 @@ class Decoder:
         """Bytes of a page."""
         return int(self._handle.page_bytes())
 
+    def profile(self, on: bool) -> None:
+        """Take the processor time of phases from now on, or no more."""
+        self._handle.profile(on)
+
+    def phase_times(self) -> list[tuple[int, int]]:
+        """Return it, in nanoseconds."""
+        found: list[tuple[int, int]] = self._handle.phase_times()
+        return found
+
     def add_adapter(self, places: "Mapping[tuple[int, Place], Sequence[LowRankPart]]") -> int:
         """Add an adapter; return its number."""
         number = self._free.pop() if self._free else int(self._handle.add_adapter())
