@@ -19,6 +19,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from halfbyte.errors import InputError
+from halfbyte.files import write_text
 from halfbyte.train import launch
 
 pytestmark = pytest.mark.slow
@@ -184,6 +186,22 @@ def test_a_signal_that_comes_before_the_processes_is_passed_on_to_them() -> None
     late = subprocess.Popen(["sleep", "100"])
     asked.tell()
     assert late.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_who_is_killed_when_the_run_has_finished_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, notes = tmp_path / "summary.json", []
+    result.write_text("of the run before")
+    monkeypatch.setattr(launch, "_run", lambda *_: {0: -signal.SIGKILL})
+    with pytest.raises(InputError, match="Process 0 was ended by SIGKILL"):
+        launch.launch(2, ["train"], notes.append, 0, result)
+
+    def run(*_: object) -> dict[int, int]:
+        write_text(result, "of this one")
+        return {1: -signal.SIGKILL}
+
+    monkeypatch.setattr(launch, "_run", run)
+    assert launch.launch(2, ["train"], notes.append, 2, result) == 0
+    assert notes[-1].text.endswith("when the run had finished")
 
 
 def test_kto_of_two_processes_goes_on_within_an_epoch_and_after_the_last_step(start: Start, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from halfbyte.errors import InputError
 from halfbyte.quiet import quiet
 from halfbyte.runs import launched
 from halfbyte.runs.config import TrainConfig
+from halfbyte.runs.folder import RunFolder
 
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """How torch (2.13) says that there is none, on a CPU and on a GPU."""
@@ -40,7 +41,8 @@ def started(config: TrainConfig) -> bool:
         return False
     with quiet():
         from halfbyte.train.launch import launch
-    code = launch(config.processes, sys.argv[1:], TerminalDisplay(notes), config.max_restarts)
+    result = RunFolder(config.output).summary
+    code = launch(config.processes, sys.argv[1:], TerminalDisplay(notes), config.max_restarts, result)
     if code:
         sys.exit(code)
     return True

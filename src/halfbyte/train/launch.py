@@ -20,6 +20,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,7 +37,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOOPBACK = "127.0.0.1"
 
 
-def launch(processes: int, arguments: Sequence[str], tell: Listener, max_restarts: int = 0) -> int:
+def launch(
+    processes: int, arguments: Sequence[str], tell: Listener, max_restarts: int = 0, result: Path | None = None
+) -> int:
     """Run ``halfbyte`` with ``arguments`` in ``processes`` processes and return the exit code when all have ended.
 
     Args:
@@ -44,6 +47,7 @@ def launch(processes: int, arguments: Sequence[str], tell: Listener, max_restart
         arguments: of the command line, as this process got them.
         tell: hears what is to be said, beside what the workers say themselves.
         max_restarts: how often workers begin again after one was killed.
+        result: a file that comes last: who is killed after it ends nothing.
 
     Raises:
         InputError: a worker was killed, and no restart is left.
@@ -53,6 +57,7 @@ def launch(processes: int, arguments: Sequence[str], tell: Listener, max_restart
         tell(Note(text=f"{processes} processes share {cores} core{'s' * (cores > 1)}: they wait for each other"))
     asked = Asked()
     job = uuid.uuid4().hex
+    before = _stamp(result)
     with _environment(max(1, cores // processes)), _passed_on(asked):
         for restart in range(max_restarts + 1):
             if asked.is_set():
@@ -68,6 +73,9 @@ def launch(processes: int, arguments: Sequence[str], tell: Listener, max_restart
             if not killed and (failed or not ended):
                 return 1 if 1 in failed else max(failed, default=0)
             sentence = _told(killed or ended)
+            if _stamp(result) not in (None, before):
+                tell(Note(text=f"{sentence}, when the run had finished"))
+                return 0
             if restart == max_restarts:
                 raise InputError(f"{sentence}; the run has ended. Checkpoints that were saved are whole: resume it.")
             tell(Note(text=f"{sentence}; all begin again from the last checkpoint ({restart + 1} of {max_restarts})"))
@@ -136,6 +144,14 @@ def _run(processes: int, arguments: Sequence[str], job: str, asked: Asked) -> di
     if errors:
         raise InputError(f"The processes cannot be started: {str(errors[0]).splitlines()[0]}.") from errors[0]
     return codes
+
+
+def _stamp(file: Path | None) -> tuple[int, int] | None:
+    """Return what tells a file from one that was written in its place; None where there is none."""
+    if file is None or not file.exists():
+        return None
+    about = file.stat()
+    return about.st_ino, about.st_mtime_ns
 
 
 def _told(killed: Mapping[int, int]) -> str:
