@@ -137,10 +137,11 @@ class DecodeReport(BaseModel):
             title=f"{self.model}, head {self.head}, keys and values {self.cache}\n{self.circumstances.title}",
             caption=(
                 "shortest: a step's or a reading's time; processor: the least that all threads together took, which "
-                "others on the machine disturb less. ×: how many times as long the side takes, median (and quartiles) over the rounds. of the floor: the "
-                f"side's own bytes at the speed of reading memory (up to {bandwidth / 1e9:.1f} GB/s) or its flop at "
-                f"the peak (up to {peak / 1e9:,.0f} GFLOP/s), over its shortest time. beside: tokens/s as multiple of "
-                "one row's, or of all rows' on one adapter; for a turn how many times as long reading all again takes."
+                "others on the machine disturb less. ×: how many times as long the side takes, median (and quartiles) "
+                "over the rounds. of the floor: the side's own bytes at the speed of reading memory (up to "
+                f"{bandwidth / 1e9:.1f} GB/s) or its flop at the peak (up to {peak / 1e9:,.0f} GFLOP/s), over its "
+                "shortest time. beside: tokens/s as multiple of one row's, or of all rows' on one adapter; for a turn "
+                "how many times as long reading all again takes."
             ),
         )
         for column in ("work", "side"):
