@@ -95,25 +95,53 @@ void gated_row(const float* gate, const float* up, int64_t n, void* y) {
     }
 }
 
-constexpr int64_t kVectors = kPage / Lanes::kWidth;  // of a page's positions
+// Vectors that are summed at once, each for all heads: as many sums as are needed to hide a multiply-add's latency, and
+// no more than there are registers.
+constexpr int kSumsAtOnce = Lanes::kWidth == 16 ? 4 : 2;
+constexpr int64_t kPiece = kSumsAtOnce * Lanes::kWidth;
 
-// z[g][t] = sum_d q[g][d] k[d][t] for the positions t of a page, `heads` query heads at once.
+// z[g][t] = sum_d q[g][d] k[d][t] for positions t of a page, those in [begin, end) among them, `heads` query heads at
+// once.
 template <class C, int heads>
-void page_products(const float* q, int64_t size, const void* keys, float* z) {
-    for (int64_t v = 0; v < kVectors; ++v) {
-        Lanes total[heads];
+void page_products(const float* q, int64_t begin, int64_t end, int64_t size, const void* keys, float* z) {
+    for (int64_t first = begin / kPiece * kPiece; first < end; first += kPiece) {
+        Lanes total[kSumsAtOnce][heads];
         for (int64_t d = 0; d < size; ++d) {
-            const Lanes key = read<C>(keys, d * kPage + v * Lanes::kWidth);
-            for (int g = 0; g < heads; ++g) total[g] = fma(Lanes(q[g * size + d]), key, total[g]);
+            Lanes query[heads];
+            for (int g = 0; g < heads; ++g) query[g] = Lanes(q[g * size + d]);
+            for (int v = 0; v < kSumsAtOnce; ++v) {
+                const Lanes key = read<C>(keys, d * kPage + first + v * Lanes::kWidth);
+                for (int g = 0; g < heads; ++g) total[v][g] = fma(query[g], key, total[v][g]);
+            }
         }
-        for (int g = 0; g < heads; ++g) write<Fp32>(z, g * kPage + v * Lanes::kWidth, total[g]);
+        for (int v = 0; v < kSumsAtOnce; ++v) {
+            for (int g = 0; g < heads; ++g) write<Fp32>(z, g * kPage + first + v * Lanes::kWidth, total[v][g]);
+        }
     }
 }
 
 // total[g][d] += sum_t p[g][t] v[t][d] for t in [begin, end).
 template <class C, int heads>
 void page_sums(const float* p, int64_t begin, int64_t end, int64_t size, const void* values, float* total) {
-    for (int64_t d = 0; d < size; d += Lanes::kWidth) {
+    int64_t d = 0;
+    for (; d + kPiece <= size; d += kPiece) {
+        Lanes sums[kSumsAtOnce][heads];
+        for (int v = 0; v < kSumsAtOnce; ++v) {
+            for (int g = 0; g < heads; ++g) sums[v][g] = read<Fp32>(total, g * size + d + v * Lanes::kWidth);
+        }
+        for (int64_t t = begin; t < end; ++t) {
+            Lanes share[heads];
+            for (int g = 0; g < heads; ++g) share[g] = Lanes(p[g * kPage + t]);
+            for (int v = 0; v < kSumsAtOnce; ++v) {
+                const Lanes value = read<C>(values, t * size + d + v * Lanes::kWidth);
+                for (int g = 0; g < heads; ++g) sums[v][g] = fma(share[g], value, sums[v][g]);
+            }
+        }
+        for (int v = 0; v < kSumsAtOnce; ++v) {
+            for (int g = 0; g < heads; ++g) write<Fp32>(total, g * size + d + v * Lanes::kWidth, sums[v][g]);
+        }
+    }
+    for (; d < size; d += Lanes::kWidth) {
         const int64_t left = size - d;
         Lanes sums[heads];
         for (int g = 0; g < heads; ++g) sums[g] = read<Fp32>(total, g * size + d, left);
@@ -127,7 +155,7 @@ void page_sums(const float* p, int64_t begin, int64_t end, int64_t size, const v
 
 template <class C>
 void attend_pages(const AttendPages& a) {
-    alignas(64) float z[kHeadsAtOnce * kPage];
+    alignas(64) float z[kHeadsAtOnce * kPage] = {};
     for (int64_t g = 0; g < a.heads; ++g) {
         a.maximum[g] = -INFINITY;
         a.total[g] = 0.0f;
@@ -145,10 +173,10 @@ void attend_pages(const AttendPages& a) {
             heads = a.heads - h < kHeadsAtOnce ? a.heads - h : kHeadsAtOnce;
             const float* const q = a.q + h * a.size;
             switch (heads) {
-                case 1: page_products<C, 1>(q, a.size, keys, z); break;
-                case 2: page_products<C, 2>(q, a.size, keys, z); break;
-                case 3: page_products<C, 3>(q, a.size, keys, z); break;
-                default: page_products<C, 4>(q, a.size, keys, z); break;
+                case 1: page_products<C, 1>(q, begin, end, a.size, keys, z); break;
+                case 2: page_products<C, 2>(q, begin, end, a.size, keys, z); break;
+                case 3: page_products<C, 3>(q, begin, end, a.size, keys, z); break;
+                default: page_products<C, 4>(q, begin, end, a.size, keys, z); break;
             }
             for (int64_t g = 0; g < heads; ++g) {
                 float* const row = z + g * kPage;

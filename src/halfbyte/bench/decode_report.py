@@ -136,15 +136,17 @@ class DecodeReport(BaseModel):
         table = Table(
             title=f"{self.model}, head {self.head}, keys and values {self.cache}\n{self.circumstances.title}",
             caption=(
-                "×: how many times as long the side takes, median (and quartiles) over the rounds. of the floor: the "
-                f"side's own bytes at the speed of reading memory (up to {bandwidth / 1e9:.1f} GB/s) or its flop at "
-                f"the peak (up to {peak / 1e9:,.0f} GFLOP/s), over its shortest time. beside: tokens/s as multiple of "
-                "one row's, or of all rows' on one adapter; for a turn how many times as long reading all again takes."
+                "shortest: a step's or a reading's time; processor: the least that all threads together took, which "
+                "others on the machine disturb less. ×: how many times as long the side takes, median (and quartiles) "
+                "over the rounds. of the floor: the side's own bytes at the speed of reading memory (up to "
+                f"{bandwidth / 1e9:.1f} GB/s) or its flop at the peak (up to {peak / 1e9:,.0f} GFLOP/s), over its "
+                "shortest time. beside: tokens/s as multiple of one row's, or of all rows' on one adapter; for a turn "
+                "how many times as long reading all again takes."
             ),
         )
         for column in ("work", "side"):
             table.add_column(column)
-        for column in ("tokens/s", "shortest", "× halfbyte", "MB a\nstep", "of the\nfloor", "beside"):
+        for column in ("tokens/s", "shortest", "processor", "× halfbyte", "MB a\nstep", "of the\nfloor", "beside"):
             table.add_column(column, justify="right")
         for row in self.rows:
             gains = self.gains.get(row.name, {})
@@ -154,6 +156,7 @@ class DecodeReport(BaseModel):
                     name,
                     f"{row.tokens_per_second[name].median:,.1f}",
                     _time(min(side.seconds), row),
+                    _time(min(side.processor_seconds), row),
                     "" if name == OURS else _shown(row.ratios[name]),
                     f"{side.step_bytes / 1e6:,.0f}",
                     f"{row.of_floor[name]:.0%}",
