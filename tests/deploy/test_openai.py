@@ -204,10 +204,14 @@ def test_a_client_that_hangs_up_frees_its_row(served: Running) -> None:
     after = engine.figures()
     assert after.ended["cancelled"] == before.ended.get("cancelled", 0) + 1
     assert after.tokens_written - before.tokens_written < 700  # it was not written to its end
-    with served.client(timeout=0.2) as client, pytest.raises(openai.APITimeoutError):
-        ask(client, max_tokens=900, n=8, logit_bias={"256": -100})
-    served.wait_idle(5)
-    assert engine.figures().ended["cancelled"] >= after.ended["cancelled"] + 1
+    for _ in range(10):  # on a busy machine a client may be gone before its request is there
+        with served.client(timeout=0.2) as client, pytest.raises(openai.APITimeoutError):
+            ask(client, max_tokens=900, n=8, logit_bias={"256": -100})
+        served.wait_idle(5)
+        if engine.figures().ended["cancelled"] > after.ended["cancelled"]:
+            break
+    else:
+        pytest.fail("no client that ran out of patience freed its rows")
 
 
 def test_a_full_queue_is_told_and_the_client_asks_again(base: Path) -> None:
