@@ -184,7 +184,7 @@ def test_llama_cpp_goes_on_as_transformers_does(model: Path, tmp_path: Path) -> 
 
 
 @native
-@pytest.mark.parametrize("peers", ["none", pytest.param("bf16,bitsandbytes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("peers", ["none", pytest.param("bf16,bitsandbytes,llama.cpp", marks=pytest.mark.slow)])
 def test_a_whole_run_is_reported(model: Path, tmp_path: Path, peers: str) -> None:
     runner = CliRunner()
     options = [
@@ -215,7 +215,7 @@ def test_a_whole_run_is_reported(model: Path, tmp_path: Path, peers: str) -> Non
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "d.json").read_text())
     names = [row["name"] for row in found["rows"]]
-    others = [name for name in decode.PEERS if name in peers]
+    others = [name for name in decode.PEERS[:2] if name in peers] + (list(llama_cpp.FORMS) if "llama" in peers else [])
     assert names == [
         "decode, 1 row", "decode, 3 rows", "prompt of 20", "first token, 32 tokens after 70, read again",
         "first token, 32 tokens after 70, held", "decode, 2 rows, one adapter", "decode, 2 rows, 2 adapters",

@@ -116,30 +116,36 @@ def _open(
     if adapters:
         wanted["adapters"] = Halfbyte(head, cache, adapters)
     wanted |= {name: Transformers(name == "bitsandbytes") for name in PEERS[:2] if name in peers}
+    files: dict[str, Path] = {}
+    if "llama.cpp" in peers:
+        progress("writing the model for llama.cpp")
+        files = stack.enter_context(llama_cpp.written(folder, llama_cpp.FORMS))
     sides: dict[str, Opened] = {}
     for name, side in wanted.items():
         progress(f"loading {name}")
         sides[name] = process = Process(side, folder)
         stack.callback(process.end)
-    if "llama.cpp" in peers:
-        progress("writing the model for llama.cpp")
-        files = stack.enter_context(llama_cpp.written(folder, llama_cpp.FORMS))
-        for name, file in files.items():
-            progress(f"loading {name}")
-            sides[name] = _faster(file, llama_cpp.sizes_in(name, sides["halfbyte"].sizes), first, stack)
+    for name, file in files.items():
+        progress(f"loading {name}")
+        sides[name] = _faster(file, llama_cpp.sizes_in(name, sides["halfbyte"].sizes), first, stack)
     return sides
 
 
-def _faster(file: Path, sizes: Sizes, work: Work, stack: contextlib.ExitStack) -> "llama_cpp.LlamaCpp":
-    """Open a file in llama.cpp's two ways, and return the faster one, the other ended."""
-    ways = []
-    for flash in (False, True):
-        ways.append(llama_cpp.LlamaCpp(file, sizes, torch.get_num_threads(), flash))
-        stack.callback(ways[-1].end)
-    times = [min(way.ask(work).seconds for _ in range(3)) for way in ways]
-    best = times.index(min(times))
-    ways[1 - best].end()
-    return ways[best]
+def _faster(file: Path, sizes: Sizes, work: Work, stack: contextlib.ExitStack) -> llama_cpp.LlamaCpp:
+    """Open a file in llama.cpp's two ways, one after the other, and return the faster one."""
+    threads = torch.get_num_threads()
+    plain = llama_cpp.LlamaCpp(file, sizes, threads)
+    try:
+        time_of_plain = min(plain.ask(work).seconds for _ in range(3))
+    finally:
+        plain.end()
+    side = llama_cpp.LlamaCpp(file, sizes, threads, flash=True)
+    stack.callback(side.end)
+    if min(side.ask(work).seconds for _ in range(3)) > time_of_plain:
+        side.end()
+        side = llama_cpp.LlamaCpp(file, sizes, threads)
+        stack.callback(side.end)
+    return side
 
 
 def _measure(

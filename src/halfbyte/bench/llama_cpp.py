@@ -8,6 +8,7 @@ reads.
 """
 
 import json
+import multiprocessing
 import platform
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from halfbyte.bench.decode_works import Sizes, Work
 from halfbyte.data.cache import folder as cache_folder
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
+from halfbyte.quiet import quiet
 
 PACKAGES = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
 FORMS = {
@@ -67,11 +69,28 @@ def module() -> Path:
 
 @contextmanager
 def written(model: str, names: Iterable[str]) -> Iterator[dict[str, Path]]:
-    """Yield temporary GGUF files of ``model``, one for each of the ``names`` of :data:`FORMS`."""
+    """Yield temporary GGUF files of ``model``, one for each of the ``names`` of :data:`FORMS`.
+
+    A process of its own writes them, so that the memory that it takes is free again.
+    """
     with tempfile.TemporaryDirectory(prefix="halfbyte-gguf-") as folder:
         files = {name: Path(folder) / f"{number}.gguf" for number, name in enumerate(names)}
-        gguf_file.write(model, {file: FORMS[name] for name, file in files.items()})
+        wanted = {file: FORMS[name] for name, file in files.items()}
+        writer = multiprocessing.get_context("spawn").Process(target=write, args=(model, wanted), daemon=True)
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise ChildProcessError(
+                f"the process that writes the model for llama.cpp ended with exit code {writer.exitcode}, perhaps for "
+                "want of memory or disk space"
+            )
         yield files
+
+
+def write(model: str, wanted: dict[Path, tuple[str, str]]) -> None:
+    """Write the files, quietly."""
+    with quiet():
+        gguf_file.write(model, wanted)
 
 
 class LlamaCpp:
