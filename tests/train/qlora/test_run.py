@@ -195,8 +195,8 @@ def test_two_processes_give_the_losses_of_one(command: Callable[..., list[str]],
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout.count("The results are in") == 1
     one, two = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open() if '"kind":"step"' in line]
-        for name in ("one", "two")
+        [json.loads(line)["loss"] for line in text.splitlines() if '"kind":"step"' in line]
+        for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two"))
     )
     assert len(one) == 4 and two == pytest.approx(one, rel=1e-4)
     names = [{file.name for file in (tmp_path / name).iterdir()} for name in ("one", "two")]
