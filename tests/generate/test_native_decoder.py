@@ -1,14 +1,19 @@
 """Decoding by one native call a token is what transformers computes, for each family, adapter, cache and split."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
+from halfbyte.generate.batched import answer_all
 from halfbyte.generate.decoder import PAGE
+from halfbyte.generate.decoders import decoder_for
 from halfbyte.generate.native_decoder import NativeDecoder, NativeSequence
 from halfbyte.hf.layers.decoding import NotNative
 from halfbyte.hf.layers.fusion import fuse
@@ -333,6 +338,46 @@ def test_a_model_in_training_is_left_as_it_was() -> None:
         decoder.end(read(decoder, ids_of(20), adapter)[0])
     assert model.active_adapter == "one"
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> t.PreTrainedTokenizerBase:
+    words = {f"w{number}": number for number in range(200)}
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w2"
+    )
+
+
+def test_answers_of_a_run_are_those_of_generate_whatever_goes_together(tokenizer: t.PreTrainedTokenizerBase) -> None:
+    model = adapted(make("Qwen2"), "one", "two")
+    prompts = [ids_of(length, length) for length in (3, 80, 1, 17, 300)]
+    for adapter in ("one", "two", None):
+        with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+            if adapter is not None:
+                model.set_adapter(adapter)
+            before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+            for together, tokens in ((1, None), (16, None), (16, 200)):
+                answers = answer_all(
+                    model, tokenizer, prompts, max_new_tokens=9, batch_size=together, most_tokens=tokens
+                )
+                for prompt, answer in zip(prompts, answers, strict=True):
+                    expected = model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=2)
+                    assert list(answer.ids) == expected[0, len(prompt) :].tolist() and answer.is_number
+            assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_adapters_that_are_off_have_no_part_in_an_answer(tokenizer: t.PreTrainedTokenizerBase) -> None:
+    model = adapted(make("Llama"), "one")
+    decoder = decoder_for(model)
+    assert isinstance(decoder, NativeDecoder) and decoder.active == "one"
+    ids = ids_of(70)
+    with_adapter = read(decoder, ids, "one")[1]
+    with model.disable_adapter():
+        assert decoder.active is None
+        base = read(decoder, ids, None)[1]
+        assert off(with_adapter, base) > 0.1 and off(base, whole(model, ids)[-1]) < 1e-3
+        assert torch.equal(read(NativeDecoder(model), ids, "one")[1], with_adapter)
+        assert off(base, whole(model, ids)[-1]) < 1e-3  # they are off still
 
 
 def test_what_is_not_known_is_refused_with_the_reason() -> None:

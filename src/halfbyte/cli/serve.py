@@ -1,6 +1,7 @@
 """``serve``, with a flag for each field of :class:`halfbyte.deploy.serve.options.ServeOptions`, made from it."""
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,15 +23,8 @@ def serve(model: str, **options: Any) -> None:
     The first Ctrl-C or SIGTERM lets answers end, the second one ends them.
     """
     wanted = ServeOptions.from_yaml(None, {name: value for name, value in options.items() if value is not None})
-    try:
-        import fastapi  # noqa: F401
-        import llguidance  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] not in NEEDS:
-            raise
-        raise InputError(INSTALL.format(error.name)) from None
+    if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+        raise InputError(INSTALL.format(lacking[0]))
     with quiet(), _log(wanted.access_log) as log:
         from halfbyte.deploy.serve.running import serve as run
 

@@ -191,9 +191,8 @@ class AnswersFile:
             try:
                 line = json.loads(text)
                 about = line[GENERATION]
-                row, theirs = int(about["row"]), about["settings"]
-                assert GENERATED in line
-            except (ValueError, TypeError, KeyError, AssertionError):
+                row, theirs, _ = int(about["row"]), about["settings"], line[GENERATED]
+            except (ValueError, TypeError, KeyError):
                 raise InputError(
                     f"{path}, line {number} is no answer that generate has written; name another file with --out."
                 ) from None

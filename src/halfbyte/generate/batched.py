@@ -1,7 +1,8 @@
 """Answers to several prompts at once, the likeliest token each time: for samples and figures of a run, not for a chat.
 
-Prompts are token ids, padded on the left (of an encoder-decoder on the right), and transformers' ``generate`` answers
-some of them together. Nothing is drawn, so no random state changes.
+Prompts are token ids. A model that decodes natively answers them through the engine; of others transformers'
+``generate`` answers some together, padded on the left (of an encoder-decoder on the right). Nothing is drawn, so no
+random state changes.
 """
 
 import math
@@ -14,7 +15,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.errors import InputError
+from halfbyte.generate.answers import DecodingError, Request, Stream
 from halfbyte.generate.conversation import stop_tokens
+from halfbyte.generate.engine import Engine
+from halfbyte.generate.native_decoder import NativeDecoder
+from halfbyte.generate.sampling import Sampling
+from halfbyte.hf.layers.adapters import active_adapter
+from halfbyte.hf.layers.decoding import NotNative
 from halfbyte.hf.models.limits import most_positions
 
 TOGETHER = 16
@@ -56,6 +64,8 @@ def answer_all(
         batch_size: prompts that are answered together, at most.
         most_tokens: that they and their answers have together, if there are several; keys and values of all are held.
     """
+    if (decoder := _native(model)) is not None:
+        return _through_engine(decoder, tokenizer, prompts, max_new_tokens, batch_size, most_tokens)
     waiting = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, Answer] = {}
     while waiting:
@@ -66,6 +76,46 @@ def answer_all(
         batch = [list(prompts[number]) for number in numbers]
         answers |= zip(numbers, _answers(model, tokenizer, batch, max_new_tokens), strict=True)
     return [answers[number] for number in range(len(prompts))]
+
+
+def _native(model: PreTrainedModel | PeftModel) -> NativeDecoder | None:
+    """Return a decoder for what ``model`` is computed with now, if it is known natively."""
+    try:
+        active = active_adapter(model) if isinstance(model, PeftModel) else None
+        return NativeDecoder(model, adapters=[active])
+    except (NotNative, InputError):
+        return None
+
+
+def _through_engine(
+    decoder: NativeDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    batch_size: int,
+    most_tokens: int | None,
+) -> list[Answer]:
+    decoder.rows = min(decoder.rows, batch_size)
+    if most_tokens is not None:
+        decoder.budget = max(decoder.bytes_of(most_tokens), *(decoder.bytes_of(len(one) + most) for one in prompts))
+    active, sampling = decoder.active, Sampling(max_new_tokens=most)
+    with Engine(
+        decoder, tokenizer, stops=stop_tokens(decoder.model, tokenizer), most_waiting=max(1, len(prompts))
+    ) as engine:
+        streams = [engine.submit(Request(tuple(prompt), sampling, active)) for prompt in prompts]
+        return [_read(stream, tokenizer) for stream in streams]
+
+
+def _read(stream: Stream, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    ids: list[int] = []
+    is_number = True
+    try:
+        for piece in stream:
+            ids += [one.token for one in piece.chosen]
+    except DecodingError:
+        is_number = False
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(tuple(ids), str(text), is_number)
 
 
 def _answers(

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.generate.decoder import PAGE, Sequence
+from halfbyte.hf.layers.adapters import active_adapter
 from halfbyte.hf.layers.decoding import NotNative, adapter_parts, agrees, linears_of, read
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.layers.paged import ReadingCache
@@ -71,6 +72,7 @@ class NativeDecoder:
         cache: what keys and values are kept in: ``bf16`` (the model's own dtype where that is another), or ``int8``.
         head: the output head as trained (``None``), or quantized: ``int8`` or ``nf4``.
         keep_decoded: whether pages of decoded tokens may be shared.
+        adapters: what is to be decoded with: names, None for the base; without it the base and all adapters there are.
 
     Attributes:
         budget: bytes that the cache may take, or None.
@@ -86,7 +88,7 @@ class NativeDecoder:
 
     def __init__(
         self, model: PreTrainedModel | PeftModel, *, cache: str | None = None, head: str | None = None,
-        keep_decoded: bool = False,
+        keep_decoded: bool = False, adapters: abc.Sequence[str | None] | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.reading = read(model, head=head)
@@ -103,16 +105,16 @@ class NativeDecoder:
         self.vocab_size = parts.head.width
         self._numbers: dict[str | None, int] = {None: -1}
         self._stored: OrderedDict[bytes, Page] = OrderedDict()
-        names = list(model.peft_config) if isinstance(model, PeftModel) else []
-        for name in names:
-            self.add_adapter(name)
-        for known in self._numbers:
-            self._try(known)
+        there = list(model.peft_config) if isinstance(model, PeftModel) else []
+        for name in [None, *there] if adapters is None else adapters:
+            if name is not None:
+                self.add_adapter(name)
+            self._try(name)
 
     @property
     def active(self) -> str | None:
         """The adapter that the model has active, or None."""
-        return str(self.model.active_adapter) if isinstance(self.model, PeftModel) else None
+        return active_adapter(self.model) if isinstance(self.model, PeftModel) else None
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -261,36 +263,32 @@ class NativeDecoder:
         """Let go of kept pages, the oldest first, until so many further tokens fit into the budget."""
         if self.budget is None:
             return
-        wanted = self.bytes_of(max(tokens, 0))
-        for key in list(self._stored):
-            if self.bytes_held + wanted <= self.budget:
+        most = self.budget - self.bytes_of(max(tokens, 0))
+        if self.bytes_held <= most:
+            return
+        for key in [key for key, page in self._stored.items() if page.users == 1]:
+            self.paged.release(self._stored.pop(key))
+            if self.bytes_held <= most:
                 return
-            if self._stored[key].users == 1:
-                self.paged.release(self._stored.pop(key))
 
     @contextlib.contextmanager
     def _adapter(self, name: str | None) -> Iterator[None]:
-        """Let the model's forward compute with one adapter, or with none."""
+        """Let the model's forward compute with one adapter, or with none; what is trained stays what it is."""
         model = self.model
-        if not isinstance(model, PeftModel):
+        if not isinstance(model, PeftModel) or (before := active_adapter(model)) == name:
             yield
-        elif name is None:
-            with model.disable_adapter():
-                yield
-        else:
-            before = model.active_adapter
-            if before == name:
-                yield
-                return
-            # PEFT makes trainable what is active, and nothing else
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            model.set_adapter(name, inference_mode=True)
-            try:
-                yield
-            finally:
-                model.set_adapter(before, inference_mode=True)
-                for parameter in trained:
-                    parameter.requires_grad_(True)
+            return
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            _activate(model, name)
+            yield
+        finally:
+            _activate(model, before)
+            # PEFT makes trainable what becomes active, all of it, and nothing else
+            now = {id(parameter) for parameter in trained}
+            for parameter in model.parameters():
+                if parameter.requires_grad != (id(parameter) in now):
+                    parameter.requires_grad_(id(parameter) in now)
 
     @torch.no_grad()
     def _try(self, name: str | None) -> None:
@@ -312,6 +310,15 @@ class NativeDecoder:
 def _own(sequence: Sequence) -> NativeSequence:
     assert isinstance(sequence, NativeSequence)
     return sequence
+
+
+def _activate(model: PeftModel, name: str | None) -> None:
+    """Let a model be computed with one of its adapters, or with none."""
+    if name is None:
+        model.base_model.disable_adapter_layers()
+    else:
+        model.base_model.enable_adapter_layers()
+        model.set_adapter(name, inference_mode=True)
 
 
 def _adapter_key(adapter: str | None) -> bytes:

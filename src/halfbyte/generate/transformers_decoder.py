@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from halfbyte.errors import InputError, named
+from halfbyte.errors import InputError
 from halfbyte.generate.decoder import PIECE, Sequence
+from halfbyte.hf.layers.adapters import active_adapter
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.models.limits import most_positions
 
@@ -96,7 +97,7 @@ class TransformersDecoder:
         self._device = self._base.device
         takes = inspect.signature(self._base.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self._before = self._active = None if self._peft is None else _active_adapter(self._peft)
+        self._before = self._active = None if self._peft is None else active_adapter(self._peft)
         self._under_way: list[_Sequence] = []
         self._kept: list[_Sequence] = []
         self._cost: _Cost | None = None
@@ -323,20 +324,6 @@ class TransformersDecoder:
             self._forward(sequence, sequence.ids)
             taken.append(_bytes_of(sequence))
         return _Cost(max(0, 2 * taken[0] - taken[1]), taken[1] - taken[0])
-
-
-def _active_adapter(model: PeftModel) -> str | None:
-    """Return the adapter that a model is computed with, or None where adapters are off.
-
-    Raises:
-        InputError: there are several at once.
-    """
-    if model.get_model_status().enabled is False:
-        return None
-    names = list(model.active_adapters)
-    if len(names) > 1:
-        raise InputError(f"The adapters {named(names)} are active at once; combine them into one, or activate one.")
-    return str(names[0]) if names else None
 
 
 def _is_whole(cache: Any) -> bool:

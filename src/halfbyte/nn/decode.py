@@ -79,10 +79,14 @@ class PagedDecoder:
     def room(self, text: Text, length: int) -> None:
         """Give ``text`` the pages for ``length`` tokens."""
         while len(text.pages) * PAGE < length:
-            page = self._free.pop() if self._free else Page(self.decoder.page_bytes)
-            page.users = 1
-            self.pages_held += 1
-            text.pages.append(page)
+            text.pages.append(self._page())
+
+    def _page(self) -> Page:
+        """Return a page for one user."""
+        page = self._free.pop() if self._free else Page(self.decoder.page_bytes)
+        page.users = 1
+        self.pages_held += 1
+        return page
 
     def share(self, text: Text, pages: Sequence[Page]) -> None:
         """Begin ``text``, which is new, with whole pages that others have too."""
@@ -107,9 +111,7 @@ class PagedDecoder:
         text.table_held = min(text.table_held, keep)
         if text.length % PAGE and text.pages[-1].users > 1:
             shared = text.pages[-1]
-            own = self._free.pop() if self._free else Page(self.decoder.page_bytes)
-            own.users = 1
-            self.pages_held += 1
+            own = self._page()
             own.memory.copy_(shared.memory)
             text.pages[-1] = own
             text.table_held = min(text.table_held, keep - 1)

@@ -85,8 +85,7 @@ def _add_reading(app: FastAPI, service: Service | EmbedService) -> None:
 
 
 def _card(service: Service | EmbedService, served: Served) -> dict[str, Any]:
-    generates = isinstance(service, Service)
-    longest = service.engine.decoder.positions if generates else service.embedder.longest  # type: ignore[union-attr]
+    longest = service.engine.decoder.positions if isinstance(service, Service) else service.embedder.longest
     return {
         "id": served.name, "object": "model", "created": served.created, "owned_by": "halfbyte",
         "parent": served.parent, "max_model_len": longest,

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, named
 from halfbyte.hf.layers import dora, starts
 from halfbyte.nn import (
     DenseLinear,
@@ -194,6 +195,21 @@ def untouched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     everywhere = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     return "forward" not in vars(module) and not any(hooks) and not everywhere
+
+
+def active_adapter(model: PeftModel) -> str | None:
+    """Return the adapter that a model is computed with, or None where adapters are off.
+
+    Raises:
+        InputError: there are several at once.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is not None and layer.disable_adapters:
+        return None
+    names = list(model.active_adapters)
+    if len(names) > 1:
+        raise InputError(f"The adapters {named(names)} are active at once; combine them into one, or activate one.")
+    return str(names[0]) if names else None
 
 
 class Counts:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from halfbyte.hf.layers import dora, starts
@@ -66,6 +67,8 @@ def read(model: PreTrainedModel | PeftModel, *, head: str | None = None) -> Read
     base: Any = base_of(model)
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise NotNative("the model is not on the CPU")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise NotNative("the model is divided over processes")
     backbone = base.base_model
     layers = list(getattr(backbone, "layers", ()))
     if not layers or not all(isinstance(layer, Fused) and untouched(layer) for layer in layers):
