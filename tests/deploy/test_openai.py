@@ -1,6 +1,7 @@
 """The server with OpenAI's own client: what is asked for is what comes, as ``generate`` has it."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from serving import Running, running
 from transformers import AutoTokenizer
 
 import halfbyte
+from halfbyte.deploy.serve.answering import merged
+from halfbyte.deploy.serve.log import Record
 from halfbyte.generate import stream_reply
+from halfbyte.generate.answers import Piece, Stream
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Who are you?"}]
 TOOLS: list[Any] = [
@@ -217,6 +221,30 @@ def test_a_client_that_hangs_up_frees_its_row(served: Running, monkeypatch: pyte
         served.wait_idle(5)
         assert engine.figures().ended["cancelled"] == after.ended["cancelled"] + 8 * number
     assert engine.figures().ended.get("length", 0) == after.ended.get("length", 0)
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_hang_up_at_the_moment_of_a_piece_is_heard(served: Running, turns: int) -> None:
+    piece = Piece((), "text")
+
+    async def hang_up() -> None:
+        stream = Stream(1, lambda: None)
+
+        async def read() -> None:
+            async with contextlib.aclosing(merged(served.service, [stream], Record("", "", "", ""))) as pieces:
+                async for _ in pieces:
+                    pass
+
+        reading = asyncio.ensure_future(read())
+        await asyncio.sleep(0.01)
+        stream.put(piece, stream.usage)
+        for _ in range(turns):  # of the loop, on the piece's way
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading], timeout=5)
+        assert reading.cancelled()
+
+    asyncio.run(hang_up())
 
 
 def test_a_full_queue_is_told_and_the_client_asks_again(base: Path) -> None:

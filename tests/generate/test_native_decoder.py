@@ -161,6 +161,20 @@ def test_tokens_are_those_of_generate() -> None:
         decoder.end(sequence)
 
 
+def test_a_default_dtype_that_another_thread_sets_changes_nothing() -> None:
+    # transformers sets it, for the whole process, while it loads a model
+    decoder = NativeDecoder(make())
+    ids = ids_of(30)
+    expected = [decoder.step([read(decoder, ids)[0]], [7]), read(decoder, ids)[1]]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [decoder.step([read(decoder, ids)[0]], [7]), read(decoder, ids)[1]]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [logits.dtype for logits in found] == [torch.float32] * 2
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora with bias": {"use_rslora": True, "lora_bias": True},

@@ -28,7 +28,7 @@ class PairCollator:
         chosen = [(row["input_ids"], row["labels"]) for row in rows]
         batch = _padded(chosen + [(row[REJECTED_IDS], row[REJECTED_LABELS]) for row in rows], self.pad_token_id)
         known = (name for name in REFERENCE_PAIR if name in rows[0])
-        return batch | {name: torch.tensor([float(row[name]) for row in rows]) for name in known}
+        return batch | {name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float32) for name in known}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ class Embedder:
         Returns:
             fp32 [texts, width].
         """
-        vectors = torch.empty(len(texts), self.width)
+        vectors = torch.empty(len(texts), self.width, dtype=torch.float32)
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         while order:
             length = len(texts[order[0]])

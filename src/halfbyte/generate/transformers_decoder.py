@@ -148,7 +148,7 @@ class TransformersDecoder:
         """Append one token to each sequence, and return fp32 logits [len(sequences), vocab_size]."""
         owns = [self._own(sequence) for sequence in sequences]
         self._make_room(len(owns))
-        logits = torch.empty(len(owns), self.vocab_size)
+        logits = torch.empty(len(owns), self.vocab_size, dtype=torch.float32)
         names = [self._active, *(name for name in (None, *self.adapters) if name != self._active)]
         for row in sorted(range(len(owns)), key=lambda row: names.index(owns[row].adapter)):
             self._use(owns[row].adapter)

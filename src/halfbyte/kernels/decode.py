@@ -253,8 +253,10 @@ class Decoder:
             ``out``.
         """
         assert 0 < len(tokens) <= MOST_ROWS
+        shape = len(tokens), self.parts.head.width
         if out is None:
-            out = torch.empty(len(tokens), self.parts.head.width)
+            out = torch.empty(shape, dtype=torch.float32, device="cpu")  # the defaults are the whole process's
+        assert out.dtype == torch.float32 and out.shape == shape and out.is_contiguous()
         self._handle.step(tokens, positions, pages, adapters, tables, out)
         return out
 

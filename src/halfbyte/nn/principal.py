@@ -41,7 +41,7 @@ def principal(matrix: Tensor, rank: int, iterations: int | None, seed: int = 0) 
 def _range(matrix: Tensor, width: int, iterations: int, seed: int) -> Tensor:
     """Return an orthonormal basis, ``[out, width]``, of nearly the space in which M's largest directions end."""
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    start = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32).to(matrix.device)
     basis: Tensor = torch.linalg.qr(matrix @ start)[0]
     for _ in range(iterations):
         back: Tensor = torch.linalg.qr(matrix.T @ basis)[0]

@@ -135,7 +135,9 @@ async def merged(
     try:
         while left:
             try:
-                number, piece = await asyncio.wait_for(pieces.get(), HEARTBEAT)
+                # Python 3.11's wait_for loses a cancellation that comes with a piece
+                async with asyncio.timeout(HEARTBEAT):
+                    number, piece = await pieces.get()
             except TimeoutError:
                 yield 0, None
                 continue
@@ -191,7 +193,8 @@ class EventStream(StreamingResponse):
         """Send the events."""
 
         async def patiently(message: Any) -> None:
-            await asyncio.wait_for(send(message), STALLED)
+            async with asyncio.timeout(STALLED):
+                await send(message)
 
         try:
             await super().stream_response(patiently)

@@ -43,7 +43,8 @@ async def body(request: Request, schema: type[Schema], most: int) -> Schema:
     if kind != "application/json":
         raise ApiError(415, "The body must be JSON; send it with the header Content-Type: application/json.")
     try:
-        raw = await asyncio.wait_for(_read(request, most), PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            raw = await _read(request, most)
     except TimeoutError:
         close = {"connection": "close"}
         raise ApiError(408, f"The body did not come within {PATIENCE:.0f} seconds.", headers=close) from None

@@ -78,7 +78,7 @@ class QuantState:
         second, offset = None, None
         if nested is not None:
             second = cls(nested.absmax, code=nested.code, blocksize=nested.blocksize, dtype=torch.float32)
-            offset = torch.tensor(nested.offset, device=statistics.absmax.device)
+            offset = torch.tensor(nested.offset, dtype=torch.float32, device=statistics.absmax.device)
         return cls(
             statistics.absmax,
             weight.shape,
@@ -108,7 +108,7 @@ class QuantState:
             raise ValueError(f"A quant_state has no {sorted(unknown)}; it has {', '.join(cls.valid_qs_keys)}.")
         second, offset = None, None
         if "nested_absmax" in found:
-            offset = torch.tensor(float(found["nested_offset"]), device=device)
+            offset = torch.tensor(float(found["nested_offset"]), dtype=torch.float32, device=device)
             second = cls(
                 found["nested_absmax"].to(device),
                 code=found["nested_quant_map"].to(device),

@@ -286,7 +286,10 @@ def _bias(modules: Sequence[nn.Module]) -> Tensor | None:
     if all(base.bias is None for base in bases):
         return None
     return torch.cat(
-        [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().float() for base in bases]
+        [
+            torch.zeros(base.out_features, dtype=torch.float32) if base.bias is None else base.bias.detach().float()
+            for base in bases
+        ]
     )
 
 

@@ -274,7 +274,7 @@ def _tried(model: PreTrainedModel, layer: nn.Linear | _Rows) -> Head | None:
     weight = layer.weight
     # of a tied copy that PEFT has made, in_features and out_features are exchanged
     rows, width = (layer.out_features, layer.in_features) if isinstance(layer, QuantizedLinear) else weight.shape
-    hidden = torch.randn(1, 3, width, generator=generator).to(weight.device, model.dtype)
+    hidden = torch.randn(1, 3, width, generator=generator, dtype=torch.float32).to(weight.device, model.dtype)
     labels = torch.randint(rows, (1, 3), generator=generator).to(weight.device)
     # the model's own dropout may run: random numbers that a run would miss which goes on
     with torch.no_grad(), torch.random.fork_rng(), torch.autocast(weight.device.type, enabled=False):

@@ -191,7 +191,7 @@ def _orthogonal(out: int, width: int, rank: int, seed: int) -> tuple[Tensor, Ten
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     q, _ = torch.linalg.qr(normal(rank, rank))
     return (normal(width, rank // 2) @ q[0::2]).T / 10, normal(out, rank // 2) @ q[1::2] / 10

@@ -173,7 +173,7 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Make the gradients of a micro-batch, as Trainer does."""
         if inputs is LEFT_OUT:
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
