@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 import halfbyte
 from halfbyte.deploy.serve.answering import merged
 from halfbyte.deploy.serve.log import Record
+from halfbyte.deploy.serve.tools import ToolForm
 from halfbyte.generate import stream_reply
 from halfbyte.generate.answers import Piece, Stream
 
@@ -167,6 +168,13 @@ def test_a_call_of_a_tool_is_read_from_the_answer(client: openai.OpenAI, choice:
         {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
     ]
     assert ask(client, messages=turns, tools=TOOLS).choices[0].message.content
+
+
+def test_of_several_calls_the_first_alone_is_taken_where_none_may_be_beside_it() -> None:
+    text = "".join(f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>\n' for name in ("one", "two"))
+    for parallel, expected in ((True, ["one", "two"]), (False, ["one"])):
+        said, calls = ToolForm("hermes", parallel).read(f"Well. {text}")
+        assert (said, [call["function"]["name"] for call in calls]) == ("Well.", expected)
 
 
 def test_adapters_are_models_with_answers_of_their_own(client: openai.OpenAI) -> None:

@@ -4,6 +4,7 @@ from halfbyte.generate.answers import Busy, Closed, DecodingError, Piece, Reques
 from halfbyte.generate.classify import Named, classify_texts
 from halfbyte.generate.constraint import Constraint, Constraints
 from halfbyte.generate.conversation import encode, stop_tokens
+from halfbyte.generate.decoders import decoder_for
 from halfbyte.generate.engine import Engine
 from halfbyte.generate.figures import Figures
 from halfbyte.generate.sampling import Chosen, Sampling
@@ -28,6 +29,7 @@ __all__ = [
     "Usage",
     "check_generates",
     "classify_texts",
+    "decoder_for",
     "encode",
     "stop_tokens",
     "stream_reply",

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -41,6 +42,8 @@ async def chat(service: Service, request: Request, record: Record) -> Response:
         constraint = await service.apart(lambda: service.prompts.constraint(asked)) if _is_held(asked) else None
         streams = service.begin(service.requests(asked, served, [ids], most, logprobs, constraint))
         form = service.prompts.tool_form if asked.tools and asked.tool_choice != "none" else None
+        if form and asked.parallel_tool_calls is False:
+            form = replace(form, parallel=False)
         reply = _Reply(service, asked, served, form)
         if asked.stream:
             return EventStream(reply.events(streams, record), service, record, streams, kept.pop_all())

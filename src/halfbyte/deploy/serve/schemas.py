@@ -223,8 +223,6 @@ class ChatRequest(Asked):
             raise ValueError("top_logprobs is for logprobs: true")
         if self.tool_choice is not None and not self.tools and self.tool_choice != "none":
             raise ValueError("tool_choice is for requests with tools")
-        if self.tools and self.parallel_tool_calls is False and self.tool_choice in (None, "auto"):
-            raise ValueError("parallel_tool_calls: false needs tool_choice required or a function, which make one call")
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
             if name not in [tool.function.name for tool in self.tools or ()]:

@@ -24,9 +24,15 @@ _HERMES = re.compile(re.escape(BEGIN) + r"\s*(.*?)\s*(?:" + re.escape(END) + r"|
 
 @dataclass(frozen=True)
 class ToolForm:
-    """How a model writes calls."""
+    """How a model writes calls.
+
+    Attributes:
+        kind: see the module.
+        parallel: whether an answer may have several; else those after the first are left out.
+    """
 
     kind: Literal["hermes", "bare"]
+    parallel: bool = True
 
     @classmethod
     def of(cls, template: str) -> "ToolForm | None":
@@ -60,7 +66,7 @@ class ToolForm:
         known = [call for call in calls if call is not None]
         if len(known) < len(calls):
             return text, []
-        return text[: text.find(BEGIN)].rstrip(), known
+        return text[: text.find(BEGIN)].rstrip(), known if self.parallel else known[:1]
 
     def grammar(self, tools: list[FunctionTool]) -> str:
         """Return a grammar, in Lark's notation, of an answer that calls one of some functions."""
