@@ -29,8 +29,9 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
 
+# A process for each core, of one thread; the slow tests have all threads for themselves.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
