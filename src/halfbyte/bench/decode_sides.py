@@ -155,12 +155,10 @@ class _Native:
         return Phases(kernels.phase_times())
 
     def _read(self, ids: list[int], adapter: str | None) -> Any:
-        from halfbyte.generate.decoder import PIECE
-
-        sequence = self._decoder.begin(ids, adapter)
+        sequence, piece = self._decoder.begin(ids, adapter), self._decoder.longest_read
         logits = None
         while sequence.length < len(ids):
-            end = min(len(ids), (sequence.length // PIECE + 1) * PIECE)
+            end = min(len(ids), (sequence.length // piece + 1) * piece)
             logits = self._decoder.read(sequence, ids[sequence.length : end])
         if logits is not None:
             logits.argmax().item()

@@ -15,7 +15,8 @@ PAGE = 64
 """Tokens of a page of keys and values: prefixes that several sequences share are whole pages."""
 
 PIECE = 256
-"""Tokens of a prompt that are read at once, at most; pieces end at multiples of it, and at the prompt's end."""
+"""Tokens of a prompt that are read at once, at most, while others are decoded; pieces end at multiples of it, and at
+the prompt's end."""
 
 
 class Sequence(Protocol):
@@ -58,6 +59,11 @@ class Decoder(Protocol):
         """The most sequences in one step."""
 
     @property
+    def longest_read(self) -> int:
+        """Tokens of a prompt that are read at once while nothing else goes on: a multiple of ``PIECE``, and ``PIECE``
+        itself where the numbers depend on where a prompt is cut."""
+
+    @property
     def bytes_held(self) -> int:
         """Bytes that keys and values take now, kept prefixes included."""
 
@@ -81,7 +87,7 @@ class Decoder(Protocol):
 
         Args:
             sequence: to append to.
-            ids: its next tokens, ``PIECE`` at most.
+            ids: its next tokens, ``longest_read`` at most.
         """
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> Tensor:

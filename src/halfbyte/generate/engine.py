@@ -1,7 +1,8 @@
 """The engine: one thread that decodes many requests at once over one decoder.
 
 Between two steps, each of which gives every answer under way one more token, the engine reads one piece of one prompt
-at most, so that answers go on while prompts are read; a prompt that is read joins the next step. A request is admitted
+at most, so that answers go on while prompts are read; a prompt that is read joins the next step. A prompt that is alone
+is read in longer pieces, where that changes no number. A request is admitted
 when the keys and values of its prompt and its longest answer have a place in memory beside those that are reserved
 already, and a row is free; until then it waits, first come first served, so that a large one is not passed by for ever.
 What is admitted therefore never has to be taken back.
@@ -235,12 +236,17 @@ class Engine:
                 return
             rows = [row for row in rows if not row.has_ended]
             if unread := next((row for row in rows if not row.is_read), None):
-                self._read_piece(unread)
+                self._read_piece(unread, PIECE if len(rows) > 1 else self.decoder.longest_read)
             if going := [row for row in rows if row.is_read and not row.has_ended]:
                 self._step(going)
 
-    def _read_piece(self, row: Row) -> None:
-        """Read the next piece of a prompt; after its last one, choose the answer's first token."""
+    def _read_piece(self, row: Row, size: int) -> None:
+        """Read the next piece of a prompt; after its last one, choose the answer's first token.
+
+        Args:
+            row: whose.
+            size: the piece ends at a multiple of it.
+        """
         ids, began = row.request.ids, time.perf_counter()
         try:
             if row.held is None:
@@ -249,7 +255,7 @@ class Engine:
                 with self._changed:
                     self._counts.tokens_cached += row.cached
             done = row.held.length
-            piece = ids[done : (done // PIECE + 1) * PIECE]
+            piece = ids[done : (done // size + 1) * size]
             logits = self.decoder.read(row.held, piece)
         except Exception as error:
             self._end(row, "error", error)

@@ -90,6 +90,7 @@ class TransformersDecoder:
         self.reason: str | None = None
         """Why the model decodes this way and not natively, if somebody has found out."""
         self.rows = rows
+        self.longest_read = PIECE
         self.budget: int | None = None
         self.reads_apart = bool(self._base.config.is_encoder_decoder)
         self.positions = most_positions(model)

@@ -111,11 +111,19 @@ class PagedDecoder:
         text.table_held = min(text.table_held, keep)
         if text.length % PAGE and text.pages[-1].users > 1:
             shared = text.pages[-1]
-            own = self._page()
-            own.memory.copy_(shared.memory)
-            text.pages[-1] = own
+            text.pages[-1] = self._copied(shared)
             text.table_held = min(text.table_held, keep - 1)
             self.release(shared)
+
+    def begin_page(self, text: Text, page: Page, length: int) -> None:
+        """Go on, behind whole pages, with the first ``length`` tokens of a page, which is copied."""
+        text.pages.append(self._copied(page))
+        text.length += length
+
+    def _copied(self, page: Page) -> Page:
+        own = self._page()
+        own.memory.copy_(page.memory)
+        return own
 
     def step(self, texts: Sequence[Text], tokens: Sequence[int], adapters: Sequence[int]) -> Tensor:
         """Go on by one token in each text; return the logits after it, fp32 ``[texts, vocabulary]``.
@@ -143,6 +151,23 @@ class PagedDecoder:
             return logits
         back = sorted(range(len(texts)), key=lambda place: order[place])
         return logits[back]
+
+    def extend(self, text: Text, tokens: Sequence[int], adapter: int) -> Tensor:
+        """Go on by several tokens of one text, up to a step's rows; return the logits after the last, fp32.
+
+        Args:
+            text: to go on with.
+            tokens: that are given.
+            adapter: the decoder's number of its adapter, or -1.
+        """
+        begin, end = text.length, text.length + len(tokens)
+        self._grow_tables(end)
+        self.room(text, end)
+        addresses = text.addresses()
+        rows = len(tokens)
+        logits = self.decoder.step(tokens, range(begin, end), [addresses] * rows, [adapter] * rows, self._tables)
+        text.length = end
+        return logits[-1]
 
     def copy_held(self, text: Text, keys: Tensor, values: Tensor) -> None:
         """Copy what is held of all layers to ``keys`` and ``values``, ``[layers, kv_heads, length, size]``."""
