@@ -1,18 +1,33 @@
 // The pieces of a decoder's step (decode.h) between its products: everything is fp32 but what products read (of the
 // storage type T), and what the cache keeps.
 
+// finish_product of `count` lanes of columns from i on, or of as many as are `left`.
+template <class T, int count>
+void finish_columns(const FinishProduct& a, int64_t i, int64_t left) {
+    Lanes y[count];
+    for (int k = 0; k < count; ++k) y[k] = read<Fp32>(a.sums, i + k * Lanes::kWidth, left - k * Lanes::kWidth);
+    for (int64_t j = 0; j < a.rank; ++j) {
+        for (int k = 0; k < count; ++k) {
+            const int64_t from = i + k * Lanes::kWidth, n = left - k * Lanes::kWidth;
+            y[k] = fma(Lanes(a.u[j]), read<T>(a.b, j * a.width + from, n), y[k]);
+        }
+    }
+    for (int k = 0; k < count; ++k) {
+        const int64_t from = i + k * Lanes::kWidth, n = left - k * Lanes::kWidth;
+        if (a.rescale) y[k] = y[k] * read<Fp32>(a.rescale, from, n);
+        if (a.bias) y[k] = y[k] + read<Fp32>(a.bias, from, n);
+        if (a.extra_bias) y[k] = y[k] + read<Fp32>(a.extra_bias, from, n);
+        write<Fp32>(a.out, from, y[k], n);
+    }
+}
+
 // out[i] = rescale[i] (sums[i] + sum_j u[j] b[j, i]) + bias[i] for i in [first, last); b: rank x width values of T.
 template <class T>
 void finish_product(const FinishProduct& a, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i += Lanes::kWidth) {
-        const int64_t left = last - i;
-        Lanes y = read<Fp32>(a.sums, i, left);
-        for (int64_t j = 0; j < a.rank; ++j) y = fma(Lanes(a.u[j]), read<T>(a.b, j * a.width + i, left), y);
-        if (a.rescale) y = y * read<Fp32>(a.rescale, i, left);
-        if (a.bias) y = y + read<Fp32>(a.bias, i, left);
-        if (a.extra_bias) y = y + read<Fp32>(a.extra_bias, i, left);
-        write<Fp32>(a.out, i, y, left);
-    }
+    constexpr int kAtOnce = 4;  // so that what is read of a row of B is whole lines of memory
+    constexpr int64_t kColumns = kAtOnce * Lanes::kWidth;
+    for (; first + kColumns <= last; first += kColumns) finish_columns<T, kAtOnce>(a, first, kColumns);
+    for (; first < last; first += Lanes::kWidth) finish_columns<T, 1>(a, first, last - first);
 }
 
 // y = norm(x), of the storage type T or fp32 (Out), which may be x.
