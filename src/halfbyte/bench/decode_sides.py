@@ -89,7 +89,7 @@ class Halfbyte:
         if names:
             loaded = _adapted(loaded, names)
             prepare(loaded)
-        decoder = decoder_for(loaded.eval(), cache=self.cache, head=self.head)
+        decoder = decoder_for(loaded.eval(), cache=self.cache, head=self.head, keep_decoded=True)
         if not isinstance(decoder, NativeDecoder):
             raise InputError(f"{model} decodes through transformers ({decoder.reason}), so none is measured.")
         parts = decoder.reading.parts
@@ -127,6 +127,8 @@ class _Native:
             took = since(start)
             decoder.end(sequence)
             return took
+        if work.kind == "turn":
+            return self._turn(work)
         if work not in self._held:
             names = [decoder.adapters[row % work.adapters] if work.adapters else None for row in range(work.rows)]
             self._held[work] = [
@@ -135,16 +137,28 @@ class _Native:
         held = self._held[work]
         for sequence in held:
             decoder.cut(sequence, work.context)
-        if work.kind == "turn":
-            ids = made_up(work.tokens, next(self._seeds), decoder.vocab_size)
-            start = now()
-            decoder.read(held[0], ids).argmax().item()
-            return since(start)
         tokens = decoder.step(held, list(range(1, 1 + work.rows))).argmax(-1).tolist()
         start = now()
         for _ in range(work.tokens):
             tokens = decoder.step(held, tokens).argmax(-1).tolist()
         return since(start)
+
+    def _turn(self, work: Work) -> Took:
+        """Take the first token of a further turn as a chat does: what is held is found by its tokens."""
+        decoder = self._decoder
+        before = made_up(work.context, 0, decoder.vocab_size)
+        if work not in self._held:
+            decoder.end(self._read(before, None))
+            self._held[work] = []
+        ids = [*before, *made_up(work.tokens, next(self._seeds), decoder.vocab_size)]
+        start = now()
+        sequence = decoder.begin(ids, None)
+        found = sequence.length
+        decoder.read(sequence, ids[found:]).argmax().item()
+        took = since(start)
+        assert found == work.context
+        decoder.end(sequence)
+        return took
 
     def phases(self, work: Work) -> Phases:
         """Do ``work``, which decodes, once more, and return where its time goes."""

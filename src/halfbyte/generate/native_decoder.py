@@ -14,9 +14,7 @@ but not bitwise the same.
 
 import contextlib
 import functools
-import hashlib
-import itertools
-from collections import OrderedDict, abc
+from collections import abc
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +25,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.generate.decoder import PAGE, PIECE, Sequence
+from halfbyte.generate.kept_pages import KeptPages
 from halfbyte.hf.layers.adapters import active_adapter
 from halfbyte.hf.layers.decoding import NotNative, adapter_parts, agrees, linears_of, read
 from halfbyte.hf.layers.head import base_of
@@ -34,14 +33,13 @@ from halfbyte.hf.layers.paged import ReadingCache
 from halfbyte.hf.models.limits import most_positions
 from halfbyte.kernels import Decoder as Kernels
 from halfbyte.kernels.decode import MOST_ROWS
-from halfbyte.nn.decode import Page, PagedDecoder, Text
+from halfbyte.nn.decode import PagedDecoder, Text
 
 FEW = 16
 """Rows up to which a product sums in another order (csrc/matmul.h; on Arm 8)."""
 TURN = 48
 """Tokens behind others up to which a native call takes less time than the training forward; its attention reads the
 cache once for each of them (measured on the 135M model at 1,000 held tokens; about equal at 8,000)."""
-_TAIL = b"tail"
 TRIAL = 12
 """Tokens by which the native way is tried before it is used."""
 
@@ -80,9 +78,6 @@ class NativeDecoder:
         keep_decoded: whether pages of decoded tokens may be shared.
         adapters: what is to be decoded with: names, None for the base; without it the base and all adapters there are.
 
-    Attributes:
-        budget: bytes that the cache may take, or None.
-
     Raises:
         NotNative: the model or one of its adapters is not known, or the native way gives other numbers.
     """
@@ -107,12 +102,10 @@ class NativeDecoder:
             raise NotNative(str(error)) from None
         self._exact = head is None
         self.keep_decoded = keep_decoded
-        self.budget: int | None = None
         self.positions = most_positions(model)
         self.vocab_size = parts.head.width
         self._numbers: dict[str | None, int] = {None: -1}
-        self._stored: OrderedDict[bytes, Page] = OrderedDict()
-        self._tails: dict[bytes, list[int]] = {}
+        self.kept = KeptPages(self.paged)
         there = list(model.peft_config) if isinstance(model, PeftModel) else []
         for name in [None, *there] if adapters is None else adapters:
             if name is not None:
@@ -131,12 +124,21 @@ class NativeDecoder:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes that keys and values take now."""
-        return self.paged.pages_held * self.paged.decoder.page_bytes
+        """Bytes that keys and values take now, those kept for others included."""
+        return self.kept.bytes_held
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that they may take, or None."""
+        return self.kept.budget
+
+    @budget.setter
+    def budget(self, most: int | None) -> None:
+        self.kept.budget = most
 
     def bytes_of(self, tokens: int) -> int:
         """Return the bytes that a sequence of so many tokens takes, at most."""
-        return -(-tokens // PAGE) * self.paged.decoder.page_bytes
+        return self.kept.bytes_of(tokens)
 
     def add_adapter(self, name: str) -> None:
         """Take an adapter that the model has by now, or take it again as it is now.
@@ -173,29 +175,14 @@ class NativeDecoder:
         """Forget an adapter, of which there is no sequence any more, and what was kept of it."""
         if name in self._numbers:
             self.paged.decoder.remove_adapter(self._numbers.pop(name))
-        for key in [key for key in self._stored if key.startswith(_adapter_key(name))]:
-            self._forget(key)
+        self.kept.forget(name)
 
     def begin(self, ids: abc.Sequence[int], adapter: str | None) -> NativeSequence:
         """Return a sequence for a prompt, with what is kept of its beginning."""
         if adapter not in self._numbers:
             raise KeyError(adapter)
         sequence = NativeSequence(adapter, len(ids))
-        shared, last = [], _adapter_key(adapter)
-        for key in _keys(adapter, ids[: (len(ids) - 1) // PAGE * PAGE]):
-            if key not in self._stored:
-                break
-            self._stored.move_to_end(key)
-            shared.append(self._stored[key])
-            last = key
-        self.paged.share(sequence.text, shared)
-        if page := self._stored.get(last + _TAIL):
-            self._stored.move_to_end(last + _TAIL)
-            following = zip(self._tails[last + _TAIL], ids[sequence.length : -1], strict=False)
-            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], following))
-            if same:
-                self._make_room(PAGE)
-                self.paged.begin_page(sequence.text, page, same)
+        self.kept.begin(sequence.text, ids, adapter)
         sequence.ids = list(ids[: sequence.length])
         sequence.read = sequence.length
         return sequence
@@ -209,7 +196,7 @@ class NativeDecoder:
             return self._extend(sequence, ids)
         again = min(text.length, max(0, FEW + 1 - len(ids))) if len(ids) <= FEW else 0
         start, end = text.length - again, text.length + len(ids)
-        self._make_room(end - len(text.pages) * PAGE)
+        self.kept.make_room(end - len(text.pages) * PAGE)
         if sequence.reading is None:
             parts = self.reading.parts
             shape = parts.kv_heads, max(end, sequence.prompt), parts.size
@@ -238,23 +225,23 @@ class NativeDecoder:
             sequence.read = end
         if end >= sequence.prompt:
             sequence.reading = None
-        self._store(sequence, sequence.read)
+        self.kept.keep(text, sequence.ids[: sequence.read], sequence.adapter)
         return logits.float()
 
     def _extend(self, sequence: NativeSequence, ids: abc.Sequence[int]) -> Tensor:
         text = sequence.text
-        self._make_room(text.length + len(ids) - len(text.pages) * PAGE)
+        self.kept.make_room(text.length + len(ids) - len(text.pages) * PAGE)
         logits = self.paged.extend(text, ids, self._numbers[sequence.adapter])
         sequence.ids += ids
         sequence.read = text.length
         sequence.reading = None
-        self._store(sequence, sequence.read)
+        self.kept.keep(text, sequence.ids[: sequence.read], sequence.adapter)
         return logits
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> Tensor:
         """Append one token to each sequence; return the logits after it."""
         rows = [_own(sequence) for sequence in sequences]
-        self._make_room(PAGE * sum(one.length % PAGE == 0 for one in rows))
+        self.kept.make_room(PAGE * sum(one.length % PAGE == 0 for one in rows))
         numbers = [self._numbers[one.adapter] for one in rows]
         logits = self.paged.step([one.text for one in rows], tokens, numbers)
         for one, token in zip(rows, tokens, strict=True):
@@ -274,46 +261,10 @@ class NativeDecoder:
         """Free what a sequence takes; whole pages may stay for others."""
         sequence = _own(sequence)
         if self.keep_decoded:
-            self._store(sequence, sequence.length)
-            self._store_tail(sequence)
+            self.kept.keep(sequence.text, sequence.ids, sequence.adapter)
+            self.kept.keep_tail(sequence.text, sequence.ids, sequence.adapter)
         self.cut(sequence, 0)
-        self._make_room(0)
-
-    def _store(self, sequence: NativeSequence, length: int) -> None:
-        """Keep the whole pages of the first ``length`` tokens for others."""
-        pages = sequence.text.pages[: length // PAGE]
-        for key, page in zip(_keys(sequence.adapter, sequence.ids[: len(pages) * PAGE]), pages, strict=True):
-            if key not in self._stored:
-                self._stored[key] = page
-                page.users += 1
-            self._stored.move_to_end(key)
-
-    def _store_tail(self, sequence: NativeSequence) -> None:
-        """Keep what lies behind the last whole page."""
-        whole, rest = divmod(sequence.length, PAGE)
-        if rest:
-            *_, last = _adapter_key(sequence.adapter), *_keys(sequence.adapter, sequence.ids[: whole * PAGE])
-            self._forget(last + _TAIL)
-            page = sequence.text.pages[whole]
-            page.users += 1
-            self._stored[last + _TAIL], self._tails[last + _TAIL] = page, sequence.ids[whole * PAGE : sequence.length]
-
-    def _forget(self, key: bytes) -> None:
-        if key in self._stored:
-            self.paged.release(self._stored.pop(key))
-            self._tails.pop(key, None)
-
-    def _make_room(self, tokens: int) -> None:
-        """Let go of kept pages, the oldest first, until so many further tokens fit into the budget."""
-        if self.budget is None:
-            return
-        most = self.budget - self.bytes_of(max(tokens, 0))
-        if self.bytes_held <= most:
-            return
-        for key in [key for key, page in self._stored.items() if page.users == 1]:
-            self._forget(key)
-            if self.bytes_held <= most:
-                return
+        self.kept.make_room(0)
 
     @contextlib.contextmanager
     def _adapter(self, name: str | None) -> Iterator[None]:
@@ -363,15 +314,3 @@ def _activate(model: PeftModel, name: str | None) -> None:
     else:
         model.base_model.enable_adapter_layers()
         model.set_adapter(name, inference_mode=True)
-
-
-def _adapter_key(adapter: str | None) -> bytes:
-    return hashlib.sha256(b"base" if adapter is None else b"adapter " + adapter.encode()).digest()
-
-
-def _keys(adapter: str | None, ids: abc.Sequence[int]) -> Iterator[bytes]:
-    """Yield what each whole page of ``ids`` is kept by: the digest of all tokens up to its end."""
-    digest = hashlib.sha256()
-    for first in range(0, len(ids) - PAGE + 1, PAGE):
-        digest.update(b"".join(token.to_bytes(4, "little") for token in ids[first : first + PAGE]))
-        yield _adapter_key(adapter) + digest.digest()
