@@ -52,6 +52,11 @@ KvType = Literal["int8"]
 HeadType = Literal["int8", "nf4"]
 """What the output head may be quantized to for decoding."""
 
+Onto = Literal["quantized", "original"]
+"""What an adapter is merged onto: the weights that it was trained over, or those before they were quantized."""
+MergeType = Literal["bf16", "fp16", "fp32"]
+"""What a merged model's weights are in."""
+
 Task = Literal["lm", "classify", "seq2seq"]
 """What a model is trained to do: go on with text, name the class of a text, turn one text into another."""
 

@@ -16,6 +16,8 @@ reach other machines that share a disk.
 import contextlib
 import ctypes
 import errno
+import glob
+import hashlib
 import os
 import re
 import shutil
@@ -23,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from halfbyte.locks import Lock, take
+from halfbyte.locks import Lock, Locked, take
 
 NO_EXCHANGE = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM))
 """What ``renameat2`` says where the kernel, a sandbox or the file system cannot exchange two names."""
@@ -63,13 +65,51 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         os.mkdir(part.new)
         yield part.new
-        _sync_all(part.new)
-        if not os.path.lexists(part.target):
-            os.rename(part.new, part.target)
-        elif not _exchange(part.new, part.target):
-            os.rename(part.target, part.old)
-            os.rename(part.new, part.target)
-        _sync(part.target.parent)
+        _become(part)
+
+
+@contextlib.contextmanager
+def growing_folder(path: Path, key: str) -> Iterator[Path]:
+    """Yield a folder that becomes ``path`` at the end, as that of :func:`whole_folder`, and may hold a part of it.
+
+    A writer that was interrupted or killed leaves what it has, and the next one with the same ``key`` finds it there;
+    one with another key removes it. On an error all is removed. What is found must have appeared whole itself.
+
+    Args:
+        path: of the folder to be.
+        key: what decides its content.
+
+    Raises:
+        NotADirectoryError: ``path`` is a file.
+        Locked: another process is writing with the same key.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    _make_folder(target.parent)
+    repair(target)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    part = _Part(target, target.with_name(f".{target.name}.{digest}.grown"))
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.grown"):
+        if other != part.folder and re.fullmatch(r".*\.[0-9a-f]{32}\.grown", other.name):
+            _settle_left(_Part(target, other))
+    if part.old.exists():  # killed within a swap
+        _settle_left(part)
+    part.folder.mkdir(exist_ok=True)
+    part.lock = take(part.lock_file)
+    if part.lock is None:
+        raise Locked(part.lock_file, None)
+    try:
+        part.new.mkdir(exist_ok=True)
+        yield part.new
+        _become(part)
+    except Exception:
+        part.settle(own=True)
+        raise
+    except BaseException:
+        part.lock._close()
+        raise
+    part.settle(own=True)
 
 
 @contextlib.contextmanager
@@ -225,6 +265,26 @@ class _Part:
             self.lock._close()
 
 
+def _become(part: _Part) -> None:
+    """Sync the new folder and put it in the place of the target."""
+    _sync_all(part.new)
+    if not os.path.lexists(part.target):
+        os.rename(part.new, part.target)
+    elif not _exchange(part.new, part.target):
+        os.rename(part.target, part.old)
+        os.rename(part.new, part.target)
+    _sync(part.target.parent)
+
+
+def _settle_left(part: _Part) -> None:
+    """Settle a dead writer's part."""
+    with contextlib.suppress(OSError):
+        if part.is_ours:
+            part.lock = take(part.lock_file)
+            if part.lock is not None:
+                part.settle(own=False)
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[_Part]:
     """Yield the locked part of a new writer of ``path``; settle it at the end."""
@@ -255,12 +315,7 @@ def _repair(folder: Path, names: str) -> None:
     except OSError:
         return
     for match in found:
-        part = _Part(folder / match[1], folder / match[0])
-        with contextlib.suppress(OSError):
-            if part.is_ours:
-                part.lock = take(part.lock_file)
-                if part.lock is not None:
-                    part.settle(own=False)
+        _settle_left(_Part(folder / match[1], folder / match[0]))
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -32,6 +32,7 @@ from halfbyte.cli import (
     data,
     generate,
     machine,
+    merge,
     models,
     qlora,
     resume,
@@ -71,6 +72,7 @@ app.command()(generate.generate)
 app.command()(classify.classify)
 app.command()(serve.serve)
 app.command()(models.quantize)
+app.command()(merge.merge)
 app.command()(machine.doctor)
 app.command(context_settings=run.CONTEXT)(run.run)
 app.add_typer(benchmarks, name="bench")

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import halfbyte
+from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import KINDS
 from halfbyte.hf.trainers import SFTConfig, SFTTrainer
@@ -66,6 +67,13 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
 }
 
 
+NOT_MERGED = (
+    *("ADAPTION_PROMPT", "BEFT", "CARTRIDGE", "CPT", "LORA with biases", "LILY", "PREFIX_TUNING", "PROMPT_TUNING"),
+    *("P_TUNING", "SHADOW"),
+)
+"""They change no weights, or weights and biases that the base has not, or what PEFT (0.21) merges not."""
+
+
 @pytest.fixture(scope="module")
 def untied_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a head of its own, its tokenizer beside it."""
@@ -80,6 +88,13 @@ def untied_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFact
 def in_fp32(folder: Path) -> Any:
     config = halfbyte.HalfbyteConfig(compute_dtype=torch.float32)
     return halfbyte.load(folder, quantization_config=config, dtype=torch.float32)
+
+
+def from_files(folder: Path) -> Any:
+    """What transformers opens by itself."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert not [module for module in model.modules() if type(module).__module__.startswith(("halfbyte", "peft"))]
+    return model
 
 
 def logits(model: Any) -> Tensor:
@@ -133,10 +148,28 @@ def test_adapters_run_over_4_bits_as_over_dense_weights_and_open_again(
     torch.testing.assert_close(logits(opened), found, rtol=1e-5, atol=1e-5)  # prompts are saved as sums
     opened.generate(input_ids=IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=2)
     if any(isinstance(getattr(layer, "base_layer", None), halfbyte.Linear4bit) for layer in opened.modules()):
-        with pytest.raises(InputError, match="cannot be merged into 4-bit weights"):
-            opened.merge_and_unload()
+        if hasattr(opened.base_model, "merge_adapter"):
+            with pytest.raises(InputError, match="cannot be merged into 4-bit weights"):
+                opened.merge_adapter()
         halfbyte.unprepare(opened)
         assert not [module for module in opened.modules() if "merge" in vars(module)]
+        halfbyte.prepare(opened)
+
+    if kind in NOT_MERGED:
+        with pytest.raises(InputError, match=f"of the kind {kind} changes no weights|PEFT cannot merge the adapter"):
+            merge(tmp_path, tmp_path / "merged")
+        assert not list(tmp_path.glob("*merged*")) + list(tmp_path.glob(".*merged*"))
+        return
+    if kind == "ADALORA":
+        with pytest.raises(InputError, match="of the kind ADALORA is not merged from files"):
+            merge(tmp_path, tmp_path / "merged")
+    else:
+        merge(tmp_path, tmp_path / "merged", to="fp32")
+        torch.testing.assert_close(logits(from_files(tmp_path / "merged")), found, rtol=1e-4, atol=1e-4)
+    whole = opened.merge_and_unload()
+    torch.testing.assert_close(logits(whole), found, rtol=1e-4, atol=1e-4)
+    whole.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(from_files(tmp_path / "whole")), found, rtol=1e-4, atol=1e-4)
 
 
 def test_every_kind_that_runs_was_tried() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from halfbyte.hf import HalfbyteConfig, LoraLinear4bit, describe_base, describe_
 from halfbyte.nn import DenseLinear, FrozenLinear, Linear8bit, QuantizedLinear
 
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 FORMATS: dict[str, dict[str, Any]] = {
     "blocks": {"quant_type": "int8"},
     "rows": {"quant_type": "int8", "blocksize": "row"},
@@ -39,7 +39,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("dtype", list(BOUNDS))
+def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Return how far all of a gradient is from another one."""
+    apart = sum(float((found[name].float() - gradient).square().sum()) for name, gradient in wanted.items())
+    return math.sqrt(apart / sum(float(gradient.square().sum()) for gradient in wanted.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("how", [{"quant_type": "none"}, FORMATS["blocks"], FORMATS["rows"]], ids=str)
 def test_gradients_are_those_of_peft_over_the_dense_model(
@@ -58,14 +64,24 @@ def test_gradients_are_those_of_peft_over_the_dense_model(
     for name, parameter in ours.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    theirs = get_peft_model(dense, lora(**options))
     adapters = {name: value for name, value in ours.state_dict().items() if "lora_" in name}
-    assert not theirs.load_state_dict(adapters, strict=False).unexpected_keys
-    got, expected = gradients(ours), gradients(theirs)
+
+    def theirs(dense: nn.Module) -> dict[str, Tensor]:
+        model = get_peft_model(dense, lora(**options))
+        assert not model.load_state_dict(adapters, strict=False).unexpected_keys
+        return gradients(model)
+
+    rounded = copy.deepcopy(dense).to(torch.bfloat16)
+    got, expected = gradients(ours), theirs(dense)
     assert got.keys() == expected.keys() and len(got) >= 28
-    for name, gradient in expected.items():
-        assert got[name].dtype == torch.float32
-        assert (got[name] - gradient).norm() < BOUNDS[dtype] * gradient.norm(), name
+    assert {gradient.dtype for gradient in got.values()} == {torch.float32}
+    if dtype == torch.float32:
+        for name, gradient in expected.items():
+            assert (got[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+    else:  # what bf16 leaves in PEFT's own layers too; in one tensor of few values it is now more, now less
+        assert relative_error(got, expected) < min(3e-2, 1.2 * relative_error(theirs(rounded), expected))
+        for name, gradient in expected.items():
+            assert (got[name] - gradient).norm() < 0.1 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -164,7 +180,7 @@ def test_8_bits_are_not_merged_into(tiny_model_folder: Path) -> None:
     base = halfbyte.load(tiny_model_folder, quantization_config=HalfbyteConfig(quant_type="int8"))
     model = halfbyte.prepare(get_peft_model(base, lora()))
     with pytest.raises(InputError, match="cannot be merged into 4-bit weights, nor into 8-bit ones"):
-        model.merge_and_unload()
+        model.merge_adapter()
     assert describe_base(model).endswith("of them in 8 bits")
 
 

@@ -88,8 +88,8 @@ class LoraLinear4bit(LoraLinear):
 def refuse_merge(*_: Any, **__: Any) -> None:
     """What stands for ``merge`` of an adapter's layer over a 4-bit weight; PEFT's would write floats over its bytes."""
     raise InputError(
-        "An adapter cannot be merged into 4-bit weights, nor into 8-bit ones; load the 16-bit base model with "
-        "transformers, put the adapter on it with PeftModel.from_pretrained, and call merge_and_unload() there."
+        "An adapter cannot be merged into 4-bit weights, nor into 8-bit ones, which could not be undone; "
+        "merge_and_unload() makes a dense model of both, and halfbyte merge writes one."
     )
 
 

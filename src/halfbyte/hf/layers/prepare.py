@@ -16,6 +16,7 @@ from halfbyte.hf.layers.adapters import Counts, LoraLinear4bit, check_kind, refu
 from halfbyte.hf.layers.fusion import fuse, unfuse
 from halfbyte.hf.layers.head import base_of, bind_head, unbind_head
 from halfbyte.hf.layers.starts import has_starts
+from halfbyte.hf.layers.unloading import MergeAndUnload
 from halfbyte.nn import FrozenLinear, QuantizedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +28,8 @@ def prepare(model: Model) -> Model:
     The same over 8-bit weights, and over dense ones of a model that was opened with ``quant_type`` ``none``.
 
     LoRA layers over such weights compute as :mod:`halfbyte.hf.layers.adapters` says; adapters of other kinds (IA³,
-    prompts, ...) run as PEFT wrote them. An adapter cannot be merged into 4-bit weights: asking for it is an error.
+    prompts, ...) run as PEFT wrote them. ``merge_and_unload`` makes a dense model of both
+    (:mod:`halfbyte.hf.layers.unloading`); to be merged into 4-bit weights, which could not be undone, is an error.
     Decoder layers of families that are not known stay as they are;
     :func:`halfbyte.hf.layers.fusion.describe_layers` tells.
 
@@ -70,6 +72,8 @@ def prepare(model: Model) -> Model:
         bind_head(base)
     if isinstance(model, PeftModel):
         model.get_nb_trainable_parameters = Counts(model)
+        if hasattr(model.base_model, "merge_and_unload"):
+            model.merge_and_unload = MergeAndUnload(model)
     fuse(model)
     return model
 
@@ -98,5 +102,6 @@ def unprepare(model: Model) -> Model:
     base = base_of(model)
     if isinstance(base, PreTrainedModel):
         unbind_head(base)
-    vars(model).pop("get_nb_trainable_parameters", None)
+    for name in ("get_nb_trainable_parameters", "merge_and_unload"):
+        vars(model).pop(name, None)
     return model

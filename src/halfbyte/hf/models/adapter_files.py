@@ -6,8 +6,9 @@ and every place its tensor. Names that a wrapper has changed are taken for what 
 embeddings have more rows than the base's (tokens were added before training) has the base's grow first.
 """
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TrainableTokensWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
@@ -43,7 +45,8 @@ def put_adapter(
     """Put the adapter in ``folder`` on ``model``, to run, or to be ``trained`` further.
 
     Args:
-        model: its base model; its embeddings grow or shrink to the rows that the adapter brings.
+        model: its base model; its embeddings grow or shrink to the rows that the adapter brings. It may be on the meta
+            device, all of it: then the adapter's tensors alone are in memory.
         folder: what PEFT's ``save_pretrained`` or a run has left: any kind of adapter.
         trained: whether it is to be trained.
         name: of the adapter, on a model that others use too or that has adapters already: its embeddings stay as they
@@ -64,7 +67,7 @@ def put_adapter(
             model.add_adapter(name or "default", config)
             adapted = model
         else:
-            adapted = kind(model, config, adapter_name=name or "default")
+            adapted = kind(model, config, adapter_name=name or "default", low_cpu_mem_usage=is_on_meta(model))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         targets = getattr(config, "target_modules", None)
         if "not found in the base model" in str(error) and isinstance(targets, (set, list)):
@@ -113,7 +116,8 @@ def _load(
         if shapes:
             raise _misfit(model, folder, _listed(shapes, "; "))
     try:
-        result = set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        with _staying() if is_on_meta(model) else contextlib.nullcontext():
+            result = set_peft_model_state_dict(adapted, weights, adapter_name=name, low_cpu_mem_usage=is_on_meta(model))
     except KeyError as error:
         raise _misfit(model, folder, f"the file lacks {error.args[0]}") from error
     except (RuntimeError, ValueError) as error:
@@ -131,6 +135,22 @@ def _load(
     for names, words in ((unexpected, "has no place for"), (missing, "needs, and the file lacks,")):
         if names:
             raise _misfit(model, folder, f"the base model {words} {_listed(names)}")
+
+
+def is_on_meta(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the base model has no memory."""
+    return next(base_of(model).parameters()).is_meta
+
+
+@contextlib.contextmanager
+def _staying() -> Iterator[None]:
+    """Let adapters that are loaded stay in memory, which PEFT (0.21) moves to where their layers are."""
+    moving = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = moving
 
 
 def _read(model: PreTrainedModel | PeftModel, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:

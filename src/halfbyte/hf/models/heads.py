@@ -56,12 +56,20 @@ def is_classifier(model: nn.Module) -> bool:
     return isinstance(model, tuple(kind for kind in kinds if isinstance(kind, type)))
 
 
+def class_settings(names: Sequence[str]) -> dict[str, Any]:
+    """Return what a model's configuration says of classes with these names, by their numbers."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+    }
+
+
 def set_classes(config: Any, names: Sequence[str]) -> None:
-    """Write the names of the classes, by their numbers, into a model's configuration."""
-    config.num_labels = len(names)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: number for number, name in enumerate(names)}
-    config.problem_type = "single_label_classification"
+    """Write the names of the classes into a model's configuration."""
+    for key, value in class_settings(names).items():
+        setattr(config, key, value)
 
 
 def classes_of(config: Any) -> list[str] | None:

@@ -80,7 +80,7 @@ def load(
     place = locate(path)
     folder = Path(place.path)
     if (folder / ADAPTER).is_file():
-        base = _base_of(place)
+        base = base_of_adapter(place)
         if (task := adapter_task(json_of(folder / ADAPTER))) == "classify" and auto_class is None:
             classes = adapter_classes(folder)
         follows = task == "classify"
@@ -188,7 +188,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     place = locate(path)
     folder = Path(place.path)
     if (folder / ADAPTER).is_file() and not (folder / "tokenizer_config.json").is_file():
-        place = _base_of(place)
+        place = base_of_adapter(place)
     try:
         return AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.options)
     except (OSError, ValueError) as error:
@@ -202,7 +202,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         raise InputError(message) from error
 
 
-def _base_of(place: Place) -> Place:
+def base_of_adapter(place: Place) -> Place:
     """Return where the base model of the adapter in ``place`` is."""
     file = Path(place.path) / ADAPTER
     base = json_of(file).get("base_model_name_or_path")

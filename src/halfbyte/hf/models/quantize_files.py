@@ -5,11 +5,10 @@ tensor of the source's safetensors files is read, quantized if it is one of thos
 and written. At no time is more in memory than one shard of the output and one tensor of the source.
 """
 
-import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.files import repair, whole_folder
 from halfbyte.hf.models.check import Names, check_finite, check_weights
-from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS, Checkpoint, Tensors, weight_files
+from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
@@ -33,11 +32,11 @@ from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint,
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
+from halfbyte.hf.models.shards import SHARD_BYTES, name_shards
 from halfbyte.nn import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 1 << 30
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG)
@@ -121,17 +120,17 @@ def quantize_checkpoint(
     model_config.__dict__.pop("quantization_config", None)
     checkpoint: Tensors
     if place.gguf:
-        skeleton = _skeleton(model_config, config.compute_dtype, trust_remote_code)
+        skeleton = skeleton_of(model_config, config.compute_dtype, trust_remote_code)
         checkpoint = GgufCheckpoint(place.gguf, skeleton)
     else:
         held = Checkpoint(weight_files(source, getattr(model_config, "transformers_weights", None)))
         checkpoint = PackedCheckpoint(held, packing) if packing else held
-        skeleton = _skeleton(model_config, config.compute_dtype, trust_remote_code)
+        skeleton = skeleton_of(model_config, config.compute_dtype, trust_remote_code)
     check_weights(skeleton, checkpoint, pre_quantized=False)
     quantizer = HalfbyteQuantizer(config, pre_quantized=False)
     own = {type(module).__name__ for module in skeleton.modules() if is_subclass(module) and is_linear(module)}
     quantizer.preprocess_model(skeleton)
-    plan = _Plan(skeleton, checkpoint)
+    plan = Plan(skeleton, checkpoint)
     if not plan.layers:
         raise InputError(
             f"{type(skeleton).__name__} puts every linear layer together from several tensors of the checkpoint, "
@@ -141,9 +140,8 @@ def quantize_checkpoint(
     with whole_folder(output) as folder:
         if place.gguf:
             AutoTokenizer.from_pretrained(source, gguf_file=place.gguf.name).save_pretrained(folder)
-        for file in () if place.gguf else source.iterdir():
-            if file.is_file() and not file.name.endswith(LEFT_OUT) and not file.name.startswith("."):
-                shutil.copy(file, folder)
+        else:
+            copy_others(source, folder)
         writer = _ShardWriter(folder)
         values = packed = 0
         error = _Error()
@@ -194,6 +192,13 @@ class _Error:
         return math.sqrt(self.apart / max(self.size, 1e-30))
 
 
+def copy_others(source: Path, folder: Path, but: Sequence[str] = ()) -> None:
+    """Copy what a model's folder holds beside weights: configuration, tokenizer, code, licence."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith((*LEFT_OUT, *but)) and not file.name.startswith("."):
+            shutil.copy(file, folder)
+
+
 def on_disk(place: Place) -> Path:
     """Return the folder of the model in ``place``, downloaded from the hub unless it is there.
 
@@ -209,16 +214,18 @@ def on_disk(place: Place) -> Path:
         raise InputError(f"The model {place.path} cannot be downloaded: {first}") from error
 
 
-def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """Return the model of ``config`` without memory."""
-    cls = model_class(config)
+def skeleton_of(
+    config: Any, dtype: torch.dtype, trust_remote_code: bool = False, auto_class: Any = None
+) -> PreTrainedModel:
+    """Return the model of ``config`` without memory; ``auto_class`` is another class than its architecture names."""
+    cls = auto_class or model_class(config)
     with torch.device("meta"):
         if issubclass(cls, PreTrainedModel):
             return cls._from_config(config, dtype=dtype)
         return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-class _Plan:
+class Plan:
     """What becomes of a checkpoint's tensors.
 
     Attributes:
@@ -265,9 +272,8 @@ class _ShardWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards: list[list[str]] = []
+        self.count = 0
         self.tensors: dict[str, Tensor] = {}
-        self.total = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Take ``tensors`` into the shard at hand, or the next one if they do not fit."""
@@ -275,29 +281,17 @@ class _ShardWriter:
         if self.tensors and sum(tensor.nbytes for tensor in self.tensors.values()) + size > SHARD_BYTES:
             self._flush()
         self.tensors |= tensors
-        self.total += size
 
     def _flush(self) -> None:
         save_file(
             {name: tensor.contiguous() for name, tensor in self.tensors.items()},
-            self.folder / f"shard-{len(self.shards)}",
+            self.folder / f"shard-{self.count}",
             metadata={"format": "pt"},
         )
-        self.shards.append(list(self.tensors))
+        self.count += 1
         self.tensors = {}
 
     def close(self) -> None:
         """Write what is left, and give the files their final names and, if there are several, an index."""
         self._flush()
-        count = len(self.shards)
-        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        if count == 1:
-            names = [SAFETENSORS]
-        for i, name in enumerate(names):
-            (self.folder / f"shard-{i}").rename(self.folder / name)
-        if count > 1:
-            weight_map = {key: name for name, keys in zip(names, self.shards, strict=True) for key in keys}
-            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-            (self.folder / f"{SAFETENSORS}{INDEX}").write_text(
-                json.dumps(index, indent=2, sort_keys=True), encoding="utf-8"
-            )
+        name_shards(self.folder, self.count)

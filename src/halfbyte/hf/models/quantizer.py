@@ -28,6 +28,7 @@ from halfbyte import devices
 from halfbyte.choices import BITSANDBYTES_TYPES, BLOCKSIZE, SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.attention_choice import choose_attention
+from halfbyte.hf.layers.unloading import dense_layer
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint
 from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
@@ -238,10 +239,7 @@ class HalfbyteQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
-                dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                dense.weight = nn.Parameter(module.quantized_weight.dequantize(dtype))
-                dense.bias = module.bias
-                model.set_submodule(name, dense)
+                model.set_submodule(name, dense_layer(module, module.dequantize(dtype)))
         return model
 
 

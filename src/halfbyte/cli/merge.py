@@ -1,0 +1,52 @@
+"""``merge``: base and adapter as one model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte import choices
+from halfbyte.cli.console import bar, command, shown
+from halfbyte.cli.options import RemoteCode
+from halfbyte.errors import size_text
+from halfbyte.quiet import quiet
+
+
+def merge(
+    run: Annotated[str, typer.Argument(help="Run folder, or a PEFT adapter's folder or hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    onto: Annotated[
+        choices.Onto,
+        typer.Option(help="Weights to add to: those that were trained over, or those before they were quantized."),
+    ] = "quantized",
+    to: Annotated[choices.MergeType, typer.Option(help="What the sums are rounded to.")] = "bf16",
+    base: Annotated[
+        str | None, typer.Option(help="Another place for the base model than the adapter names: folder or hub id.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Merge an adapter into its base: a plain model, which opens without halfbyte.
+
+    Tensor by tensor, so that any size fits in memory; who was interrupted goes on with the same command.
+    """
+    with quiet(), bar("Merging") as progress:
+        from halfbyte.deploy.merge import merge as merged
+
+        task = progress.add_task("")
+        copy = merged(
+            run,
+            output,
+            onto=onto,
+            to=to,
+            base=base,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+    weights = "the 4-bit weights that it was trained over" if copy.is_quantized else "the dense weights of its base"
+    typer.echo(
+        f"Merged onto {weights}: {copy.values:,} parameters in {to}, {size_text(copy.nbytes)}, in "
+        f"{shown(copy.folder)}. Next:"
+    )
+    typer.echo(f"  {command('chat', shown(copy.folder))}")

@@ -1,0 +1,121 @@
+"""Merge an adapter into its base: a plain folder of transformers', which opens without us.
+
+Written tensor by tensor, file by file: in memory are the adapter, one file's tensors (a gigabyte) and the one that is
+being made. Who was interrupted or killed goes on with the same command.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from halfbyte import __version__
+from halfbyte.choices import MergeType, Onto
+from halfbyte.errors import InputError, size_text
+from halfbyte.files import absolute, growing_folder, repair
+from halfbyte.hf.models.merging import Merged
+from halfbyte.hf.models.quantize_files import copy_others
+from halfbyte.hf.models.shards import write_shards
+from halfbyte.locks import Locked
+
+DTYPES: dict[MergeType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OF_THE_ADAPTER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+"""Files of an adapter's folder that take the place of the base's."""
+
+
+@dataclass(frozen=True)
+class MergedCopy:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        values: of all tensors.
+        nbytes: of all tensors.
+        is_quantized: whether the weights that the adapter was added to are those of 4 or 8 bits.
+    """
+
+    folder: Path
+    values: int
+    nbytes: int
+    is_quantized: bool
+
+
+def merge(
+    run: str | Path,
+    output: str | Path,
+    *,
+    onto: Onto = "quantized",
+    to: MergeType = "bf16",
+    base: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> MergedCopy:
+    """Write the model that a base and an adapter are together to the folder ``output``, which appears whole.
+
+    Args:
+        run: folder of a run or of a PEFT adapter, or a hub id.
+        output: the new folder.
+        onto: ``quantized``: the weights that the adapter was trained over; ``original``: those before them.
+        to: what the sums, made in fp32, are rounded to.
+        base: another place for the base than the adapter names, such as the original of one that lies in 4 bits.
+        progress: called with tensors done and tensors in all.
+        overwrite: replace a model that is there already.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        InputError: there is no such adapter or base, they do not fit, a value is not finite or too large, the folder
+            is in use, or the disk has no room.
+    """
+    output = absolute(output)
+    repair(output)
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
+    if output.exists() and not (output / "config.json").is_file():
+        raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
+    model = Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code)
+    sources = [folder.resolve() for folder in (model.adapter, model.base.folder)]
+    if any(source.is_relative_to(output.resolve()) for source in sources):
+        raise InputError(f"The output folder {output} holds the adapter or the base itself; choose another.")
+    sizes = model.sizes
+    _check_room(output, sum(sizes.values()))
+    about = {"version": __version__, "onto": onto, "to": to, "sources": [_stamp(source) for source in sources]}
+    try:
+        with growing_folder(output, json.dumps(about)) as folder:
+            nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
+            copy_others(model.base.folder, folder, ("README.md", "adapter_config.json", "converted.json"))
+            for name in OF_THE_ADAPTER:
+                if (model.adapter / name).is_file():
+                    shutil.copy(model.adapter / name, folder)
+            model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
+            model.config.architectures = [model.architecture]
+            model.config.save_pretrained(folder)
+    except Locked as error:
+        raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
+    return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
+
+
+def _check_room(output: Path, needed: int) -> None:
+    parent = next(folder for folder in output.parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(
+            f"The merged model takes {size_text(needed)}, and {size_text(free)} are free in {parent}; free some space, "
+            "or name a folder on another disk."
+        )
+
+
+def _stamp(folder: Path) -> str:
+    """Return a digest of what files a folder has, and of which sizes and times."""
+    digest = hashlib.sha256(str(folder).encode())
+    for file in sorted(folder.iterdir()):
+        about = file.stat()
+        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""The weights of a base model as dense tensors, one by one: as it was trained over, or as it was before.
+
+    quantized     what the 4-bit or 8-bit weight stands for: an adapter is trained through that
+    original      the weight before it was quantized
+
+A base that lies in 16 bits is quantized here as :func:`halfbyte.load` quantizes it, a tensor at a time; of one that
+lies in 4 or 8 bits there is no original.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.choices import Onto
+from halfbyte.errors import InputError
+from halfbyte.hf.models.check import Fit, check_weights
+from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
+from halfbyte.hf.models.config import HalfbyteConfig
+from halfbyte.hf.models.configs import config_at
+from halfbyte.hf.models.converted import converted
+from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
+from halfbyte.hf.models.foreign.packed import PackedCheckpoint, packing_of
+from halfbyte.hf.models.hub import Place
+from halfbyte.hf.models.quantize_files import Plan, on_disk, skeleton_of
+from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
+from halfbyte.nn import QuantizedLinear
+from halfbyte.quant import QuantizedInt8, QuantizedWeight
+
+
+class BaseWeights:
+    """See above.
+
+    Args:
+        place: where the base model is.
+        onto: which of the two.
+        form: how it was quantized for training; of a base that lies in 4 or 8 bits only the dtype counts.
+        dtype: of the model that is described.
+        auto_class: of the configuration, returns the transformers class to take it for, or None for its own.
+        trust_remote_code: run code that comes with the model.
+        settings: of the configuration, changed.
+
+    Attributes:
+        folder: where its files are.
+        model: on the meta device, all layers dense.
+        fit: what the checkpoint lacks.
+        names: what each tensor of the model is called in the checkpoint; of tied weights one is there.
+
+    Raises:
+        InputError: it cannot be read, or the original is asked for where there is none.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        onto: Onto,
+        form: HalfbyteConfig,
+        dtype: torch.dtype,
+        *,
+        auto_class: Callable[[Any], Any] = lambda _: None,
+        trust_remote_code: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.onto, self._form = onto, form
+        config, self._checkpoint, self.folder = _opened(place, onto, form, trust_remote_code)
+        for name, value in (settings or {}).items():
+            setattr(config, name, value)
+        kind = auto_class(config)
+        self.model: PreTrainedModel = skeleton_of(config, dtype, trust_remote_code, kind)
+        self._packed = self._checkpoint.quantized
+        self.fit: Fit = check_weights(self.model, self._checkpoint, bool(self._packed), head_follows=True)
+        self._layers: dict[str, QuantizedLinear] = {}
+        if onto == "quantized" and not self._packed and form.bits is not None:
+            trained = skeleton_of(config, form.compute_dtype, trust_remote_code, kind)
+            quantizer = HalfbyteQuantizer(form, pre_quantized=False)
+            quantizer.preprocess_model(trained)
+            plan = Plan(trained, self._checkpoint)
+            if plan.left_dense:
+                raise InputError(
+                    f"{type(trained).__name__} puts {min(plan.left_dense)} together from several tensors of its files, "
+                    "so that it cannot be read one by one; open it with halfbyte.load and call merge_and_unload()."
+                )
+            self._quantizer = quantizer.quantization_config
+            self._layers = {plan.target[name]: layer for name, layer in plan.layers.items()}
+        else:
+            plan = Plan(self.model, self._checkpoint)
+        there = self.model.state_dict()
+        self.names = {plan.target[name]: name for name in plan.names if plan.target[name] in there}
+        self._transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
+        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+
+    def read(self, target: str) -> Tensor:
+        """Return a tensor by its name in the model: a weight that is quantized in fp32, another one as it lies there.
+
+        What stays dense was rounded to the compute dtype for training, and so it is for ``quantized``.
+        """
+        name = self.names.get(target) or self.names[self.tied[target]]
+        transposed = target.rpartition(".")[0] in self._transposed
+        if name in self._packed:
+            dense = self._unpacked(name)
+            return dense.T.contiguous() if transposed else dense
+        x = self._checkpoint.read(name)
+        if target in self._layers:
+            weight = quantized(name, x.to(self._form.compute_dtype), self._layers[target], self._quantizer)
+            dense = weight.dequantize(torch.float32)
+            return dense.T.contiguous() if transposed else dense
+        if self.onto == "quantized" and x.is_floating_point():
+            return x.to(dense_dtype(self.model, target, self._form.compute_dtype))
+        return x
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of it is what 4 or 8 bits stand for."""
+        return bool(self._layers or self._packed)
+
+    def _unpacked(self, name: str) -> Tensor:
+        stem = name.removesuffix("weight")
+        parts = {key: self._checkpoint.read(key) for key in self._checkpoint.names if key.startswith(stem)}
+        weight: QuantizedInt8 | QuantizedWeight
+        if self._checkpoint.form(name).shape == self._packed[name]:
+            weight = QuantizedInt8.from_state_dict(parts, name, self._form.compute_dtype)
+        else:
+            weight = QuantizedWeight.from_state_dict(parts, name)
+        return weight.dequantize(torch.float32)
+
+
+def _opened(place: Place, onto: Onto, form: HalfbyteConfig, trust_remote_code: bool) -> tuple[Any, Tensors, Path]:
+    """Return configuration, tensors and folder of a base model."""
+    config = config_at(place, trust_remote_code)
+    packing = None if place.gguf else packing_of(config)
+    if (place.gguf or packing) and onto == "quantized":
+        place, _ = converted(place, form, trust_remote_code)
+        config, packing = config_at(place, trust_remote_code), None
+    folder = on_disk(place)
+    held = config.__dict__.pop("quantization_config", None)
+    if held is not None and packing is None and onto == "original":
+        raise InputError(
+            f"{place.path} lies in {HalfbyteConfig.from_folder(_dict(held)).bits} bits itself, so there is no original "
+            "to merge onto; name the 16-bit model that it was made of with --base, or merge onto the quantized one."
+        )
+    if place.gguf:
+        return config, GgufCheckpoint(place.gguf, skeleton_of(config, torch.float32, trust_remote_code)), folder
+    files = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
+    return config, PackedCheckpoint(files, packing) if packing else files, folder
+
+
+def _dict(held: Any) -> dict[str, Any]:
+    about: dict[str, Any] = held if isinstance(held, dict) else held.to_dict()
+    return about

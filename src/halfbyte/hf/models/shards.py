@@ -1,0 +1,83 @@
+"""Weights as safetensors files of about a gigabyte, with an index where there are several.
+
+Which tensor comes into which file is known before the first is made, so a writer that was killed goes on with the first
+file that is not there.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halfbyte.files import whole_file
+from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS
+
+SHARD_BYTES = 1 << 30
+
+
+def write_shards(
+    folder: Path,
+    sizes: Mapping[str, int],
+    make: Callable[[str], Mapping[str, Tensor]],
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write tensors to a folder as transformers reads them.
+
+    Args:
+        folder: it may hold files that an earlier call with the same arguments has left.
+        sizes: bytes of what is to be made, about, in the order of the files.
+        make: returns what one of the names stands for: a tensor or, quantized, several.
+        progress: called with names done and names in all.
+
+    Returns:
+        The bytes of the tensors.
+    """
+    groups = _grouped(sizes)
+    done = 0
+    for number, names in enumerate(groups):
+        file = folder / f"shard-{number}"
+        if not file.is_file():
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                tensors |= make(name)
+                done += 1
+                if progress:
+                    progress(done, len(sizes))
+            with whole_file(file) as part:
+                save_file({key: x.contiguous() for key, x in tensors.items()}, part, metadata={"format": "pt"})
+        else:
+            done += len(names)
+    return name_shards(folder, len(groups))
+
+
+def name_shards(folder: Path, count: int) -> int:
+    """Give ``shard-0`` and so on their names and, if there are several, an index; return the bytes of the tensors."""
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SAFETENSORS]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, name in enumerate(names):
+        file = (folder / f"shard-{number}").rename(folder / name)
+        with safe_open(file, framework="pt") as tensors:
+            weight_map |= dict.fromkeys(tensors.keys(), name)
+        with file.open("rb") as header:
+            total += file.stat().st_size - 8 - struct.unpack("<Q", header.read(8))[0]
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{SAFETENSORS}{INDEX}").write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+    return total
+
+
+def _grouped(sizes: Mapping[str, int]) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > SHARD_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
