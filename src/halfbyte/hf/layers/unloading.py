@@ -92,8 +92,8 @@ def dense_layer(frozen: FrozenLinear, weight: Tensor, bias: Tensor | None = None
     """
     bias = frozen.bias if bias is None else nn.Parameter(bias)
     if frozen.transposed:
-        conv: nn.Module = Conv1D(0, 0)
-        conv.nf, conv.nx = frozen.out_features, frozen.in_features
+        with torch.device("meta"):
+            conv: nn.Module = Conv1D(frozen.out_features, frozen.in_features)
         conv.weight = nn.Parameter(weight.T.contiguous())
         conv.bias = bias
         return conv
