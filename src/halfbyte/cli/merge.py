@@ -44,9 +44,9 @@ def merge(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-    weights = "the 4-bit weights that it was trained over" if copy.is_quantized else "the dense weights of its base"
+    weights = "quantized weights that it was trained over" if copy.is_quantized else "dense weights of its base"
     typer.echo(
-        f"Merged onto {weights}: {copy.values:,} parameters in {to}, {size_text(copy.nbytes)}, in "
+        f"Merged onto the {weights}: {copy.values:,} parameters in {to}, {size_text(copy.nbytes)}, in "
         f"{shown(copy.folder)}. Next:"
     )
     typer.echo(f"  {command('chat', shown(copy.folder))}")

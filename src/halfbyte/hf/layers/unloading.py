@@ -45,6 +45,7 @@ class MergeAndUnload:
         for path, layer in list(base.named_modules()):
             if isinstance(layer, BaseTunerLayer) and isinstance(getattr(layer, "base_layer", None), FrozenLinear):
                 base.set_submodule(path, _merged(layer, base.dtype, safe_merge, adapter_names))
+        _untie(base)
         merged: PreTrainedModel = tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
         for path, layer in list(merged.named_modules()):
             if isinstance(layer, FrozenLinear):
@@ -58,6 +59,17 @@ class MergeAndUnload:
                 str(merged.dtype).removeprefix("torch."),
             )
         return merged
+
+
+def _untie(model: Any) -> None:
+    """Give an embedding or a head with an adapter a weight of its own, where it would be merged into both."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in ends:
+        return
+    one, other = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    for end, layer in zip(ends, (one, other), strict=True):
+        if isinstance(end, BaseTunerLayer) and getattr(one, "weight", None) is getattr(other, "weight", None):
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 def _merged(layer: Any, dtype: torch.dtype, safe_merge: bool, names: list[str] | None) -> nn.Module:

@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from halfbyte.choices import Onto
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, named
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.base_format import base_format
 from halfbyte.hf.models.base_weights import BaseWeights
@@ -98,6 +98,12 @@ class Merged:
             if not x.is_meta and x.is_floating_point():
                 check_finite(f"The adapter's {name.removeprefix('base_model.model.')}", x)
                 x.data = x.data.float()
+        lacking = [name for name in self.base.fit.new if self._wrapper(name.rpartition(".")[0])[0] is None]
+        if lacking:
+            raise InputError(
+                f"Neither the base {where.path} nor the adapter {folder} has {named(lacking)}; the model was trained "
+                "with random values there, which are lost."
+            )
         self._made: tuple[str, dict[str, Tensor]] = ("", {})
         self._outputs = dict(self._planned(forms, dtype))
 
@@ -177,7 +183,7 @@ class Merged:
     def _wrapper(self, path: str) -> tuple[nn.Module | None, str]:
         """Return what PEFT has put around the module ``path``, or one that holds it, and the path within that."""
         module: nn.Module = self._model
-        parts = path.split(".")
+        parts = path.split(".") if path else []
         for depth, part in enumerate(parts, 1):
             module = getattr(module, part)
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
