@@ -1,7 +1,7 @@
 """Merge an adapter into its base: a plain folder of transformers', which opens without us.
 
-Written tensor by tensor, file by file: in memory are the adapter, one file's tensors (a gigabyte) and the one that is
-being made. Who was interrupted or killed goes on with the same command.
+Written tensor by tensor: in memory are the adapter and the tensor that is being made. Who was interrupted or killed
+goes on with the same command, from the last file of a gigabyte that was whole.
 """
 
 import hashlib

@@ -1,22 +1,30 @@
 """Weights as safetensors files of about a gigabyte, with an index where there are several.
 
 Which tensor comes into which file is known before the first is made, so a writer that was killed goes on with the first
-file that is not there.
+file that is not there. A tensor goes to the disk as it is made: no more of a file is in memory.
 """
 
 import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.files import whole_file
 from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS
 
 SHARD_BYTES = 1 << 30
+ROOM = 2048
+"""Bytes of a header for each of the names that are made, which may become several tensors."""
+DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""safetensors' names."""
 
 
 def write_shards(
@@ -41,17 +49,42 @@ def write_shards(
     for number, names in enumerate(groups):
         file = folder / f"shard-{number}"
         if not file.is_file():
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                tensors |= make(name)
-                done += 1
-                if progress:
-                    progress(done, len(sizes))
-            with whole_file(file) as part:
-                save_file({key: x.contiguous() for key, x in tensors.items()}, part, metadata={"format": "pt"})
+            with whole_file(file) as part, part.open("wb") as out:
+                writer = _Writer(out, ROOM * (1 + len(names)))
+                for name in names:
+                    for key, tensor in make(name).items():
+                        writer.add(key, tensor)
+                    done += 1
+                    if progress:
+                        progress(done, len(sizes))
+                writer.close()
         else:
             done += len(names)
     return name_shards(folder, len(groups))
+
+
+class _Writer:
+    """A safetensors file whose header is written last, into room that was left for it; the format allows spaces."""
+
+    def __init__(self, out: BinaryIO, room: int) -> None:
+        self._out, self._room = out, room
+        self._about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._end = 0
+        out.seek(8 + room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        flat = tensor.detach().contiguous().view(-1)
+        begin, self._end = self._end, self._end + flat.nbytes
+        self._about[name] = {
+            "dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, self._end]
+        }  # fmt: skip
+        self._out.write(flat.view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        header = json.dumps(self._about, separators=(",", ":")).encode()
+        assert len(header) <= self._room
+        self._out.seek(0)
+        self._out.write(struct.pack("<Q", self._room) + header.ljust(self._room))
 
 
 def name_shards(folder: Path, count: int) -> int:
