@@ -103,6 +103,14 @@ def test_what_is_typed_changes_the_conversation(run, tiny_model_folder, tmp_path
     assert "Forgotten: hello" in err and f"2 turns from {file}" in err and "Error" not in err
 
 
+def test_a_file_of_data_that_was_loaded_is_not_written_over(run, tiny_model_folder, tmp_path):
+    rows = [{"messages": [user("hello"), {"role": "assistant", "content": "hi"}]}] * 2
+    for name, text in (("rows", "\n".join(map(json.dumps, rows))), ("columns", json.dumps(rows[0] | {"source": "x"}))):
+        (file := tmp_path / f"{name}.jsonl").write_text(text)
+        code, _, err = run("chat", tiny_model_folder, stdin=f"/load {file}\n/save {file}\n")
+        assert code == 0 and "is there already" in err and file.read_text() == text
+
+
 def test_what_cannot_be_done_is_told_and_the_chat_goes_on(run, tiny_model_folder, tmp_path):
     (tmp_path / "there").write_text("x")
     typed = {
