@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte import cli
-from halfbyte.cli.chat_screen import MarkdownScreen, last_block, markdown, shown
+from halfbyte.cli.chat_screen import MarkdownScreen, PlainScreen, last_block, markdown, shown
 from halfbyte.generate.stream import stream_reply
 
 
@@ -234,6 +234,14 @@ def test_only_the_last_block_is_left_open():
     assert last_block("one\n\ntwo") == 5 and last_block("one\ntwo") == 0 and last_block("") == 0
     assert last_block("# a\n\n```\nx\n\ny\n") == 5
     assert shown("a\x1b[2J\x07b\n\tc\x9b1") == "a␛[2J␇b\n\tc�1"
+
+
+def test_no_terminal_obeys_what_a_model_writes(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    screen = PlainScreen()
+    screen.add("a\x1b[2J")
+    screen.columns({"base": "b\x1b[2J"}, is_last=True)
+    assert capsys.readouterr().out == "a␛[2J[base]\nb␛[2J\n\n"
 
 
 def test_a_terminal_gets_editing_markdown_and_history(tiny_model_folder, tmp_path):
