@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend: bad input; and how its sentences say names and sizes.
+"""The kind of error that is the user's to mend: bad input; what ends an answer; how sentences say names and sizes.
 
 Everything else that is raised is a bug of ours and keeps its traceback.
 """
@@ -18,6 +18,10 @@ class InputError(ValueError):
 
     The command line prints the sentence and exits with code 2.
     """
+
+
+class DecodingError(Exception):
+    """An answer ended by an error that was found while it was decoded, told in one sentence."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte import cli
-from halfbyte.cli.chat_screen import MarkdownScreen, last_block, markdown, shown
+from halfbyte.cli.chat_screen import MarkdownScreen, PlainScreen, last_block, markdown, shown
 from halfbyte.generate.stream import stream_reply
 
 
@@ -101,6 +101,14 @@ def test_what_is_typed_changes_the_conversation(run, tiny_model_folder, tmp_path
     assert (code, out) == (0, "".join(f"{text}\n" for text in (hello, hello, and_, and_, block, block)))
     assert json.loads(file.read_text()) == {"messages": [kind, *turns("and?", and_)]}
     assert "Forgotten: hello" in err and f"2 turns from {file}" in err and "Error" not in err
+
+
+def test_a_file_of_data_that_was_loaded_is_not_written_over(run, tiny_model_folder, tmp_path):
+    rows = [{"messages": [user("hello"), {"role": "assistant", "content": "hi"}]}] * 2
+    for name, text in (("rows", "\n".join(map(json.dumps, rows))), ("columns", json.dumps(rows[0] | {"source": "x"}))):
+        (file := tmp_path / f"{name}.jsonl").write_text(text)
+        code, _, err = run("chat", tiny_model_folder, stdin=f"/load {file}\n/save {file}\n")
+        assert code == 0 and "is there already" in err and file.read_text() == text
 
 
 def test_what_cannot_be_done_is_told_and_the_chat_goes_on(run, tiny_model_folder, tmp_path):
@@ -226,6 +234,14 @@ def test_only_the_last_block_is_left_open():
     assert last_block("one\n\ntwo") == 5 and last_block("one\ntwo") == 0 and last_block("") == 0
     assert last_block("# a\n\n```\nx\n\ny\n") == 5
     assert shown("a\x1b[2J\x07b\n\tc\x9b1") == "a␛[2J␇b\n\tc�1"
+
+
+def test_no_terminal_obeys_what_a_model_writes(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    screen = PlainScreen()
+    screen.add("a\x1b[2J")
+    screen.columns({"base": "b\x1b[2J"}, is_last=True)
+    assert capsys.readouterr().out == "a␛[2J[base]\nb␛[2J\n\n"
 
 
 def test_a_terminal_gets_editing_markdown_and_history(tiny_model_folder, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from halfbyte.errors import InputError
+from halfbyte.errors import DecodingError, InputError
 from halfbyte.generate.constraint import Constraint, Constraints
 from halfbyte.generate.sampling import Sampler, Sampling, sample
 
@@ -81,6 +81,18 @@ def test_any_object_is_an_object(constraints: Constraints, tokenizer: PreTrained
     assert found and all(isinstance(one, dict) for one in found)
 
 
+def test_no_answer_is_empty_lines_for_ever(constraints: Constraints, tokenizer: PreTrainedTokenizerBase) -> None:
+    [newline], [space] = (tokenizer.encode(text, add_special_tokens=False) for text in "\n ")
+    following = constraints.json_object().begin()
+    for token in tokenizer.encode('{"a":', add_special_tokens=False):
+        following.add(token)
+    following.add(newline)
+    assert not following.mask()[newline] and following.mask()[space]
+    for _ in range(64):
+        following.add(space)
+    assert not following.mask()[space] and following.mask().any()
+
+
 @pytest.mark.parametrize("pattern", ["[0-9]{2,4}", "(yes|no)!?", "a*b+", "[a-cé]+(, [a-c]+)*", "[0-9]+\\.[0-9]"])
 def test_answers_are_matched_by_the_expression(
     constraints: Constraints, tokenizer: PreTrainedTokenizerBase, pattern: str
@@ -111,6 +123,18 @@ def test_stops_are_allowed_exactly_where_the_expression_may_end(
             following.add(token)
             text += tokenizer.decode([token])
         assert re.fullmatch(pattern, text)
+
+
+def test_an_expression_that_grows_too_complex_ends_its_answer_with_a_sentence(
+    constraints: Constraints, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    following = constraints.regex("a{0,1000}{1000}").begin()
+    [token] = tokenizer.encode("a", add_special_tokens=False)
+    with pytest.raises(DecodingError, match=r"can follow its grammar no further: .*too many expressions") as told:
+        for _ in range(2000):
+            following.mask()
+            following.add(token)
+    assert "Tokens" not in str(told.value)  # which are the answer
 
 
 def test_a_grammar_is_followed(constraints: Constraints, tokenizer: PreTrainedTokenizerBase) -> None:

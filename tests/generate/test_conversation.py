@@ -48,8 +48,9 @@ def test_the_prompt_asks_for_thoughts_or_not_as_it_is_told(tokenizer: Any) -> No
 def test_a_conversation_that_cannot_be_written_is_told(tokenizer: Any) -> None:
     tokenizer.chat_template = WITHOUT_SYSTEM
     turns = [{"role": "user", "content": "Is it?"}, {"role": "tool", "content": "yes"}]
-    with pytest.raises(InputError, match="The conversation cannot be written: it has results of tools"):
+    with pytest.raises(InputError, match="The conversation cannot be written: it has results of tools") as refused:
         encode(turns, tokenizer)
+    assert "--chat-template" not in str(refused.value)  # which nobody who asks a model can give
 
 
 def test_a_template_that_writes_prompts_only_will_do_for_generation(tokenizer: Any, monkeypatch: Any) -> None:

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 import halfbyte
-from halfbyte.errors import InputError
+from halfbyte.errors import DecodingError, InputError
 from halfbyte.generate import decoder as protocol
-from halfbyte.generate.answers import Busy, Closed, DecodingError, Request, Stream
+from halfbyte.generate.answers import Busy, Closed, Request, Stream
 from halfbyte.generate.constraint import Constraints
 from halfbyte.generate.engine import Engine
 from halfbyte.generate.sampling import Sampling

@@ -31,7 +31,7 @@ from halfbyte.cli.options import (
     TopP,
 )
 from halfbyte.cli.talk import adapter_of, engine_over, opened, sampling_of, say_template, system_text
-from halfbyte.errors import InputError, counted
+from halfbyte.errors import DecodingError, InputError, counted
 
 if TYPE_CHECKING:
     from halfbyte.generate.dialogue import Dialogue, Reply
@@ -171,7 +171,6 @@ class Chat:
         Raises:
             InputError: it cannot be asked.
         """
-        from halfbyte.generate.answers import DecodingError
         from halfbyte.generate.thoughts import Thoughts
 
         self.unanswered = question
@@ -210,7 +209,6 @@ class Chat:
         Raises:
             InputError: it cannot be asked.
         """
-        from halfbyte.generate.answers import DecodingError
         from halfbyte.generate.thoughts import Thoughts
 
         replies = self.dialogue.compare(question, adapters)

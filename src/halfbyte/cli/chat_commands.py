@@ -115,14 +115,16 @@ def _load(chat: "Chat", rest: str) -> None:
     from halfbyte.data.readers import read_rows
 
     path = _path(rest, "/load")
-    asked = next(asked_of(read_rows(path)))
+    rows = asked_of(read_rows(path))
+    asked = next(rows)
     if isinstance(asked, InputError):
         raise asked
     if isinstance(asked.prompt, str):
         raise InputError(f"{asked.where} is no conversation, but a text; give a file that /save has written.")
     chat.dialogue.load(asked.whole)
     chat.unanswered = None
-    chat.files.add(path)
+    if asked.row.keys() == {"messages"} and next(rows, None) is None:  # as /save writes it, so it may be written again
+        chat.files.add(path)
     say(f"{counted(len(chat.dialogue.messages), 'turn')} from {asked.where}.")
     for turn in chat.dialogue.messages[-2:]:
         say(f"{turn['role']}: {_short(str(turn['content']))}")

@@ -86,7 +86,7 @@ class PlainScreen:
         """Show several answers one below the other, at their end."""
         if is_last:
             for name, text in texts.items():
-                print(f"[{name}]\n{text}\n", flush=True)
+                print(f"[{name}]\n{shown(text) if sys.stdout.isatty() else text}\n", flush=True)
 
 
 class MarkdownScreen:

@@ -27,7 +27,7 @@ from halfbyte.cli.options import (
     TopP,
 )
 from halfbyte.cli.talk import adapter_of, engine_over, opened, read_text, sampling_of, say_template, system_text
-from halfbyte.errors import InputError
+from halfbyte.errors import DecodingError, InputError
 
 if TYPE_CHECKING:
     from halfbyte.generate.constraint import Constraint
@@ -120,8 +120,6 @@ def generate(
 
 def _answer(engine: "Engine", model: Any, text: str, settings: Settings) -> None:
     """Print the answer to one prompt as it comes."""
-    from halfbyte.generate.answers import DecodingError
-
     prompt: str | list[dict[str, Any]] = text
     if not settings.raw:
         opening = [] if settings.system is None else [{"role": "system", "content": settings.system}]
@@ -130,6 +128,7 @@ def _answer(engine: "Engine", model: Any, text: str, settings: Settings) -> None
         for piece in engine.submit(settings.request(engine, model, prompt)):
             typer.echo(piece.text, nl=False)
     except DecodingError as error:
+        typer.echo()
         raise InputError(str(error)) from error
     typer.echo()
 

@@ -202,7 +202,8 @@ class Writer:
             fitted, _ = fit(dialect, messages, tools)
             return dialect.render(fitted, tools, prompt=True)
         except Refused as error:
-            raise InputError(f"The conversation cannot be written: {error}") from error
+            sentence = str(error).replace(" (--chat-template)", "")  # an option where models are trained
+            raise InputError(f"The conversation cannot be written: {sentence}") from error
         except TooLong:
             raise InputError(NO_END) from None
 

@@ -26,10 +26,10 @@ from typing import Any
 from halfbyte.data.bad_rows import BadRows
 from halfbyte.data.examples import BadRow
 from halfbyte.data.prompts import Asked
-from halfbyte.errors import InputError
+from halfbyte.errors import DecodingError, InputError
 from halfbyte.evaluate.references import reference_scores
 from halfbyte.files import append, read_lines
-from halfbyte.generate.answers import DecodingError, Request
+from halfbyte.generate.answers import Request
 from halfbyte.generate.engine import Engine
 from halfbyte.generate.thoughts import Thoughts, opened_by
 

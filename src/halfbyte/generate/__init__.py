@@ -1,6 +1,7 @@
 """Answers of a model: an engine for many at once, one as a stream of text, and the classes of texts."""
 
-from halfbyte.generate.answers import Busy, Closed, DecodingError, Piece, Request, Stream, Usage
+from halfbyte.errors import DecodingError
+from halfbyte.generate.answers import Busy, Closed, Piece, Request, Stream, Usage
 from halfbyte.generate.classify import Named, classify_texts
 from halfbyte.generate.constraint import Constraint, Constraints
 from halfbyte.generate.conversation import encode, stop_tokens

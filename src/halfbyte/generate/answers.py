@@ -28,10 +28,6 @@ class Closed(Exception):
     """The engine has been closed."""
 
 
-class DecodingError(Exception):
-    """An answer ended by an error that the engine has found itself, told in one sentence."""
-
-
 @dataclass(frozen=True)
 class Request:
     """One prompt to be answered.

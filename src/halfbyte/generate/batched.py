@@ -15,8 +15,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.errors import InputError
-from halfbyte.generate.answers import DecodingError, Request, Stream
+from halfbyte.errors import DecodingError, InputError
+from halfbyte.generate.answers import Request, Stream
 from halfbyte.generate.conversation import stop_tokens
 from halfbyte.generate.engine import Engine
 from halfbyte.generate.native_decoder import NativeDecoder

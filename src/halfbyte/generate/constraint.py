@@ -4,6 +4,7 @@ Before each token the grammar says which ones may come next; the others are mask
 are allowed exactly where the grammar may end.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.errors import InputError
+from halfbyte.errors import DecodingError, InputError
 from halfbyte.generate.sampling import Allowed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 INSTALL = "Answers that follow a schema or grammar need llguidance: pip install 'halfbyte[serve]'."
+BETWEEN: Any = {"whitespace_pattern": r"\n?[ \t]{0,64}"}
+"""What may stand between the parts of JSON: small models go on with empty lines to their end where they may."""
 LONGEST_GRAMMAR = 1 << 20
 """Characters of a schema, expression or grammar."""
 SHOWN = 300
@@ -66,7 +69,9 @@ class Constraints:
             text = json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"The JSON schema is not JSON: {error}.") from None
-        return self._made("The JSON schema", text, self._matcher.grammar_from_json_schema)
+        defaults = BETWEEN if isinstance(schema, Mapping) else None  # true and false have no place for them
+        compiled = functools.partial(self._matcher.grammar_from_json_schema, defaults=defaults)
+        return self._made("The JSON schema", text, compiled)
 
     def json_object(self) -> "Constraint":
         """Return the constraint to any JSON object."""
@@ -134,7 +139,7 @@ class Following:
         """Return which tokens may come next: [vocab_size].
 
         Raises:
-            RuntimeError: none may, or the grammar has grown too complex; told with llguidance's reason.
+            DecodingError: none may, or the grammar has grown too complex; told with llguidance's reason.
         """
         bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
         allowed = numpy.unpackbits(bits, bitorder="little")[: self._size].view(numpy.bool_)
@@ -142,26 +147,27 @@ class Following:
         if self._stops:
             allowed[self._stops] = self._matcher.is_accepting()
         if not allowed.any():
-            raise RuntimeError("The grammar allows no token of this model here.")
+            raise DecodingError("The grammar allows no token of this model here.")
         return allowed
 
     def add(self, token: int) -> None:
         """Take a token for the answer's next one; one that ends it is not taken.
 
         Raises:
-            RuntimeError: the grammar does not allow it.
+            DecodingError: the grammar does not allow it.
         """
         self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"The answer can follow its grammar no further: {_reason(self._matcher.get_error())}.")
+            raise DecodingError(f"The answer can follow its grammar no further: {_reason(self._matcher.get_error())}.")
 
 
 def _reason(error: str) -> str:
     """Return the library's reason as part of one sentence."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    told = error.partition("<state>")[0]  # behind it stands the answer
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     lines = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
     text = " ".join(lines[:3]).rstrip(".") or "no reason is given"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -23,8 +23,8 @@ from typing import TypeVar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.errors import InputError, size_text
-from halfbyte.generate.answers import Busy, Closed, DecodingError, Finish, Piece, Request, Stream
+from halfbyte.errors import DecodingError, InputError, size_text
+from halfbyte.generate.answers import Busy, Closed, Finish, Piece, Request, Stream
 from halfbyte.generate.decoder import PIECE, Decoder
 from halfbyte.generate.figures import Counts, Figures
 from halfbyte.generate.row import Row, most_tokens

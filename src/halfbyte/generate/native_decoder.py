@@ -100,7 +100,7 @@ class NativeDecoder:
             self.paged = PagedDecoder(Kernels(parts, cache if cache == "int8" else own), self.reading.angles)
         except InputError as error:
             raise NotNative(str(error)) from None
-        self._exact = head is None
+        self._exact = head is None and cache is None
         self.keep_decoded = keep_decoded
         self.positions = most_positions(model)
         self.vocab_size = parts.head.width
@@ -205,7 +205,7 @@ class NativeDecoder:
             sequence.reading = ReadingCache(len(parts.layers), shape, dtype, text.length, held)
         cache = sequence.reading
         cache.length = start
-        cache.sink = lambda layer, keys, values: self.paged.append(text, layer, keys[:, again:], values[:, again:])
+        cache.sink = lambda layer, keys, values: self.paged.append(text, layer, keys, values, again)
         given = [*sequence.ids[start:], *ids]
         try:
             with self._adapter(sequence.adapter):

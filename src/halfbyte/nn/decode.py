@@ -6,7 +6,6 @@ its own. Pages come one by one and go back to a list of free ones.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from halfbyte.kernels import Decoder
 from halfbyte.kernels.decode import PAGE
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
+Parts = Sequence[Tensor]
 TABLE = 1024
 """Positions by which the tables of angles grow."""
 _ALIGNED = 64
@@ -175,22 +175,33 @@ class PagedDecoder:
             first = number * PAGE
             count = min(PAGE, text.length - first)
             for out, held in zip((keys, values), self._views(text.pages[number], slice(None)), strict=True):
-                out[:, :, first : first + count] = _dense(held, count)
+                out[:, :, first : first + count] = _dense([part[:, :, :count] for part in held])
 
-    def append(self, text: Text, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values ``[kv_heads, tokens, size]`` of a layer behind the text's length, which stays."""
-        tokens = keys.shape[1]
+    def append(self, text: Text, layer: int, keys: Tensor, values: Tensor, known: int = 0) -> tuple[Tensor, Tensor]:
+        """Write keys and values of a layer behind the text's length, which stays; return them as they are held.
+
+        Args:
+            text: to go on with.
+            layer: its number.
+            keys: ``[kv_heads, tokens, size]``.
+            values: likewise.
+            known: how many of the first tokens are held already, and not written.
+        """
+        given = [_stored(x, self.decoder.cache) for x in (keys, values)]
+        tokens = keys.shape[1] - known
         self.room(text, text.length + tokens)
         done = 0
         while done < tokens:
             number, place = divmod(text.length + done, PAGE)
             count = min(PAGE - place, tokens - done)
-            for given, held in zip((keys, values), self._views(text.pages[number], layer), strict=True):
-                _write(held, place, given[:, done : done + count])
+            for parts, held in zip(given, self._views(text.pages[number], layer), strict=True):
+                for part, out in zip(parts, held, strict=True):
+                    out[:, place : place + count] = part[:, known + done : known + done + count]
             done += count
+        return _dense(given[0]), _dense(given[1])
 
-    def _views(self, page: Page, layer: int | slice) -> tuple[Any, Any]:
-        """Return a layer of a page as views ``[kv_heads, PAGE, size]``, in int8 with scales ``[kv_heads, PAGE]``.
+    def _views(self, page: Page, layer: int | slice) -> tuple[Parts, Parts]:
+        """Return keys and values of a layer of a page as views, as :func:`_stored` has them for ``PAGE`` tokens.
 
         Of several layers they have one more dimension, the first.
         """
@@ -206,7 +217,7 @@ class PagedDecoder:
         typed = page.memory.view(getattr(torch, self.decoder.cache))
         both = typed.view(len(parts.layers), parts.kv_heads, 2, -1)[layer]
         keys = _parted(both[..., 0, :], parts.size, PAGE).transpose(-1, -2)
-        return keys, _parted(both[..., 1, :], PAGE, parts.size)
+        return (keys,), (_parted(both[..., 1, :], PAGE, parts.size),)
 
     def _grow_tables(self, length: int) -> None:
         if length <= self._table_length:
@@ -220,22 +231,15 @@ def _parted(x: Tensor, *sizes: int) -> Tensor:
     return x.view(*x.shape[:-1], *sizes)
 
 
-def _dense(held: Any, count: int) -> Tensor:
-    if isinstance(held, tuple):
-        codes, scales = held
-        dense: Tensor = codes[..., :count, :].float() * scales[..., :count, None]
-        return dense
-    plain: Tensor = held[..., :count, :]
-    return plain
-
-
-def _write(held: Any, place: int, given: Tensor) -> None:
-    count = given.shape[1]
-    if not isinstance(held, tuple):
-        held[:, place : place + count] = given
-        return
-    codes, scales = held
-    absmax = given.float().abs().amax(-1)
-    scales[:, place : place + count] = absmax / 127
+def _stored(x: Tensor, cache: str) -> Parts:
+    """Return ``[kv_heads, tokens, size]`` as a cache stores it: as it is, or int8 and scales ``[kv_heads, tokens]``."""
+    if cache != "int8":
+        return (x,)
+    absmax = x.float().abs().amax(-1)
     inverse = torch.where(absmax > 0, 127 / absmax, 0.0)
-    codes[:, place : place + count] = (given.float() * inverse[..., None]).round().to(torch.int8)
+    return (x.float() * inverse[..., None]).round().to(torch.int8), absmax / 127
+
+
+def _dense(parts: Parts) -> Tensor:
+    """Return what :func:`_stored` was given, as far as it is still there."""
+    return parts[0] if len(parts) == 1 else parts[0].float() * parts[1][..., None]

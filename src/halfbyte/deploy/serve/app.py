@@ -21,8 +21,8 @@ from halfbyte.deploy.serve.log import Record
 from halfbyte.deploy.serve.schemas import LoadAdapter, UnloadAdapter
 from halfbyte.deploy.serve.service import Service
 from halfbyte.deploy.serve.wire import ClientGone, body
-from halfbyte.errors import InputError
-from halfbyte.generate.answers import Busy, Closed, DecodingError
+from halfbyte.errors import DecodingError, InputError
+from halfbyte.generate.answers import Busy, Closed
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MODELS, HEALTH, METRICS = "/v1/models", "/health", "/metrics"

@@ -7,8 +7,8 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from halfbyte.errors import InputError, nearest
-from halfbyte.generate.answers import Busy, Closed, DecodingError
+from halfbyte.errors import DecodingError, InputError, nearest
+from halfbyte.generate.answers import Busy, Closed
 
 LONGEST = 600
 """Characters of a message."""

@@ -152,8 +152,8 @@ _HOLDERS = ("lora_A", "lora_embedding_A", "modules_to_save", "trainable_tokens_d
 def agrees(model: PreTrainedModel | PeftModel, logits: Tensor, ids: Sequence[int], *, exact: bool = True) -> bool:
     """Whether ``logits`` ``[tokens, vocabulary]``, found natively for ``ids``, are those of the model's own forward.
 
-    The bound is a multiple of what the dtype rounds, or, where the head is not ``exact``, of what 4 bits round: wrong
-    formulas are off by far more.
+    The bound is a multiple of what the dtype rounds, or, where head or cache are quantized and nothing is ``exact``, of
+    what 4 bits round: wrong formulas are off by far more.
     """
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()

@@ -1,7 +1,8 @@
 """A cache of transformers (5.23) through which the training forward reads a prompt whose cache lies in pages.
 
 The layers of a pass append to one buffer each, which holds the text so far in the order that attention reads; what is
-new goes to the pages too. The buffers live as long as the prompt is being read.
+new goes to the pages too, and is attended to as it is held there: so a prompt whose beginning was read before gives the
+same numbers. The buffers live as long as the prompt is being read.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-Sink = Callable[[int, Tensor, Tensor], None]
-"""Takes the new keys and values of a layer, ``[kv_heads, tokens, size]``."""
+Sink = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes the new keys and values of a layer, ``[kv_heads, tokens, size]``, and returns them as they are held."""
 
 
 class _Layer(CacheLayerMixin):
@@ -83,12 +84,12 @@ class ReadingCache(Cache):
     def append(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append what is new of a layer; return all of it."""
         end = self.length + keys.shape[2]
+        if self.sink is not None:
+            keys, values = (held[None].to(keys.dtype) for held in self.sink(number, keys[0], values[0]))
         for buffers, new in ((self._keys, keys), (self._values, values)):
             if end > buffers[number].shape[2]:
                 grown = new.new_empty(1, new.shape[1], 2 * end, new.shape[3])
                 grown[:, :, : self.length] = buffers[number][:, :, : self.length]
                 buffers[number] = grown
             buffers[number][:, :, self.length : end] = new
-        if self.sink is not None:
-            self.sink(number, keys[0], values[0])
         return self._keys[number][:, :, :end], self._values[number][:, :, :end]
