@@ -267,8 +267,8 @@ def test_generate_puts_the_system_prompt_first(run, tiny, tiny_model_folder):
 
 
 def test_generate_raw_goes_on_with_the_prompt_as_it_stands(run, tiny, tiny_model_folder):
-    options = ["--prompt", "hello wor", "--raw", "--max-new-tokens", 24]
-    assert run("generate", tiny_model_folder, *options)[1] == greedy(tiny, "hello wor", 24) + "\n"
+    options = ["--prompt", "hello wor", "--raw", "--max-new-tokens", 6]
+    assert run("generate", tiny_model_folder, *options)[1] == greedy(tiny, "hello wor", 6) + "\n"
 
 
 def test_generate_draws_the_same_answer_again_with_the_same_seed(run, tiny_model_folder):
