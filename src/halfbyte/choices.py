@@ -57,6 +57,9 @@ Onto = Literal["quantized", "original"]
 MergeType = Literal["bf16", "fp16", "fp32"]
 """What a merged model's weights are in."""
 
+CombineMethod = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+"""How several adapters become one; see :mod:`halfbyte.deploy.adapters`."""
+
 Task = Literal["lm", "classify", "seq2seq"]
 """What a model is trained to do: go on with text, name the class of a text, turn one text into another."""
 

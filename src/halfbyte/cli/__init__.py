@@ -25,6 +25,7 @@ import typer
 
 from halfbyte import __version__
 from halfbyte.cli import (
+    adapter,
     bench,
     chat,
     classify,
@@ -56,6 +57,7 @@ app = typer.Typer(
     add_completion=False,
 )
 benchmarks = typer.Typer(help="Measure speed on this machine.")
+adapters = typer.Typer(help="Look at adapters, and make adapters of adapters.")
 shown_runs = typer.Typer(cls=runs.RunsGroup, help="List runs (runs FOLDER), or put some beside each other.")
 
 app.command(cls=DataCommand)(train.train)
@@ -73,6 +75,9 @@ app.command()(classify.classify)
 app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(merge.merge)
+app.add_typer(adapters, name="adapter")
+for made in (adapter.info, adapter.truncate, adapter.combine, adapter.convert, adapter.diff):
+    adapters.command()(made)
 app.command()(machine.doctor)
 app.command(context_settings=run.CONTEXT)(run.run)
 app.add_typer(benchmarks, name="bench")

@@ -17,17 +17,13 @@ from halfbyte import __version__
 from halfbyte.choices import MergeType, Onto
 from halfbyte.errors import InputError, size_text
 from halfbyte.files import absolute, growing_folder, repair
+from halfbyte.hf.models.adapter_files import BESIDE
 from halfbyte.hf.models.merging import Merged
 from halfbyte.hf.models.quantize_files import copy_others
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
 
 DTYPES: dict[MergeType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OF_THE_ADAPTER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-"""Files of an adapter's folder that take the place of the base's."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def merge(
         with growing_folder(output, json.dumps(about)) as folder:
             nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
             copy_others(model.base.folder, folder, ("README.md", "adapter_config.json", "converted.json"))
-            for name in OF_THE_ADAPTER:
+            for name in BESIDE:
                 if (model.adapter / name).is_file():
                     shutil.copy(model.adapter / name, folder)
             model.config.dtype = str(DTYPES[to]).removeprefix("torch.")

@@ -36,6 +36,11 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "default")
 """What torch.compile, data parallelism and FSDP add to a name, and the adapter's own that PEFT leaves out of files."""
+BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+"""Files in an adapter's folder that are to be there wherever it goes: what texts become, and where answers end."""
 SHOWN = 3
 
 

@@ -49,6 +49,8 @@ class BaseWeights:
         model: on the meta device, all layers dense.
         fit: what the checkpoint lacks.
         names: what each tensor of the model is called in the checkpoint; of tied weights one is there.
+        tied: of tied weights, which other one each is.
+        transposed: modules whose weight is ``[in, out]`` (``Conv1D``).
 
     Raises:
         InputError: it cannot be read, or the original is asked for where there is none.
@@ -90,7 +92,7 @@ class BaseWeights:
             plan = Plan(self.model, self._checkpoint)
         there = self.model.state_dict()
         self.names = {plan.target[name]: name for name in plan.names if plan.target[name] in there}
-        self._transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
+        self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
 
     def read(self, target: str) -> Tensor:
@@ -99,7 +101,7 @@ class BaseWeights:
         What stays dense was rounded to the compute dtype for training, and so it is for ``quantized``.
         """
         name = self.names.get(target) or self.names[self.tied[target]]
-        transposed = target.rpartition(".")[0] in self._transposed
+        transposed = target.rpartition(".")[0] in self.transposed
         if name in self._packed:
             dense = self._unpacked(name)
             return dense.T.contiguous() if transposed else dense

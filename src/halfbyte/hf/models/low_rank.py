@@ -1,0 +1,158 @@
+"""A LoRA adapter's folder as what it adds to each weight, s B A, without its base; and back to a folder.
+
+The singular values of s B A come from those of a matrix of rank × rank: with B = Q R and Aᵀ = P T (QR decompositions),
+s B A = Q (s R Tᵀ) Pᵀ. So an adapter of any model takes milliseconds a layer.
+"""
+
+import copy
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halfbyte.errors import InputError
+from halfbyte.files import whole_folder
+from halfbyte.hf.models.adapter_files import BESIDE
+from halfbyte.hf.models.base_format import FILE as BASE_FORMAT
+from halfbyte.hf.models.check import check_finite
+from halfbyte.hf.models.configs import ADAPTER, sentence
+from halfbyte.hf.models.heads import LABELS_FILE
+from halfbyte.hf.models.hub import locate
+
+PREFIX = "base_model.model."
+FORMS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+"""How files call A and B: of linear layers, and of embeddings."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is added to one weight: ``[out, in]``.
+
+    Attributes:
+        a: ``[rank, in]``, fp32.
+        b: ``[out, rank]``, fp32.
+        scaling: s.
+        form: its place in ``FORMS``.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    form: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return len(self.a)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is an embedding's, whose weight is ``[in, out]``."""
+        return self.form == 1
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U ``[out, k]``, the singular values of s B A, largest first, and V ``[in, k]``, in fp64."""
+        q, r = torch.linalg.qr(self.b.double())
+        p, t = torch.linalg.qr(self.a.double().T)
+        u, values, v = torch.linalg.svd(self.scaling * r @ t.T)
+        return q @ u, values, p @ v.T
+
+    def dense(self) -> Tensor:
+        """Return s B A."""
+        return self.scaling * self.b @ self.a
+
+
+@dataclass
+class LowRankAdapter:
+    """An adapter's folder, read.
+
+    Attributes:
+        folder: where it is.
+        config: PEFT's.
+        parts: what is added, by the name of the module.
+        others: tensors beside them, by their names in the file: lengths of DoRA, biases, modules that were saved whole.
+    """
+
+    folder: Path
+    config: LoraConfig
+    parts: dict[str, Part] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether lengths of rows are trained apart from their directions."""
+        return bool(self.config.use_dora)
+
+
+def read_low_rank(path: str | Path) -> LowRankAdapter:
+    """Read the folder or hub id of a LoRA adapter.
+
+    Raises:
+        InputError: it is none, or a tensor is missing or not finite.
+    """
+    folder = Path(locate(path).path)
+    if not (folder / ADAPTER).is_file():
+        raise InputError(f"{path} holds no adapter ({ADAPTER}); give the folder of a run or of a PEFT adapter.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        weights = load_peft_weights(str(folder), device="cpu")
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        raise InputError(f"The adapter {folder} cannot be read: {sentence(str(error))}") from error
+    if not isinstance(config, LoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise InputError(f"The adapter {folder} is of the kind {kind}; this is for LoRA.")
+    read = LowRankAdapter(folder, config)
+    for form, (first, second) in enumerate(FORMS):
+        for key in [key for key in weights if key.endswith(first)]:
+            name = key.removeprefix(PREFIX).removesuffix(first)
+            other = key.removesuffix(first) + second
+            if other not in weights:
+                raise InputError(f"The adapter {folder} has {key} and lacks {other}; copy it again.")
+            a, b = (weights.pop(one).float() for one in (key, other))
+            for one, x in ((key, a), (other, b)):
+                check_finite(one, x)
+            read.parts[name] = Part(a, b, scaling_of(config, name, len(a)), form)
+    if not read.parts:
+        raise InputError(f"The adapter {folder} has no LoRA matrices; copy it again.")
+    read.others = weights
+    return read
+
+
+def scaling_of(config: LoraConfig, name: str, rank: int) -> float:
+    """Return s of the module ``name``, as PEFT (0.21) has it."""
+    patterns = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
+    return float(alpha) / (rank**0.5 if config.use_rslora else rank)
+
+
+def save_low_rank(adapter: LowRankAdapter, output: Path) -> None:
+    """Write an adapter as a PEFT folder, its scales within B and A: ``lora_alpha`` is the rank everywhere.
+
+    Tokenizer and settings beside it are copied. The folder appears whole.
+    """
+    config = copy.deepcopy(adapter.config)
+    ranks = {name: part.rank for name, part in adapter.parts.items()}
+    config.r = config.lora_alpha = max(ranks.values())
+    others = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    config.rank_pattern, config.alpha_pattern = dict(others), dict(others)
+    config.use_rslora, config.init_lora_weights, config.inference_mode = False, True, True
+    weights = {key: x.contiguous() for key, x in adapter.others.items()}
+    for name, part in adapter.parts.items():
+        root = abs(part.scaling) ** 0.5
+        first, second = FORMS[part.form]
+        weights[f"{PREFIX}{name}{first}"] = (part.a * root).contiguous()
+        weights[f"{PREFIX}{name}{second}"] = (part.b * (part.scaling / root if root else 0.0)).contiguous()
+    with whole_folder(output) as folder:
+        for name in (*BESIDE, BASE_FORMAT, LABELS_FILE):
+            if (adapter.folder / name).is_file():
+                shutil.copy(adapter.folder / name, folder)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
