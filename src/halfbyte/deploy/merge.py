@@ -86,7 +86,9 @@ def merge(
     try:
         with growing_folder(output, json.dumps(about)) as folder:
             nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
-            copy_others(model.base.folder, folder, ("README.md", "adapter_config.json", "converted.json"))
+            copy_others(
+                model.base.place, model.base.folder, folder, ("README.md", "adapter_config.json", "converted.json")
+            )
             for name in BESIDE:
                 if (model.adapter / name).is_file():
                     shutil.copy(model.adapter / name, folder)

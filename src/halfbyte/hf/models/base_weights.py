@@ -45,7 +45,7 @@ class BaseWeights:
         settings: of the configuration, changed.
 
     Attributes:
-        folder: where its files are.
+        place, folder: where its files are.
         model: on the meta device, all layers dense.
         fit: what the checkpoint lacks.
         names: what each tensor of the model is called in the checkpoint; of tied weights one is there.
@@ -68,7 +68,7 @@ class BaseWeights:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.onto, self._form = onto, form
-        config, self._checkpoint, self.folder = _opened(place, onto, form, trust_remote_code)
+        config, self._checkpoint, self.place, self.folder = _opened(place, onto, form, trust_remote_code)
         for name, value in (settings or {}).items():
             setattr(config, name, value)
         kind = auto_class(config)
@@ -130,8 +130,10 @@ class BaseWeights:
         return weight.dequantize(torch.float32)
 
 
-def _opened(place: Place, onto: Onto, form: HalfbyteConfig, trust_remote_code: bool) -> tuple[Any, Tensors, Path]:
-    """Return configuration, tensors and folder of a base model."""
+def _opened(
+    place: Place, onto: Onto, form: HalfbyteConfig, trust_remote_code: bool
+) -> tuple[Any, Tensors, Place, Path]:
+    """Return configuration, tensors, place and folder of a base model."""
     config = config_at(place, trust_remote_code)
     packing = None if place.gguf else packing_of(config)
     if (place.gguf or packing) and onto == "quantized":
@@ -145,9 +147,10 @@ def _opened(place: Place, onto: Onto, form: HalfbyteConfig, trust_remote_code: b
             "to merge onto; name the 16-bit model that it was made of with --base, or merge onto the quantized one."
         )
     if place.gguf:
-        return config, GgufCheckpoint(place.gguf, skeleton_of(config, torch.float32, trust_remote_code)), folder
+        skeleton = skeleton_of(config, torch.float32, trust_remote_code)
+        return config, GgufCheckpoint(place.gguf, skeleton), place, folder
     files = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
-    return config, PackedCheckpoint(files, packing) if packing else files, folder
+    return config, PackedCheckpoint(files, packing) if packing else files, place, folder
 
 
 def _dict(held: Any) -> dict[str, Any]:

@@ -138,10 +138,7 @@ def quantize_checkpoint(
         )
 
     with whole_folder(output) as folder:
-        if place.gguf:
-            AutoTokenizer.from_pretrained(source, gguf_file=place.gguf.name).save_pretrained(folder)
-        else:
-            copy_others(source, folder)
+        copy_others(place, source, folder)
         writer = _ShardWriter(folder)
         values = packed = 0
         error = _Error()
@@ -192,8 +189,18 @@ class _Error:
         return math.sqrt(self.apart / max(self.size, 1e-30))
 
 
-def copy_others(source: Path, folder: Path, but: Sequence[str] = ()) -> None:
-    """Copy what a model's folder holds beside weights: configuration, tokenizer, code, licence."""
+def copy_others(place: Place, source: Path, folder: Path, but: Sequence[str] = ()) -> None:
+    """Copy what a model has beside weights: configuration, tokenizer, code, licence; of a GGUF file the tokenizer.
+
+    Args:
+        place: of the model.
+        source: its folder.
+        folder: to copy to.
+        but: files that are left out.
+    """
+    if place.gguf:
+        AutoTokenizer.from_pretrained(source, gguf_file=place.gguf.name).save_pretrained(folder)
+        return
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith((*LEFT_OUT, *but)) and not file.name.startswith("."):
             shutil.copy(file, folder)

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GgufConfig
 
 import halfbyte
+from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
 from halfbyte.hf.models.check import check_finite
@@ -106,6 +107,40 @@ def test_an_adapter_names_the_file_and_finds_it_again(tmp_path: Path, monkeypatc
     before = fingerprint(str(file))
     write(file, kind="Q8_0")
     assert fingerprint(str(file)) != before
+
+
+def test_an_adapter_is_merged_onto_the_file_s_weights_and_onto_the_quantized_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "files").mkdir()
+    file = write(tmp_path / "files" / "model.gguf")
+    (tmp_path / "files" / "notes").write_text("another's")
+    model = get_peft_model(halfbyte.load(file), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    halfbyte.prepare(model.eval()).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    dense = theirs(file)
+    held = halfbyte.load(file)
+    for onto in ("quantized", "original"):
+        merge(tmp_path / "adapter", tmp_path / onto, onto=onto, to="fp32")  # type: ignore[arg-type]
+        assert not (tmp_path / onto / "notes").exists()
+        assert halfbyte.load_tokenizer(tmp_path / onto)("$", add_special_tokens=False).input_ids == [5]
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / onto, dtype=torch.float32)
+        for name, module in merged.named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            base = held.get_submodule(name)
+            weight = base.dequantize(torch.float32) if hasattr(base, "dequantize") and onto == "quantized" else None
+            weight = dense.get_submodule(name).weight if weight is None else weight
+            layer = model.get_base_model().get_submodule(name)
+            if hasattr(layer, "lora_A"):
+                weight = weight + layer.scaling["default"] * (
+                    layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+                )
+            bound = 2**-8 if onto == "quantized" and name == "lm_head" else 0  # a dense head, in bf16 as in training
+            torch.testing.assert_close(module.weight, weight, rtol=bound + 1e-6, atol=1e-6)
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
