@@ -244,6 +244,13 @@ def test_no_terminal_obeys_what_a_model_writes(monkeypatch, capsys):
     assert capsys.readouterr().out == "a␛[2J[base]\nb␛[2J\n\n"
 
 
+def test_a_remark_beside_a_pipe_is_a_line(capsys):
+    screen = PlainScreen()
+    screen.add("a")
+    screen.end("cut")
+    assert capsys.readouterr() == ("a\n", " (cut)\n")
+
+
 def test_a_terminal_gets_editing_markdown_and_history(tiny_model_folder, tmp_path):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "halfbyte", "chat", str(tiny_model_folder), "--max-new-tokens", "3"]

@@ -56,6 +56,8 @@ def test_vectors_are_pooled_as_the_folder_says(family: str, task_folder: Callabl
                 check(server.post("/v1/chat/completions", {}), 404)
                 for wrong in ({"input": ""}, {"input": []}, {"input": [[]]}, {"input": "a" * 400}, {"input": [5000]}):
                     check(server.post("/v1/embeddings", {"model": "encoder"} | wrong), 400)
+                unknown = server.post("/v1/embeddings", {"model": "encoder", "input": [5000]})
+                assert "holds the token id 5000, and the model's are 0 to 258." in unknown.text
                 check(server.post("/v1/embeddings", {"model": "encoder", "input": "a", "dimensions": 8}), 400)
                 check(server.post("/v1/embeddings", {"model": "encode", "input": "a"}), 404)
         for text, item in zip(TEXTS, found.data, strict=True):

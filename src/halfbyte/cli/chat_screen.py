@@ -79,7 +79,7 @@ class PlainScreen:
     def end(self, remark: str | None = None) -> None:
         """End the answer."""
         if remark:
-            notes.print(f" ({remark})", style="dim", end="", markup=False)
+            notes.print(f" ({remark})", style="dim", end="" if sys.stdout.isatty() else "\n", markup=False)
         print(flush=True)
 
     def columns(self, texts: Mapping[str, str], *, is_last: bool) -> None:

@@ -26,6 +26,8 @@ def check_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, largest: int, w
     weight = getattr(model.get_input_embeddings(), "weight", None)
     if weight is not None and largest >= len(weight):
         token = tokenizer.convert_ids_to_tokens(largest)
+        if token is None:
+            raise InputError(f"{where} holds the token id {largest}, and the model's are 0 to {len(weight) - 1}.")
         raise InputError(
             f"{where} holds the token {token!r} (id {largest}), but the model's embedding has {len(weight)} rows: "
             "tokenizer and model do not belong together. Take the model's own tokenizer, or grow the embedding with "
