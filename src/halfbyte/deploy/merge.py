@@ -15,6 +15,7 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.choices import MergeType, Onto
+from halfbyte.deploy.card import CARD, write_card
 from halfbyte.errors import InputError, size_text
 from halfbyte.files import absolute, growing_folder, repair
 from halfbyte.hf.models.adapter_files import BESIDE
@@ -86,15 +87,17 @@ def merge(
     try:
         with growing_folder(output, json.dumps(about)) as folder:
             nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
-            copy_others(
-                model.base.place, model.base.folder, folder, ("README.md", "adapter_config.json", "converted.json")
-            )
+            copy_others(model.base.place, model.base.folder, folder, (CARD, "adapter_config.json", "converted.json"))
             for name in BESIDE:
                 if (model.adapter / name).is_file():
                     shutil.copy(model.adapter / name, folder)
             model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
             model.config.architectures = [model.architecture]
             model.config.save_pretrained(folder)
+            form = "with an adapter merged onto " + (
+                "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
+            )
+            write_card(folder, model.adapter, model.base.place, model.base.folder, f"{form}, in {to}")
     except Locked as error:
         raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized)

@@ -1,0 +1,147 @@
+"""The card of a model that was made of a run: a README as hubs read it.
+
+It says what the base is and its licence as far as that is known, what was trained on and how, what came of it, and how
+to run it. Nothing of it tells where on this machine anything lay: of paths the last part alone stands there.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from halfbyte import __version__
+from halfbyte.errors import InputError
+from halfbyte.hf.models.hub import Place
+from halfbyte.runs.differences import given
+from halfbyte.runs.history import Run, is_run, read_run
+from halfbyte.runs.report import words
+from halfbyte.runs.report.axes import number
+
+CARD = "README.md"
+SAMPLES = 3
+"""Prompts whose answers before and after are shown."""
+UNSAID = ("output", "resume", "overwrite", "report_to")
+"""Options that say nothing to somebody else."""
+PIPELINES = {"lm": "text-generation", "classify": "text-classification", "seq2seq": "text2text-generation"}
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+
+
+def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str) -> None:
+    """Write the card of a model.
+
+    Args:
+        folder: of the model.
+        adapter: the run's folder, or that of an adapter of which no run is known.
+        base: where the base model is.
+        source: the folder with the base's files.
+        form: what was made, as part of a sentence.
+    """
+    run = None
+    if is_run(adapter):
+        try:
+            run = read_run(adapter)
+        except InputError:
+            run = None  # of a newer layout: what the adapter itself says will do
+    name = _last(str(base.gguf or base.path))
+    about = ModelCardData(
+        base_model=None if base.is_folder else base.path,
+        base_model_relation=None if base.is_folder else "finetune",
+        license=licence_of(source),
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(str(run.options.get("task", "lm")) if run else "lm"),
+        tags=["qlora", "lora", "halfbyte"],
+    )
+    parts = [
+        f"---\n{about.to_yaml()}\n---",
+        f"# {_plain(folder.name)}",
+        f"{_plain(name)}, {form}, by halfbyte {__version__}.",
+    ]
+    if (there := next((file for file in LICENCES if (source / file).is_file()), None)) is not None:
+        parts.append(f"The base's licence is in `{there}`.")
+    if run:
+        parts += list(_of_run(run))
+    parts += ["## Use", _code("python", _use(folder.name, run))]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def licence_of(folder: Path) -> str | None:
+    """Return the licence that the card of the model in ``folder`` names, or None."""
+    file = folder / CARD
+    if not file.is_file():
+        return None
+    try:
+        told = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (ValueError, TypeError, OSError, yaml.YAMLError):
+        return None
+    return told if isinstance(told, str) and re.fullmatch(r"[\w.+-]{1,60}", told) else None
+
+
+def _of_run(run: Run) -> Iterator[str]:
+    if run.state != "finished":
+        yield f"The run had not finished: it {words.STATES[run.state]} after step {run.step:,}."
+    if changes := words.changes(run):
+        before, after = words.change_heads(run)
+        rows = [f"| {_plain(name)} | {number(one)} | {number(other)} |" for name, one, other in changes]
+        yield "\n".join(["## Results", "", f"| held out | {before} | {after} |", "|---|---|---|", *rows])
+    else:
+        yield "## Results\n\nNothing was held out, so nothing is known of texts that were not trained on."
+    for prompt, answers in list(run.samples.items())[:SAMPLES]:
+        left = next((answer for answer in answers if answer.step == run.adapter_step), answers[-1])
+        yield f"Asked:\n\n{_code('', prompt)}\n\nBefore:\n\n{_code('', answers[0].answer)}"
+        yield f"After:\n\n{_code('', left.answer)}"
+    if data := run.data:
+        share = f", {data.trained_tokens:,} of them trained" if data.trained_tokens else ""
+        more = f", {data.evaluation:,} held out" if data.evaluation else ""
+        files = ", ".join(f"`{_last(str(name))}`" for name in _listed(run.options.get("data")))
+        yield f"## Data\n\n{files}: {data.examples:,} examples of {data.tokens:,} tokens{share}{more}."
+    options = {name: _bare(value) for name, value in given(run.options).items() if name not in UNSAID}
+    options["model"] = words.model_name(run)
+    cards = ", ".join(f"{name} {text}" for name, text, _ in words.cards(run) if name in ("steps", "training time"))
+    yield f"## Recipe\n\n{cards[:1].upper()}{cards[1:]}, with `halfbyte train` and these options beside the defaults:"
+    yield _code("yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+    versions = run.circumstances.get("versions")
+    if isinstance(versions, Mapping):
+        yield "Versions: " + ", ".join(f"{_plain(str(n))} {_plain(str(v))}" for n, v in versions.items()) + "."
+
+
+def _use(name: str, run: Run | None) -> str:
+    task = str(run.options.get("task", "lm")) if run else "lm"
+    kind = PIPELINES.get(task, PIPELINES["lm"])
+    asked = '[{"role": "user", "content": "Your question"}]' if task == "lm" else '"Your text"'
+    lines = ["from transformers import pipeline", "", f'model = pipeline("{kind}", model={json.dumps(name)})']
+    return "\n".join([*lines, f"print(model({asked}))"])
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _bare(value: Any) -> Any:
+    """Return an option's value with the last part of each path in it alone."""
+    if isinstance(value, str):
+        return _last(value) if value.startswith(("/", "~", "./", "../")) else value
+    if isinstance(value, list):
+        return [_bare(one) for one in value]
+    if isinstance(value, dict):
+        return {_bare(key): _bare(one) for key, one in value.items()}
+    return value
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
+def _plain(text: str) -> str:
+    """Return a text as Markdown shows it."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def _code(language: str, text: str) -> str:
+    """Return a block of code whose fence no line of it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
