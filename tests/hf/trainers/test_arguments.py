@@ -358,7 +358,7 @@ def test_arguments_do_what_they_do_in_trl_s_trainers(
     tolerance = 2e-2 if values.get("bf16") else 1e-3  # autocast rounds TRL's logits, and our head's factors
     for ours_line, theirs_line in zip(*logs, strict=True):
         if abs(theirs_line.get("rewards/margins", 1)) < 1e-5:  # the sign of what is left by rounding
-            assert 0 <= ours_line.pop("rewards/accuracies") <= 1 and 0 <= theirs_line.pop("rewards/accuracies") <= 1
+            assert all(0 <= line.pop("rewards/accuracies", 0) <= 1 for line in (ours_line, theirs_line))
         assert ours_line == pytest.approx(theirs_line, rel=tolerance, abs=1e-5)
     for name, tensor in weights(other).items():
         assert (weights(one)[name] - tensor).norm() <= tolerance * tensor.norm(), name
