@@ -156,10 +156,9 @@ def truncate(adapter: str | Path, output: str | Path, *, rank: int | None = None
         )
     parts, errors = {}, _Errors()
     for name, part in read.parts.items():
-        u, values, v = part.svd()
-        keep = min(rank, len(values)) if rank is not None else max(1, _ranks_of(values, energy or 1.0))
-        parts[name] = _part(u, values, v, keep, part.form)
-        errors.add(name, float(values[keep:].square().sum()), float(values.square().sum()))
+        found = part.svd()
+        keep = rank if rank is not None else max(1, _ranks_of(found[1], energy or 1.0))
+        parts[name] = errors.cut(name, found, keep, part.form)
     return _made(dataclasses.replace(read, parts=parts), output, errors)
 
 
@@ -216,9 +215,7 @@ def _of_dora(
         if part.is_embedding or name in merged.base.transposed:
             added = added.T
         u, values, vh = torch.linalg.svd(added, full_matrices=False)
-        keep = min(rank, len(values))
-        parts[name] = _part(u, values, vh.T, keep, part.form)
-        errors.add(name, float(values[keep:].square().sum()), float(values.square().sum()))
+        parts[name] = errors.cut(name, (u, values, vh.T), rank, part.form)
     read.config.use_dora = False
     others = {key: x for key, x in read.others.items() if "lora_magnitude_vector" not in key}
     return _made(dataclasses.replace(read, parts=parts, others=others), output, errors)
@@ -270,19 +267,18 @@ def combine(
     if method == "svd":
         wanted, parts, errors = rank or max(part.rank for part in read[0].parts.values()), {}, _Errors()
         for name, part in sums.items():
-            u, values, v = part.svd()
-            keep = min(wanted, len(values))
-            parts[name] = _part(u, values, v, keep, part.form)
-            errors.add(name, float(values[keep:].square().sum()), float(values.square().sum()))
+            parts[name] = errors.cut(name, part.svd(), wanted, part.form)
         return _made(dataclasses.replace(read[0], parts=parts), output, errors)
     ranks = {part.rank for one in read for part in one.parts.values()}
     if len(ranks) > 1:
         raise InputError(
             f"{method} needs adapters of one rank, and these have {named(sorted(ranks))}; take cat or svd."
         )
-    parts, errors = {}, _Errors()
+    errors = _Errors()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same adapter each time
+        parts = {name: weighted([one.parts[name] for one in read], weights, method, density) for name in names}
     for name in names:
-        parts[name] = weighted([one.parts[name] for one in read], weights, method, density)
         exact = sums[name].dense()
         errors.add(name, float((parts[name].dense() - exact).square().sum()), float(exact.square().sum()))
     return _made(dataclasses.replace(read[0], parts=parts), output, errors)
@@ -315,9 +311,9 @@ def diff(one: str | Path, other: str | Path) -> tuple[list[Difference], dict[str
     _check_shapes([str(one), str(other)], [first, second])
     found = []
     for name in dict.fromkeys((*first.parts, *second.parts)):
-        parts = [adapter.parts.get(name) for adapter in (first, second)]
-        norms = [0.0 if part is None else math.sqrt(_product(part, part)) for part in parts]
-        product = 0.0 if None in parts else _product(*parts)  # type: ignore[arg-type]
+        a, b = first.parts.get(name), second.parts.get(name)
+        norms = [0.0 if part is None else math.sqrt(_product(part, part)) for part in (a, b)]
+        product = 0.0 if a is None or b is None else _product(a, b)
         apart = math.sqrt(max(0.0, norms[0] ** 2 + norms[1] ** 2 - 2 * product))
         cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
         found.append(Difference(name, (norms[0], norms[1]), apart / norms[0] if norms[0] else math.inf, cosine))
@@ -345,11 +341,6 @@ def _sum(name: str, adapters: Sequence[LowRankAdapter], weights: Sequence[float]
     return Part(a, b, 1.0, there[0][0].form)
 
 
-def _part(u: Tensor, values: Tensor, v: Tensor, keep: int, form: int) -> Part:
-    roots = values[:keep].sqrt()
-    return Part((v[:, :keep] * roots).T.float(), (u[:, :keep] * roots).float(), 1.0, form)
-
-
 def _check_shapes(paths: Sequence[str], adapters: Sequence[LowRankAdapter]) -> None:
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
     for path, adapter in zip(paths, adapters, strict=True):
@@ -375,6 +366,13 @@ class _Errors:
         self.size += size
         own = math.sqrt(apart / size) if size else 0.0
         self.worst = max(self.worst, (name, own), key=lambda pair: pair[1])
+
+    def cut(self, name: str, svd: tuple[Tensor, Tensor, Tensor], rank: int, form: int) -> Part:
+        """Return the largest ``rank`` terms of a sum, and count the others in."""
+        u, values, v = svd
+        roots = values[:rank].sqrt()
+        self.add(name, float(values[rank:].square().sum()), float(values.square().sum()))
+        return Part((v[:, :rank] * roots).T.float(), (u[:, :rank] * roots).float(), 1.0, form)
 
     @property
     def relative(self) -> float:

@@ -82,7 +82,7 @@ def licence_of(folder: Path) -> str | None:
 
 def _of_run(run: Run) -> Iterator[str]:
     if run.state != "finished":
-        yield f"The run had not finished: it {words.STATES[run.state]} after step {run.step:,}."
+        yield f"The run had not finished ({words.STATES[run.state]}, step {run.step:,})."
     if changes := words.changes(run):
         before, after = words.change_heads(run)
         rows = [f"| {_plain(name)} | {number(one)} | {number(other)} |" for name, one, other in changes]

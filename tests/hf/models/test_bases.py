@@ -20,6 +20,7 @@ from halfbyte.hf import HalfbyteConfig, LoraLinear4bit, describe_base, describe_
 from halfbyte.nn import DenseLinear, FrozenLinear, Linear8bit, QuantizedLinear
 
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 FORMATS: dict[str, dict[str, Any]] = {
     "blocks": {"quant_type": "int8"},
     "rows": {"quant_type": "int8", "blocksize": "row"},
@@ -34,9 +35,16 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Those of six batches, side by side: in one of a few values the rounding of a single one is chance."""
+    found: dict[str, list[Tensor]] = {}
+    for seed in range(1, 7):
+        ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(seed))
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found.setdefault(name, []).append(parameter.grad.clone())
+    return {name: torch.stack(parts) for name, parts in found.items()}
 
 
 def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -45,7 +53,7 @@ def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float
     return math.sqrt(apart / sum(float(gradient.square().sum()) for gradient in wanted.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("how", [{"quant_type": "none"}, FORMATS["blocks"], FORMATS["rows"]], ids=str)
 def test_gradients_are_those_of_peft_over_the_dense_model(
@@ -75,13 +83,10 @@ def test_gradients_are_those_of_peft_over_the_dense_model(
     got, expected = gradients(ours), theirs(dense)
     assert got.keys() == expected.keys() and len(got) >= 28
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
-    if dtype == torch.float32:
-        for name, gradient in expected.items():
-            assert (got[name] - gradient).norm() < 1e-4 * gradient.norm(), name
-    else:  # what bf16 leaves in PEFT's own layers too; in one tensor of few values it is now more, now less
-        assert relative_error(got, expected) < min(3e-2, 1.2 * relative_error(theirs(rounded), expected))
-        for name, gradient in expected.items():
-            assert (got[name] - gradient).norm() < 0.1 * gradient.norm(), name
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() < BOUNDS[dtype] * gradient.norm(), name
+    if dtype == torch.bfloat16:  # no more than bf16 leaves in PEFT's own layers
+        assert relative_error(got, expected) < 1.2 * relative_error(theirs(rounded), expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -207,7 +207,7 @@ class Merged:
             with self._filled(path, base):
                 try:
                     layer.merge(safe_merge=True, adapter_names=[NAME])
-                except (RuntimeError, ValueError, NotImplementedError) as error:
+                except (RuntimeError, ValueError) as error:  # PEFT's own refusals, by kind of adapter
                     raise InputError(f"PEFT cannot merge the adapter into {path}: {sentence(str(error))}") from error
                 made = {key: x.detach() for key, x in layer.get_base_layer().named_parameters(recurse=False)}
                 if layer.get_base_layer() is base:

@@ -1,8 +1,9 @@
 """Weighted sums of LoRA matrices by PEFT's (0.21) ways: A with A and B with B, each pruned and signed by its rule.
 
 ``linear`` adds them; ``ties`` (arXiv 2306.01708) keeps the largest values and those of the sign that wins;
-``dare_linear`` and ``dare_ties`` (arXiv 2311.03099) keep values at random, scaled up; ``magnitude_prune`` keeps the
-largest. All of them are approximations of the sum: the product of sums is not the sum of products.
+``dare_linear`` and ``dare_ties`` (arXiv 2311.03099) keep values at random, by torch's generator, scaled up;
+``magnitude_prune`` keeps the largest. All of them are approximations of the sum: the product of sums is not the sum of
+products.
 """
 
 from collections.abc import Sequence
@@ -50,12 +51,8 @@ def _summed(tensors: list[Tensor], weights: Tensor, method: CombineMethod, densi
         found = ties(tensors, weights, density, "total")
     elif method == "magnitude_prune":
         found = magnitude_prune(tensors, weights, density)
+    elif method == "dare_linear":
+        found = dare_linear(tensors, weights, density)
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            found = (
-                dare_linear(tensors, weights, density)
-                if method == "dare_linear"
-                else dare_ties(tensors, weights, density, "total")
-            )
+        found = dare_ties(tensors, weights, density, "total")
     return found

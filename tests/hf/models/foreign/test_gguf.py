@@ -1,6 +1,7 @@
 """GGUF files as bases: against transformers' own loading of them."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GgufConfig
 
 import halfbyte
+from halfbyte.choices import Onto
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
@@ -123,8 +125,8 @@ def test_an_adapter_is_merged_onto_the_file_s_weights_and_onto_the_quantized_one
     halfbyte.prepare(model.eval()).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     dense = theirs(file)
     held = halfbyte.load(file)
-    for onto in ("quantized", "original"):
-        merge(tmp_path / "adapter", tmp_path / onto, onto=onto, to="fp32")  # type: ignore[arg-type]
+    for onto in get_args(Onto):
+        merge(tmp_path / "adapter", tmp_path / onto, onto=onto, to="fp32")
         assert not (tmp_path / onto / "notes").exists()
         assert halfbyte.load_tokenizer(tmp_path / onto)("$", add_special_tokens=False).input_ids == [5]
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / onto, dtype=torch.float32)
