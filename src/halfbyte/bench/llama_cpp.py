@@ -21,9 +21,8 @@ from typing import Any
 from halfbyte.bench import gguf_file
 from halfbyte.bench.decode_sides import Took, made_up
 from halfbyte.bench.decode_works import Sizes, Work
-from halfbyte.data.cache import folder as cache_folder
 from halfbyte.errors import InputError
-from halfbyte.files import whole_folder
+from halfbyte.files import cache_folder, whole_folder
 from halfbyte.quiet import quiet
 
 PACKAGES = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
