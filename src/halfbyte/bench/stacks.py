@@ -275,6 +275,8 @@ class Peer:
         )
         model = get_peft_model(model, lora, autocast_adapter_dtype=self.autocast).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:  # PEFT begins in the base's dtype: all sides as over bf16
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
         if self.four_bit:
             make = importlib.import_module("bitsandbytes.optim").PagedAdamW8bit
             return model, make(parameters, lr=LEARNING_RATE, weight_decay=0.0)
