@@ -84,6 +84,7 @@ def test_commands_refuse_another_base_in_one_sentence(
     run: Run, own: Path, base: Path, stranger: Path, tmp_path: Path
 ) -> None:
     wrong = over(own, stranger, "wrong")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 4)
     for command in (
         ("chat", wrong),
         ("chat", stranger, "--adapter", f"own={own}"),
@@ -94,6 +95,9 @@ def test_commands_refuse_another_base_in_one_sentence(
         ("merge", wrong, tmp_path / "merged", "--onto", "original"),
         ("merge", own, tmp_path / "merged", "--base", stranger),
         ("merge", own, tmp_path / "merged", "--base", stranger, "--onto", "original"),
+        ("merge", own, tmp_path / "merged", "--base", stranger, "--to", "nf4", "--rounding", "random"),
+        ("merge", own, tmp_path / "merged", "--base", stranger, "--to", "nf4", "--rounding", "original"),
+        ("audit", wrong, "--data", tmp_path / "rows.jsonl"),
     ):
         code, _, error = run(*command)
         assert code == 2 and "another base model" in error and "holds other values" in error, (command, error)
@@ -152,7 +156,9 @@ def test_merging_takes_the_original_of_a_base_in_4_bits_whoever_quantized_it(
             merge(trained, tmp_path / "no", onto="original", base=stranger)
         assert not (tmp_path / "no").exists()
         merge(trained, tmp_path / f"onto {name}")
-        assert not (tmp_path / f"onto {name}" / FILE).exists()  # the merged model is another one
+        merge(trained, tmp_path / f"in nf4 onto {name}", to="nf4", rounding="random")
+        for made in (f"onto {name}", f"in nf4 onto {name}"):  # the merged model is another one
+            assert not (tmp_path / made / FILE).exists()
 
 
 def test_adapters_made_of_adapters_keep_their_base(
