@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,7 +20,8 @@ from halfbyte.hf import HalfbyteConfig, add_adapter, quantize_checkpoint
 from halfbyte.hf.models import base_files
 from halfbyte.hf.models.base_files import Source, check_base, fingerprint
 from halfbyte.hf.models.fingerprint import FILE, Fingerprint, dense_digest
-from halfbyte.hf.models.hub import locate
+from halfbyte.hf.models.hub import Place, locate
+from halfbyte.quant import codebook
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -367,6 +369,33 @@ def test_the_digest_of_values_is_that_of_their_narrowest_dtype() -> None:
         assert {dense_digest(narrow.to(dtype)) for dtype in dtypes} == {dense_digest(narrow)}
     assert len({dense_digest(one) for one in (x, x.half(), x.bfloat16(), x.bfloat16().half())}) == 3
     assert dense_digest(torch.zeros(3)) != dense_digest(-torch.zeros(3))
+
+
+@pytest.mark.parametrize("bits", [8, 11], ids=["bf16", "fp16"])
+def test_codes_of_nf4_are_the_same_by_division_and_by_the_reciprocal(bits: int) -> None:
+    """Over all ratios of two such numbers; the reciprocal is what bitsandbytes' CUDA kernel multiplies by."""
+    table = codebook("nf4").numpy()
+    middles = (table[1:] + table[:-1]) / 2
+    significands = np.arange(2 ** (bits - 1), 2**bits, dtype=np.float32)
+    for exponent in range(8):  # smaller ones are zero
+        x = (significands * np.float32(2.0**-exponent))[:, None]
+        divided, multiplied = x / significands, x * (np.float32(1) / significands)
+        for sign in (1, -1):
+            codes = (np.searchsorted(middles, sign * ratio) for ratio in (divided, multiplied))
+            assert np.array_equal(*codes)
+
+
+def test_a_model_of_the_hub_is_read_where_it_was_downloaded(
+    forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = Source(Place("some/model", False, {"local_files_only": True}))
+    assert fingerprint(source) is None
+    home = tmp_path / "hub/models--some--model"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs/main").write_text("abc")
+    renamed(forms["16 bits"], home / "snapshots/abc")
+    assert fingerprint(source) == fingerprint(Source(locate(forms["16 bits"])))
 
 
 def test_tensors_by_other_names_are_the_same_and_at_other_places_are_not(forms: dict[str, Path]) -> None:

@@ -89,8 +89,9 @@ class Fingerprint:
         return {kind: made.hexdigest()[:DIGITS] for kind, made in sorted(whole.items())}
 
     def __str__(self) -> str:
-        known = ", ".join(f"{kind} {digest[:8]}" for kind, digest in self.digests.items())
-        return f"{self.model} ({self.architecture}: {known})"
+        kind = DENSE if DENSE in self.digests else next((kind for kind in self.digests if "-" in kind), None)
+        digest = "" if kind is None else f", {kind} {self.digests[kind]}"
+        return f"{self.model} ({self.architecture}{digest})"
 
     def difference(self, given: "Fingerprint") -> str | None:
         """Return what tells ``given`` from this one, as ``x.weight holds other values``; None if nothing does."""
