@@ -329,9 +329,9 @@ def diff(one: str | Path, other: str | Path) -> tuple[list[Difference], dict[str
     keys = sorted({*configs[0], *configs[1]} - {"peft_version", "inference_mode", "revision"})
     pairs = {key: (_plain(configs[0].get(key)), _plain(configs[1].get(key))) for key in keys}
     told = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-    if apart := _other_base([first, second]):
+    if unlike := _other_base([first, second]):
         bases = [str(Fingerprint.of_adapter(adapter.folder)) for adapter in (first, second)]
-        told["base model"] = (bases[0], f"{bases[1]} ({apart[2]})")
+        told["base model"] = (bases[0], f"{bases[1]} ({unlike[2]})")
     return found, told
 
 

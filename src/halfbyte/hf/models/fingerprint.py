@@ -13,9 +13,9 @@ digits of SHA-256) of the forms in which it is known:
 
 Codes of nf4 are the same whoever makes them of bf16 or fp16: no ratio of two such numbers is so near to the middle of
 two codes that bitsandbytes' kernels, which multiply by the reciprocal of a block's constant, take another one than
-division does (all ratios tried). Not so those of fp32 and of fp4, whose middles are such ratios, and constants that are
-quantized, of which bitsandbytes' CPU library (0.50) rounds 0.2 % otherwise. So those codes by others have a form of
-their own, ``fp4-64-bfloat16-file``, and others' quantized constants none.
+division does (all ratios tried). Not so those of fp32, of fp4, whose middles are such ratios, and of int8, which
+bitsandbytes makes of fp16; and of constants that are quantized its CPU library (0.50) rounds 0.2 % otherwise. So those
+codes by others have a form of their own, ``fp4-64-bfloat16-file``, and others' quantized constants none.
 
 A tensor that is known as dense on both sides is compared so; else by all forms that both know. Two bases are the same
 if no tensor differs, and that is known if some are equal.
@@ -238,8 +238,9 @@ def quantized_digests(state: Mapping[str, Tensor], name: str, theirs: bool = Fal
     about = {} if key is None else json.loads(bytes(state[key].view(torch.uint8).tolist()))
     kind = about.get("quant_type", "int8")
     form = f"{kind}-row" if key is None else f"{kind}-{about['blocksize']}-{about['dtype']}"
-    may_differ = theirs and (kind == "fp4" or about.get("dtype") == "float32")
-    codes = {f"{form}{THEIRS if may_differ else ''}": _short(_bytes(state[name]))}
+    if theirs and (kind != "nf4" or about.get("dtype") == "float32"):
+        form += THEIRS
+    codes = {form: _short(_bytes(state[name]))}
     is_double = "nested_offset" in about
     if theirs and is_double:
         return codes
