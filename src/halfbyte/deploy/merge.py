@@ -97,7 +97,7 @@ def merge(
             form = "with an adapter merged onto " + (
                 "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
             )
-            write_card(folder, model.adapter, model.base.place, model.base.folder, f"{form}, in {to}")
+            write_card(folder, model.adapter, model.base.named, model.base.folder, f"{form}, in {to}")
     except Locked as error:
         raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
