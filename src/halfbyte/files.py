@@ -83,6 +83,7 @@ def growing_folder(path: Path, key: str) -> Iterator[Path]:
         part.new.mkdir(exist_ok=True)
         repair_within(part.new)
         yield part.new
+        repair_within(part.new)
         become(part)
     except Exception:
         part.settle(own=True)

@@ -1,5 +1,7 @@
 """Merge an adapter into its base: a plain folder of transformers', which opens without us.
 
+In 16 or 32 bits (:mod:`halfbyte.hf.models.merging`), or in 4 (:mod:`halfbyte.hf.models.four_bits`).
+
 Written tensor by tensor: in memory are the adapter and the tensor that is being made. Who was interrupted or killed
 goes on with the same command, from the last file of a gigabyte that was whole.
 """
@@ -7,24 +9,39 @@ goes on with the same command, from the last file of a gigabyte that was whole.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from halfbyte import __version__
-from halfbyte.choices import MergeType, Onto
+from halfbyte.choices import MergeType, Onto, Rounding
 from halfbyte.deploy.card import CARD, write_card
 from halfbyte.errors import InputError, size_text
 from halfbyte.files import absolute, growing_folder, repair
 from halfbyte.hf.models.adapter_files import BESIDE
+from halfbyte.hf.models.four_bits import In4Bits
+from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.merging import Merged
 from halfbyte.hf.models.quantize_files import copy_others
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
+from halfbyte.train.rows import has_rows, rows_again, some_texts
 
-DTYPES: dict[MergeType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[MergeType, torch.dtype] = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16
+}  # fmt: skip
+"""Of what stays dense."""
+TOKENS = 8192
+"""Of texts on which a layer's outputs are kept."""
+ROUNDED: dict[Rounding, str] = {
+    "outputs": "rounded so that each layer's outputs stay what they were",
+    "random": "rounded at random to one of the two neighbours",
+    "original": "the nearest ones of the original weights plus what was learnt",
+}
 
 
 @dataclass(frozen=True)
@@ -36,12 +53,14 @@ class MergedCopy:
         values: of all tensors.
         nbytes: of all tensors.
         is_quantized: whether the weights that the adapter was added to are those of 4 or 8 bits.
+        rounding: how they became 4 bits again, if they did.
     """
 
     folder: Path
     values: int
     nbytes: int
     is_quantized: bool
+    rounding: Rounding | None = None
 
 
 def merge(
@@ -51,6 +70,10 @@ def merge(
     onto: Onto = "quantized",
     to: MergeType = "bf16",
     base: str | Path | None = None,
+    rounding: Rounding | None = None,
+    data: Sequence[str] | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -63,30 +86,45 @@ def merge(
         onto: ``quantized``: the weights that the adapter was trained over; ``original``: those before them.
         to: what the sums, made in fp32, are rounded to.
         base: another place for the base than the adapter names, such as the original of one that lies in 4 bits.
+        rounding: of ``nf4``, how the codes are chosen; None: ``outputs`` where texts are at hand, or else ``random``.
+        data: texts for ``outputs``, as a run's option of that name; None: those that the run was trained on.
+        tokens: of these, so many; None: 8,192.
+        seed: of which texts are taken and of what is drawn; None: 0.
         progress: called with tensors done and tensors in all.
         overwrite: replace a model that is there already.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: there is no such adapter or base, they do not fit, a value is not finite or too large, the folder
-            is in use, or the disk has no room.
+            is in use, the disk has no room, or options do not go together.
     """
+    _check_options(onto, to, rounding=rounding, data=data, tokens=tokens, seed=seed)
     output = absolute(output)
     repair(output)
     if output.exists() and not overwrite:
         raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
     if output.exists() and not (output / "config.json").is_file():
         raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
-    model = Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code)
+    model: Merged | In4Bits
+    if to == "nf4":
+        rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0)
+        model = In4Bits(
+            run, rounding, texts, original=base, seed=seed or 0, trust_remote_code=trust_remote_code
+        )  # fmt: skip
+        seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
+        make, drawn = model.make, f"{rounding} {seed or 0} {seen}"
+    else:
+        model = dense = Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code)
+        make, drawn = (lambda name: {name: dense.read(name)}), ""
     sources = [folder.resolve() for folder in (model.adapter, model.base.folder)]
     if any(source.is_relative_to(output.resolve()) for source in sources):
         raise InputError(f"The output folder {output} holds the adapter or the base itself; choose another.")
     sizes = model.sizes
     _check_room(output, sum(sizes.values()))
-    about = {"version": __version__, "onto": onto, "to": to, "sources": [_stamp(source) for source in sources]}
+    about = {"version": __version__, "onto": onto, "to": to, "drawn": drawn, "sources": [*map(_stamp, sources)]}
     try:
         with growing_folder(output, json.dumps(about)) as folder:
-            nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
+            nbytes = write_shards(folder, sizes, make, progress)
             copy_others(model.base.place, model.base.folder, folder, (CARD, "adapter_config.json", "converted.json"))
             for name in BESIDE:
                 if (model.adapter / name).is_file():
@@ -97,10 +135,48 @@ def merge(
             form = "with an adapter merged onto " + (
                 "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
             )
-            write_card(folder, model.adapter, model.base.named, model.base.folder, f"{form}, in {to}")
+            form += f", in {to}" + (f", its codes {ROUNDED[rounding]}" if rounding else "")
+            write_card(folder, model.adapter, model.base.named, model.base.folder, form)
     except Locked as error:
         raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
-    return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
+    return MergedCopy(output, model.values, nbytes, model.base.is_quantized, rounding)
+
+
+def _check_options(onto: Onto, to: MergeType, **given: Any) -> None:
+    """Refuse what does not go together."""
+    told = [name for name, value in given.items() if value is not None]
+    if to != "nf4" and told:
+        raise InputError(f"{told[0]} is for 4 bits alone; say --to nf4, or leave it out.")
+    if to == "nf4" and onto == "original" and given["rounding"] != "original":
+        raise InputError(
+            "In 4 bits the weights are those that were trained over; for what was learnt over the original weights "
+            "say --rounding original."
+        )
+    if given["rounding"] in ("random", "original") and (given["data"] or given["tokens"] is not None):
+        raise InputError(f"rounding {given['rounding']} takes no data; leave data and tokens out.")
+    if given["tokens"] is not None and given["tokens"] < 1:
+        raise InputError(f"tokens is {given['tokens']}; it must be at least 1.")
+
+
+def _texts(
+    run: str | Path, rounding: Rounding | None, data: Sequence[str] | None, tokens: int, seed: int
+) -> tuple[Rounding, list[Tensor]]:
+    """Return the way of rounding, and the texts that it takes."""
+    folder = Path(locate(run).path)
+    if rounding is None:
+        rounding = "outputs" if data or has_rows(folder) else "random"
+    if rounding != "outputs":
+        return rounding, []
+    try:
+        rows = rows_again(folder, None if data is None else list(data))
+    except InputError as error:
+        if data is not None:
+            raise
+        raise InputError(
+            f"{error} Without the training data name other texts (--data FILE), or round without any (--rounding "
+            "random)."
+        ) from error
+    return rounding, some_texts(rows.train, tokens, seed)
 
 
 def _check_room(output: Path, needed: int) -> None:
