@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from halfbyte import files, locks, parts
+from halfbyte import locks, parts
 from halfbyte.files import (
     append,
     disk_full,

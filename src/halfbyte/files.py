@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from halfbyte.locks import take
-from halfbyte.parts import Part, become, make_folder, parts_of, repair_parts, settle_left, sync, sync_all, take_grown
-
+from halfbyte.parts import Part, become, make_folder, parts_of, repair_parts, settle_left, sync, take_grown
 
 
 @contextlib.contextmanager

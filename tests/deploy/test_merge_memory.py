@@ -73,7 +73,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in range(LAYERS):
         for path, (rows, columns) in {"self_attn.q_proj": (WIDTH, WIDTH), "mlp.down_proj": (WIDTH, INNER)}.items():
             stem = f"base_model.model.model.layers.{n}.{path}"
-            lora |= {f"{stem}.lora_A.weight": random(8, columns).float(), f"{stem}.lora_B.weight": random(rows, 8).float()}
+            lora |= {
+                f"{stem}.lora_A.weight": random(8, columns).float(),
+                f"{stem}.lora_B.weight": random(rows, 8).float(),
+            }
     save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
 

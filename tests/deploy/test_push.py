@@ -75,13 +75,7 @@ def halfbyte_says(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
 
 def listed(out: str) -> dict[str, str]:
     """The files of the table that is shown, and their sizes."""
-    rows = [re.split(r"\s{2,}", line.strip()) for line in out.split("\n\n")[0].splitlines()]
-    found = {}
-    for name, size, *_ in rows[1:]:
-        if not re.fullmatch(r"[\d.,]+ ([KMG]i)?B", size):
-            break
-        found[name] = size
-    return found
+    return dict(re.findall(r"^ (\S+) +([\d.,]+ (?:[KMG]i)?B) ", out, re.MULTILINE))
 
 
 def test_what_is_shown_arrives_byte_for_byte_private_and_nothing_else(
@@ -92,8 +86,8 @@ def test_what_is_shown_arrives_byte_for_byte_private_and_nothing_else(
     assert code == 0 and not hub.seen
     shown = listed(out)
     assert set(shown) == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert "checkpoints/" in out and "metrics.jsonl" in out and "give its hub id with --base" in out
     code, out, error = halfbyte_says("push", run, "me/mine")
@@ -122,16 +116,14 @@ def test_what_is_shown_arrives_byte_for_byte_private_and_nothing_else(
     for name, data in arrived.items():
         (got / name).write_bytes(data)
     about = json.loads((got / "adapter_config.json").read_text())
-    (got / "adapter_config.json").write_text(
-        json.dumps(about | {"base_model_name_or_path": str(tiny_model_folder)})
-    )
+    (got / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": str(tiny_model_folder)}))
     found, wanted = (halfbyte.load(folder)(input_ids=IDS).logits for folder in (got, run))
     assert torch.equal(found, wanted)
 
     before = len(hub.seen)
     code, out, _ = halfbyte_says("push", run, "me/mine")
     assert code == 0 and "has all of it already" in out
-    assert not [one for one in hub.seen[before:] if "/commit/" in one[1] or "/lfs/" in one[1]]
+    assert not [one for one in hub.seen[before:] if "/commit/" in one[1] or one[0] == "PUT"]
     assert hub.files("me/mine") == arrived
 
 
@@ -161,9 +153,10 @@ def test_the_card_says_how_it_was_made_and_how_it_is_opened(
     found: dict[str, Any] = {}
     exec(code, found)
     assert isinstance(found["model"], PeftModel) and found["tokenizer"].chat_template
-    theirs = found["model"](input_ids=IDS).logits.float()
-    ours = halfbyte.load(run)(input_ids=IDS).logits.float()
-    assert (theirs - ours).abs().max() < 0.05 * ours.std()
+    theirs, ours = found["model"](input_ids=IDS).logits.float(), halfbyte.load(run)(input_ids=IDS).logits.float()
+    over_16_bits = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), run)
+    other = over_16_bits(input_ids=IDS).logits.float()
+    assert (theirs - ours).abs().mean() < 0.1 * (other - ours).abs().mean()
 
 
 def test_a_base_s_licence_is_told_as_its_folder_or_the_hub_has_it(run: Path, hub: Hub, tmp_path: Path) -> None:
@@ -198,9 +191,7 @@ def test_no_path_of_this_machine_goes(run: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     before = {file.name: file.read_bytes() for file in adapter.iterdir() if file.is_file()}
     uploads = {upload.name: upload for upload in parcel(adapter, "me/mine").uploads}
-    about = {
-        name: json.loads(uploads[name].source) for name in ("adapter_config.json", "tokenizer_config.json")
-    }  # type: ignore[arg-type]
+    about = {name: json.loads(uploads[name].source) for name in ("adapter_config.json", "tokenizer_config.json")}  # type: ignore[arg-type]
     assert about["adapter_config.json"]["base_model_name_or_path"] == "some-org/Tiny-1B"
     settings = about["tokenizer_config.json"]
     assert settings["special_tokens_map_file"] == "special_tokens_map.json"
@@ -214,7 +205,9 @@ def test_no_path_of_this_machine_goes(run: Path, tmp_path: Path) -> None:
     file = adapter / "chat_template.jinja"
     text = file.read_text()
     file.write_text(f"{{# {adapter}/mine #}}{text}")
-    with pytest.raises(InputError, match=rf"chat_template.jinja holds .*{adapter.parent.name}.*, so nothing is uploaded"):
+    with pytest.raises(
+        InputError, match=rf"chat_template.jinja holds .*{adapter.parent.name}.*, so nothing is uploaded"
+    ):
         parcel(adapter, "me/mine")
     file.write_text(text)
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -231,7 +224,7 @@ def test_a_merged_model_goes_in_all_its_files(
     (tmp_path / "merged" / "LICENSE").write_text("words")
     for name in ("optimizer.safetensors", "training_args.bin", "trainer_state.json", "rows.jsonl", "converted.json"):
         (tmp_path / "merged" / name).write_bytes(b"mine")
-    code, out, error = halfbyte_says("push", tmp_path / "merged", "me/mine", "--base", "somebody/tiny-base")
+    code, _, error = halfbyte_says("push", tmp_path / "merged", "me/mine", "--base", "somebody/tiny-base")
     assert code == 0, error
     arrived = hub.files("me/mine")
     kept = {file.name for file in (tmp_path / "merged").iterdir()} - set(arrived)
@@ -269,7 +262,7 @@ def test_gguf_files_go_with_their_modelfile(hub: Hub, halfbyte_says: Any, tmp_pa
     assert len(hub.requests(r"PUT /lfs/\w+/\d+")) == 6
     (folder / "model-f16.gguf").write_bytes(b"GGUF" + f"{folder}/imatrix.dat".encode() + os.urandom(1000))
     code, _, error = halfbyte_says("push", folder, "me/files", "--public")
-    assert code == 2 and f"model-f16.gguf holds {folder}" in error
+    assert code == 2 and f"model-f16.gguf holds {tmp_path}" in error
 
 
 def test_a_branch_is_made_and_main_stays(run: Path, hub: Hub, halfbyte_says: Any) -> None:
@@ -315,7 +308,7 @@ REFUSALS: dict[str, tuple[Fault, str]] = {
         Fault("POST /api/repos/create", 403, 1, "no rights"),
         r"may not write to me/mine \(.*no rights.*hf auth login",
     ),
-    "quota": (Fault("objects/batch", 403, 1, "Private repository storage limit reached"), "no more room for me .*storage"),
+    "quota": (Fault("objects/batch", 403, 1, "Private storage limit reached"), "no more room for me .*storage"),
     "payment": (Fault("/commit/", 402, 1, "pay"), "no more room for me"),
     "gone": (Fault("/preupload/", 404, 1), "has no me/mine, or none that you may write to"),
     "conflict": (Fault("/commit/", 409, 1, "busy"), r"changed at the same time \(.*busy.*run the same again"),
@@ -383,7 +376,7 @@ def test_errors_that_pass_are_tried_again(run: Path, hub: Hub, halfbyte_says: An
 def test_who_was_killed_in_the_middle_sends_the_rest(
     run: Path, hub: Hub, halfbyte_says: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     merge(run, tmp_path / "merged")
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) > 1
@@ -463,10 +456,10 @@ def test_a_plain_peft_adapter_of_a_model_on_the_hub_has_a_card_too(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    adapted.peft_config["default"].base_model_name_or_path = "somebody/tiny-base"
     adapted.save_pretrained(tmp_path / "plain")  # PEFT writes a card of its own, which names the base's folder
+    edited(tmp_path / "plain" / "adapter_config.json", base_model_name_or_path="somebody/tiny-base")
     assert str(tiny_model_folder) in (tmp_path / "plain" / "README.md").read_text()
-    code, out, error = halfbyte_says("push", tmp_path / "plain", "me/plain")
+    code, _, error = halfbyte_says("push", tmp_path / "plain", "me/plain")
     assert code == 0, error
     arrived = hub.files("me/plain")
     card = arrived["README.md"].decode()

@@ -22,7 +22,9 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="Branch to upload to, made if it is not there.  [default: main]")
     ] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.  [default: Upload an adapter, or a model]")] = None,
+    message: Annotated[
+        str | None, typer.Option(help="Of the commit.  [default: Upload an adapter, or a model]")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Hub id of the base model.  [default: as the adapter names it, without a path]")
     ] = None,
@@ -72,6 +74,6 @@ def _show(going: "Parcel") -> None:
         typer.echo(f"Stays here: {named(going.stays)}.")
     if going.kind == "adapter" and not going.base_is_id:
         typer.echo(
-            f"The base model lies in a folder of this machine, which others know as {going.base} alone; give its hub id "
-            "with --base."
+            f"The base model lies in a folder of this machine, so the adapter calls it {going.base} alone; give its hub "
+            "id with --base."
         )

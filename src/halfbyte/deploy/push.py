@@ -5,7 +5,8 @@
 
 One commit, so that whoever opens the repository finds all of it or what was there before. ``create_commit`` of
 huggingface_hub (2.4) takes 25,000 files and a gigabyte beside large ones; ``upload_folder`` would make several commits.
-It tries again after errors of the server. Whoever was interrupted runs the same again: what has arrived is not sent twice.
+It tries again after errors of the server. Whoever was interrupted runs the same again; what has arrived is not sent
+twice.
 """
 
 import contextlib
@@ -91,8 +92,8 @@ def push(
         other = [name for name in names - going if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
         if other and parcel.kind != "gguf":
             raise InputError(
-                f"{repo_id} holds other weights ({named(sorted(other))}), which would be opened beside these or instead "
-                "of them; remove them there, or name another repository or branch (--revision)."
+                f"{repo_id} holds other weights ({named(sorted(other))}), which would be opened beside these or "
+                "instead of them; remove them there, or name another repository or branch (--revision)."
             )
         operations = [CommitOperationAdd(upload.name, upload.source) for upload in parcel.uploads]
         commit = api.create_commit(
@@ -126,18 +127,25 @@ def _other_visibility(repo_id: str, is_private: bool) -> str:
 
 
 def _message(parcel: Parcel) -> str:
-    return f"Upload {'an adapter' if parcel.kind == 'adapter' else 'GGUF files' if parcel.kind == 'gguf' else 'a model'}"
+    return (
+        f"Upload {'an adapter' if parcel.kind == 'adapter' else 'GGUF files' if parcel.kind == 'gguf' else 'a model'}"
+    )
 
 
 def _check_arrived(api: HfApi, repo_id: str, commit: str, operations: list[CommitOperationAdd]) -> None:
     """Compare what the hub has with what was sent: sizes and SHA-256, of small files git's own digest."""
     names = [operation.path_in_repo for operation in operations]
-    there = {file.path: file for file in api.get_paths_info(repo_id, names, revision=commit) if isinstance(file, RepoFile)}
+    there = {
+        file.path: file for file in api.get_paths_info(repo_id, names, revision=commit) if isinstance(file, RepoFile)
+    }
     if missing := [name for name in names if name not in there]:
         raise InputError(
-            f"{named(missing)} did not arrive in {repo_id}; look whether a .gitignore there keeps it out, then push again."
+            f"{named(missing)} did not arrive in {repo_id}; look whether a .gitignore there keeps it out, and push "
+            "again."
         )
-    wrong = [operation.path_in_repo for operation in operations if not _is_same(there[operation.path_in_repo], operation)]
+    wrong = [
+        operation.path_in_repo for operation in operations if not _is_same(there[operation.path_in_repo], operation)
+    ]
     if wrong:
         raise InputError(f"{named(wrong)} is other in {repo_id} than here: it changed meanwhile; push again.")
 

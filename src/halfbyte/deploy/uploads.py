@@ -110,7 +110,9 @@ def parcel(folder: Path, repo_id: str, *, base: str | None = None, card: Path | 
         InputError: there is nothing that could go, or it names a folder of this machine.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is {'a file' if folder.exists() else 'not there'}; give the folder of a run or model.")
+        raise InputError(
+            f"{folder} is {'a file' if folder.exists() else 'not there'}; give the folder of a run or model."
+        )
     kind, names, weights = _content(folder)
     secret = _secrets(folder)
     own = called = ""
@@ -143,9 +145,12 @@ def _content(folder: Path) -> tuple[Kind, list[str], list[str]]:
     gguf = sorted(name for name in there if name.endswith(".gguf"))
     if ADAPTER in there:
         if ADAPTER_FILES[0] not in there:
-            hint = f"only {ADAPTER_FILES[1]}, a pickle; save it anew" if ADAPTER_FILES[1] in there else "train to its end"
+            hint = (
+                f"only {ADAPTER_FILES[1]}, a pickle; save it anew" if ADAPTER_FILES[1] in there else "train to its end"
+            )
             raise InputError(f"{folder} holds no {ADAPTER_FILES[0]}: {hint}.")
         kind: Kind = "adapter"
+        wanted: tuple[str, ...]
         wanted, weights = (ADAPTER, BASE_FORMAT, CONFIG, *TEXTS), [ADAPTER_FILES[0]]
     elif CONFIG in there and (not gguf or any(name.endswith(".safetensors") for name in there)):
         kind = "model"
@@ -158,8 +163,8 @@ def _content(folder: Path) -> tuple[Kind, list[str], list[str]]:
         kind, wanted, weights = "gguf", (CONFIG, "Modelfile", *TEXTS), gguf
     else:
         raise InputError(
-            f"{folder} holds no adapter ({ADAPTER}), no model ({CONFIG}) and no GGUF file, so nothing of it is uploaded; "
-            "name the folder of a run that has ended, of a model, or of GGUF files."
+            f"{folder} holds no adapter ({ADAPTER}), no model ({CONFIG}) and no GGUF file, so nothing of it is "
+            "uploaded; name the folder of a run that has ended, of a model, or of GGUF files."
         )
     names = sorted(name for name in there - set(weights) if any(fnmatch(name, pattern) for pattern in wanted))
     return kind, names, weights
@@ -173,14 +178,18 @@ def _named_at_hub(uploads: list[Upload], folder: Path, repo_id: str, base: str |
     """Return the files of a model with its new name, and the base that is given, in the card."""
     there = next((upload for upload in uploads if upload.name == CARD), None)
     if there is None and base is not None:
-        raise InputError(f"{folder} has no card ({CARD}) that could name its base; give one (--card), or leave --base out.")
+        raise InputError(
+            f"{folder} has no card ({CARD}) that could name its base; give one (--card), or leave --base out."
+        )
     if there is None:
         return uploads
     text = (there.source if isinstance(there.source, bytes) else _read(there.source)).decode(errors="surrogateescape")
     changed = at_hub(text, folder.name, repo_id, base)
     if changed == text:
         return uploads
-    note = ", ".join([there.note] * bool(there.note) + ["its name on the hub" if base is None else f"base_model: {base}"])
+    note = ", ".join(
+        [there.note] * bool(there.note) + ["its name on the hub" if base is None else f"base_model: {base}"]
+    )
     return _with_card(uploads, changed.encode(errors="surrogateescape"), note)
 
 
@@ -228,9 +237,11 @@ def _settled(file: Path, base: str | None) -> Upload:
 
 
 def _without_paths(value: Any, key: str = "") -> Any:
-    """Return a value of JSON with the last part alone of each path in it, or the hub id that it is in the hub's cache."""
+    """Return a value of JSON with the last part alone of each path in it, or the hub id of one in the hub's cache."""
     if isinstance(value, dict):
-        return {name: one if name == "added_tokens_decoder" else _without_paths(one, name) for name, one in value.items()}
+        return {
+            name: one if name == "added_tokens_decoder" else _without_paths(one, name) for name, one in value.items()
+        }
     if isinstance(value, list):
         return [_without_paths(one) for one in value]
     if not isinstance(value, str) or not _is_path(value, is_named=key.endswith(("_or_path", "_file", "_path", "_dir"))):
@@ -267,7 +278,7 @@ def _differing(before: Any, after: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _secrets(folder: Path) -> set[str]:
-    """Return the paths of this machine that no file may hold: those of two parts at least, which no text has by chance."""
+    """Return the paths that no file may hold: of two parts at least, which no text has by chance."""
     home = Path.home()
     found = {folder.absolute(), folder.resolve(), folder.resolve().parent, home, home.resolve()}
     return {str(path) for path in found if len(path.parts) > 2}

@@ -92,7 +92,9 @@ def put_adapter(
         raise
     if config.peft_type == PeftType.ADALORA and is_on_meta(model):
         for layer in adapted.modules():
-            if isinstance(layer, AdaLoraLayer):  # a parameter that PEFT (0.21) puts where the base is, and saves nowhere
+            if isinstance(
+                layer, AdaLoraLayer
+            ):  # a parameter that PEFT (0.21) puts where the base is, and saves nowhere
                 rank = torch.tensor([float(config.init_r)])
                 layer.ranknum[name or "default"] = nn.Parameter(rank, requires_grad=False)
     return adapted if trained else adapted.eval()
