@@ -74,6 +74,6 @@ def _show(going: "Parcel") -> None:
         typer.echo(f"Stays here: {named(going.stays)}.")
     if going.kind == "adapter" and not going.base_is_id:
         typer.echo(
-            f"The base model lies in a folder of this machine, so the adapter calls it {going.base} alone; give its hub "
-            "id with --base."
+            f"The base model lies in a folder of this machine, so that the adapter calls it {going.base} alone; give "
+            "its hub id with --base."
         )
