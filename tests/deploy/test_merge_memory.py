@@ -24,8 +24,8 @@ TENSOR = 4 * WIDTH * INNER
 LIMIT = 9 * TENSOR
 """What a merge may take over what a small one has left, beside files that are mapped: these the system takes back.
 
-torch has 4.75 at once: the base's weight, the sum, B A, magnitudes and marks, with which PEFT looks for infinities. What
-the allocator keeps of what was freed comes to it, up to 7.5 as it was seen.
+torch has 4.75 at once: the base's weight, the sum, B A, magnitudes and marks, with which PEFT looks for infinities.
+What the allocator keeps of what was freed comes to it, up to 7.5 as it was seen.
 """
 SCRIPT = """
 import sys

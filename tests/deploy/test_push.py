@@ -175,6 +175,17 @@ def test_a_base_s_licence_is_told_as_its_folder_or_the_hub_has_it(run: Path, hub
     assert isinstance(card.source, bytes) and b"license: gemma" in card.source
 
 
+def test_answers_stand_in_a_card_only_where_their_prompts_were_named(run: Path, hub: Hub, tmp_path: Path) -> None:
+    adapter = shutil.copytree(run, tmp_path / "run")
+    for is_named in (True, False):
+        card = parcel(adapter, "me/mine").uploads[0]
+        assert isinstance(card.source, bytes) and (b"Asked:\n\n```\nsay a\n```" in card.source) == is_named
+        assert is_named or b"say " not in card.source
+        options = yaml.safe_load((adapter / "config.yaml").read_text())
+        options.pop("sample_prompts", None)  # then they are rows that were held out
+        (adapter / "config.yaml").write_text(yaml.safe_dump(options))
+
+
 def edited(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2))
 

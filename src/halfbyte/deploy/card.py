@@ -113,7 +113,8 @@ def of_run(run: Run) -> Iterator[str]:
         yield "\n".join(["## Results", "", f"| held out | {before} | {after} |", "|---|---|---|", *rows])
     else:
         yield "## Results\n\nNothing was held out, so nothing is known of texts that were not trained on."
-    for prompt, answers in list(run.samples.items())[:SAMPLES]:
+    asked = run.samples if run.options.get("sample_prompts") else {}  # else they are rows of the data
+    for prompt, answers in list(asked.items())[:SAMPLES]:
         left = next((answer for answer in answers if answer.step == run.adapter_step), answers[-1])
         yield f"Asked:\n\n{code('', prompt)}\n\nBefore:\n\n{code('', answers[0].answer)}"
         yield f"After:\n\n{code('', left.answer)}"
