@@ -26,6 +26,7 @@ import typer
 from halfbyte import __version__
 from halfbyte.cli import (
     adapter,
+    audit,
     bench,
     chat,
     classify,
@@ -77,6 +78,7 @@ app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(merge.merge)
 app.command()(push.push)
+app.command()(audit.audit)
 app.add_typer(adapters, name="adapter")
 for made in (adapter.info, adapter.truncate, adapter.combine, adapter.convert, adapter.diff):
     adapters.command()(made)
