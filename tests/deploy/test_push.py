@@ -298,7 +298,7 @@ def test_what_everybody_sees_is_said_and_meant(run: Path, hub: Hub, halfbyte_say
 
 def test_other_weights_there_are_not_left_beside_these(run: Path, hub: Hub, halfbyte_says: Any) -> None:
     there = Repository(private=True)
-    there.branches["main"] |= {"model.safetensors": b"old", "README.md": b"old", "notes.txt": b"mine"}
+    there.branches["main"] |= {"model.safetensors": b"old", "README.md": b"old", "notes.txt": b"mine", "in/x.bin": b""}
     hub.repositories["me/mine"] = there
     code, _, error = halfbyte_says("push", run, "me/mine")
     assert code == 2 and "me/mine holds other weights (model.safetensors)" in error and "--revision" in error

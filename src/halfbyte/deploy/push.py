@@ -89,7 +89,8 @@ def push(
         if is_private == public:
             raise InputError(_other_visibility(repo_id, is_private))
         going = {upload.name for upload in parcel.uploads}
-        other = [name for name in names - going if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        at_root = {name for name in names - going if "/" not in name}
+        other = [name for name in at_root if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
         if other and parcel.kind != "gguf":
             raise InputError(
                 f"{repo_id} holds other weights ({named(sorted(other))}), which would be opened beside these or "
