@@ -36,6 +36,7 @@ from halfbyte.cli import (
     machine,
     merge,
     models,
+    push,
     qlora,
     resume,
     run,
@@ -76,6 +77,7 @@ app.command()(classify.classify)
 app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(merge.merge)
+app.command()(push.push)
 app.command()(audit.audit)
 app.add_typer(adapters, name="adapter")
 for made in (adapter.info, adapter.truncate, adapter.combine, adapter.convert, adapter.diff):

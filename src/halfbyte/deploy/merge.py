@@ -139,7 +139,7 @@ def merge(
                 "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
             )
             form += f", in {to}" + (f", its codes {ROUNDED[rounding]}" if rounding else "")
-            write_card(folder, model.adapter, model.base.place, model.base.folder, form)
+            write_card(folder, model.adapter, model.base.named, model.base.folder, form)
     except Locked as error:
         raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized, rounding)

@@ -187,7 +187,8 @@ class Fingerprint:
 
     def called(self, model: str) -> "Fingerprint":
         """Return it with the model's name: of a path the last part, since adapters are given away."""
-        return replace(self, model=Path(model).name if Path(model).is_absolute() else model, files={})
+        path = Path(model).expanduser()
+        return replace(self, model=path.absolute().name if path.exists() else model, files={})
 
 
 def dense_digest(tensor: Tensor) -> str:
