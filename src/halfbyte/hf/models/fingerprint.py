@@ -43,6 +43,8 @@ VERSION = 1
 DENSE = "dense"
 THEIRS = "-file"
 DIGITS = 16
+THREADS = 4
+"""So many tensors at most are hashed at a time, and are in memory where they are not mapped."""
 CHUNK = 1 << 24
 """Values that are converted at a time."""
 
@@ -289,14 +291,14 @@ class Rows:
     """Collects rows whose digests are made in threads, beside what else is done with the tensors. A context manager."""
 
     def __init__(self) -> None:
-        self._threads = max(1, torch.get_num_threads())
+        self._threads = min(THREADS, torch.get_num_threads())
         self._pool = ThreadPoolExecutor(self._threads)
         self._made: dict[str, tuple[tuple[int, ...], Future[dict[str, str]]]] = {}
         self._pending: deque[Future[dict[str, str]]] = deque()
 
     def add(self, name: str, shape: Sequence[int], make: Callable[[], dict[str, str]]) -> None:
         """Take a tensor, whose digests ``make`` returns; wait where many are being made."""
-        if len(self._pending) > 2 * self._threads:
+        if len(self._pending) >= self._threads:
             self._pending.popleft().result()
         future = self._pool.submit(make)
         self._pending.append(future)
