@@ -56,6 +56,12 @@ Onto = Literal["quantized", "original"]
 """What an adapter is merged onto: the weights that it was trained over, or those before they were quantized."""
 MergeType = Literal["bf16", "fp16", "fp32"]
 """What a merged model's weights are in."""
+GgufType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s",
+]  # fmt: skip
+"""What the matrices of a GGUF file are in, by llama.cpp's names; those with a k need llama.cpp itself."""
+GgufAdapterType = Literal["f32", "f16", "bf16"]
+"""What an adapter in GGUF is in."""
 
 CombineMethod = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 """How several adapters become one; see :mod:`halfbyte.deploy.adapters`."""
@@ -87,6 +93,8 @@ QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 BITSANDBYTES_TYPES = ("nf4", "fp4")
 """4-bit formats that bitsandbytes' files have a name for."""
 FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)
+GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+GGUF_ADAPTER_TYPES: tuple[str, ...] = get_args(GgufAdapterType)
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 
 BLOCKSIZES = range(32, 4097)

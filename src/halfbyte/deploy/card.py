@@ -30,18 +30,29 @@ PIPELINES = {"lm": "text-generation", "classify": "text-classification", "seq2se
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 
-def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str) -> None:
+def write_card(
+    folder: Path,
+    adapter: Path | None,
+    base: Place,
+    source: Path,
+    form: str,
+    *,
+    use: str | None = None,
+    library: str = "transformers",
+) -> None:
     """Write the card of a model.
 
     Args:
         folder: of the model.
-        adapter: the run's folder, or that of an adapter of which no run is known.
+        adapter: the run's folder, or that of an adapter of which no run is known; None of a model without one.
         base: where the base model is.
         source: the folder with the base's files.
         form: what was made, as part of a sentence.
+        use: how to run it, in Markdown; None tells it for transformers.
+        library: what opens it, as hubs call it.
     """
     run = None
-    if is_run(adapter):
+    if adapter is not None and is_run(adapter):
         try:
             run = read_run(adapter)
         except InputError:
@@ -51,7 +62,7 @@ def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str
         base_model=None if base.is_folder else base.path,
         base_model_relation=None if base.is_folder else "finetune",
         license=licence_of(source),
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=PIPELINES.get(str(run.options.get("task", "lm")) if run else "lm"),
         tags=["qlora", "lora", "halfbyte"],
     )
@@ -64,7 +75,7 @@ def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str
         parts.append(f"The base's licence is in `{there}`.")
     if run:
         parts += list(_of_run(run))
-    parts += ["## Use", _code("python", _use(folder.name, run))]
+    parts += ["## Use", use or _code("python", _use(folder.name, run))]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

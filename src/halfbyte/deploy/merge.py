@@ -15,12 +15,11 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.choices import MergeType, Onto
-from halfbyte.deploy.card import CARD, write_card
+from halfbyte.deploy.card import write_card
 from halfbyte.errors import InputError, size_text
 from halfbyte.files import absolute, growing_folder, repair
-from halfbyte.hf.models.adapter_files import BESIDE
+from halfbyte.hf.models.dense import copy_beside
 from halfbyte.hf.models.merging import Merged
-from halfbyte.hf.models.quantize_files import copy_others
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
 
@@ -87,10 +86,7 @@ def merge(
     try:
         with growing_folder(output, json.dumps(about)) as folder:
             nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
-            copy_others(model.base.place, model.base.folder, folder, (CARD, "adapter_config.json", "converted.json"))
-            for name in BESIDE:
-                if (model.adapter / name).is_file():
-                    shutil.copy(model.adapter / name, folder)
+            copy_beside(model, folder)
             model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
             model.config.architectures = [model.architecture]
             model.config.save_pretrained(folder)

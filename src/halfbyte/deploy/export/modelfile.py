@@ -1,0 +1,204 @@
+"""A Modelfile for Ollama: where the model is, how a conversation becomes text, where an answer ends.
+
+Ollama (template/template.go) renders conversations by Go's text/template. A chat template of a GGUF file it takes for
+the one of its own that is nearest; where none is near, a conversation is its messages' text and nothing else. So the
+template is written here: it is read off from what the model's own renders for conversations of marks,
+
+    with or without a system turn:  before the first user's text
+    user, assistant:                before and behind a text
+    generation                      behind the last user's turn
+
+and tried on longer ones. A template that writes anything else (one that drops what was thought in earlier turns, say)
+has no such form; then the file says so, and llama.cpp's own programs render the template in the GGUF file.
+
+Ollama puts the first token before the text itself, so that is left out.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+PARAMETERS = {
+    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}  # fmt: skip
+"""transformers' generation settings, and Ollama's names for them."""
+SYSTEM, USER, ANSWER = "system", "user", "assistant"
+TRIED = ((USER,), (SYSTEM, USER), (USER, ANSWER, USER), (SYSTEM, USER, ANSWER, USER), (USER, ANSWER) * 2 + (USER,))
+NO_TEMPLATE = (
+    "# The model's chat template has no counterpart in Ollama's language, so there is none here: llama-server --jinja\n"
+    "# and llama-cli --jinja render the one in the GGUF file."
+)
+DATED = "# The chat template writes the date; the one of this export stands here."
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template writes around texts.
+
+    Attributes:
+        system: before and behind the system text; None where there can be none.
+        first: before the first user's text, where there is no system text.
+        user: before any later user's text, and behind any.
+        answer: before an answer, and behind one that is not the last.
+        generation: before the answer to come.
+    """
+
+    system: tuple[str, str] | None
+    first: str
+    user: tuple[str, str]
+    answer: tuple[str, str]
+    generation: str
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Return the text of a conversation that ends with a user's turn."""
+        text = self.first
+        is_first = True
+        for i, message in enumerate(messages):
+            content, last = message["content"], i == len(messages) - 1
+            if message["role"] == SYSTEM:
+                assert self.system is not None
+                text = content.join(self.system)
+            elif message["role"] == USER:
+                text += ("" if is_first else self.user[0]) + content + self.user[1] + (self.generation if last else "")
+                is_first = False
+            else:
+                text += self.answer[0] + content + ("" if last else self.answer[1])
+        return text
+
+    def template(self) -> str:
+        """Return the same in Go's language."""
+        first = _go(self.first)
+        if self.system is not None:
+            before, behind = self.system
+            first = f"{{{{ if .System }}}}{_go(before)}{{{{ .System }}}}{_go(behind)}{{{{ else }}}}{first}{{{{ end }}}}"
+        return (
+            "{{- $first := true }}"
+            f"{first}"
+            "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}"
+            '{{- if eq .Role "user" }}'
+            f"{{{{ if not $first }}}}{_go(self.user[0])}{{{{ end }}}}{{{{- $first = false }}}}"
+            f"{{{{ .Content }}}}{_go(self.user[1])}{{{{ if $last }}}}{_go(self.generation)}{{{{ end }}}}"
+            '{{- else if eq .Role "assistant" }}'
+            f"{_go(self.answer[0])}{{{{ .Content }}}}{{{{ if not $last }}}}{_go(self.answer[1])}{{{{ end }}}}"
+            "{{- end }}{{- end }}"
+        )
+
+
+def turns_of(tokenizer: PreTrainedTokenizerBase, begins: bool) -> Turns | None:
+    """Return what the tokenizer's chat template writes around texts; None where it is no such template.
+
+    Args:
+        tokenizer: with a template.
+        begins: whether the first token is put before texts anyway.
+    """
+    try:
+        return _read_off(tokenizer, begins)
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError):
+        return None  # it refuses such conversations, or its text lacks a mark
+
+
+def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: list[int], generation: Any, begins: bool) -> str:
+    """Return a Modelfile.
+
+    Args:
+        file: name of the GGUF file beside it.
+        tokenizer: of the model.
+        stops: tokens that end an answer.
+        generation: transformers' generation settings, or None.
+        begins: whether the file has the first token put before texts.
+    """
+    lines = [f"FROM ./{file}"]
+    turns = turns_of(tokenizer, begins) if tokenizer.chat_template else None
+    if turns is not None:
+        if "strftime_now" in str(tokenizer.chat_template):
+            lines.append(DATED)
+        lines.append(f'TEMPLATE """{turns.template()}"""')
+    elif tokenizer.chat_template:
+        lines.append(NO_TEMPLATE)
+    for token in stops:
+        lines.append(f"PARAMETER stop {_quoted(tokenizer.convert_ids_to_tokens(token))}")
+    given = generation.to_diff_dict() if generation is not None else {}
+    for name, theirs in PARAMETERS.items():
+        if isinstance(given.get(name), int | float):
+            lines.append(f"PARAMETER {theirs} {given[name]}")
+    return "\n".join(lines) + "\n"
+
+
+def _read_off(tokenizer: PreTrainedTokenizerBase, begins: bool) -> Turns | None:
+    def render(roles: tuple[str, ...], generation: bool = True) -> str:
+        text: str = tokenizer.apply_chat_template(_marked(roles), tokenize=False, add_generation_prompt=generation)
+        return text
+
+    begin = tokenizer.bos_token if begins and tokenizer.bos_token else ""
+    plain = render((USER,), generation=False)
+    first, behind_user = plain.split(_mark(USER, 0))
+    generation = render((USER,)).removeprefix(plain)
+    *_, between, after = _cut(render((USER, ANSWER, USER), generation=False), (USER, 0), (ANSWER, 0), (USER, 1))
+    opening = _cut(render((USER, ANSWER, USER), generation=False), (USER, 0), (ANSWER, 0))[1]
+    if not opening.startswith(behind_user) or after != behind_user:
+        return None
+    before_answer = opening.removeprefix(behind_user)
+    before_user = _common_end(between, first)
+    behind_answer = between.removesuffix(before_user) if before_user else between
+    system: tuple[str, str] | None = None
+    try:
+        before, behind, _ = _cut(render((SYSTEM, USER), generation=False), (SYSTEM, 0), (USER, 0))
+        system = (before.removeprefix(begin), behind)
+    except (TemplateError, ValueError):
+        pass  # there can be none
+    turns = Turns(
+        system, first.removeprefix(begin), (before_user, behind_user), (before_answer, behind_answer), generation
+    )
+    for roles in TRIED:
+        if SYSTEM in roles and system is None:
+            continue
+        if turns.render(_marked(roles)) != render(roles).removeprefix(begin):
+            return None
+    return turns
+
+
+def _common_end(between: str, first: str) -> str:
+    """Return the longest end of what is between an answer and a user's text that the first user's text has before it.
+
+    Where an answer ends is seen only if the conversation ends with it, and then nothing is to come behind it.
+    """
+    length = 0
+    while length < min(len(between), len(first)) and between[-1 - length] == first[-1 - length]:
+        length += 1
+    return between[len(between) - length :]
+
+
+def _marked(roles: tuple[str, ...]) -> list[dict[str, str]]:
+    counts: dict[str, int] = {}
+    messages = []
+    for role in roles:
+        number = counts.get(role, 0)
+        counts[role] = number + 1
+        messages.append({"role": role, "content": _mark(role, number)})
+    return messages
+
+
+def _mark(role: str, number: int) -> str:
+    return f"{role.upper()}-MARK-{number}-END"
+
+
+def _cut(text: str, *marks: tuple[str, int]) -> list[str]:
+    """Return the parts of a text between marks, each of which it has once."""
+    parts = []
+    for role, number in marks:
+        part, text = text.split(_mark(role, number))
+        parts.append(part)
+    return [*parts, text]
+
+
+def _go(text: str) -> str:
+    """Return a literal text in Go's language."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
