@@ -46,7 +46,7 @@ class Llama:
 
     def __init__(self, file: Path, context: int = 256, lora: Path | None = None) -> None:
         command = [sys.executable, str(Path(__file__).with_name("llama_process.py")), str(library_folder()), str(file)]
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [*command, str(context), *([str(lora)] if lora else [])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,

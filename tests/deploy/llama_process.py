@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
 CONTEXT, BATCH, FLASH, KEYS, VALUES = 0, 1, 13, 26, 27
 """Where ``llama_context_params`` of v0.5.0 has these, as 32-bit numbers: sizes, fused attention, types of the cache."""
 AUTO, OFF, FP16, FP32 = -1, 0, 1, 0
@@ -108,7 +107,8 @@ def piece(llama: Any, vocabulary: ctypes.c_void_p, token: int) -> bytes:
 
 
 def say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from llama import opened
+from made_tokenizers import bytes_cut
+from made_tokenizers import save as save_words
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -20,7 +23,7 @@ from halfbyte.hf import HalfbyteConfig
 from halfbyte.hf.layers.families import FAMILIES
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
 from halfbyte.hf.models.gguf_form.family import FORMS
-from llama import opened
+from halfbyte.hf.models.gguf_form.splits import WAYS
 
 F32, F16, TABLE = 1e-4, 3e-2, 3e-3
 """Bounds of the largest difference over the logits' standard deviation; with GELU, which llama.cpp has in a table."""
@@ -205,17 +208,16 @@ def test_our_reader_gives_the_file_s_values_back_bit_for_bit(
 
 
 @pytest.mark.filterwarnings("ignore:.*rounded a second time")
-def test_the_file_opens_in_halfbyte_again(tmp_path: Path, tiny_model_folder: Path, monkeypatch: Any) -> None:
+def test_the_file_opens_in_halfbyte_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
-    model = save("llama", tmp_path / "model", tiny_model_folder)
+    tokenizer = bytes_cut(WAYS[0])
+    model = AutoModelForCausalLM.from_pretrained(save_words(tokenizer, tmp_path / "model"), dtype=torch.bfloat16)
     copy = export_gguf(tmp_path / "model", tmp_path / "out", to="bf16")
-    again = halfbyte.load(copy.file, quantization_config=HalfbyteConfig(quant_type="int8"))
-    assert apart(logits(again, IDS), logits(model.to(torch.bfloat16), IDS)) < 0.5
-    words = halfbyte.load_tokenizer(copy.file)
-    assert (
-        words("Hi you", add_special_tokens=False).input_ids
-        == AutoTokenizer.from_pretrained(tmp_path / "model")("Hi you", add_special_tokens=False).input_ids
-    )
+    opened_again = halfbyte.load(copy.file, quantization_config=HalfbyteConfig(quant_type="int8"))
+    assert apart(logits(opened_again, IDS), logits(model, IDS)) < 0.2
+    again = halfbyte.load_tokenizer(copy.file)
+    for text in ("Hello world, it's 12", "<|im_start|>user\nhi<|im_end|>"):
+        assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

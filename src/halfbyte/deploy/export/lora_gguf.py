@@ -19,8 +19,8 @@ from torch import Tensor
 
 from halfbyte.choices import GgufAdapterType
 from halfbyte.deploy.card import write_card
-from halfbyte.deploy.export.gguf import HEADER, check_room, free_folder
 from halfbyte.deploy.export.ggml import HALF, kind_of, packed, packed_bytes
+from halfbyte.deploy.export.gguf import HEADER, check_room, free_folder
 from halfbyte.errors import InputError, named
 from halfbyte.files import whole_folder
 from halfbyte.hf.models.configs import config_at, model_class
@@ -31,6 +31,10 @@ from halfbyte.hf.models.loader import base_of_adapter
 from halfbyte.hf.models.low_rank import LowRankAdapter, Part, read_low_rank
 from halfbyte.hf.models.quantize_files import on_disk
 
+OF_BASE = ".base_layer.weight"
+"""What PEFT writes beside an adapter of the embedding or the head: the base's own."""
+TAKEN_OUT = ("pissa", "olora", "corda")
+"""Beginnings of PEFT's that change the base."""
 USE = """\
 With llama.cpp, over the base model as GGUF:
 
@@ -88,9 +92,9 @@ def export_lora_gguf(
     """
     output = free_folder(output, overwrite, "*.gguf")
     read = read_low_rank(adapter)
-    _check_kind(read, adapter)
     place = base_of_adapter(locate(adapter)) if base is None else locate(base)
     config = config_at(place, trust_remote_code)
+    _check_kind(read, adapter, config.get_text_config().vocab_size)
     form = form_of(config, model_class(config).__name__)
     names = Names(form, config.get_text_config())
     tied = config.get_text_config().tie_word_embeddings
@@ -119,22 +123,30 @@ def export_lora_gguf(
     return GgufAdapter(output, output / file.name, len(parts), nbytes)
 
 
-def _check_kind(read: LowRankAdapter, adapter: str | Path) -> None:
+def _check_kind(read: LowRankAdapter, adapter: str | Path, rows: int) -> None:
+    merged = "export the merged model (--format gguf)"
     if read.is_dora:
         raise InputError(
             f"{adapter} is DoRA, which GGUF has no words for; halfbyte adapter convert makes plain LoRA of it, or "
-            "export the merged model (--format gguf)."
+            f"{merged}."
         )
-    if read.others:
+    start = read.config.init_lora_weights
+    if isinstance(start, str) and start.startswith(TAKEN_OUT):
         raise InputError(
-            f"{adapter} has more than what LoRA adds to matrices ({named(sorted(read.others))}: biases, modules that "
-            "were saved whole or new tokens), which GGUF has no words for; export the merged model (--format gguf)."
+            f"{adapter} began with {start}, which PEFT took out of its base; halfbyte adapter convert makes plain LoRA "
+            f"of it, or {merged}."
         )
     embeddings = [name for name, part in read.parts.items() if part.is_embedding]
     if embeddings:
         raise InputError(
             f"{adapter} changes the embedding ({named(embeddings)}), which is not written as an adapter of llama.cpp's;"
-            " export the merged model (--format gguf)."
+            f" {merged}."
+        )
+    more = [name for name, x in read.others.items() if not (name.endswith(OF_BASE) and len(x) == rows)]
+    if more:
+        raise InputError(
+            f"{adapter} has more than what LoRA adds to matrices ({named(sorted(more))}: biases, modules that were "
+            f"saved whole or new tokens), which GGUF has no words for; {merged}."
         )
 
 
@@ -154,12 +166,12 @@ def _matrices(parts: Mapping[str, tuple[str, Part]], names: Names) -> tuple[floa
 
     llama.cpp multiplies by alpha / rank; of what the modules' own alphas are, the file has the one that most have.
     """
-    alphas = Counter(part.scaling * part.rank for _, part in parts.values())
-    alpha = alphas.most_common(1)[0][0]
+    alphas = Counter(part.scaling * part.rank for _, part in parts.values() if part.scaling)
+    alpha = alphas.most_common(1)[0][0] if alphas else 1.0  # of 0 llama.cpp would make 1
     found = {}
     for target, (module, part) in parts.items():
         b = names.ordered(plain_target(f"{module}.weight"), part.b)
-        rest = part.scaling * part.rank / alpha if alpha else 1.0
+        rest = part.scaling * part.rank / alpha
         found[f"{target}.lora_a"] = part.a
         found[f"{target}.lora_b"] = b if rest == 1.0 else b * rest
     return alpha, found

@@ -137,13 +137,14 @@ def _read_off(tokenizer: PreTrainedTokenizerBase, begins: bool) -> Turns | None:
     plain = render((USER,), generation=False)
     first, behind_user = plain.split(_mark(USER, 0))
     generation = render((USER,)).removeprefix(plain)
-    *_, between, after = _cut(render((USER, ANSWER, USER), generation=False), (USER, 0), (ANSWER, 0), (USER, 1))
-    opening = _cut(render((USER, ANSWER, USER), generation=False), (USER, 0), (ANSWER, 0))[1]
+    _, opening, between, after = _cut(render((USER, ANSWER, USER), generation=False), (USER, 0), (ANSWER, 0), (USER, 1))
     if not opening.startswith(behind_user) or after != behind_user:
         return None
     before_answer = opening.removeprefix(behind_user)
-    before_user = _common_end(between, first)
-    behind_answer = between.removesuffix(before_user) if before_user else between
+    behind_answer = _cut(render((USER, ANSWER), generation=False), (USER, 0), (ANSWER, 0))[2]
+    if not between.startswith(behind_answer):
+        behind_answer = between.removesuffix(_common_end(between, first))
+    before_user = between.removeprefix(behind_answer)
     system: tuple[str, str] | None = None
     try:
         before, behind, _ = _cut(render((SYSTEM, USER), generation=False), (SYSTEM, 0), (USER, 0))
@@ -162,10 +163,7 @@ def _read_off(tokenizer: PreTrainedTokenizerBase, begins: bool) -> Turns | None:
 
 
 def _common_end(between: str, first: str) -> str:
-    """Return the longest end of what is between an answer and a user's text that the first user's text has before it.
-
-    Where an answer ends is seen only if the conversation ends with it, and then nothing is to come behind it.
-    """
+    """Return the longest end of what is before a later user's text that is before the first user's too."""
     length = 0
     while length < min(len(between), len(first)) and between[-1 - length] == first[-1 - length]:
         length += 1
@@ -201,4 +199,4 @@ def _go(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return f'"{text}"'

@@ -35,19 +35,23 @@ CARDS = ("README.md", ADAPTER, "converted.json")
 
 
 class Dense(Protocol):
-    """A dense model whose tensors are made when they are asked for.
+    """A dense model whose tensors are made when they are asked for."""
 
-    Attributes:
-        adapter: the folder of the adapter that is in it, or None.
-        base: the weights of the base.
-        config: of the dense model.
-        tensors: what is to be made, by its name in the files.
-    """
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter that is in it, or None."""
 
-    adapter: Path | None
-    base: BaseWeights
-    config: Any
-    tensors: Mapping[str, Planned]
+    @property
+    def base(self) -> BaseWeights:
+        """The weights of the base."""
+
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+
+    @property
+    def tensors(self) -> Mapping[str, Planned]:
+        """What is to be made, by its name in the files."""
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
     default, dynamic    the base frequency; a dynamic scaling changes nothing within the context that the file names
     linear              with a factor
-    yarn                with factor, original length, and what cosines and sines are multiplied by; betas are the paper's
+    yarn                with factor, original length, and what cosines and sines are multiplied by; the paper's betas
     llama3              a factor for each frequency, as a tensor: what transformers divides the frequencies by
     longrope            two factors for each frequency, for short and for long contexts, as tensors
 

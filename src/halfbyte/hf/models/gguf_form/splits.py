@@ -65,6 +65,8 @@ WAYS = (
     Way("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
 )
 """Their rules are those of the published tokenizers, by which llama.cpp's were made."""
+WITHOUT_MARKS = ("tekken", "gpt-4o")
+"""Ways whose rules llama.cpp has without the marks that belong to a letter (tried: Hindi is cut otherwise)."""
 
 OTHERS = (
     "default", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "deepseek-llm", "falcon",
@@ -76,10 +78,11 @@ OTHERS = (
 """Other names that llama.cpp knows, and that may be given."""
 
 PROBE = (
-    "Hello World, it's 1 12 123 1234 12345678 tests.\n\n\nI'LL We'Ve DON'T he'd'll  two   three    four\t\ttabs \t mixed"
-    " \n \r\n windows\r\n\r\nLines \n\n  indented\n\tcode = foo_bar(x1, y22) + 3.14e-10; // /* a/b */\n"
-    "camelCase HTTPServer XMLHttp2Request naïve Ünïcödé e\u0301a\u0308 ﬁ 你好，世界。中文abc混合123テスト カタカナ 한국어 русский"
-    " العربية १२३ हिन्दी ภาษาไทย 🙂🙃👩‍👩‍👧 ₿$€£ ½²³ ⅷ «quoted» “curly” — dash… #hash @at &amp; <b>html</b>\n/path/to\n"
+    "Hello World, it's 1 12 123 1234 12345678 tests.\n\n\nI'LL We'Ve DON'T he'd'll  two   three    four\t\ttabs \t "
+    "mixed \n \r\n windows\r\n\r\nLines \n\n  indented\n\tcode = foo_bar(x1, y22) + 3.14e-10; // /* a/b */\n"
+    "camelCase HTTPServer XMLHttp2Request naïve Ünïcödé e\u0301a\u0308 ﬁ 你好，世界。中文abc混合123テスト カタカナ "
+    "한국어 русский العربية १२३ हिन्दी ภาษาไทย 🙂🙃👩‍👩‍👧 ₿$€£ ½²³ ⅷ «quoted» “curly” — dash… #hash @at &amp; <b>html</b>\n"
+    "/path/to\n"
     "(a)[b]{c}!!! ??? ... --- === '''code''' 's 't x's\u00a0nbsp\u2003em \u200bzero   "
 )
 """What is cut: cases in which the ways differ."""

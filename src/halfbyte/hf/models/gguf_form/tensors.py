@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
     Attributes:
         name: GGUF's.
-        shape: as torch has it, the longest way first in memory last.
+        shape: as torch has it; GGUF counts it backwards.
         read: returns it, fp32.
     """
 
@@ -46,7 +46,8 @@ def tensors(model: Dense, form: Form) -> list[Entry]:
     """
     text = model.config.get_text_config()
     names = Names(form, text)
-    places = {_plain(planned.target): name for name, planned in model.tensors.items() if not _is_seen(planned.target)}
+    targets = {name: planned.target for name, planned in model.tensors.items() if not _is_seen(planned.target)}
+    places = {plain_target(target): name for name, target in targets.items()}
     found, strange = {}, []
     for target, name in places.items():
         gguf = names.of(target)
@@ -98,11 +99,6 @@ class Names:
         return x.view(heads, 2, -1, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 
-def plain_target(target: str) -> str:
-    """Return a tensor's name as it is in a model that reads text alone."""
-    return _plain(target)
-
-
 def _entry(model: Dense, name: str, gguf: str, target: str, names: Names) -> Entry:
     shape = tuple(model.tensors[name].shape)
 
@@ -113,7 +109,8 @@ def _entry(model: Dense, name: str, gguf: str, target: str, names: Names) -> Ent
     return Entry(gguf, shape, read)
 
 
-def _plain(target: str) -> str:
+def plain_target(target: str) -> str:
+    """Return a tensor's name as it is in a model that reads text alone."""
     for prefix in PREFIXES:
         if target.startswith(prefix):
             rest = target.removeprefix(prefix)

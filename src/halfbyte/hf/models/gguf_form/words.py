@@ -12,6 +12,7 @@ ids of some texts than the tokenizer, that is said.
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.errors import InputError, named
-from halfbyte.hf.models.gguf_form.splits import PROBE, check_way, way_of
+from halfbyte.hf.models.gguf_form.splits import PROBE, WITHOUT_MARKS, check_way, way_of
 
 SPACE = "▁"
 NEVER = "[NONE] [NONE]"
@@ -172,11 +173,9 @@ def _tokens(
             is_a = TokenType.NORMAL
         tokens.append(token)
         types.append(int(is_a))
-    twice = {token for token in tokens if token in by_id.values()} if len(set(tokens)) != len(tokens) else set()
+    twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
     if twice:
-        seen: set[str] = set()
-        doubled = [token for token in tokens if token in seen or seen.add(token)]  # type: ignore[func-returns-value]
-        raise InputError(f"Two tokens are called {named(sorted(set(doubled)))}, and llama.cpp tells them by name.")
+        raise InputError(f"Two tokens are called {named(twice)}, and llama.cpp tells them by name.")
     if kind == "llama" and sum(_is_byte(token) for token in tokens) < 256:
         raise InputError(
             "The tokenizer has no tokens for single bytes (<0x00> to <0xFF>), without which llama.cpp cannot read "
@@ -224,7 +223,7 @@ def _flags(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]] | None:
-    held = tokenizer.chat_template
+    held: str | Mapping[str, str] | None = tokenizer.chat_template
     if isinstance(held, Mapping):
         return [{"name": name, "template": template} for name, template in held.items()]
     return held
@@ -258,14 +257,20 @@ def _spaces(words: Words, backend: Any, tokenizer: PreTrainedTokenizerBase) -> N
         return
     prefixed = bool(first) and first[0].startswith(SPACE)
     words.flags["add_space_prefix"] = prefixed
+    if not prefixed:
+        return
     special = next((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), None)
-    if prefixed and special and words.model == "llama":
-        behind = backend.encode(f"{special}a", add_special_tokens=False).tokens
-        if len(behind) > 1 and not behind[1].startswith(SPACE):
-            words.notes.append(
-                "llama.cpp puts a space before what follows a special token, and the tokenizer does not: the ids "
-                "behind special tokens differ by that space."
-            )
+    behind = backend.encode(f"{special}a", add_special_tokens=False).tokens if special else []
+    others = []
+    if backend.encode(" a", add_special_tokens=False).tokens == first:
+        others.append("a text that begins with one")
+    if words.model == "llama" and len(behind) > 1 and not behind[1].startswith(SPACE):
+        others.append("what follows a special token")
+    if others:
+        words.notes.append(
+            f"llama.cpp puts a space before {' and before '.join(others)}, and the tokenizer does not: the ids of these"
+            " differ by that space."
+        )
 
 
 def _notes(words: Words, backend: Any, about: Mapping[str, Any]) -> list[str]:
@@ -277,6 +282,8 @@ def _notes(words: Words, backend: Any, about: Mapping[str, Any]) -> list[str]:
                 "The tokenizer normalises texts before it cuts them, and llama.cpp takes them as they are: letters "
                 "that are put together from several characters may become other tokens."
             )
+    if words.pre in WITHOUT_MARKS:
+        found.append("llama.cpp cuts letters with marks of their own (as Hindi has them) otherwise than the tokenizer.")
     if words.model == "llama":
         missing = _unlisted(words, about["model"]["merges"])
         if missing:
