@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,25 @@ def test_turns_read_off_a_template_write_what_it_writes(template: str | None, ti
             assert turns.render(chat) == (wanted.removeprefix(tokenizer.bos_token) if begins else wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
+@pytest.mark.parametrize("template", [CHATML, FOLDED, None])
+def test_go_writes_what_the_template_writes(template: str | None, tiny_model_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.bos_token = "<|im_start|>"
+    if template:
+        tokenizer.chat_template = template
+    turns = turns_of(tokenizer, False)
+    assert turns is not None
+    asked = json.dumps({"template": turns.template(), "chats": CHATS})
+    command = ["go", "run", str(Path(__file__).with_name("ollama.go"))]
+    environment = os.environ | {"GOCACHE": str(tmp_path), "GOFLAGS": "-mod=mod"}
+    found = subprocess.run(command, input=asked, capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(found.stdout) == [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in CHATS
+    ]
+
+
 def test_a_template_that_rewrites_the_past_is_not_put_in_a_modelfile(tiny_model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     tokenizer.chat_template = FORGETTING
@@ -331,7 +351,7 @@ def test_the_modelfile_has_template_stops_and_settings(base: Path, tmp_path: Pat
     copy = export_gguf(base, tmp_path / "poet", to="q8_0")
     lines = (copy.folder / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./poet-q8_0.gguf"
-    assert lines[1].startswith('TEMPLATE """{{- $first := true }}') and lines[1].endswith('"""')
+    assert lines[1].startswith('TEMPLATE """{{ if .System }}{{ "<|im_start|>system') and lines[1].endswith('"""')
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert lines[2:] == [
         *(f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(i)}"' for i in (256, 257)),

@@ -3,14 +3,12 @@
 Which tensors get which bits is llama.cpp's to say (``llama_model_quantize``). It is looked for in this order:
 
     llama-quantize        the program, on the PATH
-    xllamacpp             the package of PyPI, whose shared library has the function
-    node-llama-cpp        the package of npm in the cache, where ``halfbyte bench decode`` puts it
+    node-llama-cpp        the package of npm in the cache, where ``halfbyte bench decode`` puts it too
 
 The library is called in a process of its own, since it ends the process where it fails.
 """
 
 import ctypes
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -22,6 +20,8 @@ from halfbyte.errors import InputError
 FTYPES = {"q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
 """llama.cpp's numbers (``llama_ftype``)."""
 PROGRAM = "llama-quantize"
+PACKAGES = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
+"""npm's, which hold llama.cpp v0.5.0 for Linux on x86."""
 PARAMETERS = 4096
 """Bytes that hold ``llama_model_quantize_params`` of any version: it begins with the threads and the type."""
 
@@ -33,12 +33,7 @@ def node_folder() -> Path:
 
 def library() -> Path | None:
     """Return llama.cpp's shared library, or None where there is none."""
-    spec = importlib.util.find_spec("xllamacpp")
-    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    places += [place.with_name("xllamacpp.libs") for place in places]
-    patterns = [(place, pattern) for place in places for pattern in ("xllamacpp*.so", "*llama*.so*")]
-    patterns.append((node_folder() / "node_modules/@node-llama-cpp", "*/bins/*/libllama.*so*"))
-    return next((file for place, pattern in patterns for file in sorted(place.glob(pattern))), None)
+    return next((node_folder() / "node_modules/@node-llama-cpp").glob("*/bins/*/libllama.*so*"), None)
 
 
 def check_quantizer(kind: str) -> None:
@@ -49,8 +44,9 @@ def check_quantizer(kind: str) -> None:
     """
     if shutil.which(PROGRAM) is None and library() is None:
         raise InputError(
-            f"{kind} is made by llama.cpp, which is not installed here: pip install xllamacpp, or export f16 and run "
-            f"{PROGRAM} MODEL-f16.gguf MODEL-{kind}.gguf {kind.upper()}"
+            f"{kind} is made by llama.cpp, which is not installed here: put its {PROGRAM} on the PATH, or run npm "
+            f"install --prefix {node_folder()} --ignore-scripts --omit=optional {' '.join(PACKAGES)}; or export f16, "
+            f"and where llama.cpp is run {PROGRAM} MODEL-f16.gguf MODEL-{kind}.gguf {kind.upper()}"
         )
 
 

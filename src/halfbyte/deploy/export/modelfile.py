@@ -4,12 +4,12 @@ Ollama (template/template.go) renders conversations by Go's text/template. A cha
 the one of its own that is nearest; where none is near, a conversation is its messages' text and nothing else. So the
 template is written here: it is read off from what the model's own renders for conversations of marks,
 
-    with or without a system turn:  before the first user's text
-    user, assistant:                before and behind a text
-    generation                      behind the last user's turn
+    with or without a system text:    what comes before the first user's text
+    within:                           what is between a user's text and its answer, between an answer and the next text
+    at the end:                       what is behind the last user's text, where the answer to come begins
 
-and tried on longer ones. A template that writes anything else (one that drops what was thought in earlier turns, say)
-has no such form; then the file says so, and llama.cpp's own programs render the template in the GGUF file.
+and tried on longer ones. A template that rewrites what it has written has no such form; then the file says so, and
+llama.cpp's own programs render the template in the GGUF file.
 
 Ollama puts the first token before the text itself, so that is left out.
 """
@@ -32,6 +32,7 @@ NO_TEMPLATE = (
     "# The model's chat template has no counterpart in Ollama's language, so there is none here: llama-server --jinja\n"
     "# and llama-cli --jinja render the one in the GGUF file."
 )
+NO_SYSTEM = "# The chat template takes no system text; one that is given is left out."
 DATED = "# The chat template writes the date; the one of this export stands here."
 
 
@@ -40,33 +41,31 @@ class Turns:
     """What a chat template writes around texts.
 
     Attributes:
-        system: before and behind the system text; None where there can be none.
+        system: before the system text, and between it and the first user's; None where there can be none.
         first: before the first user's text, where there is no system text.
-        user: before any later user's text, and behind any.
-        answer: before an answer, and behind one that is not the last.
-        generation: before the answer to come.
+        answered: between a user's text and its answer.
+        asked: between an answer and the next user's text.
+        generation: behind the last user's text.
     """
 
     system: tuple[str, str] | None
     first: str
-    user: tuple[str, str]
-    answer: tuple[str, str]
+    answered: str
+    asked: str
     generation: str
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """Return the text of a conversation that ends with a user's turn."""
         text = self.first
-        is_first = True
         for i, message in enumerate(messages):
             content, last = message["content"], i == len(messages) - 1
             if message["role"] == SYSTEM:
                 assert self.system is not None
                 text = content.join(self.system)
             elif message["role"] == USER:
-                text += ("" if is_first else self.user[0]) + content + self.user[1] + (self.generation if last else "")
-                is_first = False
+                text += content + (self.generation if last else self.answered)
             else:
-                text += self.answer[0] + content + ("" if last else self.answer[1])
+                text += content + self.asked
         return text
 
     def template(self) -> str:
@@ -76,14 +75,12 @@ class Turns:
             before, behind = self.system
             first = f"{{{{ if .System }}}}{_go(before)}{{{{ .System }}}}{_go(behind)}{{{{ else }}}}{first}{{{{ end }}}}"
         return (
-            "{{- $first := true }}"
             f"{first}"
             "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}"
-            '{{- if eq .Role "user" }}'
-            f"{{{{ if not $first }}}}{_go(self.user[0])}{{{{ end }}}}{{{{- $first = false }}}}"
-            f"{{{{ .Content }}}}{_go(self.user[1])}{{{{ if $last }}}}{_go(self.generation)}{{{{ end }}}}"
-            '{{- else if eq .Role "assistant" }}'
-            f"{_go(self.answer[0])}{{{{ .Content }}}}{{{{ if not $last }}}}{_go(self.answer[1])}{{{{ end }}}}"
+            '{{- if eq .Role "user" }}{{ .Content }}'
+            f"{{{{ if $last }}}}{_go(self.generation)}{{{{ else }}}}{_go(self.answered)}{{{{ end }}}}"
+            '{{- else if eq .Role "assistant" }}{{ .Content }}'
+            f"{{{{ if not $last }}}}{_go(self.asked)}{{{{ end }}}}"
             "{{- end }}{{- end }}"
         )
 
@@ -114,6 +111,8 @@ def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: list[int], g
     lines = [f"FROM ./{file}"]
     turns = turns_of(tokenizer, begins) if tokenizer.chat_template else None
     if turns is not None:
+        if turns.system is None:
+            lines.append(NO_SYSTEM)
         if "strftime_now" in str(tokenizer.chat_template):
             lines.append(DATED)
         lines.append(f'TEMPLATE """{turns.template()}"""')
@@ -129,45 +128,22 @@ def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: list[int], g
 
 
 def _read_off(tokenizer: PreTrainedTokenizerBase, begins: bool) -> Turns | None:
-    def render(roles: tuple[str, ...], generation: bool = True) -> str:
-        text: str = tokenizer.apply_chat_template(_marked(roles), tokenize=False, add_generation_prompt=generation)
-        return text
-
     begin = tokenizer.bos_token if begins and tokenizer.bos_token else ""
-    plain = render((USER,), generation=False)
-    first, behind_user = plain.split(_mark(USER, 0))
-    generation = render((USER,)).removeprefix(plain)
-    _, opening, between, after = _cut(render((USER, ANSWER, USER), generation=False), (USER, 0), (ANSWER, 0), (USER, 1))
-    if not opening.startswith(behind_user) or after != behind_user:
-        return None
-    before_answer = opening.removeprefix(behind_user)
-    behind_answer = _cut(render((USER, ANSWER), generation=False), (USER, 0), (ANSWER, 0))[2]
-    if not between.startswith(behind_answer):
-        behind_answer = between.removesuffix(_common_end(between, first))
-    before_user = between.removeprefix(behind_answer)
+
+    def render(*roles: str) -> str:
+        text: str = tokenizer.apply_chat_template(_marked(roles), tokenize=False, add_generation_prompt=True)
+        return text.removeprefix(begin)
+
+    first, answered, asked, generation = _cut(render(USER, ANSWER, USER), (USER, 0), (ANSWER, 0), (USER, 1))
     system: tuple[str, str] | None = None
     try:
-        before, behind, _ = _cut(render((SYSTEM, USER), generation=False), (SYSTEM, 0), (USER, 0))
-        system = (before.removeprefix(begin), behind)
+        before, behind, _ = _cut(render(SYSTEM, USER), (SYSTEM, 0), (USER, 0))
+        system = (before, behind)
     except (TemplateError, ValueError):
         pass  # there can be none
-    turns = Turns(
-        system, first.removeprefix(begin), (before_user, behind_user), (before_answer, behind_answer), generation
-    )
-    for roles in TRIED:
-        if SYSTEM in roles and system is None:
-            continue
-        if turns.render(_marked(roles)) != render(roles).removeprefix(begin):
-            return None
-    return turns
-
-
-def _common_end(between: str, first: str) -> str:
-    """Return the longest end of what is before a later user's text that is before the first user's too."""
-    length = 0
-    while length < min(len(between), len(first)) and between[-1 - length] == first[-1 - length]:
-        length += 1
-    return between[len(between) - length :]
+    turns = Turns(system, first, answered, asked, generation)
+    tried = [roles for roles in TRIED if system is not None or SYSTEM not in roles]
+    return turns if all(turns.render(_marked(roles)) == render(*roles) for roles in tried) else None
 
 
 def _marked(roles: tuple[str, ...]) -> list[dict[str, str]]:

@@ -81,7 +81,8 @@ PROBE = (
     "Hello World, it's 1 12 123 1234 12345678 tests.\n\n\nI'LL We'Ve DON'T he'd'll  two   three    four\t\ttabs \t "
     "mixed \n \r\n windows\r\n\r\nLines \n\n  indented\n\tcode = foo_bar(x1, y22) + 3.14e-10; // /* a/b */\n"
     "camelCase HTTPServer XMLHttp2Request naïve Ünïcödé e\u0301a\u0308 ﬁ 你好，世界。中文abc混合123テスト カタカナ "
-    "한국어 русский العربية १२३ हिन्दी ภาษาไทย 🙂🙃👩‍👩‍👧 ₿$€£ ½²³ ⅷ «quoted» “curly” — dash… #hash @at &amp; <b>html</b>\n"
+    "한국어 русский العربية १२३ हिन्दी ภาษาไทย 🙂🙃👩‍👩‍👧 ₿$€£ "
+    "½²³ ⅷ «quoted» “curly” — dash… #hash @at &amp; <b>html</b>\n"
     "/path/to\n"
     "(a)[b]{c}!!! ??? ... --- === '''code''' 's 't x's\u00a0nbsp\u2003em \u200bzero   "
 )
