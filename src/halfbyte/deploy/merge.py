@@ -4,9 +4,7 @@ Written tensor by tensor: in memory are the adapter and the tensor that is being
 goes on with the same command, from the last file of a gigabyte that was whole.
 """
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,12 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.choices import MergeType, Onto
-from halfbyte.deploy.card import CARD, write_card
-from halfbyte.errors import InputError, size_text
-from halfbyte.files import absolute, growing_folder, repair
-from halfbyte.hf.models.adapter_files import BESIDE
+from halfbyte.deploy.card import write_card
+from halfbyte.deploy.folders import check_apart, check_room, free_folder, stamp
+from halfbyte.errors import InputError
+from halfbyte.files import growing_folder
+from halfbyte.hf.models.dense import copy_beside, sources
 from halfbyte.hf.models.merging import Merged
-from halfbyte.hf.models.quantize_files import copy_others
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
 
@@ -71,26 +69,17 @@ def merge(
         InputError: there is no such adapter or base, they do not fit, a value is not finite or too large, the folder
             is in use, or the disk has no room.
     """
-    output = absolute(output)
-    repair(output)
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
-    if output.exists() and not (output / "config.json").is_file():
-        raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
+    output = free_folder(output, overwrite)
     model = Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code)
-    sources = [folder.resolve() for folder in (model.adapter, model.base.folder)]
-    if any(source.is_relative_to(output.resolve()) for source in sources):
-        raise InputError(f"The output folder {output} holds the adapter or the base itself; choose another.")
+    folders = sources(model)
+    check_apart(output, folders)
     sizes = model.sizes
-    _check_room(output, sum(sizes.values()))
-    about = {"version": __version__, "onto": onto, "to": to, "sources": [_stamp(source) for source in sources]}
+    check_room(output, sum(sizes.values()), "The merged model")
+    about = {"version": __version__, "onto": onto, "to": to, "sources": [stamp(folder) for folder in folders]}
     try:
         with growing_folder(output, json.dumps(about)) as folder:
             nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
-            copy_others(model.base.place, model.base.folder, folder, (CARD, "adapter_config.json", "converted.json"))
-            for name in BESIDE:
-                if (model.adapter / name).is_file():
-                    shutil.copy(model.adapter / name, folder)
+            copy_beside(model, folder)
             model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
             model.config.architectures = [model.architecture]
             model.config.save_pretrained(folder)
@@ -102,21 +91,3 @@ def merge(
         raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
 
-
-def _check_room(output: Path, needed: int) -> None:
-    parent = next(folder for folder in output.parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise InputError(
-            f"The merged model takes {size_text(needed)}, and {size_text(free)} are free in {parent}; free some space, "
-            "or name a folder on another disk."
-        )
-
-
-def _stamp(folder: Path) -> str:
-    """Return a digest of what files a folder has, and of which sizes and times."""
-    digest = hashlib.sha256(str(folder).encode())
-    for file in sorted(folder.iterdir()):
-        about = file.stat()
-        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
