@@ -57,6 +57,9 @@ Onto = Literal["quantized", "original"]
 MergeType = Literal["bf16", "fp16", "fp32"]
 """What a merged model's weights are in."""
 
+ExportFormat = Literal["hf", "mlx", "gptq", "awq"]
+"""What a model is exported to; see :mod:`halfbyte.deploy.export.formats`."""
+
 CombineMethod = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 """How several adapters become one; see :mod:`halfbyte.deploy.adapters`."""
 

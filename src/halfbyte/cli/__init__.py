@@ -31,6 +31,7 @@ from halfbyte.cli import (
     classify,
     convert,
     data,
+    export,
     generate,
     machine,
     merge,
@@ -75,6 +76,7 @@ app.command()(classify.classify)
 app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(merge.merge)
+app.command()(export.export)
 app.add_typer(adapters, name="adapter")
 for made in (adapter.info, adapter.truncate, adapter.combine, adapter.convert, adapter.diff):
     adapters.command()(made)

@@ -1,12 +1,20 @@
-"""The folder that a model is written to: what is looked at before anything is written, in a sentence where it fails."""
+"""The folder that a model is written to: what is looked at before, a sentence where it will not do, and the writing."""
 
 import hashlib
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from halfbyte import __version__
 from halfbyte.errors import InputError, check_writable, size_text
-from halfbyte.files import absolute, repair
+from halfbyte.files import absolute, growing_folder, repair
+from halfbyte.hf.models.dense import Dense, copy_beside, sources
+from halfbyte.hf.models.shards import write_shards
+from halfbyte.locks import Locked
 
 
 def free_folder(output: str | Path, overwrite: bool, holds: str = "config.json") -> Path:
@@ -69,3 +77,48 @@ def stamp(folder: Path) -> str:
         about = file.stat()
         digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def write_model(
+    model: Dense,
+    output: Path,
+    about: Mapping[str, Any],
+    *,
+    sizes: Mapping[str, int],
+    make: Callable[[str], Mapping[str, Tensor]],
+    finish: Callable[[Path], None],
+    what: str = "The exported model",
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write a model's weights, made one by one, and what lies beside them; the folder appears whole.
+
+    Who was interrupted goes on with the same arguments, from the last file of a gigabyte that was whole.
+
+    Args:
+        model: what is written.
+        output: as :func:`free_folder` gives it.
+        about: what decides the content, beside the model's own files; goes into JSON.
+        sizes: bytes of what is to be made, by names.
+        make: returns the tensors that one of these names stands for.
+        finish: writes configuration and card into the folder that it is given.
+        what: is written, as a sentence begins with it.
+        progress: called with names done and names in all.
+
+    Returns:
+        The bytes of all tensors.
+
+    Raises:
+        InputError: the folder is in use, the disk has no room, or a value is not finite.
+    """
+    folders = sources(model)
+    check_apart(output, folders)
+    check_room(output, sum(sizes.values()), what)
+    key = {"version": __version__, **about, "sources": [stamp(folder) for folder in folders]}
+    try:
+        with growing_folder(output, json.dumps(key)) as folder:
+            nbytes = write_shards(folder, sizes, make, progress)
+            copy_beside(model, folder)
+            finish(folder)
+    except Locked as error:
+        raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
+    return nbytes

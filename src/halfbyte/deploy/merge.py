@@ -4,23 +4,17 @@ Written tensor by tensor: in memory are the adapter and the tensor that is being
 goes on with the same command, from the last file of a gigabyte that was whole.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from halfbyte import __version__
 from halfbyte.choices import MergeType, Onto
 from halfbyte.deploy.card import write_card
-from halfbyte.deploy.folders import check_apart, check_room, free_folder, stamp
-from halfbyte.errors import InputError
-from halfbyte.files import growing_folder
-from halfbyte.hf.models.dense import copy_beside, sources
+from halfbyte.deploy.folders import free_folder, write_model
+from halfbyte.hf.models.dense import Dense
 from halfbyte.hf.models.merging import Merged
-from halfbyte.hf.models.shards import write_shards
-from halfbyte.locks import Locked
 
 DTYPES: dict[MergeType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,23 +65,45 @@ def merge(
     """
     output = free_folder(output, overwrite)
     model = Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code)
-    folders = sources(model)
-    check_apart(output, folders)
-    sizes = model.sizes
-    check_room(output, sum(sizes.values()), "The merged model")
-    about = {"version": __version__, "onto": onto, "to": to, "sources": [stamp(folder) for folder in folders]}
-    try:
-        with growing_folder(output, json.dumps(about)) as folder:
-            nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
-            copy_beside(model, folder)
-            model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
-            model.config.architectures = [model.architecture]
-            model.config.save_pretrained(folder)
-            form = "with an adapter merged onto " + (
-                "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
-            )
-            write_card(folder, model.adapter, model.base.place, model.base.folder, f"{form}, in {to}")
-    except Locked as error:
-        raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
+    return write_dense(model, output, onto, to, progress)
+
+
+def write_dense(
+    model: Dense, output: Path, onto: Onto, to: MergeType, progress: Callable[[int, int], None] | None = None
+) -> MergedCopy:
+    """Write a dense model as transformers opens it.
+
+    Args:
+        model: made for the dtype that ``to`` stands for.
+        output: as :func:`halfbyte.deploy.folders.free_folder` gives it.
+        onto, to, progress: as for :func:`merge`.
+
+    Raises:
+        InputError: as :func:`merge`.
+    """
+
+    def finish(folder: Path) -> None:
+        model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
+        model.config.architectures = [model.architecture]
+        model.config.save_pretrained(folder)
+        write_card(folder, model.adapter, model.base.place, model.base.folder, f"{form_of(model)}, in {to}")
+
+    nbytes = write_model(
+        model,
+        output,
+        {"onto": onto, "to": to},
+        sizes=model.sizes,
+        make=lambda name: {name: model.read(name)},
+        finish=finish,
+        what="The merged model" if model.adapter else "The dense model",
+        progress=progress,
+    )
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
 
+
+def form_of(model: Dense) -> str:
+    """Return what a dense model is made of, as part of a sentence."""
+    if model.adapter is None:
+        return "as what its quantized weights stand for" if model.base.is_quantized else "its weights as they lie"
+    which = "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
+    return f"with an adapter merged onto {which}"

@@ -1,0 +1,91 @@
+"""Export: one call for every format of :data:`halfbyte.deploy.export.formats.FORMATS`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from halfbyte.choices import ExportFormat, MergeType, Onto
+from halfbyte.deploy.export.calibrated import ROUNDS, Calibrated, write_calibrated
+from halfbyte.deploy.export.formats import settle
+from halfbyte.deploy.export.mlx import LONG, dtype_of, unheeded_window, write_mlx
+from halfbyte.deploy.folders import free_folder
+from halfbyte.deploy.merge import DTYPES, write_dense
+from halfbyte.hf.models.dense import dense_model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        nbytes: of the weights.
+        values: of the model's tensors, before they were quantized.
+        to: what they are in.
+        notes: what its user should know, a sentence each.
+    """
+
+    folder: Path
+    nbytes: int
+    values: int
+    to: str
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    run: str | Path,
+    output: str | Path,
+    *,
+    format: ExportFormat,
+    to: str | None = None,
+    onto: Onto = "quantized",
+    base: str | Path | None = None,
+    data: str | None = None,
+    rounds: int | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write a run, an adapter or a model in another program's form to the folder ``output``, which appears whole.
+
+    Args:
+        run: folder of a run, of a PEFT adapter or of a model; a GGUF file; or a hub id.
+        output: the new folder.
+        format: which program's.
+        to: what the weights are in; the format's own words, the first of which is the default.
+        onto: of an adapter, which weights of its base it is added to.
+        base: of an adapter, another place for its base than it names.
+        data: of ``gptq`` and ``awq``, rows to calibrate with; those that the run was trained on, if not given.
+        rounds: of ``gptq`` and ``awq``, how often each layer's rounding is tuned.
+        report: called with what is being done, done and all.
+        overwrite: replace a model that is there already.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        InputError: the options do not go together, there is no such model, the format cannot hold it, a package is
+            missing, a value is not finite, the folder is in use, or the disk has no room.
+    """
+    to = settle(format, to, {"data": data, "rounds": rounds})
+    output = free_folder(output, overwrite)
+    dtype = {"hf": DTYPES.get(cast(MergeType, to)), "mlx": dtype_of(to)}.get(format) or DTYPES["bf16"]
+    model = dense_model(run, onto, dtype, base=base, trust_remote_code=trust_remote_code)
+
+    def progress(done: int, total: int) -> None:
+        if report:
+            report("Writing", done, total)
+
+    notes: tuple[str, ...] = ()
+    match format:
+        case "hf":
+            nbytes = write_dense(model, output, onto, cast(MergeType, to), progress).nbytes
+        case "mlx":
+            nbytes = write_mlx(model, output, onto, to, progress)
+            window = unheeded_window(model)
+            notes = (LONG.format(window),) if window else ()
+        case "gptq" | "awq":
+            nbytes = write_calibrated(
+                model, output, cast(Calibrated, format), onto, data=data,
+                rounds=ROUNDS if rounds is None else rounds, report=report, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+    return Exported(output, nbytes, model.values, to, notes)
