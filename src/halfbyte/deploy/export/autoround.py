@@ -14,9 +14,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-PACKAGE = "auto_round"
 
 
 @dataclass(frozen=True)
@@ -72,21 +70,19 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(order.model, dtype=torch.bfloat16, **options)
     tokenizer = AutoTokenizer.from_pretrained(order.model, **options)
     ids = torch.from_numpy(np.load(order.blocks)).long()
-    how: dict[str, Any] = {"scheme": {"bits": 4, "group_size": order.group_size, "sym": order.form == "gptq"}}
-    tuned = SignRoundConfig(iters=order.rounds) if order.rounds else RTNConfig()
+    scheme = {"bits": 4, "group_size": order.group_size, "sym": order.form == "gptq", "data_type": "int", "act_bits": 16}
+    rounds = SignRoundConfig(iters=order.rounds) if order.rounds else RTNConfig()
     rounding = AutoRound(
         model,
         tokenizer,
-        scheme="W4A16" if order.form == "gptq" else "W4A16_ASYM",
-        group_size=order.group_size,
-        alg_configs=[AWQConfig(), tuned] if order.form == "awq" else tuned,
+        scheme=scheme,
+        alg_configs=[AWQConfig(), rounds] if order.form == "awq" else rounds,
         dataset=[{"input_ids": block[None], "attention_mask": torch.ones_like(block[None])} for block in ids],
         seqlen=ids.shape[1],
         nsamples=len(ids),
-        batch_size=1,
+        batch_size=min(4, len(ids)),
         device_map="cpu",
         enable_torch_compile=False,
-        **how,
     )
     rounding.quantize_and_save(order.output, format=f"auto_{order.form}")
 
