@@ -54,8 +54,10 @@ HeadType = Literal["int8", "nf4"]
 
 Onto = Literal["quantized", "original"]
 """What an adapter is merged onto: the weights that it was trained over, or those before they were quantized."""
-MergeType = Literal["bf16", "fp16", "fp32"]
+MergeType = Literal["bf16", "fp16", "fp32", "nf4"]
 """What a merged model's weights are in."""
+Rounding = Literal["outputs", "random", "original"]
+"""How sums become 4 bits; see :mod:`halfbyte.hf.models.four_bits`."""
 
 ExportFormat = Literal["hf", "mlx", "gptq", "awq"]
 """What a model is exported to; see :mod:`halfbyte.deploy.export.formats`."""

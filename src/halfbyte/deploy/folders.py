@@ -12,7 +12,7 @@ from torch import Tensor
 from halfbyte import __version__
 from halfbyte.errors import InputError, check_writable, size_text
 from halfbyte.files import absolute, growing_folder, repair
-from halfbyte.hf.models.dense import Dense, copy_beside, sources
+from halfbyte.hf.models.dense import Written, copy_beside, sources
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
 
@@ -80,7 +80,7 @@ def stamp(folder: Path) -> str:
 
 
 def write_model(
-    model: Dense,
+    model: Written,
     output: Path,
     about: Mapping[str, Any],
     *,

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,16 +23,18 @@ from torch import nn
 
 from halfbyte import __version__
 from halfbyte.choices import Onto
+from halfbyte.data import prepare
+from halfbyte.data.options import DataOptions
 from halfbyte.deploy.card import code, write_card
 from halfbyte.deploy.export.autoround import Order, environment
 from halfbyte.deploy.folders import check_apart, check_room, stamp
 from halfbyte.deploy.merge import form_of, write_dense
-from halfbyte.deploy.rows import blocks, rows_of_file, rows_of_run
 from halfbyte.errors import InputError
 from halfbyte.files import growing_folder
 from halfbyte.hf.models.dense import Dense, copy_beside, sources, tokenizer_of
 from halfbyte.hf.models.quantize_files import skeleton_of
 from halfbyte.locks import Locked
+from halfbyte.train.rows import rows_again
 
 Calibrated = Literal["gptq", "awq"]
 Report = Callable[[str, int, int], None]
@@ -81,7 +83,8 @@ def write_calibrated(
     """
     report = report or (lambda *_: None)
     group_size = _group_size(model, trust_remote_code)
-    ids = _blocks(model, data, trust_remote_code, report)
+    report("Reading", 0, 0)
+    ids = _blocks(model, data, trust_remote_code)
     folders = sources(model)
     check_apart(output, folders)
     check_room(output, 2 * sum(model.sizes.values()), "The model in 16 bits, which is made on the way, and the result")
@@ -139,24 +142,44 @@ def _group_size(model: Dense, trust_remote_code: bool) -> int:
     return found
 
 
-def _blocks(model: Dense, data: str | None, trust_remote_code: bool, report: Report) -> np.ndarray:
+def _blocks(model: Dense, data: str | None, trust_remote_code: bool) -> np.ndarray:
     """Return the token ids to calibrate with, int32 ``[blocks, length]``."""
-    tokenizer = tokenizer_of(model, trust_remote_code=trust_remote_code)
-
-    def progress(done: int, total: int) -> None:
-        report("Reading", done, total)
-
-    if data is not None:
-        rows = rows_of_file(data, str(model.base.place.path), tokenizer, progress)
-    elif model.adapter is not None:
-        rows = rows_of_run(model.adapter, tokenizer, progress)
+    files = None if data is None else [data]
+    if model.adapter is not None:
+        table = rows_again(model.adapter, files).train.rows
+    elif files is not None:
+        options = DataOptions(model=str(model.base.place.path), data=files)  # type: ignore[arg-type]  # validated
+        table = prepare(options, tokenizer_of(model, trust_remote_code=trust_remote_code)).train.rows
     else:
-        raise InputError(f"{model.base.place.path} is no run, so there is nothing to calibrate on; name rows: --data.")
+        raise InputError(
+            f"{model.base.place.path} is no run, so its data are not known; name rows to calibrate on (--data FILE)."
+        )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    ids = blocks(rows, min(LENGTH, longest), COUNT)
+    order = np.random.default_rng(0).permutation(len(table)).tolist()
+    ids = blocks((table[number]["input_ids"] for number in order), min(LENGTH, longest), COUNT)
     if ids.size < FEWEST:
         raise InputError(f"The data has {ids.size} tokens, too few to calibrate on; name more with --data.")
     return ids
+
+
+def blocks(rows: Iterable[Sequence[int]], length: int, count: int) -> np.ndarray:
+    """Lay rows one behind the other and cut them into equal lengths, as GPTQ's and AWQ's authors do.
+
+    Args:
+        rows: token ids.
+        length: of a block.
+        count: of blocks, at most.
+
+    Returns:
+        int32 ``[blocks, length]``; of rows that do not fill one block, one that is shorter.
+    """
+    flat: list[int] = []
+    for row in rows:
+        flat += row
+        if len(flat) >= length * count:
+            break
+    ids = np.array(flat[: length * count], np.int32)
+    return ids[None] if len(ids) < length else ids[: len(ids) // length * length].reshape(-1, length)
 
 
 def _run(

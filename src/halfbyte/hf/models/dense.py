@@ -34,32 +34,40 @@ CARDS = ("README.md", ADAPTER, "converted.json")
 """Files beside a base that are not the exported model's."""
 
 
-class Dense(Protocol):
-    """A dense model whose tensors are made when they are asked for.
+class Written(Protocol):
+    """A model that is written to a folder.
 
     Attributes:
         adapter: the folder of the adapter that is in it, or None.
         base: the weights of the base.
-        config: of the dense model.
-        tensors: what is to be made, by its name in the files.
+        config: of the model.
     """
 
     adapter: Path | None
     base: BaseWeights
     config: Any
-    tensors: Mapping[str, Planned]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every tensor, by its name in the files."""
+    def architecture(self) -> str:
+        """The class that opens it."""
 
     @property
     def values(self) -> int:
         """Values of all tensors."""
 
     @property
-    def architecture(self) -> str:
-        """The class that opens it."""
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor, by its name in the files."""
+
+
+class Dense(Written, Protocol):
+    """A dense model whose tensors are made when they are asked for.
+
+    Attributes:
+        tensors: what is to be made, by its name in the files.
+    """
+
+    tensors: Mapping[str, Planned]
 
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``, rounded.
@@ -158,12 +166,12 @@ def dense_model(
     return Plain(place, dtype, trust_remote_code=trust_remote_code)
 
 
-def sources(model: Dense) -> list[Path]:
+def sources(model: Written) -> list[Path]:
     """Return the folders that a dense model is made of."""
     return [folder for folder in (model.adapter, model.base.folder) if folder is not None]
 
 
-def copy_beside(model: Dense, folder: Path) -> None:
+def copy_beside(model: Written, folder: Path) -> None:
     """Copy what lies beside the weights: tokenizer, template, generation settings, licence, code."""
     copy_others(model.base.place, model.base.folder, folder, CARDS)
     for name in BESIDE:
@@ -172,14 +180,14 @@ def copy_beside(model: Dense, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def beside(model: Dense) -> Iterator[Path]:
+def beside(model: Written) -> Iterator[Path]:
     """Yield a temporary folder with all that lies beside the weights (:func:`copy_beside`)."""
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder:
         copy_beside(model, Path(folder))
         yield Path(folder)
 
 
-def tokenizer_of(model: Dense, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Written, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Open the tokenizer that goes with the model.
 
     Raises:
