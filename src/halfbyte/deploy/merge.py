@@ -95,8 +95,9 @@ def merge(
     _check_options(onto, to, rounding=rounding, data=data, tokens=tokens, seed=seed)
     output = free_folder(output, overwrite)
     if to != "nf4":
-        return write_dense(Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code), output, onto, to,
-                           progress)
+        return write_dense(
+            Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code), output, onto, to, progress
+        )
     rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0)
     model = In4Bits(run, rounding, texts, original=base, seed=seed or 0, trust_remote_code=trust_remote_code)
     seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
@@ -152,9 +153,7 @@ def _write(
         write_card(folder, model.adapter, model.base.place, model.base.folder, form)
 
     what = "The merged model" if model.adapter else "The dense model"
-    return write_model(
-        model, output, about, sizes=model.sizes, make=make, finish=finish, what=what, progress=progress
-    )
+    return write_model(model, output, about, sizes=model.sizes, make=make, finish=finish, what=what, progress=progress)
 
 
 def _check_options(onto: Onto, to: MergeType, **given: Any) -> None:
@@ -192,4 +191,3 @@ def _texts(
             "random)."
         ) from error
     return rounding, some_texts(rows.train, tokens, seed)
-

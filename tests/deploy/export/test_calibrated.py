@@ -24,7 +24,9 @@ from halfbyte.runs.config import TrainConfig
 from halfbyte.train import fine_tune
 
 auto_round = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import importlib.util as u; u.find_spec('auto_round') or exit(1)"]).returncode
+    subprocess.run(
+        [sys.executable, "-c", "import importlib.util as u; u.find_spec('auto_round') or exit(1)"]
+    ).returncode
     != 0,
     reason="auto-round is not installed",
 )
@@ -108,9 +110,10 @@ def test_it_opens_in_transformers_and_here_and_leaves_nothing_else(
     assert not names & {"work", "adapter_config.json", "summary.json"}
     about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert about["quant_method"] == form and about["bits"] == 4 and about["group_size"] == 64
-    text = "".join(file.read_text() for file in (tmp_path / "out").glob("*.json")) + (
-        tmp_path / "out" / "README.md"
-    ).read_text()
+    text = (
+        "".join(file.read_text() for file in (tmp_path / "out").glob("*.json"))
+        + (tmp_path / "out" / "README.md").read_text()
+    )
     assert str(tmp_path) not in text and str(run.parent) not in text and "rows that the run was trained on" in text
     held = load_file(tmp_path / "out" / "model.safetensors")
     assert sum(name.endswith(".qweight") for name in held) == 14

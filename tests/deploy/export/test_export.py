@@ -25,6 +25,7 @@ Invoke = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Invoke:
     def invoke(*arguments: Any) -> tuple[int, str, str]:
+        capfd.readouterr()
         monkeypatch.setattr("sys.argv", ["halfbyte", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             cli.main()
@@ -65,9 +66,10 @@ def test_the_card_says_how_to_run_this_format_and_what_it_costs(
     assert about["library_name"] == "mlx" and "mlx" in about["tags"] and "base_model" not in about
     use = body.partition("## Use")[2]
     assert "from mlx_lm import generate, load" in use and 'load("out")' in use and "transformers" not in use
-    weights, base = load_file(tmp_path / "out" / "model.safetensors"), merge(
-        tmp_path / "adapter", tmp_path / "merged"
-    ).folder
+    weights, base = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        merge(tmp_path / "adapter", tmp_path / "merged").folder,
+    )
     from halfbyte.deploy.export.affine import Affine, dequantize
 
     apart = size = 0.0
@@ -140,9 +142,7 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(
     export(adapter, out, format=format, base=wide_model_folder, overwrite=True)
 
 
-def test_a_folder_that_another_process_writes_is_told(
-    adapted: Any, wide_model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_folder_that_another_process_writes_is_told(adapted: Any, wide_model_folder: Path, tmp_path: Path) -> None:
     adapter, told = adapted(wide_model_folder), []
 
     def report(*_: Any) -> None:

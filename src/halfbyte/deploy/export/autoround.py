@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
-
 @dataclass(frozen=True)
 class Order:
     """What is to be made.
@@ -70,7 +69,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(order.model, dtype=torch.bfloat16, **options)
     tokenizer = AutoTokenizer.from_pretrained(order.model, **options)
     ids = torch.from_numpy(np.load(order.blocks)).long()
-    scheme = {"bits": 4, "group_size": order.group_size, "sym": order.form == "gptq", "data_type": "int", "act_bits": 16}
+    scheme = {
+        "bits": 4,
+        "group_size": order.group_size,
+        "sym": order.form == "gptq",
+        "data_type": "int",
+        "act_bits": 16,
+    }
     rounds = SignRoundConfig(iters=order.rounds) if order.rounds else RTNConfig()
     rounding = AutoRound(
         model,

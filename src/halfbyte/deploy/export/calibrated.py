@@ -127,9 +127,7 @@ def _group_size(model: Dense, trust_remote_code: bool) -> int:
             f"{model.architecture} is no causal language model, and GPTQ and AWQ are for those; take --format hf."
         )
     head: Any = skeleton.get_output_embeddings()
-    widths = {
-        layer.in_features for layer in skeleton.modules() if isinstance(layer, nn.Linear) and layer is not head
-    }
+    widths = {layer.in_features for layer in skeleton.modules() if isinstance(layer, nn.Linear) and layer is not head}
     if not widths:
         raise InputError(f"{model.architecture} has no layers of torch's Linear, which auto-round quantizes.")
     found = next((size for size in GROUP_SIZES if all(width % size == 0 for width in widths)), None)
@@ -190,9 +188,7 @@ def _run(
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir()
     np.save(room / "blocks.npy", ids)
-    order = Order(
-        str(merged), str(room / "blocks.npy"), str(room / "made"), form, size, rounds, trusted, os.getpid()
-    )
+    order = Order(str(merged), str(room / "blocks.npy"), str(room / "made"), form, size, rounds, trusted, os.getpid())
     order.write(room / "order.json")
     command = [sys.executable, "-W", "ignore", "-m", "halfbyte.deploy.export.autoround", str(room / "order.json")]
     said: deque[str] = deque(maxlen=TOLD)

@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(),
     "SmolLM3ForCausalLM": Family(biases=True),
     "Phi3ForCausalLM": Family(ropes=("default",)),
-    "GemmaForCausalLM": Family(GELU, ropes=("default",)),
+    "GemmaForCausalLM": Family(GELU, ropes=("default",)),  # with GELU itself, not its approximation by tanh
     "Gemma2ForCausalLM": Family(GELU, ropes=("default",)),
     "Gemma3ForCausalLM": Family(GELU, windows=True, uncapped=CAPS),
     "Olmo2ForCausalLM": Family(),
