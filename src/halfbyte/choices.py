@@ -59,7 +59,7 @@ MergeType = Literal["bf16", "fp16", "fp32", "nf4"]
 Rounding = Literal["outputs", "random", "original"]
 """How sums become 4 bits; see :mod:`halfbyte.hf.models.four_bits`."""
 
-ExportFormat = Literal["hf", "mlx", "gptq", "awq"]
+ExportFormat = Literal["hf", "bnb-4bit", "mlx", "gptq", "awq"]
 """What a model is exported to; see :mod:`halfbyte.deploy.export.formats`."""
 
 CombineMethod = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]

@@ -21,8 +21,8 @@ def export(
     format: Annotated[
         choices.ExportFormat,
         typer.Option(
-            help="hf: transformers, vLLM and most others; mlx: mlx-lm, on Macs; gptq, awq: 4 bits for GPU servers, "
-            "calibrated (need halfbyte[autoround])."
+            help="hf: transformers, vLLM and most others; bnb-4bit: the same in bitsandbytes' NF4; mlx: mlx-lm, on "
+            "Macs; gptq, awq: 4 bits for GPU servers (need halfbyte[autoround])."
         ),
     ],
     to: Annotated[
@@ -41,7 +41,15 @@ def export(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Of gptq and awq: rows to calibrate on, named as for training.  [default: what the run was trained on]"
+            help="Of bnb-4bit, gptq and awq: rows to calibrate on, named as for training.  [default: what the run was "
+            "trained on]"
+        ),
+    ] = None,
+    rounding: Annotated[
+        choices.Rounding | None,
+        typer.Option(
+            help="Of bnb-4bit: how codes are chosen, as in halfbyte merge.  [default: outputs where there is data, or "
+            "else random]"
         ),
     ] = None,
     rounds: Annotated[
@@ -55,7 +63,7 @@ def export(
 
     An adapter is merged into its base on the way. docs/exporting.md has a table of the formats.
     """
-    settle(format, to, {"data": data, "rounds": rounds})
+    settle(format, to, {"data": data, "rounds": rounds, "rounding": rounding})
     with quiet(), bar("{task.description}") as progress:
         from halfbyte.deploy.export.exporting import export as exported
 
@@ -69,6 +77,7 @@ def export(
             base=base,
             data=data,
             rounds=rounds,
+            rounding=rounding,
             report=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,

@@ -38,6 +38,7 @@ def write_card(
     form: str,
     *,
     use: str | None = None,
+    packages: str | None = None,
     library: str = "transformers",
     quantized: bool = False,
     tags: Sequence[str] = (),
@@ -52,6 +53,7 @@ def write_card(
         source: the folder with the base's files.
         form: what was made, as part of a sentence.
         use: how it is run, as Markdown; None is with transformers' pipeline.
+        packages: that this takes beside transformers, as pip has them.
         library: that opens it, by the hub's names.
         quantized: whether it has fewer than 16 bits.
         tags: more of them.
@@ -83,7 +85,10 @@ def write_card(
     if run:
         parts += list(_of_run(run))
     parts += [f"## {title}\n\n{text}" for title, text in (sections or {}).items()]
-    parts += ["## Use", use or code("python", _use(folder.name, run))]
+    parts.append("## Use")
+    if packages:
+        parts.append(f"With `pip install {packages}`:")
+    parts.append(use or code("python", _use(folder.name, run)))
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

@@ -132,7 +132,7 @@ def write_dense(
 def form_of(model: Written) -> str:
     """Return what a model is made of, as part of a sentence."""
     if model.adapter is None:
-        return "as what its quantized weights stand for" if model.base.is_quantized else "its weights as they lie"
+        return "as dense weights"
     which = "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
     return f"with an adapter merged onto {which}"
 
@@ -150,7 +150,8 @@ def _write(
         model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
         model.config.architectures = [model.architecture]
         model.config.save_pretrained(folder)
-        write_card(folder, model.adapter, model.base.place, model.base.folder, form)
+        packages = "bitsandbytes" if to == "nf4" else None
+        write_card(folder, model.adapter, model.base.place, model.base.folder, form, packages=packages)
 
     what = "The merged model" if model.adapter else "The dense model"
     return write_model(model, output, about, sizes=model.sizes, make=make, finish=finish, what=what, progress=progress)

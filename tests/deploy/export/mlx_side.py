@@ -1,8 +1,8 @@
 """Opens folders by mlx-lm alone, for the tests: their logits, or a greedy answer. A process of its own.
 
-    python mlx_side.py logits IDS.npy FOLDER ...      in fp32, of each row; to FOLDER.npy
-    python mlx_side.py answer IDS.npy FOLDER NEW      NEW tokens after the first row; to FOLDER.npy
-    python mlx_side.py convert FOLDER OUT BITS        as mlx_lm.convert does it; 16 bits are bf16
+python mlx_side.py logits IDS.npy FOLDER ...      in fp32, of each row; to FOLDER.npy
+python mlx_side.py answer IDS.npy FOLDER NEW      NEW tokens after the first row; to FOLDER.npy
+python mlx_side.py convert FOLDER OUT BITS        as mlx_lm.convert does it; 16 bits are bf16
 """
 
 import sys

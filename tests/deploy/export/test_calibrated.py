@@ -124,7 +124,7 @@ def test_it_opens_in_transformers_and_here_and_leaves_nothing_else(
         exact = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
     ours, theirs = by_halfbyte(tmp_path / "out", ids), by_auto_round(tmp_path / "out", ids)
     apart = (ours - exact).norm() / exact.norm()
-    assert 0.01 < apart < 0.5  # random weights have nothing that calibration could keep
+    assert 0.01 < apart < 0.75  # of random weights calibration can keep little; in a wrong order it is 1.4
     torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05 * float(ours.abs().max()))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run).chat_template

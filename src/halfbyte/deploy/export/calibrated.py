@@ -252,4 +252,8 @@ def _use(form: str, name: str) -> str:
         'answer = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(name))',
         'print(answer([{"role": "user", "content": "Your question"}]))',
     ]  # fmt: skip
-    return f"On a CPU or GPU, `pip install auto-round`:\n\n{code('python', chr(10).join(lines))}"
+    more = " auto-round-lib" if form == "awq" else ""  # plain torch computes GPTQ
+    return (
+        f"On a CPU with `pip install auto-round{more}`, on GPUs also in vLLM and others that read {form.upper()}:\n\n"
+        f"{code('python', chr(10).join(lines))}"
+    )

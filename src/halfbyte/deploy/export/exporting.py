@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from halfbyte.choices import ExportFormat, MergeType, Onto
+from halfbyte.choices import ExportFormat, MergeType, Onto, Rounding
+from halfbyte.deploy.card import write_card
 from halfbyte.deploy.export.calibrated import ROUNDS, Calibrated, write_calibrated
 from halfbyte.deploy.export.formats import settle
 from halfbyte.deploy.export.mlx import LONG, dtype_of, unheeded_window, write_mlx
 from halfbyte.deploy.folders import free_folder
-from halfbyte.deploy.merge import DTYPES, write_dense
-from halfbyte.hf.models.dense import dense_model
+from halfbyte.deploy.merge import DTYPES, merge, write_dense
+from halfbyte.errors import InputError
+from halfbyte.hf.models.dense import adapter_of, dense_model
+from halfbyte.hf.models.hub import locate
+from halfbyte.hf.models.quantize_files import on_disk, quantize_checkpoint
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def export(
     base: str | Path | None = None,
     data: str | None = None,
     rounds: int | None = None,
+    rounding: Rounding | None = None,
     report: Callable[[str, int, int], None] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -56,8 +61,9 @@ def export(
         to: what the weights are in; the format's own words, the first of which is the default.
         onto: of an adapter, which weights of its base it is added to.
         base: of an adapter, another place for its base than it names.
-        data: of ``gptq`` and ``awq``, rows to calibrate with; those that the run was trained on, if not given.
+        data: of ``gptq``, ``awq`` and ``bnb-4bit``, rows to calibrate with; None: those that the run was trained on.
         rounds: of ``gptq`` and ``awq``, how often each layer's rounding is tuned.
+        rounding: of ``bnb-4bit``, how codes are chosen; see :func:`halfbyte.deploy.merge.merge`.
         report: called with what is being done, done and all.
         overwrite: replace a model that is there already.
         trust_remote_code: run code that comes with the model.
@@ -66,15 +72,27 @@ def export(
         InputError: the options do not go together, there is no such model, the format cannot hold it, a package is
             missing, a value is not finite, the folder is in use, or the disk has no room.
     """
-    to = settle(format, to, {"data": data, "rounds": rounds})
-    output = free_folder(output, overwrite)
-    dtype = {"hf": DTYPES.get(cast(MergeType, to)), "mlx": dtype_of(to)}.get(format) or DTYPES["bf16"]
-    model = dense_model(run, onto, dtype, base=base, trust_remote_code=trust_remote_code)
+    to = settle(format, to, {"data": data, "rounds": rounds, "rounding": rounding})
 
     def progress(done: int, total: int) -> None:
         if report:
             report("Writing", done, total)
 
+    output = free_folder(output, overwrite)
+    if format == "bnb-4bit":
+        if adapter_of(locate(run)) is None:
+            if data is not None or rounding is not None or base is not None:
+                raise InputError(
+                    f"{run} has no adapter, so nothing was learnt that rounding could keep; give no options of that."
+                )
+            return _in_4_bits(run, output, progress, overwrite, trust_remote_code)
+        merged = merge(
+            run, output, onto=onto, to="nf4", base=base, rounding=rounding, data=None if data is None else [data],
+            progress=progress, overwrite=overwrite, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return Exported(output, merged.nbytes, merged.values, to)
+    dtype = {"hf": DTYPES.get(cast(MergeType, to)), "mlx": dtype_of(to)}.get(format) or DTYPES["bf16"]
+    model = dense_model(run, onto, dtype, base=base, trust_remote_code=trust_remote_code)
     notes: tuple[str, ...] = ()
     match format:
         case "hf":
@@ -89,3 +107,13 @@ def export(
                 rounds=ROUNDS if rounds is None else rounds, report=report, trust_remote_code=trust_remote_code,
             )  # fmt: skip
     return Exported(output, nbytes, model.values, to, notes)
+
+
+def _in_4_bits(
+    run: str | Path, output: Path, progress: Callable[[int, int], None], overwrite: bool, trust_remote_code: bool
+) -> Exported:
+    """Write a model without an adapter in NF4, with a card."""
+    copy = quantize_checkpoint(run, output, progress=progress, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    place = locate(run)
+    write_card(output, None, place, on_disk(place), "in bitsandbytes' NF4", packages="bitsandbytes", quantized=True)
+    return Exported(output, copy.bytes_after, copy.values, "nf4")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from halfbyte.choices import ExportFormat
-from halfbyte.errors import InputError, nearest
+from halfbyte.errors import InputError, named, nearest
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Format:
 CALIBRATED = frozenset({"data", "rounds"})
 FORMATS: dict[ExportFormat, Format] = {
     "hf": Format(("bf16", "fp16", "fp32")),
+    "bnb-4bit": Format(("nf4",), frozenset({"data", "rounding"})),
     "mlx": Format(("4bit", "8bit", "bf16", "fp16")),
     "gptq": Format(("4bit",), CALIBRATED, ("auto_round", "autoround")),
     "awq": Format(("4bit",), CALIBRATED, ("auto_round", "autoround")),
@@ -56,7 +57,7 @@ def settle(name: ExportFormat, to: str | None, options: Mapping[str, Any]) -> st
         raise InputError(f"--format {name} has no --to {to}{elsewhere}. It has {', '.join(form.to)}.")
     for option, value in options.items():
         if value is not None and option not in form.options:
-            having = " and ".join(other for other, one in FORMATS.items() if option in one.options)
+            having = named(other for other, one in FORMATS.items() if option in one.options)
             raise InputError(f"--{option} belongs to --format {having}, not to {name}; leave it out.")
     if form.needs and importlib.util.find_spec(form.needs[0]) is None:
         raise InputError(

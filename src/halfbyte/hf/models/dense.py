@@ -159,11 +159,17 @@ def dense_model(
         InputError: there is no such thing, or it cannot be read; or a base is named for what has no adapter.
     """
     place = locate(run)
-    if place.is_folder and place.gguf is None and (Path(place.path) / ADAPTER).is_file():
+    if adapter_of(place) is not None:
         return Merged(run, onto, dtype, base=base, trust_remote_code=trust_remote_code)
     if base is not None:
         raise InputError(f"{run} holds no adapter ({ADAPTER}), so there is no base to name for it; leave --base out.")
     return Plain(place, dtype, trust_remote_code=trust_remote_code)
+
+
+def adapter_of(place: Place) -> Path | None:
+    """Return the folder of the adapter that is at ``place``, or None."""
+    folder = Path(place.path)
+    return folder if place.is_folder and place.gguf is None and (folder / ADAPTER).is_file() else None
 
 
 def sources(model: Written) -> list[Path]:
