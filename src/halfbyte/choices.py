@@ -58,6 +58,8 @@ MergeType = Literal["bf16", "fp16", "fp32", "nf4"]
 """What a merged model's weights are in."""
 Rounding = Literal["outputs", "random", "original"]
 """How sums become 4 bits; see :mod:`halfbyte.hf.models.four_bits`."""
+Compared = Literal["nearest", "gptq"]
+"""Two more, which lose what was learnt and are there to be compared with."""
 
 ExportFormat = Literal["hf", "bnb-4bit", "mlx", "gptq", "awq"]
 """What a model is exported to; see :mod:`halfbyte.deploy.export.formats`."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.choices import MergeType, Onto, Rounding
+from halfbyte.choices import Compared, MergeType, Onto, Rounding
 from halfbyte.deploy.card import write_card
 from halfbyte.deploy.folders import free_folder, write_model
 from halfbyte.errors import InputError
@@ -31,10 +31,12 @@ DTYPES: dict[MergeType, torch.dtype] = {
 """Of what stays dense."""
 TOKENS = 8192
 """Of texts on which a layer's outputs are kept."""
-ROUNDED: dict[Rounding, str] = {
+ROUNDED: dict[Rounding | Compared, str] = {
     "outputs": "rounded so that each layer's outputs stay what they were",
     "random": "rounded at random to one of the two neighbours",
     "original": "the nearest ones of the original weights plus what was learnt",
+    "nearest": "the nearest ones, which loses most of what was learnt",
+    "gptq": "chosen by GPTQ, which loses some of what was learnt",
 }
 
 
@@ -54,7 +56,7 @@ class MergedCopy:
     values: int
     nbytes: int
     is_quantized: bool
-    rounding: Rounding | None = None
+    rounding: Rounding | Compared | None = None
 
 
 def merge(
@@ -64,7 +66,7 @@ def merge(
     onto: Onto = "quantized",
     to: MergeType = "bf16",
     base: str | Path | None = None,
-    rounding: Rounding | None = None,
+    rounding: Rounding | Compared | None = None,
     data: Sequence[str] | None = None,
     tokens: int | None = None,
     seed: int | None = None,
@@ -81,6 +83,7 @@ def merge(
         to: what the sums, made in fp32, are rounded to.
         base: another place for the base than the adapter names, such as the original of one that lies in 4 bits.
         rounding: of ``nf4``, how the codes are chosen; None: ``outputs`` where texts are at hand, or else ``random``.
+            ``nearest`` and ``gptq`` are there to be compared with.
         data: texts for ``outputs``, as a run's option of that name; None: those that the run was trained on.
         tokens: of these, so many; None: 8,192.
         seed: of which texts are taken and of what is drawn; None: 0.
@@ -174,13 +177,13 @@ def _check_options(onto: Onto, to: MergeType, **given: Any) -> None:
 
 
 def _texts(
-    run: str | Path, rounding: Rounding | None, data: Sequence[str] | None, tokens: int, seed: int
-) -> tuple[Rounding, list[Tensor]]:
+    run: str | Path, rounding: Rounding | Compared | None, data: Sequence[str] | None, tokens: int, seed: int
+) -> tuple[Rounding | Compared, list[Tensor]]:
     """Return the way of rounding, and the texts that it takes."""
     folder = Path(locate(run).path)
     if rounding is None:
         rounding = "outputs" if data or has_rows(folder) else "random"
-    if rounding != "outputs":
+    if rounding not in ("outputs", "gptq"):
         return rounding, []
     try:
         rows = rows_again(folder, None if data is None else list(data))

@@ -72,10 +72,9 @@ class Compensation:
         self._shift = None
         if rounded is not None:
             apart = (exact - rounded).T @ rounded
-            self._shift = torch.cholesky_solve(apart.T, torch.linalg.cholesky(second)).T
-        ordered = second[self.order][:, self.order]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-        self.factor = torch.linalg.cholesky(inverse, upper=True)
+            self._shift = torch.cholesky_solve(apart.T, _cholesky(second)).T
+        inverse = torch.cholesky_inverse(_cholesky(second[self.order][:, self.order]))
+        self.factor = _cholesky(inverse).T.contiguous()
 
     def target(self, weight: Tensor) -> Tensor:
         """Return W' of the weight T."""
@@ -102,6 +101,12 @@ def compensated(target: Tensor, grid: QuantizedWeight, inputs: Compensation) -> 
     codes = torch.empty_like(found)
     codes[order] = found
     return _packed(levels.codes(codes.T), grid)
+
+
+def _cholesky(x: Tensor) -> Tensor:
+    """Return L with L Lᵀ = x, by fp64 where fp32 does not do: some channels may be thousands of times the others."""
+    factor, failed = torch.linalg.cholesky_ex(x)
+    return torch.linalg.cholesky(x.double()).float() if failed else factor
 
 
 class _Levels:

@@ -54,6 +54,7 @@ def rows_again(adapter: Path, files: list[str] | None = None) -> data.Prepared:
     if folder.config.is_file():
         config = TrainConfig.from_yaml(folder.config, given)
     elif files is not None:
+        given |= {"output": adapter / "again"}  # never made
         config = TrainConfig.from_yaml(None, given | {"model": str(adapter), "adapter": adapter})
     else:
         raise InputError(f"{adapter} is no run of halfbyte, so its data are not known; name some (--data FILE).")

@@ -134,8 +134,8 @@ def _group_size(model: Dense, trust_remote_code: bool) -> int:
     if found is None:
         odd = min(width for width in widths if width % GROUP_SIZES[-1])
         raise InputError(
-            f"A layer of {model.architecture} has {odd} inputs, which is no multiple of {GROUP_SIZES[-1]}, and GPTQ and "
-            "AWQ have groups of at least that; take another format."
+            f"A layer of {model.architecture} has {odd} inputs, which is no multiple of {GROUP_SIZES[-1]}, and GPTQ "
+            "and AWQ have groups of at least that; take another format."
         )
     return found
 

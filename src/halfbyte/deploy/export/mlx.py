@@ -1,9 +1,9 @@
 """A model as mlx-lm opens it: MLX's names, its affine 4 or 8 bits, or 16 bits as they are.
 
-What ``mlx_lm.convert`` makes of a model (0.32, tried beside it): every matrix whose rows have groups of 64 becomes three
-tensors, ``NAME.weight`` (codes), ``NAME.scales`` and ``NAME.biases`` (:mod:`halfbyte.deploy.export.affine`), embedding
-and head among them; all else stays in 16 bits; ``config.json`` says ``quantization``. Here tensor by tensor, so that any
-size fits in memory.
+What ``mlx_lm.convert`` makes of a model (0.32, tried beside it): every matrix whose rows have groups of 64 becomes
+three tensors, ``NAME.weight`` (codes), ``NAME.scales`` and ``NAME.biases`` (:mod:`halfbyte.deploy.export.affine`),
+embedding and head among them; all else stays in 16 bits; ``config.json`` says ``quantization``. Here tensor by tensor,
+so that any size fits in memory.
 
 mlx-lm computes a family by its own code, which knows part of what transformers' configurations can say. What it would
 compute otherwise is refused: see :data:`FAMILIES` and :func:`mlx_config`.
@@ -139,8 +139,8 @@ def write_mlx(
         told = {}
         if bits and error.count == len(packed):
             told["Quantization"] = (
-                f"Each of the {len(packed)} quantized matrices was rounded to the nearest code, embedding and head among "
-                f"them: `‖W' − W‖ / ‖W‖` over all of them is {lost:.1%}. What that does to answers was not measured."
+                f"Each of the {len(packed)} quantized matrices was rounded to the nearest code, embedding and head "
+                f"among them: `‖W' − W‖ / ‖W‖` over all of them is {lost:.1%}. What that does to answers was not measured."
             )
         if window := unheeded_window(model):
             told["Long texts"] = LONG.format(window)

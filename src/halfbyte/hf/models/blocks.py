@@ -42,6 +42,7 @@ class Blocks:
         names: of the weights that are to be rounded; those outside of the layers are left as they are.
         texts: token ids, int64 ``[length]`` each.
         round_one: rounds one of them.
+        corrected: whether what it is told of inputs compares both streams, or knows the rounded one alone.
 
     Attributes:
         path: of the list of layers in the model.
@@ -58,8 +59,10 @@ class Blocks:
         names: set[str],
         texts: Sequence[Tensor],
         round_one: Round,
+        *,
+        corrected: bool = True,
     ) -> None:
-        self._exact, self._round, self._names = exact, round_one, names
+        self._exact, self._round, self._names, self._corrected = exact, round_one, names, corrected
         with init_empty_weights(include_buffers=False):
             self._model = cls._from_config(config, dtype=torch.float32)
         self._model.eval()
@@ -93,7 +96,8 @@ class Blocks:
         for name in modules.keys() - {name for group in groups for name in group}:
             self._become(modules[name], f"{prefix}{name}.weight", None)
         for first, *others in groups:
-            compensation = Compensation(inputs.pop(first), self._inputs(layer, modules[first], rounded, number))
+            before, now = inputs.pop(first), self._inputs(layer, modules[first], rounded, number)
+            compensation = Compensation(before, now) if self._corrected else Compensation(now)
             for name in (first, *others):
                 self._become(modules[name], f"{prefix}{name}.weight", compensation)
         for text, state in enumerate(rounded):

@@ -4,6 +4,9 @@
     random      to one of the two neighbours of each value, without data
     original    nearest to the weights before they were quantized, plus the change: their own rounding is the dither
 
+    nearest     to the nearest values, which lose most of what was learnt; to be compared with
+    gptq        each layer's outputs for the inputs that the rounded model gives it (arXiv 2210.17323); the same
+
 The base's constants stay, and with them its 4.127 bits; codes alone are written anew. A base that was not in NF4 gets
 constants of its own. Tensors come in the order of the layers, one layer at a time in memory.
 """
@@ -13,12 +16,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from halfbyte.choices import BLOCKSIZE, DOUBLE_QUANT, Rounding
+from halfbyte.choices import BLOCKSIZE, DOUBLE_QUANT, Compared, Rounding
 from halfbyte.errors import InputError
 from halfbyte.hf.models.blocks import Blocks
 from halfbyte.hf.models.check import check_finite
@@ -37,7 +43,7 @@ class In4Bits:
     Args:
         adapter: folder of a run or of a PEFT adapter, or a hub id.
         rounding: which of the ways.
-        texts: token ids, int64 ``[length]`` each, for ``outputs``.
+        texts: token ids, int64 ``[length]`` each, for ``outputs`` and ``gptq``.
         original: the base before it was quantized, for ``original``; None: as the adapter names it.
         seed: of what is drawn.
         trust_remote_code: run code that comes with the model.
@@ -52,7 +58,7 @@ class In4Bits:
     def __init__(
         self,
         adapter: str | Path,
-        rounding: Rounding,
+        rounding: Rounding | Compared,
         texts: Sequence[Tensor] = (),
         *,
         original: str | Path | None = None,
@@ -100,7 +106,9 @@ class In4Bits:
             return self._made.pop(target)
         values = self._values(target)
         grid = self._grid(target, values)
-        return nearest(values, grid) if self._rounding == "original" else at_random(values, grid, self._drawn(target))
+        if self._rounding in ("original", "nearest"):
+            return nearest(values, grid)
+        return at_random(values, grid, self._drawn(target))
 
     def _advance(self, number: int) -> None:
         assert self._blocks is not None
@@ -132,7 +140,10 @@ class In4Bits:
     def _form(self, form: HalfbyteConfig) -> HalfbyteConfig:
         """Return how the model lies."""
         skipped = {*(form.skip_modules or ())}
-        skipped |= {name.removesuffix(".weight") for name in self.base.quantized_names - self._targets}
+        for target in {*self._trained.targets.values()} - self._targets:
+            path, _, key = target.rpartition(".")
+            if key == "weight" and isinstance(self._layer(path), nn.Linear | Conv1D):
+                skipped.add(path)
         own = form.quant_type == "nf4"
         return HalfbyteConfig(
             quant_type="nf4",
@@ -142,6 +153,13 @@ class In4Bits:
             skip_modules=sorted(skipped),
         )
 
+    def _layer(self, path: str) -> Any:
+        """Return a module of the base, without what PEFT has put around it."""
+        module: Any = self.base.model.get_submodule(path)
+        while isinstance(module, ModulesToSaveWrapper | BaseTunerLayer):
+            module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+        return module
+
     def _in_order(self) -> dict[str, int]:
         """Return what each tensor takes, those of the layers behind the others and in their order."""
         trained = self._trained
@@ -149,11 +167,11 @@ class In4Bits:
         for name, target in trained.targets.items():
             if target in self._targets:
                 sizes[name] = math.ceil(sizes[name] / COMPUTED.itemsize * 0.6)
-        if self._rounding != "outputs":
+        if self._rounding not in ("outputs", "gptq"):
             return sizes
         self._blocks = Blocks(
             type(self.base.model), self.config, lambda target: self._source.exact(target), self._targets, self._texts,
-            self._round,
+            self._round, corrected=self._rounding == "outputs",
         )  # fmt: skip
         index = {name: self._blocks.index_of(target) for name, target in trained.targets.items()}
         return dict(sorted(sizes.items(), key=lambda item: -1 if (at := index[item[0]]) is None else at))
