@@ -54,7 +54,23 @@ def test_a_model_without_an_adapter_becomes_what_its_weights_stand_for(tiny_mode
     for name, x in opened.named_parameters():
         torch.testing.assert_close(x, held[name].float(), rtol=0, atol=0)
     _, head, body = (tmp_path / "hf" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(head)["tags"] == ["halfbyte"] and "four, as what its quantized weights stand for" in body
+    assert yaml.safe_load(head)["tags"] == ["halfbyte"] and "four, as dense weights, in fp32" in body
+
+
+def test_bnb_4bit_is_what_merge_makes_or_quantize_where_nothing_was_learnt(
+    adapted: Any, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    adapter = adapted(tiny_model_folder)
+    merge(adapter, tmp_path / "merged", to="nf4", rounding="original")
+    export(adapter, tmp_path / "out", format="bnb-4bit", rounding="original")
+    quantize_checkpoint(tiny_model_folder, tmp_path / "quantized")
+    export(tiny_model_folder, tmp_path / "plain", format="bnb-4bit")
+    for one, other in (("out", "merged"), ("plain", "quantized")):
+        for file in (tmp_path / other).iterdir():
+            assert file.name == "README.md" or (tmp_path / one / file.name).read_bytes() == file.read_bytes()
+        assert "With `pip install bitsandbytes`:" in (tmp_path / one / "README.md").read_text()
+    with pytest.raises(InputError, match="has no adapter, so there is nothing to calibrate"):
+        export(tiny_model_folder, tmp_path / "more", format="bnb-4bit", rounding="random")
 
 
 def test_the_card_says_how_to_run_this_format_and_what_it_costs(
@@ -91,8 +107,9 @@ def test_options_that_do_not_go_together_are_told_with_what_would(
         (["hf", "--to", "4bit"], "--format hf has no --to 4bit; 4bit is for --format mlx or gptq or awq."),
         (["mlx", "--to", "4bits"], "--format mlx has no --to 4bits (did you mean '4bit'?)"),
         (["gptq", "--to", "bf16"], "bf16 is for --format hf or mlx"),
-        (["mlx", "--data", "rows.jsonl"], "--data belongs to --format gptq and awq, not to mlx"),
+        (["mlx", "--data", "rows.jsonl"], "--data belongs to --format bnb-4bit, gptq and awq, not to mlx"),
         (["hf", "--rounds", "3"], "--rounds belongs to --format gptq and awq, not to hf"),
+        (["gptq", "--rounding", "random"], "--rounding belongs to --format bnb-4bit, not to gptq"),
         (["gtpq"], "did you mean 'gptq'?"),
     ):
         code, _, error = invoke("export", adapter, out, "--format", *arguments)

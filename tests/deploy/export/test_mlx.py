@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file
-from torch import Tensor
 
 from halfbyte.deploy.export import affine
 from halfbyte.deploy.export.exporting import export

@@ -50,13 +50,13 @@ def quantize(weight: Tensor, bits: int = 4, group_size: int = GROUP_SIZE) -> Aff
     if weight.ndim != 2 or weight.shape[1] % group_size:
         raise ValueError(f"a weight {list(weight.shape)} has no groups of {group_size}")
     rows = max(1, AT_ONCE // weight.shape[1])
-    parts = [_quantize(part, bits, group_size) for part in weight.split(rows)]
+    parts = [_quantize(part, bits, group_size) for part in torch.split(weight, rows)]
     return Affine(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
 
 def _quantize(weight: Tensor, bits: int, group_size: int) -> Affine:
     most = 2**bits - 1
-    w = weight.float().unflatten(-1, (-1, group_size))
+    w = weight.float().reshape(len(weight), -1, group_size)
     lo, hi = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     is_lo = lo.abs() > hi.abs()
     scale = ((hi - lo) / most).clamp_min(SMALLEST)
@@ -78,5 +78,6 @@ def dequantize(quantized: Affine, bits: int = 4, group_size: int = GROUP_SIZE) -
     codes = quantized.codes.view(torch.uint8)
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-    q = codes.float().unflatten(-1, (-1, group_size))
-    return (q * quantized.scales.float()[..., None] + quantized.biases.float()[..., None]).flatten(-2)
+    q = codes.float().view(len(codes), -1, group_size)
+    weight: Tensor = q * quantized.scales.float()[..., None] + quantized.biases.float()[..., None]
+    return weight.flatten(-2)

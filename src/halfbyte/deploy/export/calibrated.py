@@ -146,7 +146,7 @@ def _blocks(model: Dense, data: str | None, trust_remote_code: bool) -> np.ndarr
     if model.adapter is not None:
         table = rows_again(model.adapter, files).train.rows
     elif files is not None:
-        options = DataOptions(model=str(model.base.place.path), data=files)  # type: ignore[arg-type]  # validated
+        options = DataOptions(model=str(model.base.place.path), data=files)
         table = prepare(options, tokenizer_of(model, trust_remote_code=trust_remote_code)).train.rows
     else:
         raise InputError(

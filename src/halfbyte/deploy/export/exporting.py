@@ -7,7 +7,7 @@ from typing import cast
 
 from halfbyte.choices import ExportFormat, MergeType, Onto, Rounding
 from halfbyte.deploy.card import write_card
-from halfbyte.deploy.export.calibrated import ROUNDS, Calibrated, write_calibrated
+from halfbyte.deploy.export.calibrated import ROUNDS, write_calibrated
 from halfbyte.deploy.export.formats import settle
 from halfbyte.deploy.export.mlx import LONG, dtype_of, unheeded_window, write_mlx
 from halfbyte.deploy.folders import free_folder
@@ -103,7 +103,7 @@ def export(
             notes = (LONG.format(window),) if window else ()
         case "gptq" | "awq":
             nbytes = write_calibrated(
-                model, output, cast(Calibrated, format), onto, data=data,
+                model, output, format, onto, data=data,
                 rounds=ROUNDS if rounds is None else rounds, report=report, trust_remote_code=trust_remote_code,
             )  # fmt: skip
     return Exported(output, nbytes, model.values, to, notes)

@@ -140,7 +140,8 @@ def write_mlx(
         if bits and error.count == len(packed):
             told["Quantization"] = (
                 f"Each of the {len(packed)} quantized matrices was rounded to the nearest code, embedding and head "
-                f"among them: `‖W' − W‖ / ‖W‖` over all of them is {lost:.1%}. What that does to answers was not measured."
+                f"among them: `‖W' − W‖ / ‖W‖` over all of them is {lost:.1%}. What that does to answers was not "
+                "measured."
             )
         if window := unheeded_window(model):
             told["Long texts"] = LONG.format(window)

@@ -35,17 +35,17 @@ CARDS = ("README.md", ADAPTER, "converted.json")
 
 
 class Written(Protocol):
-    """A model that is written to a folder.
+    """A model that is written to a folder."""
 
-    Attributes:
-        adapter: the folder of the adapter that is in it, or None.
-        base: the weights of the base.
-        config: of the model.
-    """
-
-    adapter: Path | None
-    base: BaseWeights
     config: Any
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter that is in it, or None."""
+
+    @property
+    def base(self) -> BaseWeights:
+        """The weights of the base."""
 
     @property
     def architecture(self) -> str:
@@ -61,13 +61,11 @@ class Written(Protocol):
 
 
 class Dense(Written, Protocol):
-    """A dense model whose tensors are made when they are asked for.
+    """A dense model whose tensors are made when they are asked for."""
 
-    Attributes:
-        tensors: what is to be made, by its name in the files.
-    """
-
-    tensors: Mapping[str, Planned]
+    @property
+    def tensors(self) -> Mapping[str, Planned]:
+        """What is to be made, by its name in the files."""
 
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``, rounded.
