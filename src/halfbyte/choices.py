@@ -54,10 +54,17 @@ HeadType = Literal["int8", "nf4"]
 
 Onto = Literal["quantized", "original"]
 """What an adapter is merged onto: the weights that it was trained over, or those before they were quantized."""
-MergeType = Literal["bf16", "fp16", "fp32"]
+MergeType = Literal["bf16", "fp16", "fp32", "nf4"]
 """What a merged model's weights are in."""
+Rounding = Literal["outputs", "random", "original"]
+"""How sums become 4 bits; see :mod:`halfbyte.hf.models.four_bits`."""
+Compared = Literal["nearest", "gptq"]
+"""Two more, which lose what was learnt and are there to be compared with."""
+
+ExportFormat = Literal["hf", "bnb-4bit", "gguf", "lora-gguf", "mlx", "gptq", "awq"]
+"""What a model is exported to; see :mod:`halfbyte.deploy.export.formats`."""
 GgufType = Literal[
-    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s",
+    "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "bf16", "f16", "f32",
 ]  # fmt: skip
 """What the matrices of a GGUF file are in, by llama.cpp's names; those with a k need llama.cpp itself."""
 GgufAdapterType = Literal["f32", "f16", "bf16"]

@@ -26,7 +26,7 @@ from halfbyte.cli import app
 from halfbyte.errors import InputError
 from halfbyte.generate.decoders import decoder_for
 from halfbyte.hf import load
-from halfbyte.kernels import can_decode
+from halfbyte.kernels import can_decode, product_dtype
 from halfbyte.kernels.decode import PHASES
 
 native = pytest.mark.skipif(not can_decode(), reason="no native products")
@@ -204,7 +204,10 @@ def test_a_whole_run_is_reported(model: Path, tmp_path: Path, peers: str) -> Non
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "d.json").read_text())
     names = [row["name"] for row in found["rows"]]
-    others = [name for name in decode.PEERS[:2] if name in peers] + (list(llama_cpp.FORMS) if "llama" in peers else [])
+    dense = "bf16" if product_dtype(torch.bfloat16, "cpu") == torch.bfloat16 else "fp32"
+    others = [name.replace("bf16", dense) for name in decode.PEERS[:2] if name in peers] + (
+        list(llama_cpp.FORMS) if "llama" in peers else []
+    )
     assert names == [
         "decode, 1 row", "decode, 3 rows", "prompt of 20", "first token, 32 tokens after 70, read again",
         "first token, 32 tokens after 70, held", "decode, 2 rows, one adapter", "decode, 2 rows, 2 adapters",

@@ -224,3 +224,31 @@ def test_what_does_not_fit_is_named() -> None:
         linear_cross_entropy(hidden, weight, labels[1:])
     with pytest.raises(ValueError, match=r"labels go from -100 to .*vocabulary from 0 to 49"):
         linear_cross_entropy(hidden, weight, torch.tensor([3, -100, 2, 7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_the_processor_multiplies_no_halves_their_values_are_multiplied_in_fp32(
+    small_chunks: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(kernels.dense, "_lacks_halves", lambda: True)
+    hidden, weight, bias, labels = (x.to(dtype) if x.is_floating_point() else x for x in some_head(13, 97, 8))
+    weight.requires_grad_()
+    results = []
+    for one, other in ((hidden, weight), (hidden.float(), weight.detach().float().requires_grad_())):
+        given = one.requires_grad_()
+        log_prob = linear_cross_entropy(given, other, labels, bias).log_prob
+        log_prob.sum().backward()
+        results.append((log_prob, given.grad, other.grad))
+    (half, *gradients), (single, *wanted) = results
+    assert torch.equal(half, single)
+    for gradient, exact in zip(gradients, wanted, strict=True):
+        assert gradient is not None and gradient.dtype == dtype and exact is not None
+        assert torch.equal(gradient, exact.to(dtype))
+
+
+def test_other_dtypes_and_devices_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.dense, "_lacks_halves", lambda: True)
+    assert kernels.product_dtype(torch.float64, "cpu") == torch.float64
+    assert kernels.product_dtype(torch.bfloat16, "cuda") == torch.bfloat16
+    monkeypatch.setattr(kernels.dense, "_lacks_halves", lambda: False)
+    assert kernels.product_dtype(torch.float16, "cpu") == torch.float16

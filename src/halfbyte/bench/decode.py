@@ -27,6 +27,7 @@ from halfbyte.bench.run import LIBRARIES, circumstances, forced, peak
 from halfbyte.bench.works import has_bitsandbytes
 from halfbyte.deploy.export import llama_library
 from halfbyte.errors import InputError, nearest
+from halfbyte.kernels import product_dtype
 
 PEERS = ("bitsandbytes", "bf16", "llama.cpp")
 READ_BYTES = 512 * 2**20
@@ -116,7 +117,9 @@ def _open(
     wanted: dict[str, Halfbyte | Transformers] = {"halfbyte": Halfbyte(head, cache)}
     if adapters:
         wanted["adapters"] = Halfbyte(head, cache, adapters)
-    wanted |= {name: Transformers(name == "bitsandbytes") for name in PEERS[:2] if name in peers}
+    dense = "bf16" if product_dtype(torch.bfloat16, "cpu") == torch.bfloat16 else "fp32"
+    names = {"bitsandbytes": "bitsandbytes", "bf16": dense}
+    wanted |= {names[peer]: Transformers(peer == "bitsandbytes") for peer in PEERS[:2] if peer in peers}
     files: dict[str, Path] = {}
     if "llama.cpp" in peers:
         progress("writing the model for llama.cpp")

@@ -3,7 +3,7 @@
 - ``halfbyte``: the decoder that chat and the server use (:func:`halfbyte.generate.decoders.decoder_for`), the arg-max
   of its logits; adapters are LoRA of rank :data:`RANK` on every linear layer, over the same base.
 - ``bitsandbytes``: transformers over NF4 with double quantization; ``bf16``: over the dense model; one forward a token,
-  its cache grown and cut.
+  its cache grown and cut. Where torch has no products in bf16 worth the name both compute in fp32, ``fp32`` then.
 - ``llama.cpp``: in :mod:`halfbyte.bench.llama_cpp`.
 
 Talk over a pipe: the process is sent its side and the model, loads, sends :class:`Ready` and waits; each work that it
@@ -27,6 +27,7 @@ from torch import nn
 from halfbyte.bench.decode_works import Sizes, Work
 from halfbyte.bench.stacks import Failed
 from halfbyte.errors import InputError
+from halfbyte.kernels import product_dtype
 from halfbyte.quiet import quiet
 
 RANK = 16
@@ -194,15 +195,16 @@ class Transformers:
         """Load; return what it holds, and what does a work."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+        dtype = product_dtype(torch.bfloat16, "cpu")
         options: dict[str, Any] = {}
         if self.four_bit:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_compute_dtype=dtype,
             )
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cpu", **options).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map="cpu", **options).eval()
         return _sizes_of(loaded), _Dense(loaded)
 
 
@@ -292,7 +294,7 @@ def _sizes_of(model: Any) -> Sizes:
         layer_bytes=sum(map(_linear_bytes, layers)),
         head_bytes=head.weight.nbytes,
         adapter_bytes=0,
-        token_bytes=2 * 2 * config.num_key_value_heads * size * config.num_hidden_layers,
+        token_bytes=2 * head.weight.element_size() * config.num_key_value_heads * size * config.num_hidden_layers,
         layer_values=sum(layer.in_features * layer.out_features for layer in layers),
         head_values=head.in_features * head.out_features,
         attention=config.num_attention_heads * size * config.num_hidden_layers,

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from halfbyte import data
+from halfbyte import data, kernels
 from halfbyte.bench.parts import Profile
 from halfbyte.errors import InputError
 from halfbyte.quiet import quiet
@@ -201,6 +201,8 @@ class Peer:
         four_bit: over a base in bitsandbytes' 4 bits, or in bf16.
         checkpointing: with gradient checkpointing.
         autocast: bf16 autocast over fp32 adapters, or bf16 adapters without autocast.
+
+    Where torch has no products in bf16 worth the name (:func:`halfbyte.kernels.product_dtype`) all is in fp32.
     """
 
     four_bit: bool
@@ -210,8 +212,13 @@ class Peer:
     @property
     def setting(self) -> str:
         """Which way this is, in words."""
-        adapters = "" if self.autocast else ", bf16 adapters"
+        adapters = ", fp32" if self.dtype == torch.float32 else "" if self.autocast else ", bf16 adapters"
         return f"{'with' if self.checkpointing else 'without'} checkpointing{adapters}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return kernels.product_dtype(torch.bfloat16, "cpu")
 
     def run(self, job: Job, pace: Pace) -> None:
         """Train by hand, as short scripts do."""
@@ -224,9 +231,10 @@ class Peer:
         batch = data.Collator(None)(rows)
         inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"]}  # no row is padded
         parameters = [p for p in model.parameters() if p.requires_grad]
+        autocast = self.autocast and self.dtype == torch.bfloat16
         pace.ready()
         while True:
-            with torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            with torch.autocast("cpu", self.dtype) if autocast else contextlib.nullcontext():
                 loss = model(**inputs).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -245,9 +253,9 @@ class Peer:
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_compute_dtype=self.dtype,
             )
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16, device_map="cpu", **options)
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=self.dtype, device_map="cpu", **options)
         model.config.use_cache = False
         reentrant = {"use_reentrant": False}
         if self.four_bit:
@@ -267,6 +275,8 @@ class Peer:
         )
         model = get_peft_model(model, lora, autocast_adapter_dtype=self.autocast).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:  # PEFT begins in the base's dtype: all sides as over bf16
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
         if self.four_bit:
             make = importlib.import_module("bitsandbytes.optim").PagedAdamW8bit
             return model, make(parameters, lr=LEARNING_RATE, weight_decay=0.0)

@@ -26,11 +26,13 @@ import typer
 from halfbyte import __version__
 from halfbyte.cli import (
     adapter,
+    audit,
     bench,
     chat,
     classify,
     convert,
     data,
+    export,
     generate,
     machine,
     merge,
@@ -75,6 +77,8 @@ app.command()(classify.classify)
 app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(merge.merge)
+app.command()(audit.audit)
+app.command()(export.export)
 app.add_typer(adapters, name="adapter")
 for made in (adapter.info, adapter.truncate, adapter.combine, adapter.convert, adapter.diff):
     adapters.command()(made)

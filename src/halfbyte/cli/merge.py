@@ -23,6 +23,21 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="Another place for the base model than the adapter names: folder or hub id.")
     ] = None,
+    rounding: Annotated[
+        choices.Rounding | None,
+        typer.Option(
+            help="How codes are chosen in nf4: so that layers' outputs stay, at random, or from the original weights.",
+            show_default="outputs where the training data are at hand, or else random",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Texts for outputs; may be repeated.", show_default="the run's training data"),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of these texts.", show_default="8192")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of which texts are taken, and of what is drawn.", show_default="0")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -40,13 +55,18 @@ def merge(
             onto=onto,
             to=to,
             base=base,
+            rounding=rounding,
+            data=data or None,
+            tokens=tokens,
+            seed=seed,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
     weights = "quantized weights that it was trained over" if copy.is_quantized else "dense weights of its base"
+    codes = ", codes chosen by " + copy.rounding if copy.rounding else ""
     typer.echo(
-        f"Merged onto the {weights}: {copy.values:,} parameters in {to}, {size_text(copy.nbytes)}, in "
+        f"Merged onto the {weights}: {copy.values:,} parameters in {to}{codes}, {size_text(copy.nbytes)}, in "
         f"{shown(copy.folder)}. Next:"
     )
     typer.echo(f"  {command('chat', shown(copy.folder))}")

@@ -6,7 +6,7 @@ to run it. Nothing of it tells where on this machine anything lay: of paths the 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,26 @@ def write_card(
     form: str,
     *,
     use: str | None = None,
+    packages: str | None = None,
     library: str = "transformers",
+    quantized: bool = False,
+    tags: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
 ) -> None:
     """Write the card of a model.
 
     Args:
         folder: of the model.
-        adapter: the run's folder, or that of an adapter of which no run is known; None of a model without one.
+        adapter: the run's folder, or that of an adapter of which no run is known; None: there is none.
         base: where the base model is.
         source: the folder with the base's files.
         form: what was made, as part of a sentence.
-        use: how to run it, in Markdown; None tells it for transformers.
-        library: what opens it, as hubs call it.
+        use: how it is run, as Markdown; None is with transformers' pipeline.
+        packages: that this takes beside transformers, as pip has them.
+        library: that opens it, by the hub's names.
+        quantized: whether it has fewer than 16 bits.
+        tags: more of them.
+        sections: further parts by their titles, as Markdown: what was measured of this very model.
     """
     run = None
     if adapter is not None and is_run(adapter):
@@ -58,13 +66,14 @@ def write_card(
         except InputError:
             run = None  # of a newer layout: what the adapter itself says will do
     name = _last(str(base.gguf or base.path))
+    relation = "finetune" if adapter else "quantized" if quantized else None
     about = ModelCardData(
         base_model=None if base.is_folder else base.path,
-        base_model_relation=None if base.is_folder else "finetune",
+        base_model_relation=None if base.is_folder else relation,
         license=licence_of(source),
         library_name=library,
         pipeline_tag=PIPELINES.get(str(run.options.get("task", "lm")) if run else "lm"),
-        tags=["qlora", "lora", "halfbyte"],
+        tags=[*(["qlora", "lora"] if adapter else []), "halfbyte", *tags],
     )
     parts = [
         f"---\n{about.to_yaml()}\n---",
@@ -75,7 +84,11 @@ def write_card(
         parts.append(f"The base's licence is in `{there}`.")
     if run:
         parts += list(_of_run(run))
-    parts += ["## Use", use or _code("python", _use(folder.name, run))]
+    parts += [f"## {title}\n\n{text}" for title, text in (sections or {}).items()]
+    parts.append("## Use")
+    if packages:
+        parts.append(f"With `pip install {packages}`:")
+    parts.append(use or code("python", _use(folder.name, run)))
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -102,8 +115,8 @@ def _of_run(run: Run) -> Iterator[str]:
         yield "## Results\n\nNothing was held out, so nothing is known of texts that were not trained on."
     for prompt, answers in list(run.samples.items())[:SAMPLES]:
         left = next((answer for answer in answers if answer.step == run.adapter_step), answers[-1])
-        yield f"Asked:\n\n{_code('', prompt)}\n\nBefore:\n\n{_code('', answers[0].answer)}"
-        yield f"After:\n\n{_code('', left.answer)}"
+        yield f"Asked:\n\n{code('', prompt)}\n\nBefore:\n\n{code('', answers[0].answer)}"
+        yield f"After:\n\n{code('', left.answer)}"
     if data := run.data:
         share = f", {data.trained_tokens:,} of them trained" if data.trained_tokens else ""
         more = f", {data.evaluation:,} held out" if data.evaluation else ""
@@ -113,7 +126,7 @@ def _of_run(run: Run) -> Iterator[str]:
     options["model"] = words.model_name(run)
     cards = ", ".join(f"{name} {text}" for name, text, _ in words.cards(run) if name in ("steps", "training time"))
     yield f"## Recipe\n\n{cards[:1].upper()}{cards[1:]}, with `halfbyte train` and these options beside the defaults:"
-    yield _code("yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+    yield code("yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
     versions = run.circumstances.get("versions")
     if isinstance(versions, Mapping):
         yield "Versions: " + ", ".join(f"{_plain(str(n))} {_plain(str(v))}" for n, v in versions.items()) + "."
@@ -151,8 +164,8 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
 
 
-def _code(language: str, text: str) -> str:
-    """Return a block of code whose fence no line of it can end."""
+def code(language: str, text: str) -> str:
+    """Return a block of code in Markdown, whose fence no line of it can end."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,29 +1,43 @@
 """Merge an adapter into its base: a plain folder of transformers', which opens without us.
 
+In 16 or 32 bits (:mod:`halfbyte.hf.models.merging`), or in 4 (:mod:`halfbyte.hf.models.four_bits`).
+
 Written tensor by tensor: in memory are the adapter and the tensor that is being made. Who was interrupted or killed
 goes on with the same command, from the last file of a gigabyte that was whole.
 """
 
 import hashlib
-import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from halfbyte import __version__
-from halfbyte.choices import MergeType, Onto
+from halfbyte.choices import Compared, MergeType, Onto, Rounding
 from halfbyte.deploy.card import write_card
-from halfbyte.errors import InputError, size_text
-from halfbyte.files import absolute, growing_folder, repair
-from halfbyte.hf.models.dense import copy_beside
+from halfbyte.deploy.folders import free_folder, write_model
+from halfbyte.errors import InputError
+from halfbyte.hf.models.dense import Dense, Written
+from halfbyte.hf.models.four_bits import In4Bits
+from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.merging import Merged
-from halfbyte.hf.models.shards import write_shards
-from halfbyte.locks import Locked
+from halfbyte.train.rows import has_rows, rows_again, some_texts
 
-DTYPES: dict[MergeType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[MergeType, torch.dtype] = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16
+}  # fmt: skip
+"""Of what stays dense."""
+TOKENS = 8192
+"""Of texts on which a layer's outputs are kept."""
+ROUNDED: dict[Rounding | Compared, str] = {
+    "outputs": "rounded so that each layer's outputs stay what they were",
+    "random": "rounded at random to one of the two neighbours",
+    "original": "the nearest ones of the original weights plus what was learnt",
+    "nearest": "the nearest ones, which loses most of what was learnt",
+    "gptq": "chosen by GPTQ, which loses some of what was learnt",
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +49,14 @@ class MergedCopy:
         values: of all tensors.
         nbytes: of all tensors.
         is_quantized: whether the weights that the adapter was added to are those of 4 or 8 bits.
+        rounding: how they became 4 bits again, if they did.
     """
 
     folder: Path
     values: int
     nbytes: int
     is_quantized: bool
+    rounding: Rounding | Compared | None = None
 
 
 def merge(
@@ -50,6 +66,10 @@ def merge(
     onto: Onto = "quantized",
     to: MergeType = "bf16",
     base: str | Path | None = None,
+    rounding: Rounding | Compared | None = None,
+    data: Sequence[str] | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -62,57 +82,116 @@ def merge(
         onto: ``quantized``: the weights that the adapter was trained over; ``original``: those before them.
         to: what the sums, made in fp32, are rounded to.
         base: another place for the base than the adapter names, such as the original of one that lies in 4 bits.
+        rounding: of ``nf4``, how the codes are chosen; None: ``outputs`` where texts are at hand, or else ``random``.
+            ``nearest`` and ``gptq`` are there to be compared with.
+        data: texts for ``outputs``, as a run's option of that name; None: those that the run was trained on.
+        tokens: of these, so many; None: 8,192.
+        seed: of which texts are taken and of what is drawn; None: 0.
         progress: called with tensors done and tensors in all.
         overwrite: replace a model that is there already.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: there is no such adapter or base, they do not fit, a value is not finite or too large, the folder
-            is in use, or the disk has no room.
+            is in use, the disk has no room, or options do not go together.
     """
-    output = absolute(output)
-    repair(output)
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
-    if output.exists() and not (output / "config.json").is_file():
-        raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
-    model = Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code)
-    sources = [folder.resolve() for folder in (model.adapter, model.base.folder)]
-    if any(source.is_relative_to(output.resolve()) for source in sources):
-        raise InputError(f"The output folder {output} holds the adapter or the base itself; choose another.")
-    sizes = model.sizes
-    _check_room(output, sum(sizes.values()))
-    about = {"version": __version__, "onto": onto, "to": to, "sources": [_stamp(source) for source in sources]}
-    try:
-        with growing_folder(output, json.dumps(about)) as folder:
-            nbytes = write_shards(folder, sizes, lambda name: {name: model.read(name)}, progress)
-            copy_beside(model, folder)
-            model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
-            model.config.architectures = [model.architecture]
-            model.config.save_pretrained(folder)
-            form = "with an adapter merged onto " + (
-                "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
-            )
-            write_card(folder, model.adapter, model.base.place, model.base.folder, f"{form}, in {to}")
-    except Locked as error:
-        raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
+    _check_options(onto, to, rounding=rounding, data=data, tokens=tokens, seed=seed)
+    output = free_folder(output, overwrite)
+    if to != "nf4":
+        return write_dense(
+            Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code), output, onto, to, progress
+        )
+    rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0)
+    model = In4Bits(run, rounding, texts, original=base, seed=seed or 0, trust_remote_code=trust_remote_code)
+    seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
+    about = {"onto": onto, "to": to, "drawn": f"{rounding} {seed or 0} {seen}"}
+    form = f"{form_of(model)}, in {to}, its codes {ROUNDED[rounding]}"
+    nbytes = _write(model, output, about, model.make, to, form, progress)
+    return MergedCopy(output, model.values, nbytes, model.base.is_quantized, rounding)
+
+
+def write_dense(
+    model: Dense, output: Path, onto: Onto, to: MergeType, progress: Callable[[int, int], None] | None = None
+) -> MergedCopy:
+    """Write a dense model as transformers opens it.
+
+    Args:
+        model: made for the dtype that ``to`` stands for.
+        output: as :func:`halfbyte.deploy.folders.free_folder` gives it.
+        onto, to, progress: as for :func:`merge`.
+
+    Raises:
+        InputError: as :func:`merge`.
+    """
+
+    def make(name: str) -> dict[str, Tensor]:
+        return {name: model.read(name)}
+
+    about = {"onto": onto, "to": to}
+    nbytes = _write(model, output, about, make, to, f"{form_of(model)}, in {to}", progress)
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
 
 
-def _check_room(output: Path, needed: int) -> None:
-    parent = next(folder for folder in output.parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
+def form_of(model: Written) -> str:
+    """Return what a model is made of, as part of a sentence."""
+    if model.adapter is None:
+        return "as dense weights"
+    which = "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
+    return f"with an adapter merged onto {which}"
+
+
+def _write(
+    model: Written,
+    output: Path,
+    about: Mapping[str, Any],
+    make: Callable[[str], Mapping[str, Tensor]],
+    to: MergeType,
+    form: str,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    def finish(folder: Path) -> None:
+        model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
+        model.config.architectures = [model.architecture]
+        model.config.save_pretrained(folder)
+        packages = "bitsandbytes" if to == "nf4" else None
+        write_card(folder, model.adapter, model.base.place, model.base.folder, form, packages=packages)
+
+    what = "The merged model" if model.adapter else "The dense model"
+    return write_model(model, output, about, sizes=model.sizes, make=make, finish=finish, what=what, progress=progress)
+
+
+def _check_options(onto: Onto, to: MergeType, **given: Any) -> None:
+    """Refuse what does not go together."""
+    told = [name for name, value in given.items() if value is not None]
+    if to != "nf4" and told:
+        raise InputError(f"{told[0]} is for 4 bits alone; say --to nf4, or leave it out.")
+    if to == "nf4" and onto == "original" and given["rounding"] != "original":
         raise InputError(
-            f"The merged model takes {size_text(needed)}, and {size_text(free)} are free in {parent}; free some space, "
-            "or name a folder on another disk."
+            "In 4 bits the weights are those that were trained over; for what was learnt over the original weights "
+            "say --rounding original."
         )
+    if given["rounding"] in ("random", "original") and (given["data"] or given["tokens"] is not None):
+        raise InputError(f"rounding {given['rounding']} takes no data; leave data and tokens out.")
+    if given["tokens"] is not None and given["tokens"] < 1:
+        raise InputError(f"tokens is {given['tokens']}; it must be at least 1.")
 
 
-def _stamp(folder: Path) -> str:
-    """Return a digest of what files a folder has, and of which sizes and times."""
-    digest = hashlib.sha256(str(folder).encode())
-    for file in sorted(folder.iterdir()):
-        about = file.stat()
-        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _texts(
+    run: str | Path, rounding: Rounding | Compared | None, data: Sequence[str] | None, tokens: int, seed: int
+) -> tuple[Rounding | Compared, list[Tensor]]:
+    """Return the way of rounding, and the texts that it takes."""
+    folder = Path(locate(run).path)
+    if rounding is None:
+        rounding = "outputs" if data or has_rows(folder) else "random"
+    if rounding not in ("outputs", "gptq"):
+        return rounding, []
+    try:
+        rows = rows_again(folder, None if data is None else list(data))
+    except InputError as error:
+        if data is not None:
+            raise
+        raise InputError(
+            f"{error} Without the training data name other texts (--data FILE), or round without any (--rounding "
+            "random)."
+        ) from error
+    return rounding, some_texts(rows.train, tokens, seed)

@@ -19,6 +19,7 @@ from halfbyte.kernels.decode import (
     Products,
     can_decode,
 )
+from halfbyte.kernels.dense import product_dtype
 from halfbyte.kernels.fold_softmax import fold_softmax
 from halfbyte.kernels.gated import gated, gated_gradient, gated_halves_gradient
 from halfbyte.kernels.matmul import matmul_4bit, matmul_int8, matmul_sums
@@ -69,6 +70,7 @@ __all__ = [
     "matmul_4bit",
     "matmul_int8",
     "matmul_sums",
+    "product_dtype",
     "provider_for",
     "providers",
     "quantize_4bit",

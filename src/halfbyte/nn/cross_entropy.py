@@ -66,7 +66,8 @@ def linear_cross_entropy(
 ) -> Scores:
     """Score ``labels`` by the output head ``weight`` at the positions ``hidden``.
 
-    Products are taken in the dtype of ``hidden``, or in autocast's; everything between them in fp32.
+    Operands of products are in the dtype of ``hidden``, or in autocast's, the products in what the processor has for it
+    (:func:`halfbyte.kernels.product_dtype`); everything between them is fp32.
 
     Args:
         hidden: ``[n, H]``, floating.
@@ -121,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), ROWS):
             rows = slice(first, first + ROWS)
             softmax, own, taken = _fold_vocabulary(
-                hidden[rows].to(dtype), weight, bias, labels[rows], scale, cap, gradient
+                _operand(hidden[rows], dtype), weight, bias, labels[rows], scale, cap, dtype, gradient
             )
             known = softmax.log_prob()
             if dhidden is not None and own is not None and taken is not None:
@@ -169,13 +170,15 @@ def chunk_width(rows: int, device: str) -> int:
 def _chunks(
     weight: Weight, bias: Tensor | None, dtype: torch.dtype, width: int
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """The head in chunks of the vocabulary: the first index, and its part of weight and bias as ``dtype``."""
+    """The head in chunks of the vocabulary: the first index, and its part of weight and bias as operands."""
     for first in range(0, weight.shape[0], width):
         last = min(first + width, weight.shape[0])
-        dense = (
-            weight[first:last].to(dtype) if isinstance(weight, Tensor) else weight.rows(first, last).dequantize(dtype)
-        )
-        yield first, dense, None if bias is None else bias[first:last].to(dtype)
+        dense = weight[first:last] if isinstance(weight, Tensor) else weight.rows(first, last).dequantize(dtype)
+        yield first, _operand(dense, dtype), None if bias is None else _operand(bias[first:last], dtype)
+
+
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).to(kernels.product_dtype(dtype, x.device.type))
 
 
 def _fold_vocabulary(
@@ -185,6 +188,7 @@ def _fold_vocabulary(
     labels: Tensor,
     scale: float,
     cap: float | None,
+    dtype: torch.dtype,
     gradient: bool,
 ) -> tuple[RunningSoftmax, Tensor | None, Tensor | None]:
     """The softmax of each row; for a gradient also ``W[label]`` and Σ exp(z - m) z' W over the others, fp32."""
@@ -193,10 +197,10 @@ def _fold_vocabulary(
     width = chunk_width(rows, hidden.device.type)
     own, taken = (torch.zeros_like(hidden, dtype=torch.float32) if gradient else None for _ in range(2))
     if own is not None and isinstance(weight, Tensor):
-        own = weight.index_select(0, labels).to(hidden.dtype).float()
+        own = weight.index_select(0, labels).to(dtype).float()
     buffer = hidden.new_empty(rows * min(width, weight.shape[0]))
     product = torch.empty_like(hidden)
-    for first, head, offset in _chunks(weight, bias, hidden.dtype, width):
+    for first, head, offset in _chunks(weight, bias, dtype, width):
         logits = buffer[: rows * len(head)].view(rows, len(head))
         torch.mm(hidden, head.T, out=logits)
         if offset is not None:
@@ -226,7 +230,7 @@ def _head_gradient(
     """The gradients of weight and bias: dz = given z' (1[label] - p), dW = dzᵀ h, over chunks computed again."""
     dweight = torch.empty_like(weight) if weight_is_trained and isinstance(weight, Tensor) else None
     dbias = torch.empty_like(bias) if bias_is_trained and bias is not None else None
-    inner = hidden.to(dtype)
+    inner = _operand(hidden, dtype)
     for first, head, offset in _chunks(weight, bias, dtype, chunk_width(len(inner), inner.device.type)):
         z = linear(inner, head, offset).float() * scale
         slope = torch.full_like(z, scale)
@@ -239,7 +243,7 @@ def _head_gradient(
         dz *= slope * given.unsqueeze(1)
         part = slice(first, first + len(head))
         if dweight is not None:
-            dweight[part] = dz.to(dtype).T @ inner
+            dweight[part] = dz.to(inner.dtype).T @ inner
         if dbias is not None:
             dbias[part] = dz.sum(0)
     return dweight, dbias

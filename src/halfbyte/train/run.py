@@ -38,7 +38,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.metrics import MetricsFile, is_as, read_events
 from halfbyte.runs.report.writer import ReportFile
 from halfbyte.train import course, loggers, schedules, space, worlds
-from halfbyte.train.adapters import Beginning, collator, load_tokenizer
+from halfbyte.train.adapters import Beginning, collator
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.best import Best, Heard
 from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
@@ -46,10 +46,11 @@ from halfbyte.train.inputs import digests
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
 from halfbyte.train.report import Summary, describe_data, plot_loss, summarize
+from halfbyte.train.rows import opened_tokenizer, prepared
 from halfbyte.train.saving import SaveByTime
 from halfbyte.train.steps import Steps, steps_of
 from halfbyte.train.stop import Interrupted, Stop
-from halfbyte.train.tasks import TASKS, check_classes, check_options, known_classes, preview, save_beside
+from halfbyte.train.tasks import TASKS, check_classes, check_options, preview, save_beside
 from halfbyte.train.watch import Watch, check_general, notices_of
 
 
@@ -158,25 +159,10 @@ def _read(config: TrainConfig, method: Method, tell: Listener) -> tuple[Any, lis
     def progress(_: int, done: int, size: int) -> None:
         tell(Progress(done=done, total=size, unit="bytes"))
 
-    tokenizer, added = load_tokenizer(config)
-    for line in data.equip(tokenizer, config):
-        tell(Note(text=line))
-    take = functools.partial(method.take, config.method)
-
-    def prepared() -> data.Prepared:
-        return data.prepare(
-            config,
-            tokenizer,
-            method=config.method,
-            form=method.form,
-            take=take,
-            progress=progress,
-            known_classes=known_classes(config),
-        )
-
+    tokenizer, added = opened_tokenizer(config, lambda text: tell(Note(text=text)))
     with distributed.first_writes() as writes:
-        rows = prepared() if writes else None
-    rows = rows or prepared()  # found in the cache
+        rows = prepared(config, method, tokenizer, progress) if writes else None
+    rows = rows or prepared(config, method, tokenizer, progress)  # found in the cache
     for line in give_plain(tokenizer, rows):
         tell(Note(text=line))
     shown = preview_lines(rows.train, tokenizer)[1:] if config.task == "lm" else preview(rows, tokenizer)

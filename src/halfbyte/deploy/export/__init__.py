@@ -1,1 +1,1 @@
-"""A run's model in the forms that other programs read."""
+"""A run, or a model, in the form that another program opens; see :mod:`halfbyte.deploy.export.exporting`."""

@@ -12,7 +12,6 @@ llama.cpp's convention:
 k-quants are made of an f16 file by llama.cpp itself (:mod:`halfbyte.deploy.export.llama_library`).
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,14 +27,17 @@ from halfbyte.deploy.card import licence_of, write_card
 from halfbyte.deploy.export import llama_library
 from halfbyte.deploy.export.ggml import BLOCK, CODES, FLOATS, HALF, kind_of, packed, packed_bytes, packed_shape
 from halfbyte.deploy.export.modelfile import modelfile
-from halfbyte.errors import InputError, check_writable, size_text
-from halfbyte.files import absolute, repair, whole_folder
+from halfbyte.deploy.folders import check_apart, check_room, free_folder
+from halfbyte.errors import InputError
+from halfbyte.files import whole_folder
 from halfbyte.hf.models.dense import Dense, dense_model, sources, tokenizer_of
 from halfbyte.hf.models.gguf_form.family import Form, form_of, metadata, notes_of
 from halfbyte.hf.models.gguf_form.positions import positions
 from halfbyte.hf.models.gguf_form.tensors import EMBEDDING, HEAD, Entry, seen, tensors
 from halfbyte.hf.models.gguf_form.words import Words, words_of
 
+FILES = "*.gguf"
+"""What tells an export's folder from others."""
 HEADER = 64 << 20
 """Bytes that a vocabulary may take, with all beside the tensors."""
 USE = """\
@@ -106,13 +108,12 @@ def export_gguf(
         InputError: there is no such model, llama.cpp does not compute its family, its tokenizer is of another kind or
             does not fit it, a value is not finite or too large, the folder is in use, or the disk has no room.
     """
-    output = free_folder(output, overwrite, "*.gguf")
+    output = free_folder(output, overwrite, FILES)
     own = to in CODES or to in FLOATS
     if not own:
         llama_library.check_quantizer(to)
     model = dense_model(run, onto, torch.float32, base=base, trust_remote_code=trust_remote_code)
-    if any(source.resolve().is_relative_to(output.resolve()) for source in sources(model)):
-        raise InputError(f"The output folder {output} holds the adapter or the base itself; choose another.")
+    check_apart(output, sources(model))
     form = form_of(model.config, model.architecture)
     entries = tensors(model, form)
     rows = next(entry.shape[0] for entry in entries if entry.name == EMBEDDING)
@@ -122,7 +123,7 @@ def export_gguf(
     words = words_of(tokenizer, rows, stops, pre)
     kinds = formats(entries, to if own else "f16")
     needed = sum(packed_bytes(entry.shape, kinds[entry.name]) for entry in entries) + HEADER
-    check_room(output, needed if own else 2 * needed)
+    check_room(output, needed if own else 2 * needed, "The exported model")
     notes = [*notes_of(model.config, form), *words.notes, *_left_out(model), *_fallen_back(kinds, entries, to)]
     with whole_folder(output) as folder:
         name = output.name
@@ -138,7 +139,7 @@ def export_gguf(
         use = USE.format(file=file.name, name=name)
         write_card(
             folder, model.adapter, model.base.place, model.base.folder, _made_of(model, to),
-            use="\n\n".join([use, *notes]), library="gguf",
+            use="\n\n".join([use, *notes]), library="gguf", quantized=to not in FLOATS, tags=("gguf",),
         )  # fmt: skip
         nbytes = file.stat().st_size
     final = output / f"{name}-{to}.gguf"
@@ -160,37 +161,6 @@ def formats(entries: Sequence[Entry], to: str) -> dict[str, str]:
             kind = "f16"
         found[entry.name] = kind
     return found
-
-
-def free_folder(output: str | Path, overwrite: bool, pattern: str) -> Path:
-    """Return where an export goes.
-
-    Raises:
-        InputError: something is there already, and may not be overwritten or is no export; or nothing can be written.
-    """
-    output = absolute(output)
-    repair(output)
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
-    if output.exists() and not (output.is_dir() and any(output.glob(pattern))):
-        raise InputError(f"{output} holds no export that could be overwritten; choose another folder.")
-    check_writable(output)
-    return output
-
-
-def check_room(output: Path, needed: int) -> None:
-    """Look whether the disk has room.
-
-    Raises:
-        InputError: it has not.
-    """
-    parent = next(folder for folder in output.parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise InputError(
-            f"The export takes {size_text(needed)}, and {size_text(free)} are free in {parent}; free some space, or "
-            "name a folder on another disk."
-        )
 
 
 def _writer(

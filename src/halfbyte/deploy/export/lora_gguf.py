@@ -20,7 +20,8 @@ from torch import Tensor
 from halfbyte.choices import GgufAdapterType
 from halfbyte.deploy.card import write_card
 from halfbyte.deploy.export.ggml import HALF, kind_of, packed, packed_bytes
-from halfbyte.deploy.export.gguf import HEADER, check_room, free_folder
+from halfbyte.deploy.export.gguf import FILES, HEADER
+from halfbyte.deploy.folders import check_room, free_folder
 from halfbyte.errors import InputError, named
 from halfbyte.files import whole_folder
 from halfbyte.hf.models.configs import config_at, model_class
@@ -58,12 +59,14 @@ class GgufAdapter:
         folder: where.
         file: the GGUF file in it.
         modules: that it changes.
+        values: of A and B.
         nbytes: of the file.
     """
 
     folder: Path
     file: Path
     modules: int
+    values: int
     nbytes: int
 
 
@@ -90,7 +93,7 @@ def export_lora_gguf(
         InputError: there is no such adapter or base, llama.cpp does not compute the base's family, the adapter is more
             than what LoRA adds to matrices, a value is too large, the folder is in use, or the disk has no room.
     """
-    output = free_folder(output, overwrite, "*.gguf")
+    output = free_folder(output, overwrite, FILES)
     read = read_low_rank(adapter)
     place = base_of_adapter(locate(adapter)) if base is None else locate(base)
     config = config_at(place, trust_remote_code)
@@ -100,7 +103,7 @@ def export_lora_gguf(
     tied = config.get_text_config().tie_word_embeddings
     parts = {_target(name, names, tied): (name, part) for name, part in read.parts.items()}
     alpha, matrices = _matrices(parts, names)
-    check_room(output, sum(packed_bytes(x.shape, to) for x in matrices.values()) + HEADER)
+    check_room(output, sum(packed_bytes(x.shape, to) for x in matrices.values()) + HEADER, "The adapter")
     with whole_folder(output) as folder:
         file = folder / f"{output.name}-lora-{to}.gguf"
         writer = gguf.GGUFWriter(file, form.arch)
@@ -120,7 +123,8 @@ def export_lora_gguf(
             writer.close()
         _card(folder, read, place, file.name, to)
         nbytes = file.stat().st_size
-    return GgufAdapter(output, output / file.name, len(parts), nbytes)
+    values = sum(x.numel() for x in matrices.values())
+    return GgufAdapter(output, output / file.name, len(parts), values, nbytes)
 
 
 def _check_kind(read: LowRankAdapter, adapter: str | Path, rows: int) -> None:
@@ -180,4 +184,4 @@ def _matrices(parts: Mapping[str, tuple[str, Part]], names: Names) -> tuple[floa
 def _card(folder: Path, read: LowRankAdapter, place: Place, file: str, to: str) -> None:
     source = on_disk(place)
     form = f"a LoRA adapter for it, as GGUF in {to}"
-    write_card(folder, read.folder, place, source, form, use=USE.format(file=file), library="gguf")
+    write_card(folder, read.folder, place, source, form, use=USE.format(file=file), library="gguf", tags=("gguf",))

@@ -50,6 +50,7 @@ class BaseWeights:
         fit: what the checkpoint lacks.
         names: what each tensor of the model is called in the checkpoint; of tied weights one is there.
         tied: of tied weights, which other one each is.
+        quantization: how its weights lie, or are quantized; None where all are dense.
         transposed: modules whose weight is ``[in, out]`` (``Conv1D``).
 
     Raises:
@@ -68,7 +69,9 @@ class BaseWeights:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.onto, self._form = onto, form
-        config, self._checkpoint, self.place, self.folder = _opened(place, onto, form, trust_remote_code)
+        config, self._checkpoint, self.place, self.folder, self.quantization = _opened(
+            place, onto, form, trust_remote_code
+        )
         for name, value in (settings or {}).items():
             setattr(config, name, value)
         kind = auto_class(config)
@@ -86,7 +89,7 @@ class BaseWeights:
                     f"{type(trained).__name__} puts {min(plan.left_dense)} together from several tensors of its files, "
                     "so that it cannot be read one by one; open it with halfbyte.load and call merge_and_unload()."
                 )
-            self._quantizer = quantizer.quantization_config
+            self.quantization = quantizer.quantization_config
             self._layers = {plan.target[name]: layer for name, layer in plan.layers.items()}
         else:
             plan = Plan(self.model, self._checkpoint)
@@ -100,40 +103,51 @@ class BaseWeights:
 
         What stays dense was rounded to the compute dtype for training, and so it is for ``quantized``.
         """
-        name = self.names.get(target) or self.names[self.tied[target]]
-        transposed = target.rpartition(".")[0] in self.transposed
-        if name in self._packed:
-            dense = self._unpacked(name)
-            return dense.T.contiguous() if transposed else dense
-        x = self._checkpoint.read(name)
-        if target in self._layers:
-            weight = quantized(name, x.to(self._form.compute_dtype), self._layers[target], self._quantizer)
+        weight = self.quantized(target)
+        if weight is not None:
             dense = weight.dequantize(torch.float32)
-            return dense.T.contiguous() if transposed else dense
+            return dense.T.contiguous() if target.rpartition(".")[0] in self.transposed else dense
+        x = self._checkpoint.read(self._name(target))
         if self.onto == "quantized" and x.is_floating_point():
             return x.to(dense_dtype(self.model, target, self._form.compute_dtype))
         return x
+
+    def quantized(self, target: str) -> QuantizedWeight | QuantizedInt8 | None:
+        """Return a weight by its name in the model, ``[out, in]``, in 4 or 8 bits; None if it is dense."""
+        name = self._name(target)
+        if name in self._packed:
+            return self._unpacked(name)
+        if target not in self._layers or self.quantization is None:
+            return None
+        x = self._checkpoint.read(name).to(self._form.compute_dtype)
+        weight: QuantizedWeight | QuantizedInt8 = quantized(name, x, self._layers[target], self.quantization)
+        return weight
+
+    @property
+    def quantized_names(self) -> set[str]:
+        """Names in the model of the weights in 4 or 8 bits."""
+        return set(self._layers) | {target for target, name in self.names.items() if name in self._packed}
 
     @property
     def is_quantized(self) -> bool:
         """Whether some of it is what 4 or 8 bits stand for."""
         return bool(self._layers or self._packed)
 
-    def _unpacked(self, name: str) -> Tensor:
+    def _name(self, target: str) -> str:
+        return self.names.get(target) or self.names[self.tied[target]]
+
+    def _unpacked(self, name: str) -> QuantizedWeight | QuantizedInt8:
         stem = name.removesuffix("weight")
         parts = {key: self._checkpoint.read(key) for key in self._checkpoint.names if key.startswith(stem)}
-        weight: QuantizedInt8 | QuantizedWeight
         if self._checkpoint.form(name).shape == self._packed[name]:
-            weight = QuantizedInt8.from_state_dict(parts, name, self._form.compute_dtype)
-        else:
-            weight = QuantizedWeight.from_state_dict(parts, name)
-        return weight.dequantize(torch.float32)
+            return QuantizedInt8.from_state_dict(parts, name, self._form.compute_dtype)
+        return QuantizedWeight.from_state_dict(parts, name)
 
 
 def _opened(
     place: Place, onto: Onto, form: HalfbyteConfig, trust_remote_code: bool
-) -> tuple[Any, Tensors, Place, Path]:
-    """Return configuration, tensors, place and folder of a base model."""
+) -> tuple[Any, Tensors, Place, Path, HalfbyteConfig | None]:
+    """Return configuration, tensors, place and folder of a base model, and how its weights lie, if in few bits."""
     config = config_at(place, trust_remote_code)
     packing = None if place.gguf else packing_of(config)
     if (place.gguf or packing) and onto == "quantized":
@@ -141,16 +155,17 @@ def _opened(
         config, packing = config_at(place, trust_remote_code), None
     folder = on_disk(place)
     held = config.__dict__.pop("quantization_config", None)
-    if held is not None and packing is None and onto == "original":
+    lies = None if held is None or packing else HalfbyteConfig.from_folder(_dict(held))
+    if lies is not None and onto == "original":
         raise InputError(
-            f"{place.path} lies in {HalfbyteConfig.from_folder(_dict(held)).bits} bits itself, so there is no original "
+            f"{place.path} lies in {lies.bits} bits itself, so there is no original "
             "to merge onto; name the 16-bit model that it was made of with --base, or merge onto the quantized one."
         )
     if place.gguf:
         skeleton = skeleton_of(config, torch.float32, trust_remote_code)
-        return config, GgufCheckpoint(place.gguf, skeleton), place, folder
+        return config, GgufCheckpoint(place.gguf, skeleton), place, folder, None
     files = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
-    return config, PackedCheckpoint(files, packing) if packing else files, place, folder
+    return config, PackedCheckpoint(files, packing) if packing else files, place, folder, lies
 
 
 def _dict(held: Any) -> dict[str, Any]:

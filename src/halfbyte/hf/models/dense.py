@@ -34,8 +34,10 @@ CARDS = ("README.md", ADAPTER, "converted.json")
 """Files beside a base that are not the exported model's."""
 
 
-class Dense(Protocol):
-    """A dense model whose tensors are made when they are asked for."""
+class Written(Protocol):
+    """A model that is written to a folder."""
+
+    config: Any
 
     @property
     def adapter(self) -> Path | None:
@@ -46,24 +48,24 @@ class Dense(Protocol):
         """The weights of the base."""
 
     @property
-    def config(self) -> Any:
-        """Its configuration."""
-
-    @property
-    def tensors(self) -> Mapping[str, Planned]:
-        """What is to be made, by its name in the files."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every tensor, by its name in the files."""
+    def architecture(self) -> str:
+        """The class that opens it."""
 
     @property
     def values(self) -> int:
         """Values of all tensors."""
 
     @property
-    def architecture(self) -> str:
-        """The class that opens it."""
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor, by its name in the files."""
+
+
+class Dense(Written, Protocol):
+    """A dense model whose tensors are made when they are asked for."""
+
+    @property
+    def tensors(self) -> Mapping[str, Planned]:
+        """What is to be made, by its name in the files."""
 
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``, rounded.
@@ -155,19 +157,25 @@ def dense_model(
         InputError: there is no such thing, or it cannot be read; or a base is named for what has no adapter.
     """
     place = locate(run)
-    if place.is_folder and place.gguf is None and (Path(place.path) / ADAPTER).is_file():
+    if adapter_of(place) is not None:
         return Merged(run, onto, dtype, base=base, trust_remote_code=trust_remote_code)
     if base is not None:
         raise InputError(f"{run} holds no adapter ({ADAPTER}), so there is no base to name for it; leave --base out.")
     return Plain(place, dtype, trust_remote_code=trust_remote_code)
 
 
-def sources(model: Dense) -> list[Path]:
+def adapter_of(place: Place) -> Path | None:
+    """Return the folder of the adapter that is at ``place``, or None."""
+    folder = Path(place.path)
+    return folder if place.is_folder and place.gguf is None and (folder / ADAPTER).is_file() else None
+
+
+def sources(model: Written) -> list[Path]:
     """Return the folders that a dense model is made of."""
     return [folder for folder in (model.adapter, model.base.folder) if folder is not None]
 
 
-def copy_beside(model: Dense, folder: Path) -> None:
+def copy_beside(model: Written, folder: Path) -> None:
     """Copy what lies beside the weights: tokenizer, template, generation settings, licence, code."""
     copy_others(model.base.place, model.base.folder, folder, CARDS)
     for name in BESIDE:
@@ -176,14 +184,14 @@ def copy_beside(model: Dense, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def beside(model: Dense) -> Iterator[Path]:
+def beside(model: Written) -> Iterator[Path]:
     """Yield a temporary folder with all that lies beside the weights (:func:`copy_beside`)."""
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder:
         copy_beside(model, Path(folder))
         yield Path(folder)
 
 
-def tokenizer_of(model: Dense, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Written, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Open the tokenizer that goes with the model.
 
     Raises:

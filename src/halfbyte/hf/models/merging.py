@@ -114,6 +114,15 @@ class Merged:
         return {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in self.tensors.items()}
 
     @property
+    def targets(self) -> dict[str, str]:
+        """What each tensor is called in the model, by its name in the files."""
+        return {name: planned.target for name, planned in self.tensors.items()}
+
+    def wrapper(self, target: str) -> nn.Module | None:
+        """Return what PEFT has put around the module that a tensor belongs to, by the tensor's name in the model."""
+        return self._wrapper(target.rpartition(".")[0])[0]
+
+    @property
     def values(self) -> int:
         """Values of all tensors."""
         return sum(math.prod(planned.shape) for planned in self.tensors.values())

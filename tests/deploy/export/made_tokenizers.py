@@ -28,7 +28,7 @@ TEXTS = (
 CORPUS = [
     *TEXTS * 4,
     Path(__file__).read_text(encoding="utf-8"),
-    (Path(__file__).parents[1] / "conftest.py").read_text(),
+    (Path(__file__).parents[2] / "conftest.py").read_text(),
 ]
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 

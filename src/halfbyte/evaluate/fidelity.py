@@ -1,0 +1,126 @@
+"""How far a model is from another one that it should be, on the same rows.
+
+At each position that has a label, with p of the reference and q of the other:
+
+    divergence   KL(p ‖ q) = Σ p (log p - log q), in nats; the mean over positions
+    agreement    share of positions where both have the same first choice
+    loss         mean of -log q(label)
+    accuracy     share of positions where the first choice is the label
+    apart        of each layer, ‖h_q - h_p‖² summed over positions, h what it hands on
+
+What the reference says is kept, in fp32: positions times the vocabulary, and times layers and channels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.choices import IGNORED, Task
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was found; see the head of this file.
+
+    Attributes:
+        positions: that were compared.
+    """
+
+    divergence: float
+    agreement: float
+    loss: float
+    accuracy: float
+    apart: list[float]
+    positions: int
+
+
+class _Seen(NamedTuple):
+    """What a model says about a row: logits ``[n, V]``, labels ``[n]``, and of each layer ``[m, H]``."""
+
+    logits: Tensor
+    labels: Tensor
+    states: list[Tensor]
+
+
+class Reference:
+    """What a model says about rows, for others to be compared with.
+
+    Args:
+        model: in evaluation mode; how it computes is its own.
+        rows: of token ids and labels, as :func:`halfbyte.data.prepare` makes them.
+        task: what the model does.
+        positions: labelled ones that are taken at most; a row is taken whole or not at all, but for the first one.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Row], task: Task = "lm", positions: int = 2048) -> None:
+        self._task = task
+        self._rows: list[Row] = []
+        self._seen: list[_Seen] = []
+        found = 0
+        for row in rows:
+            count = 1 if task == "classify" else _labelled(row, task)
+            if count == 0 or (self._seen and found + count > positions):
+                continue
+            self._rows.append(row)
+            seen = _see(model, row, task)
+            self._seen.append(seen._replace(logits=seen.logits.log_softmax(-1)))
+            found += count
+            if found >= positions:
+                break
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row has a labelled token."""
+        return not self._rows
+
+    def compare(self, model: Any = None) -> Figures:
+        """Return how far ``model`` is from the reference; without one, the reference from itself."""
+        divergence = loss = 0.0
+        agree = right = count = 0
+        apart: list[float] = []
+        for row, exact in zip(self._rows, self._seen, strict=True):
+            seen = exact if model is None else _see(model, row, self._task)
+            other = seen.logits.log_softmax(-1)
+            divergence += float((exact.logits.exp() * (exact.logits - other)).double().sum())
+            loss -= float(other.gather(1, seen.labels.unsqueeze(1)).double().sum())
+            first = other.argmax(-1)
+            agree += int((first == exact.logits.argmax(-1)).sum())
+            right += int((first == seen.labels).sum())
+            count += len(first)
+            squares = [float((one - two).square().sum()) for one, two in zip(seen.states, exact.states, strict=True)]
+            apart = [a + b for a, b in zip(apart or [0.0] * len(squares), squares, strict=True)]
+        return Figures(divergence / count, agree / count, loss / count, right / count, apart, count)
+
+
+def _labelled(row: Row, task: Task) -> int:
+    labels = torch.as_tensor(row["labels"])
+    return int((labels[1 if task == "lm" else 0 :] != IGNORED).sum())
+
+
+@torch.no_grad()
+def _see(model: Any, row: Row, task: Task) -> _Seen:
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.int64, device=model.device).unsqueeze(0)
+    labels = torch.as_tensor(row["labels"], dtype=torch.int64)
+    if task == "classify":
+        output = model(input_ids=ids, output_hidden_states=True)
+        return _Seen(output.logits.float(), labels.view(1), [x[0].float() for x in output.hidden_states[1:]])
+    if task == "seq2seq":
+        output = model(input_ids=ids, labels=labels.unsqueeze(0).to(ids.device), output_hidden_states=True)
+        places = (labels != IGNORED).nonzero().squeeze(1)
+        states = output.decoder_hidden_states
+        return _Seen(output.logits[0, places].float(), labels[places], [x[0, places].float() for x in states[1:]])
+    places = (labels[1:] != IGNORED).nonzero().squeeze(1)
+    output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    states = [x[0, places].float() for x in output.hidden_states[1:]]
+    return _Seen(output.logits[0, places].float(), labels[places + 1], states)
+
+
+def rows_of(table: Any) -> Iterator[Row]:
+    """Yield the rows of a table of tokens, the ids and labels alone."""
+    for row in table:
+        yield {"input_ids": row["input_ids"], "labels": row["labels"]}
