@@ -167,7 +167,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_left(base: Path, tmp_path: Path,
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes").write_text("mine")
     refused("is there already", out="used")
-    refused("holds no export that could be overwritten", out="used", overwrite=True)
+    refused("holds no model that could be overwritten", out="used", overwrite=True)
     refused("is there already", out="bf16")
     export_gguf(base, tmp_path / "bf16", to="f16", overwrite=True)
     assert sorted(file.name for file in (tmp_path / "bf16").iterdir()) == ["Modelfile", "README.md", "bf16-f16.gguf"]
