@@ -7,7 +7,7 @@ to run it. Nothing of it tells where on this machine anything lay: of paths the 
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,45 @@ PIPELINES = {"lm": "text-generation", "classify": "text-classification", "seq2se
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 
-def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str) -> None:
+def write_card(
+    folder: Path,
+    adapter: Path | None,
+    base: Place,
+    source: Path,
+    form: str,
+    *,
+    use: str | None = None,
+    packages: str | None = None,
+    library: str = "transformers",
+    quantized: bool = False,
+    tags: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
+) -> None:
     """Write the card of a model.
 
     Args:
         folder: of the model.
-        adapter: the run's folder, or that of an adapter of which no run is known.
+        adapter: the run's folder, or that of an adapter of which no run is known; None: there is none.
         base: where the base model is.
         source: the folder with the base's files.
         form: what was made, as part of a sentence.
+        use: how it is run, as Markdown; None is with transformers' pipeline.
+        packages: that this takes beside transformers, as pip has them.
+        library: that opens it, by the hub's names.
+        quantized: whether it has fewer than 16 bits.
+        tags: more of them.
+        sections: further parts by their titles, as Markdown: what was measured of this very model.
     """
-    run = run_of(adapter)
+    run = run_of(adapter) if adapter else None
     name = last(str(base.gguf or base.path))
+    relation = "finetune" if adapter else "quantized" if quantized else None
     about = ModelCardData(
         base_model=None if base.is_folder else base.path,
-        base_model_relation=None if base.is_folder else "finetune",
+        base_model_relation=None if base.is_folder else relation,
         license=licence_of(source),
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=PIPELINES.get(str(run.options.get("task", "lm")) if run else "lm"),
-        tags=["qlora", "lora", "halfbyte"],
+        tags=[*(["qlora", "lora"] if adapter else []), "halfbyte", *tags],
     )
     parts = [
         f"---\n{about.to_yaml()}\n---",
@@ -60,7 +80,11 @@ def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str
         parts.append(f"The base's licence is in `{there}`.")
     if run:
         parts += list(of_run(run))
-    parts += ["## Use", code("python", _use(folder.name, run))]
+    parts += [f"## {title}\n\n{text}" for title, text in (sections or {}).items()]
+    parts.append("## Use")
+    if packages:
+        parts.append(f"With `pip install {packages}`:")
+    parts.append(use or code("python", _use(folder.name, run)))
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -167,7 +191,7 @@ def plain(text: str) -> str:
 
 
 def code(language: str, text: str) -> str:
-    """Return a block of code whose fence no line of it can end."""
+    """Return a block of code in Markdown, whose fence no line of it can end."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
