@@ -39,14 +39,14 @@ from halfbyte.train.rows import rows_again
 Calibrated = Literal["gptq", "awq"]
 Report = Callable[[str, int, int], None]
 GROUP_SIZES = (128, 64, 32)
-LENGTH, COUNT = 512, 128
+LENGTH, COUNT = 512, 16
 """Tokens of a block, and blocks, that are calibrated with."""
 ROUNDS = 50
 FEWEST = 64
 """Tokens that say anything."""
 WORK = "work"
-BAR = re.compile(r"(\d+)/(\d+) \[")
-"""What tqdm draws: done and all."""
+BAR = re.compile(r"(Quantizing)?.*?(\d+)/(\d+) \[")
+"""What tqdm draws: of the layers, done and all; and of other things."""
 TOLD = 12
 """Last lines of what auto-round said that are told where it fails."""
 
@@ -199,9 +199,10 @@ def _run(
         try:
             assert process.stdout is not None
             for line in _lines(process.stdout):
-                if found := BAR.search(line):
-                    report("Quantizing", int(found[1]), int(found[2]))
-                else:
+                found = BAR.match(line)
+                if found and found[1]:
+                    report("Quantizing", int(found[2]), int(found[3]))
+                elif not found:
                     said.append(line)
         except BaseException:
             process.terminate()

@@ -82,9 +82,7 @@ def export(
     if format == "bnb-4bit":
         if adapter_of(locate(run)) is None:
             if data is not None or rounding is not None or base is not None:
-                raise InputError(
-                    f"{run} has no adapter, so nothing was learnt that rounding could keep; give no options of that."
-                )
+                raise InputError(f"{run} has no adapter, so there is nothing to calibrate and no base to name for it.")
             return _in_4_bits(run, output, progress, overwrite, trust_remote_code)
         merged = merge(
             run, output, onto=onto, to="nf4", base=base, rounding=rounding, data=None if data is None else [data],
