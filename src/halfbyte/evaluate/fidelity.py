@@ -55,22 +55,26 @@ class Reference:
         rows: of token ids and labels, as :func:`halfbyte.data.prepare` makes them.
         task: what the model does.
         positions: labelled ones that are taken at most; a row is taken whole or not at all, but for the first one.
+        tokens: of the rows together, at most, likewise.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row], task: Task = "lm", positions: int = 2048) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[Row], task: Task = "lm", positions: int = 2048, tokens: int = 16384
+    ) -> None:
         self._task = task
         self._rows: list[Row] = []
         self._seen: list[_Seen] = []
         found = 0
         for row in rows:
             count = 1 if task == "classify" else _labelled(row, task)
-            if count == 0 or (self._seen and found + count > positions):
+            if count == 0 or (self._seen and (found + count > positions or len(row["input_ids"]) > tokens)):
                 continue
+            tokens -= len(row["input_ids"])
             self._rows.append(row)
             seen = _see(model, row, task)
             self._seen.append(seen._replace(logits=seen.logits.log_softmax(-1)))
             found += count
-            if found >= positions:
+            if found >= positions or tokens <= 0:
                 break
 
     @property

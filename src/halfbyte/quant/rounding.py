@@ -106,7 +106,8 @@ def compensated(target: Tensor, grid: QuantizedWeight, inputs: Compensation) -> 
 def _cholesky(x: Tensor) -> Tensor:
     """Return L with L Lᵀ = x, by fp64 where fp32 does not do: some channels may be thousands of times the others."""
     factor, failed = torch.linalg.cholesky_ex(x)
-    return torch.linalg.cholesky(x.double()).float() if failed else factor
+    exact: Tensor = torch.linalg.cholesky(x.double()).float() if failed else factor
+    return exact
 
 
 class _Levels:
