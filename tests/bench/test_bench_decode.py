@@ -12,7 +12,6 @@ import gguf
 import pytest
 import torch
 import transformers
-from gguf import quants
 from matplotlib.image import imread
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -121,16 +120,6 @@ def test_the_sides_decode_behind_the_same_tokens(model: Path, monkeypatch: pytes
     for place in (0, 3):  # each run's first step, behind 40 tokens and the same 41st
         assert float((own[place] - other[place + 1]).abs().max() / own[place].std()) < 0.05
     assert torch.equal(own[0], own[3]) and torch.allclose(other[1], other[4])
-
-
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16", "F32"])
-def test_weights_are_quantized_as_gguf_has_it(kind: str) -> None:
-    torch.manual_seed(1)
-    weight = torch.randn(37, 96).bfloat16()
-    weight[3] = 0
-    weight[5, :32] = 1
-    expected = quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType[kind])
-    assert (gguf_file.quantized(weight, kind) == expected).all()
 
 
 def test_a_gguf_file_opens_to_the_model_that_was_written(model: Path, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ def export(
     format: Annotated[
         choices.ExportFormat,
         typer.Option(
-            help="hf: transformers, vLLM and most others; bnb-4bit: the same in bitsandbytes' NF4; mlx: mlx-lm, on "
-            "Macs; gptq, awq: 4 bits for GPU servers (need halfbyte[autoround])."
+            help="hf: transformers, vLLM and most others; bnb-4bit: the same in bitsandbytes' NF4; gguf: llama.cpp and "
+            "Ollama; lora-gguf: the adapter alone for llama.cpp; mlx: mlx-lm, on Macs; gptq, awq: 4 bits for GPU "
+            "servers (need halfbyte[autoround])."
         ),
     ],
     to: Annotated[
@@ -56,6 +57,12 @@ def export(
         int | None,
         typer.Option(min=0, help="Of gptq and awq: how often each layer's rounding is tuned.  [default: 50]"),
     ] = None,
+    pre: Annotated[
+        str | None,
+        typer.Option(
+            help="Of gguf: llama.cpp's name for how the tokenizer cuts texts, such as llama-bpe.  [default: found out]"
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -63,7 +70,7 @@ def export(
 
     An adapter is merged into its base on the way. docs/exporting.md has a table of the formats.
     """
-    settle(format, to, {"data": data, "rounds": rounds, "rounding": rounding})
+    settle(format, to, {"data": data, "rounds": rounds, "rounding": rounding, "pre": pre})
     with quiet(), bar("{task.description}") as progress:
         from halfbyte.deploy.export.exporting import export as exported
 
@@ -78,6 +85,7 @@ def export(
             data=data,
             rounds=rounds,
             rounding=rounding,
+            pre=pre,
             report=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,

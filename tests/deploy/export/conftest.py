@@ -1,5 +1,6 @@
 """What the tests of exports share: an adapter over a base, and the quick start's model."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 SMOLLM2 = Path("~/.cache/halfbyte/SmolLM2-135M-Instruct").expanduser()
 

@@ -106,7 +106,7 @@ def test_options_that_do_not_go_together_are_told_with_what_would(
     for arguments, message in (
         (["hf", "--to", "4bit"], "--format hf has no --to 4bit; 4bit is for --format mlx or gptq or awq."),
         (["mlx", "--to", "4bits"], "--format mlx has no --to 4bits (did you mean '4bit'?)"),
-        (["gptq", "--to", "bf16"], "bf16 is for --format hf or mlx"),
+        (["gptq", "--to", "bf16"], "bf16 is for --format hf or gguf or lora-gguf or mlx"),
         (["mlx", "--data", "rows.jsonl"], "--data belongs to --format bnb-4bit, gptq and awq, not to mlx"),
         (["hf", "--rounds", "3"], "--rounds belongs to --format gptq and awq, not to hf"),
         (["gptq", "--rounding", "random"], "--rounding belongs to --format bnb-4bit, not to gptq"),

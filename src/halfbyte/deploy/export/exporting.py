@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from halfbyte.choices import ExportFormat, MergeType, Onto, Rounding
+from halfbyte.choices import ExportFormat, GgufAdapterType, GgufType, MergeType, Onto, Rounding
 from halfbyte.deploy.card import write_card
 from halfbyte.deploy.export.calibrated import ROUNDS, write_calibrated
 from halfbyte.deploy.export.formats import settle
+from halfbyte.deploy.export.gguf import export_gguf
+from halfbyte.deploy.export.lora_gguf import export_lora_gguf
 from halfbyte.deploy.export.mlx import LONG, dtype_of, unheeded_window, write_mlx
 from halfbyte.deploy.folders import free_folder
 from halfbyte.deploy.merge import DTYPES, merge, write_dense
@@ -48,6 +50,7 @@ def export(
     data: str | None = None,
     rounds: int | None = None,
     rounding: Rounding | None = None,
+    pre: str | None = None,
     report: Callable[[str, int, int], None] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -64,6 +67,7 @@ def export(
         data: of ``gptq``, ``awq`` and ``bnb-4bit``, rows to calibrate with; None: those that the run was trained on.
         rounds: of ``gptq`` and ``awq``, how often each layer's rounding is tuned.
         rounding: of ``bnb-4bit``, how codes are chosen; see :func:`halfbyte.deploy.merge.merge`.
+        pre: of ``gguf``, llama.cpp's name for how the tokenizer cuts texts, where that is not recognised.
         report: called with what is being done, done and all.
         overwrite: replace a model that is there already.
         trust_remote_code: run code that comes with the model.
@@ -72,12 +76,24 @@ def export(
         InputError: the options do not go together, there is no such model, the format cannot hold it, a package is
             missing, a value is not finite, the folder is in use, or the disk has no room.
     """
-    to = settle(format, to, {"data": data, "rounds": rounds, "rounding": rounding})
+    to = settle(format, to, {"data": data, "rounds": rounds, "rounding": rounding, "pre": pre})
 
     def progress(done: int, total: int) -> None:
         if report:
             report("Writing", done, total)
 
+    if format == "gguf":
+        file = export_gguf(
+            run, output, to=cast(GgufType, to), onto=onto, base=base, pre=pre, progress=progress, overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return Exported(file.folder, file.nbytes, file.values, to, tuple(file.notes))
+    if format == "lora-gguf":
+        alone = export_lora_gguf(
+            run, output, to=cast(GgufAdapterType, to), base=base, overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return Exported(alone.folder, alone.nbytes, alone.values, to)
     output = free_folder(output, overwrite)
     if format == "bnb-4bit":
         if adapter_of(locate(run)) is None:

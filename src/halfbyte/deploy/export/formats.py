@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from halfbyte.choices import ExportFormat
+from halfbyte.choices import GGUF_ADAPTER_TYPES, GGUF_TYPES, ExportFormat
 from halfbyte.errors import InputError, named, nearest
 
 
@@ -32,6 +32,8 @@ CALIBRATED = frozenset({"data", "rounds"})
 FORMATS: dict[ExportFormat, Format] = {
     "hf": Format(("bf16", "fp16", "fp32")),
     "bnb-4bit": Format(("nf4",), frozenset({"data", "rounding"})),
+    "gguf": Format(GGUF_TYPES, frozenset({"pre"})),
+    "lora-gguf": Format(GGUF_ADAPTER_TYPES),
     "mlx": Format(("4bit", "8bit", "bf16", "fp16")),
     "gptq": Format(("4bit",), CALIBRATED, ("auto_round", "autoround")),
     "awq": Format(("4bit",), CALIBRATED, ("auto_round", "autoround")),
