@@ -57,7 +57,7 @@ def write_calibrated(
     form: Calibrated,
     onto: Onto,
     *,
-    data: str | None = None,
+    data: Sequence[str] | None = None,
     rounds: int = ROUNDS,
     report: Report | None = None,
     trust_remote_code: bool = False,
@@ -140,9 +140,9 @@ def _group_size(model: Dense, trust_remote_code: bool) -> int:
     return found
 
 
-def _blocks(model: Dense, data: str | None, trust_remote_code: bool) -> np.ndarray:
+def _blocks(model: Dense, data: Sequence[str] | None, trust_remote_code: bool) -> np.ndarray:
     """Return the token ids to calibrate with, int32 ``[blocks, length]``."""
-    files = None if data is None else [data]
+    files = None if data is None else list(data)
     if model.adapter is not None:
         table = rows_again(model.adapter, files).train.rows
     elif files is not None:
@@ -235,8 +235,12 @@ def _tidy(file: Path, name: str) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _about(form: str, ids: np.ndarray, data: str | None, rounds: int) -> str:
-    of = "rows that the run was trained on" if data is None else f"rows of `{Path(data).name}`"
+def _about(form: str, ids: np.ndarray, data: Sequence[str] | None, rounds: int) -> str:
+    of = (
+        "rows that the run was trained on"
+        if data is None
+        else "rows of " + ", ".join(f"`{Path(name).name}`" for name in data)
+    )
     how = "Activation-aware scales" if form == "awq" else "Rounding"
     tuned = f", the rounding tuned for {rounds} rounds a layer (SignRound, arXiv 2309.05516)" if rounds else ""
     return (
