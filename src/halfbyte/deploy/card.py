@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from halfbyte import __version__
+from halfbyte.deploy.audit_report import AuditReport
 from halfbyte.errors import InputError
 from halfbyte.hf.models.hub import Place
 from halfbyte.runs.differences import given
@@ -28,6 +29,8 @@ SAMPLES = 3
 UNSAID = ("output", "resume", "overwrite", "report_to")
 """Options that say nothing to somebody else."""
 PIPELINES = {"lm": "text-generation", "classify": "text-classification", "seq2seq": "text2text-generation"}
+AUDIT = Path("audit", "audit.json")
+"""In a run's folder."""
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 
@@ -88,6 +91,36 @@ def write_card(
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def evaluation_of(adapter: Path | None, way: str) -> dict[str, str]:
+    """Return what ``halfbyte audit`` found of a way of merging, as a part of the card; nothing where it has not been.
+
+    Args:
+        adapter: the run's folder, with the audit's file if there is one.
+        way: its name there.
+    """
+    file = (adapter or Path()) / AUDIT
+    if adapter is None or not file.is_file():
+        return {}
+    try:
+        report = AuditReport.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not any(one.name == way for one in report.ways):
+        return {}
+    names = {"base": "the base", "adapter": "base and adapter", way: "this model"}
+    rows = [
+        f"| {names[one.name]} | {one.loss:.4f} | {one.accuracy:.1%} | {one.divergence:.4f} | {one.agreement:.1%} |"
+        for one in report.ways
+        if one.name in names
+    ]
+    told = (
+        f"By `halfbyte audit` on {plain(report.rows)}, {report.positions:,} labelled tokens, everything in fp32; "
+        "divergence (KL, in nats) and agreement (the same first choice) are from base and adapter."
+    )
+    head = "| | loss | accuracy | divergence | agreement |\n|---|---|---|---|---|"
+    return {"Evaluation": "\n".join([told, "", head, *rows])}
+
+
 def licence_of(folder: Path) -> str | None:
     """Return the licence that the card of the model in ``folder`` names, or None."""
     file = folder / CARD
@@ -134,7 +167,8 @@ def of_run(run: Run) -> Iterator[str]:
     if changes := words.changes(run):
         before, after = words.change_heads(run)
         rows = [f"| {plain(name)} | {number(one)} | {number(other)} |" for name, one, other in changes]
-        yield "\n".join(["## Results", "", f"| held out | {before} | {after} |", "|---|---|---|", *rows])
+        told = "Measured on the base, and on base and adapter as they were trained:"
+        yield "\n".join(["## Results", "", told, "", f"| held out | {before} | {after} |", "|---|---|---|", *rows])
     else:
         yield "## Results\n\nNothing was held out, so nothing is known of texts that were not trained on."
     asked = run.samples if run.options.get("sample_prompts") else {}  # else they are rows of the data
