@@ -227,6 +227,12 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.expanduser(path)).absolute()  # `..` stays: behind a link it leads elsewhere
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: ``HALFBYTE_CACHE``, or that of the user's caches."""
+    given, home = os.environ.get("HALFBYTE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return absolute(given) if given else absolute(home) / "halfbyte"
+
+
 def model_path(name: str) -> str:
     """Return what a user calls a model, its path absolute if it is one; a hub id stays as it is."""
     is_path = name.startswith(("~", "/", "./", "../")) or name in (".", "..") or os.path.isdir(name)

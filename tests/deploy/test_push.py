@@ -86,7 +86,7 @@ def test_what_is_shown_arrives_byte_for_byte_private_and_nothing_else(
     assert code == 0 and not hub.seen
     shown = listed(out)
     assert set(shown) == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json", "chat_template.jinja",
         "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert "checkpoints/" in out and "metrics.jsonl" in out and "give its hub id with --base" in out

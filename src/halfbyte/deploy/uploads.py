@@ -32,6 +32,7 @@ from halfbyte.hf.models.adapter_files import FILES as ADAPTER_FILES
 from halfbyte.hf.models.base_format import FILE as BASE_FORMAT
 from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS, weight_files
 from halfbyte.hf.models.configs import ADAPTER, CONFIG, json_of
+from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
 from halfbyte.hub import PATIENCE, asked
 
 Kind = Literal["adapter", "model", "gguf"]
@@ -151,14 +152,14 @@ def _content(folder: Path) -> tuple[Kind, list[str], list[str]]:
             raise InputError(f"{folder} holds no {ADAPTER_FILES[0]}: {hint}.")
         kind: Kind = "adapter"
         wanted: tuple[str, ...]
-        wanted, weights = (ADAPTER, BASE_FORMAT, CONFIG, *TEXTS), [ADAPTER_FILES[0]]
+        wanted, weights = (ADAPTER, BASE_FORMAT, FINGERPRINT, CONFIG, *TEXTS), [ADAPTER_FILES[0]]
     elif CONFIG in there and (not gguf or any(name.endswith(".safetensors") for name in there)):
         kind = "model"
         about = json_of(folder / CONFIG)
         weights = [file.name for file in weight_files(folder, about.get("transformers_weights"))]
         if not all(name.endswith(".safetensors") for name in weights):
             raise InputError(f"{folder} holds its weights as pickles ({named(weights)}); save it as safetensors first.")
-        wanted = (*MODEL, *(CODE if about.get("auto_map") else ()), *TEXTS)
+        wanted = (*MODEL, FINGERPRINT, *(CODE if about.get("auto_map") else ()), *TEXTS)
     elif gguf:
         kind, wanted, weights = "gguf", (CONFIG, "Modelfile", *TEXTS), gguf
     else:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import check_kind
 from halfbyte.hf.layers.head import base_of
+from halfbyte.hf.models.base_files import check_base
 from halfbyte.nn import QuantizedLinear
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -63,6 +64,7 @@ def put_adapter(
         InputError: the folder holds no whole adapter, or one of another base model, or of a kind that needs dense
             weights.
     """
+    check_base(folder, getattr(base_of(model), "opened_from", None))
     config, weights = _read(model, folder)
     config.inference_mode = not trained
     if config.peft_type == PeftType.ADALORA and is_on_meta(model):

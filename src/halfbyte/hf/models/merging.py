@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from halfbyte.choices import Onto
 from halfbyte.errors import InputError, named
 from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.base_files import Source
 from halfbyte.hf.models.base_format import base_format
 from halfbyte.hf.models.base_weights import BaseWeights
 from halfbyte.hf.models.check import check_finite
@@ -86,6 +87,7 @@ class Merged:
             settings=class_settings(classes) if classes else None,
         )  # fmt: skip
         self._model = model = self.base.model
+        model.opened_from = Source(self.base.place, trust_remote_code)
         forms = {name: x for name, x in model.state_dict().items()}
         heads = {id(x) for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None}
         self._heads = {f"{name}.weight" for name, x in model.named_modules() if id(x) in heads}
