@@ -40,10 +40,10 @@ def export(
         str | None, typer.Option(help="Another place for the base model than the adapter names: folder or hub id.")
     ] = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Of bnb-4bit, gptq and awq: rows to calibrate on, named as for training.  [default: what the run was "
-            "trained on]"
+            help="Of bnb-4bit, gptq and awq: rows to calibrate on, named as for training; may be repeated.  [default: "
+            "what the run was trained on]"
         ),
     ] = None,
     rounding: Annotated[
@@ -70,7 +70,7 @@ def export(
 
     An adapter is merged into its base on the way. docs/exporting.md has a table of the formats.
     """
-    settle(format, to, {"data": data, "rounds": rounds, "rounding": rounding, "pre": pre})
+    settle(format, to, {"data": data or None, "rounds": rounds, "rounding": rounding, "pre": pre})
     with quiet(), bar("{task.description}") as progress:
         from halfbyte.deploy.export.exporting import export as exported
 
@@ -82,7 +82,7 @@ def export(
             to=to,
             onto=onto,
             base=base,
-            data=data,
+            data=data or None,
             rounds=rounds,
             rounding=rounding,
             pre=pre,

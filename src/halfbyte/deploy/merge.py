@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.choices import Compared, MergeType, Onto, Rounding
-from halfbyte.deploy.card import write_card
+from halfbyte.deploy.card import evaluation_of, write_card
 from halfbyte.deploy.folders import free_folder, write_model
 from halfbyte.errors import InputError
 from halfbyte.hf.models.dense import Dense, Written
@@ -106,7 +106,7 @@ def merge(
     seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
     about = {"onto": onto, "to": to, "drawn": f"{rounding} {seed or 0} {seen}"}
     form = f"{form_of(model)}, in {to}, its codes {ROUNDED[rounding]}"
-    nbytes = _write(model, output, about, model.make, to, form, progress)
+    nbytes = _write(model, output, about, model.make, to, form, f"nf4-{rounding}", progress)
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized, rounding)
 
 
@@ -128,7 +128,8 @@ def write_dense(
         return {name: model.read(name)}
 
     about = {"onto": onto, "to": to}
-    nbytes = _write(model, output, about, make, to, f"{form_of(model)}, in {to}", progress)
+    way = to if onto == "quantized" else f"original-{to}"
+    nbytes = _write(model, output, about, make, to, f"{form_of(model)}, in {to}", way, progress)
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
 
 
@@ -147,14 +148,20 @@ def _write(
     make: Callable[[str], Mapping[str, Tensor]],
     to: MergeType,
     form: str,
+    way: str,
     progress: Callable[[int, int], None] | None,
 ) -> int:
+    """Write a model with the card that says what it is (``form``), and what the audit found of this ``way``."""
+
     def finish(folder: Path) -> None:
         model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
         model.config.architectures = [model.architecture]
         model.config.save_pretrained(folder)
         packages = "bitsandbytes" if to == "nf4" else None
-        write_card(folder, model.adapter, model.base.place, model.base.folder, form, packages=packages)
+        write_card(
+            folder, model.adapter, model.base.named, model.base.folder, form,
+            packages=packages, sections=evaluation_of(model.adapter, way),
+        )  # fmt: skip
 
     what = "The merged model" if model.adapter else "The dense model"
     return write_model(model, output, about, sizes=model.sizes, make=make, finish=finish, what=what, progress=progress)

@@ -140,9 +140,9 @@ def test_what_cannot_be_calibrated_is_told_and_nothing_is_left(
     for model, options, message in (
         (wide_model_folder, {}, "its data are not known; name rows to calibrate on"),
         (adapted(wide_model_folder), {}, "its data are not known; name some"),
-        (run, {"data": str(few)}, "tokens, too few to calibrate on"),
-        (run, {"data": str(tmp_path / "nowhere.jsonl")}, "nowhere.jsonl"),
-        (tiny_model_folder, {"data": str(few)}, "has 80 inputs, which is no multiple of 32"),
+        (run, {"data": [str(few)]}, "tokens, too few to calibrate on"),
+        (run, {"data": [str(tmp_path / "nowhere.jsonl")]}, "nowhere.jsonl"),
+        (tiny_model_folder, {"data": [str(few)]}, "has 80 inputs, which is no multiple of 32"),
     ):
         with pytest.raises(InputError, match=message):
             export(model, tmp_path / "out", format="gptq", **options)

@@ -4,7 +4,8 @@ the whole process, prints, and ends it where something is wrong.
     python -m halfbyte.deploy.export.autoround ORDER.json
 
 reads an :class:`Order` and writes the quantized model's files to its ``output``. Memory is auto-round's own matter: the
-whole 16-bit model, the inputs of a decoder layer for all blocks, and that layer's gradients.
+whole model, in 16 bits or, where the CPU has no products in 16 bits, in 32; the inputs of a decoder layer for all
+blocks; and that layer's gradients.
 """
 
 import ctypes
@@ -65,8 +66,10 @@ def main() -> None:
     from auto_round import AutoRound, AWQConfig, RTNConfig, SignRoundConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from halfbyte.kernels import product_dtype
+
     options = {"trust_remote_code": order.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(order.model, dtype=torch.bfloat16, **options)
+    model = AutoModelForCausalLM.from_pretrained(order.model, dtype=product_dtype(torch.bfloat16, "cpu"), **options)
     tokenizer = AutoTokenizer.from_pretrained(order.model, **options)
     ids = torch.from_numpy(np.load(order.blocks)).long()
     scheme = {

@@ -39,14 +39,14 @@ from halfbyte.train.rows import rows_again
 Calibrated = Literal["gptq", "awq"]
 Report = Callable[[str, int, int], None]
 GROUP_SIZES = (128, 64, 32)
-LENGTH, COUNT = 512, 128
+LENGTH, COUNT = 512, 16
 """Tokens of a block, and blocks, that are calibrated with."""
 ROUNDS = 50
 FEWEST = 64
 """Tokens that say anything."""
 WORK = "work"
-BAR = re.compile(r"(\d+)/(\d+) \[")
-"""What tqdm draws: done and all."""
+BAR = re.compile(r"(Quantizing)?.*?(\d+)/(\d+) \[")
+"""What tqdm draws: of the layers, done and all; and of other things."""
 TOLD = 12
 """Last lines of what auto-round said that are told where it fails."""
 
@@ -57,7 +57,7 @@ def write_calibrated(
     form: Calibrated,
     onto: Onto,
     *,
-    data: str | None = None,
+    data: Sequence[str] | None = None,
     rounds: int = ROUNDS,
     report: Report | None = None,
     trust_remote_code: bool = False,
@@ -107,7 +107,7 @@ def write_calibrated(
             _tidy(folder / "config.json", folder.name)
             told = f"{form.upper()}'s 4 bits (groups of {group_size})"
             write_card(
-                folder, model.adapter, model.base.place, model.base.folder, f"{form_of(model)}, in {told}",
+                folder, model.adapter, model.base.named, model.base.folder, f"{form_of(model)}, in {told}",
                 use=_use(form, folder.name), quantized=True, tags=[form, "auto-round"],
                 sections={"Quantization": _about(form, ids, data, rounds)},
             )  # fmt: skip
@@ -140,9 +140,9 @@ def _group_size(model: Dense, trust_remote_code: bool) -> int:
     return found
 
 
-def _blocks(model: Dense, data: str | None, trust_remote_code: bool) -> np.ndarray:
+def _blocks(model: Dense, data: Sequence[str] | None, trust_remote_code: bool) -> np.ndarray:
     """Return the token ids to calibrate with, int32 ``[blocks, length]``."""
-    files = None if data is None else [data]
+    files = None if data is None else list(data)
     if model.adapter is not None:
         table = rows_again(model.adapter, files).train.rows
     elif files is not None:
@@ -199,9 +199,10 @@ def _run(
         try:
             assert process.stdout is not None
             for line in _lines(process.stdout):
-                if found := BAR.search(line):
-                    report("Quantizing", int(found[1]), int(found[2]))
-                else:
+                found = BAR.match(line)
+                if found and found[1]:
+                    report("Quantizing", int(found[2]), int(found[3]))
+                elif not found:
                     said.append(line)
         except BaseException:
             process.terminate()
@@ -234,8 +235,12 @@ def _tidy(file: Path, name: str) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _about(form: str, ids: np.ndarray, data: str | None, rounds: int) -> str:
-    of = "rows that the run was trained on" if data is None else f"rows of `{Path(data).name}`"
+def _about(form: str, ids: np.ndarray, data: Sequence[str] | None, rounds: int) -> str:
+    of = (
+        "rows that the run was trained on"
+        if data is None
+        else "rows of " + ", ".join(f"`{Path(name).name}`" for name in data)
+    )
     how = "Activation-aware scales" if form == "awq" else "Rounding"
     tuned = f", the rounding tuned for {rounds} rounds a layer (SignRound, arXiv 2309.05516)" if rounds else ""
     return (

@@ -1,6 +1,6 @@
 """Export: one call for every format of :data:`halfbyte.deploy.export.formats.FORMATS`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -47,7 +47,7 @@ def export(
     to: str | None = None,
     onto: Onto = "quantized",
     base: str | Path | None = None,
-    data: str | None = None,
+    data: Sequence[str] | None = None,
     rounds: int | None = None,
     rounding: Rounding | None = None,
     pre: str | None = None,
@@ -98,12 +98,10 @@ def export(
     if format == "bnb-4bit":
         if adapter_of(locate(run)) is None:
             if data is not None or rounding is not None or base is not None:
-                raise InputError(
-                    f"{run} has no adapter, so nothing was learnt that rounding could keep; give no options of that."
-                )
+                raise InputError(f"{run} has no adapter, so there is nothing to calibrate and no base to name for it.")
             return _in_4_bits(run, output, progress, overwrite, trust_remote_code)
         merged = merge(
-            run, output, onto=onto, to="nf4", base=base, rounding=rounding, data=None if data is None else [data],
+            run, output, onto=onto, to="nf4", base=base, rounding=rounding, data=data,
             progress=progress, overwrite=overwrite, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return Exported(output, merged.nbytes, merged.values, to)

@@ -138,7 +138,7 @@ def export_gguf(
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         use = USE.format(file=file.name, name=name)
         write_card(
-            folder, model.adapter, model.base.place, model.base.folder, _made_of(model, to),
+            folder, model.adapter, model.base.named, model.base.folder, _made_of(model, to),
             use="\n\n".join([use, *notes]), library="gguf", quantized=to not in FLOATS, tags=("gguf",),
         )  # fmt: skip
         nbytes = file.stat().st_size

@@ -232,14 +232,20 @@ class Merged:
         """Let a module have its weights meanwhile, in fp32."""
         held = dict(module.named_parameters(recurse=False))
         for key, x in held.items():
-            own = self._base(f"{path}.{key}") if x.is_meta else x.detach()
-            full = torch.zeros(x.shape, dtype=torch.float32)  # rows that were added are the adapter's
-            full[: len(own)] = own
-            module._parameters[key] = nn.Parameter(full, requires_grad=False)
+            module._parameters[key] = nn.Parameter(self._full(f"{path}.{key}", x), requires_grad=False)
         try:
             yield
         finally:
             module._parameters.update(held)
+
+    def _full(self, target: str, form: Tensor) -> Tensor:
+        """Return a tensor of the base in fp32, with zeros for rows that were added: those are the adapter's."""
+        own = self._base(target) if form.is_meta else form.detach()
+        if own.shape == form.shape:
+            return own.float()
+        full = torch.zeros(form.shape, dtype=torch.float32)
+        full[: len(own)] = own
+        return full
 
     def _base(self, target: str) -> Tensor:
         """Return a tensor of the base; one that came with the adapter (biases, embeddings that grew) as it came."""
