@@ -77,6 +77,7 @@ def test_blocks_are_of_rows_that_the_run_was_trained_on(run: Path, monkeypatch: 
     config = TrainConfig.from_yaml(run / "config.yaml", {})
     prepared = data.prepare(config, halfbyte.load_tokenizer(config.model))
     monkeypatch.setattr(calibrated, "LENGTH", 16)
+    monkeypatch.setattr(calibrated, "COUNT", 1000)
     text = calibrated._blocks(dense_model(run), None, False).ravel().tolist()
     trained, held = (list(rows.rows["input_ids"]) for rows in (prepared.train, prepared.evaluation))
     runs = [text[at : at + 12] for at in range(len(text))]
