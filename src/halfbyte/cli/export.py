@@ -55,7 +55,7 @@ def export(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=0, help="Of gptq and awq: how often each layer's rounding is tuned.  [default: 50]"),
+        typer.Option(min=0, help="Of gptq and awq: how often each layer's rounding is tuned.  [default: 20]"),
     ] = None,
     pre: Annotated[
         str | None,

@@ -41,7 +41,7 @@ Report = Callable[[str, int, int], None]
 GROUP_SIZES = (128, 64, 32)
 LENGTH, COUNT = 512, 16
 """Tokens of a block, and blocks, that are calibrated with."""
-ROUNDS = 50
+ROUNDS = 20
 FEWEST = 64
 """Tokens that say anything."""
 WORK = "work"
