@@ -61,6 +61,15 @@ Rounding = Literal["outputs", "random", "original"]
 Compared = Literal["nearest", "gptq"]
 """Two more, which lose what was learnt and are there to be compared with."""
 
+ExportFormat = Literal["hf", "bnb-4bit", "gguf", "lora-gguf", "mlx", "gptq", "awq"]
+"""What a model is exported to; see :mod:`halfbyte.deploy.export.formats`."""
+GgufType = Literal[
+    "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "bf16", "f16", "f32",
+]  # fmt: skip
+"""What the matrices of a GGUF file are in, by llama.cpp's names; those with a k need llama.cpp itself."""
+GgufAdapterType = Literal["f32", "f16", "bf16"]
+"""What an adapter in GGUF is in."""
+
 CombineMethod = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 """How several adapters become one; see :mod:`halfbyte.deploy.adapters`."""
 
@@ -91,6 +100,8 @@ QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 BITSANDBYTES_TYPES = ("nf4", "fp4")
 """4-bit formats that bitsandbytes' files have a name for."""
 FLOAT_TYPES: tuple[str, ...] = get_args(FloatType)
+GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+GGUF_ADAPTER_TYPES: tuple[str, ...] = get_args(GgufAdapterType)
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 
 BLOCKSIZES = range(32, 4097)

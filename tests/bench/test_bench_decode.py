@@ -12,7 +12,6 @@ import gguf
 import pytest
 import torch
 import transformers
-from gguf import quants
 from matplotlib.image import imread
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -75,7 +74,9 @@ def test_what_a_side_holds_is_what_the_formats_take(model: Path) -> None:
     assert in_eight.head_bytes < 0.6 * ours.head_bytes
     assert in_eight.token_bytes == 2 * 2 * 2 * (32 + 4)
     theirs, _ = Transformers(four_bit=False).open(str(model))
-    assert theirs == ours._replace(layer_bytes=2 * VALUES, adapter_bytes=0)
+    width = product_dtype(torch.bfloat16, "cpu").itemsize  # 2, or 4 where torch has no products in bf16
+    held = {"head_bytes": ours.head_bytes * width // 2, "token_bytes": ours.token_bytes * width // 2}
+    assert theirs == ours._replace(layer_bytes=width * VALUES, adapter_bytes=0, **held)
 
 
 def test_the_floor_is_bytes_over_bandwidth_or_flop_over_the_peak() -> None:
@@ -99,7 +100,8 @@ def test_the_sides_decode_behind_the_same_tokens(model: Path, monkeypatch: pytes
     _, theirs = Transformers(four_bit=False).open(str(model))
     for name, module in ours._decoder.model.named_modules():  # the very same weights: what the 4-bit ones stand for
         if hasattr(module, "frozen_weight"):
-            theirs._model.get_submodule(name).weight.data = module.frozen_weight.dequantize(torch.bfloat16)
+            weight = theirs._model.get_submodule(name).weight
+            weight.data = module.frozen_weight.dequantize(torch.bfloat16).to(weight.dtype)
     own: list[torch.Tensor] = []
     other: list[torch.Tensor] = []
     step, dense = ours._decoder.step, theirs._model
@@ -121,16 +123,6 @@ def test_the_sides_decode_behind_the_same_tokens(model: Path, monkeypatch: pytes
     for place in (0, 3):  # each run's first step, behind 40 tokens and the same 41st
         assert float((own[place] - other[place + 1]).abs().max() / own[place].std()) < 0.05
     assert torch.equal(own[0], own[3]) and torch.allclose(other[1], other[4])
-
-
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16", "F32"])
-def test_weights_are_quantized_as_gguf_has_it(kind: str) -> None:
-    torch.manual_seed(1)
-    weight = torch.randn(37, 96).bfloat16()
-    weight[3] = 0
-    weight[5, :32] = 1
-    expected = quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType[kind])
-    assert (gguf_file.quantized(weight, kind) == expected).all()
 
 
 def test_a_gguf_file_opens_to_the_model_that_was_written(model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from halfbyte.deploy.audit import audit
 from halfbyte.deploy.card import licence_of
 from halfbyte.deploy.merge import merge
 from halfbyte.runs.config import TrainConfig
@@ -66,3 +67,27 @@ def test_an_adapter_without_a_run_has_a_card_too_and_the_base_s_licence(
     for text in ("no head", "---\nlicense: [a, b]\n---\n", "---\n: : :\n---\n", "---\nlicense: 'a b\\n#'\n---\n"):
         (base / "README.md").write_text(text)
         assert licence_of(base) is None
+
+
+def test_what_the_audit_found_of_this_way_stands_in_the_card(tiny_model_folder: Path, tmp_path: Path) -> None:
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_folder),
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_model_folder)
+    adapted.save_pretrained(tmp_path / "adapter")
+    rows = [json.dumps({"prompt": f"say {n}", "completion": f"it is {n}"}) + "\n" for n in "abcdefgh"]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    report = audit(tmp_path / "adapter", data=[str(tmp_path / "rows.jsonl")], ways=["bf16"])
+    (tmp_path / "adapter" / "audit").mkdir()
+    report.write(tmp_path / "adapter" / "audit" / "audit.json")
+    for to, is_there in (("bf16", True), ("fp16", False)):
+        merge(tmp_path / "adapter", tmp_path / to, to=to)
+        _, body = parts(tmp_path / to)
+        found = [line for line in body.splitlines() if line.startswith("| this model")]
+        assert found == ([f"| this model | {report.ways[2].loss:.4f} | {report.ways[2].accuracy:.1%} | "
+            f"{report.ways[2].divergence:.4f} | {report.ways[2].agreement:.1%} |"] if is_there else [])  # fmt: skip
+        assert ("## Evaluation" in body) == is_there and str(tmp_path) not in body
+    (tmp_path / "adapter" / "audit" / "audit.json").write_text("{")
+    merge(tmp_path / "adapter", tmp_path / "damaged")
+    assert "## Evaluation" not in parts(tmp_path / "damaged")[1]

@@ -25,6 +25,7 @@ from halfbyte.bench.decode_works import Sizes, Work, floor, step_bytes, works
 from halfbyte.bench.process import cpu_only, model_folder
 from halfbyte.bench.run import LIBRARIES, circumstances, forced, peak
 from halfbyte.bench.works import has_bitsandbytes
+from halfbyte.deploy.export import llama_library
 from halfbyte.errors import InputError, nearest
 from halfbyte.kernels import product_dtype
 
@@ -85,7 +86,7 @@ def bench_decode(
         arithmetic, flop, ceiling = peak()
         found = circumstances(arithmetic, (*LIBRARIES, "transformers"))
         if "llama.cpp" in peers:
-            found.versions["node-llama-cpp"] = llama_cpp.PACKAGES[0].rpartition("@")[2]
+            found.versions["node-llama-cpp"] = llama_library.PACKAGES[0].rpartition("@")[2]
         sides = _open(folder, peers, head, cache, adapters, asked[0][0], stack, progress)
         memory = torch.ones(READ_BYTES // 4)
 

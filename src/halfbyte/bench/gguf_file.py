@@ -1,12 +1,8 @@
-"""A Llama model as a GGUF file, so that llama.cpp can be measured beside halfbyte (formats: gguf 0.19, quants.py).
-
-    Q4_0    blocks of 32 values, 4-bit codes and an fp16 scale: 4.5 bits a value; llama.cpp repacks it when it loads
-    Q4_1    with an fp16 minimum too: 5 bits a value
-    Q8_0    blocks of 32 values, int8 codes and an fp16 scale: 8.5 bits a value
+"""A Llama model as a GGUF file, so that llama.cpp can be measured beside halfbyte: layers and head in any two formats.
 
 Rows of queries and keys are permuted, since llama.cpp turns neighbouring values where transformers turns halves; norms
 are fp32. The vocabulary in the file is made up, since the model is decoded by token ids alone. Other families, biases
-and scaled rotary embeddings are refused: this is for measuring, not for export.
+and scaled rotary embeddings are refused: this is for measuring, and :mod:`halfbyte.deploy.export.gguf` for export.
 """
 
 from pathlib import Path
@@ -17,12 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from halfbyte.deploy.export.ggml import BLOCK, packed
 from halfbyte.errors import InputError
 from halfbyte.hf.models.configs import read_config
 
-BLOCK = 32
-ROWS = 4096
-"""Rows that are quantized at once."""
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -75,7 +69,7 @@ def write(model: str, files: dict[Path, tuple[str, str]]) -> None:
             target = _name(name)
             kind = "F32" if tensor.dim() == 1 else head if target in HEADS else layers
             if (name, kind) not in made:
-                made[name, kind] = quantized(_permuted(name, tensor, config), kind)
+                made[name, kind] = packed(_permuted(name, tensor, config), kind.lower())
             writer.add_tensor(target, made[name, kind], raw_dtype=gguf.GGMLQuantizationType[kind])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -126,44 +120,3 @@ def _permuted(name: str, tensor: Tensor, config: Any) -> Tensor:
         if part in name:
             return tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
     return tensor
-
-
-def quantized(tensor: Tensor, kind: str) -> Any:
-    """Return a matrix ``[rows, columns]``, or a vector, as GGUF's bytes, uint8 ``[rows, bytes]``; fp32 as it is.
-
-    As ``gguf.quants.quantize`` has it, which is not as quick.
-    """
-    if kind == "F32":
-        return tensor.float().numpy()
-    if kind == "BF16":
-        return tensor.bfloat16().contiguous().view(torch.uint8).numpy()
-    parts = []
-    for rows in torch.split(tensor, ROWS):
-        blocks = rows.float().reshape(-1, BLOCK)
-        if kind == "Q8_0":
-            scale = blocks.abs().amax(-1, keepdim=True) / 127
-            scaled = blocks * _inverse(scale)
-            codes = (torch.trunc(scaled.abs() + 0.5) * scaled.sign()).to(torch.int8).view(torch.uint8)
-            constants = [scale]
-        elif kind == "Q4_0":
-            scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
-            codes = _nibbles(blocks * _inverse(scale) + 8.5)
-            constants = [scale]
-        else:
-            assert kind == "Q4_1", kind
-            low = blocks.amin(-1, keepdim=True)
-            scale = (blocks.amax(-1, keepdim=True) - low) / 15
-            codes = _nibbles((blocks - low) * _inverse(scale) + 0.5)
-            constants = [scale, low]
-        halves = [constant.half().view(torch.uint8) for constant in constants]
-        parts.append(torch.cat([*halves, codes], -1).view(len(rows), -1))
-    return torch.cat(parts).numpy()
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0.0, 1 / scale)
-
-
-def _nibbles(x: Tensor) -> Tensor:
-    codes = x.trunc().clamp(0, 15).to(torch.uint8)
-    return codes[:, : BLOCK // 2] | (codes[:, BLOCK // 2 :] << 4)

@@ -21,11 +21,11 @@ from typing import Any
 from halfbyte.bench import gguf_file
 from halfbyte.bench.decode_sides import Took, made_up
 from halfbyte.bench.decode_works import Sizes, Work
+from halfbyte.deploy.export.llama_library import PACKAGES, node_folder
 from halfbyte.errors import InputError
-from halfbyte.files import cache_folder, whole_folder
+from halfbyte.files import whole_folder
 from halfbyte.quiet import quiet
 
-PACKAGES = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
 FORMS = {
     "llama.cpp Q4_0": ("Q4_0", "Q8_0"),
     "llama.cpp Q4_1": ("Q4_1", "Q8_0"),
@@ -50,7 +50,7 @@ def module() -> Path:
             "llama.cpp comes through npm, and there is no node or npm here: install Node.js 20 or newer (on Debian: "
             "apt-get install nodejs npm), or leave llama.cpp away."
         )
-    folder = cache_folder() / "llama.cpp"
+    folder = node_folder()
     found = folder / "node_modules" / "node-llama-cpp" / "dist" / "index.js"
     if not found.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from halfbyte.cli import (
     classify,
     convert,
     data,
+    export,
     generate,
     machine,
     merge,
@@ -79,6 +80,7 @@ app.command()(models.quantize)
 app.command()(merge.merge)
 app.command()(push.push)
 app.command()(audit.audit)
+app.command()(export.export)
 app.add_typer(adapters, name="adapter")
 for made in (adapter.info, adapter.truncate, adapter.combine, adapter.convert, adapter.diff):
     adapters.command()(made)

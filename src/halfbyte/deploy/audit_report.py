@@ -111,7 +111,7 @@ class AuditReport(BaseModel):
     def draw(self, file: Path) -> None:
         """Draw what is lost in which layer."""
         ways = [way for way in self.ways if way.nbytes is not None and way.layers]
-        figure = Figure(figsize=(8, 4.5), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(9, 4.5), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         for number, way in enumerate(ways):
             values = [max(value, 1e-6) for value in way.layers]
@@ -122,7 +122,7 @@ class AuditReport(BaseModel):
         axes.set_xlabel("layer")
         axes.set_ylabel("distance of its outputs from base + adapter,\nby that of the base")
         axes.set_title(f"{self.run}: what is lost where")
-        axes.legend(fontsize=8, ncols=2)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         axes.grid(alpha=0.3)
         with whole_file(file) as part:
             figure.savefig(part, format="png")

@@ -7,7 +7,7 @@ to run it. Nothing of it tells where on this machine anything lay: of paths the 
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from halfbyte import __version__
+from halfbyte.deploy.audit_report import AuditReport
 from halfbyte.errors import InputError
 from halfbyte.hf.models.hub import Place
 from halfbyte.runs.differences import given
@@ -28,28 +29,50 @@ SAMPLES = 3
 UNSAID = ("output", "resume", "overwrite", "report_to")
 """Options that say nothing to somebody else."""
 PIPELINES = {"lm": "text-generation", "classify": "text-classification", "seq2seq": "text2text-generation"}
+AUDIT = Path("audit", "audit.json")
+"""In a run's folder."""
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 
-def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str) -> None:
+def write_card(
+    folder: Path,
+    adapter: Path | None,
+    base: Place,
+    source: Path,
+    form: str,
+    *,
+    use: str | None = None,
+    packages: str | None = None,
+    library: str = "transformers",
+    quantized: bool = False,
+    tags: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
+) -> None:
     """Write the card of a model.
 
     Args:
         folder: of the model.
-        adapter: the run's folder, or that of an adapter of which no run is known.
+        adapter: the run's folder, or that of an adapter of which no run is known; None: there is none.
         base: where the base model is.
         source: the folder with the base's files.
         form: what was made, as part of a sentence.
+        use: how it is run, as Markdown; None is with transformers' pipeline.
+        packages: that this takes beside transformers, as pip has them.
+        library: that opens it, by the hub's names.
+        quantized: whether it has fewer than 16 bits.
+        tags: more of them.
+        sections: further parts by their titles, as Markdown: what was measured of this very model.
     """
-    run = run_of(adapter)
+    run = run_of(adapter) if adapter else None
     name = last(str(base.gguf or base.path))
+    relation = "finetune" if adapter else "quantized" if quantized else None
     about = ModelCardData(
         base_model=None if base.is_folder else base.path,
-        base_model_relation=None if base.is_folder else "finetune",
+        base_model_relation=None if base.is_folder else relation,
         license=licence_of(source),
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=PIPELINES.get(str(run.options.get("task", "lm")) if run else "lm"),
-        tags=["qlora", "lora", "halfbyte"],
+        tags=[*(["qlora", "lora"] if adapter else []), "halfbyte", *tags],
     )
     parts = [
         f"---\n{about.to_yaml()}\n---",
@@ -60,8 +83,42 @@ def write_card(folder: Path, adapter: Path, base: Place, source: Path, form: str
         parts.append(f"The base's licence is in `{there}`.")
     if run:
         parts += list(of_run(run))
-    parts += ["## Use", code("python", _use(folder.name, run))]
+    parts += [f"## {title}\n\n{text}" for title, text in (sections or {}).items()]
+    parts.append("## Use")
+    if packages:
+        parts.append(f"With `pip install {packages}`:")
+    parts.append(use or code("python", _use(folder.name, run)))
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def evaluation_of(adapter: Path | None, way: str) -> dict[str, str]:
+    """Return what ``halfbyte audit`` found of a way of merging, as a part of the card; nothing where it has not been.
+
+    Args:
+        adapter: the run's folder, with the audit's file if there is one.
+        way: its name there.
+    """
+    file = (adapter or Path()) / AUDIT
+    if adapter is None or not file.is_file():
+        return {}
+    try:
+        report = AuditReport.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not any(one.name == way for one in report.ways):
+        return {}
+    names = {"base": "the base", "adapter": "base and adapter", way: "this model"}
+    rows = [
+        f"| {names[one.name]} | {one.loss:.4f} | {one.accuracy:.1%} | {one.divergence:.4f} | {one.agreement:.1%} |"
+        for one in report.ways
+        if one.name in names
+    ]
+    told = (
+        f"By `halfbyte audit` on {plain(report.rows)}, {report.positions:,} labelled tokens, everything in fp32; "
+        "divergence (KL, in nats) and agreement (the same first choice) are from base and adapter."
+    )
+    head = "| | loss | accuracy | divergence | agreement |\n|---|---|---|---|---|"
+    return {"Evaluation": "\n".join([told, "", head, *rows])}
 
 
 def licence_of(folder: Path) -> str | None:
@@ -110,7 +167,8 @@ def of_run(run: Run) -> Iterator[str]:
     if changes := words.changes(run):
         before, after = words.change_heads(run)
         rows = [f"| {plain(name)} | {number(one)} | {number(other)} |" for name, one, other in changes]
-        yield "\n".join(["## Results", "", f"| held out | {before} | {after} |", "|---|---|---|", *rows])
+        told = "Measured on the base, and on base and adapter as they were trained:"
+        yield "\n".join(["## Results", "", told, "", f"| held out | {before} | {after} |", "|---|---|---|", *rows])
     else:
         yield "## Results\n\nNothing was held out, so nothing is known of texts that were not trained on."
     asked = run.samples if run.options.get("sample_prompts") else {}  # else they are rows of the data
@@ -167,7 +225,7 @@ def plain(text: str) -> str:
 
 
 def code(language: str, text: str) -> str:
-    """Return a block of code whose fence no line of it can end."""
+    """Return a block of code in Markdown, whose fence no line of it can end."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

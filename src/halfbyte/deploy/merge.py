@@ -7,9 +7,7 @@ goes on with the same command, from the last file of a gigabyte that was whole.
 """
 
 import hashlib
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte import __version__
 from halfbyte.choices import Compared, MergeType, Onto, Rounding
-from halfbyte.deploy.card import CARD, write_card
-from halfbyte.errors import InputError, size_text
-from halfbyte.files import absolute, growing_folder, repair
-from halfbyte.hf.models.adapter_files import BESIDE
+from halfbyte.deploy.card import evaluation_of, write_card
+from halfbyte.deploy.folders import free_folder, write_model
+from halfbyte.errors import InputError
+from halfbyte.hf.models.dense import Dense, Written
 from halfbyte.hf.models.four_bits import In4Bits
 from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.merging import Merged
-from halfbyte.hf.models.quantize_files import copy_others
-from halfbyte.hf.models.shards import write_shards
-from halfbyte.locks import Locked
 from halfbyte.train.rows import has_rows, rows_again, some_texts
 
 DTYPES: dict[MergeType, torch.dtype] = {
@@ -102,47 +96,75 @@ def merge(
             is in use, the disk has no room, or options do not go together.
     """
     _check_options(onto, to, rounding=rounding, data=data, tokens=tokens, seed=seed)
-    output = absolute(output)
-    repair(output)
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
-    if output.exists() and not (output / "config.json").is_file():
-        raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
-    model: Merged | In4Bits
-    if to == "nf4":
-        rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0)
-        model = In4Bits(
-            run, rounding, texts, original=base, seed=seed or 0, trust_remote_code=trust_remote_code
-        )  # fmt: skip
-        seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
-        make, drawn = model.make, f"{rounding} {seed or 0} {seen}"
-    else:
-        model = dense = Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code)
-        make, drawn = (lambda name: {name: dense.read(name)}), ""
-    sources = [folder.resolve() for folder in (model.adapter, model.base.folder)]
-    if any(source.is_relative_to(output.resolve()) for source in sources):
-        raise InputError(f"The output folder {output} holds the adapter or the base itself; choose another.")
-    sizes = model.sizes
-    _check_room(output, sum(sizes.values()))
-    about = {"version": __version__, "onto": onto, "to": to, "drawn": drawn, "sources": [*map(_stamp, sources)]}
-    try:
-        with growing_folder(output, json.dumps(about)) as folder:
-            nbytes = write_shards(folder, sizes, make, progress)
-            copy_others(model.base.place, model.base.folder, folder, (CARD, "adapter_config.json", "converted.json"))
-            for name in BESIDE:
-                if (model.adapter / name).is_file():
-                    shutil.copy(model.adapter / name, folder)
-            model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
-            model.config.architectures = [model.architecture]
-            model.config.save_pretrained(folder)
-            form = "with an adapter merged onto " + (
-                "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
-            )
-            form += f", in {to}" + (f", its codes {ROUNDED[rounding]}" if rounding else "")
-            write_card(folder, model.adapter, model.base.named, model.base.folder, form)
-    except Locked as error:
-        raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
+    output = free_folder(output, overwrite)
+    if to != "nf4":
+        return write_dense(
+            Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code), output, onto, to, progress
+        )
+    rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0)
+    model = In4Bits(run, rounding, texts, original=base, seed=seed or 0, trust_remote_code=trust_remote_code)
+    seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
+    about = {"onto": onto, "to": to, "drawn": f"{rounding} {seed or 0} {seen}"}
+    form = f"{form_of(model)}, in {to}, its codes {ROUNDED[rounding]}"
+    nbytes = _write(model, output, about, model.make, to, form, f"nf4-{rounding}", progress)
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized, rounding)
+
+
+def write_dense(
+    model: Dense, output: Path, onto: Onto, to: MergeType, progress: Callable[[int, int], None] | None = None
+) -> MergedCopy:
+    """Write a dense model as transformers opens it.
+
+    Args:
+        model: made for the dtype that ``to`` stands for.
+        output: as :func:`halfbyte.deploy.folders.free_folder` gives it.
+        onto, to, progress: as for :func:`merge`.
+
+    Raises:
+        InputError: as :func:`merge`.
+    """
+
+    def make(name: str) -> dict[str, Tensor]:
+        return {name: model.read(name)}
+
+    about = {"onto": onto, "to": to}
+    way = to if onto == "quantized" else f"original-{to}"
+    nbytes = _write(model, output, about, make, to, f"{form_of(model)}, in {to}", way, progress)
+    return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
+
+
+def form_of(model: Written) -> str:
+    """Return what a model is made of, as part of a sentence."""
+    if model.adapter is None:
+        return "as dense weights"
+    which = "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
+    return f"with an adapter merged onto {which}"
+
+
+def _write(
+    model: Written,
+    output: Path,
+    about: Mapping[str, Any],
+    make: Callable[[str], Mapping[str, Tensor]],
+    to: MergeType,
+    form: str,
+    way: str,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Write a model with the card that says what it is (``form``), and what the audit found of this ``way``."""
+
+    def finish(folder: Path) -> None:
+        model.config.dtype = str(DTYPES[to]).removeprefix("torch.")
+        model.config.architectures = [model.architecture]
+        model.config.save_pretrained(folder)
+        packages = "bitsandbytes" if to == "nf4" else None
+        write_card(
+            folder, model.adapter, model.base.named, model.base.folder, form,
+            packages=packages, sections=evaluation_of(model.adapter, way),
+        )  # fmt: skip
+
+    what = "The merged model" if model.adapter else "The dense model"
+    return write_model(model, output, about, sizes=model.sizes, make=make, finish=finish, what=what, progress=progress)
 
 
 def _check_options(onto: Onto, to: MergeType, **given: Any) -> None:
@@ -180,22 +202,3 @@ def _texts(
             "random)."
         ) from error
     return rounding, some_texts(rows.train, tokens, seed)
-
-
-def _check_room(output: Path, needed: int) -> None:
-    parent = next(folder for folder in output.parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise InputError(
-            f"The merged model takes {size_text(needed)}, and {size_text(free)} are free in {parent}; free some space, "
-            "or name a folder on another disk."
-        )
-
-
-def _stamp(folder: Path) -> str:
-    """Return a digest of what files a folder has, and of which sizes and times."""
-    digest = hashlib.sha256(str(folder).encode())
-    for file in sorted(folder.iterdir()):
-        about = file.stat()
-        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

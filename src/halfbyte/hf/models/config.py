@@ -71,6 +71,8 @@ class HalfbyteConfig(QuantizationConfigMixin):
         if about.get("load_in_8bit", about.get("_load_in_8bit", False)):
             # Of 8 bits bitsandbytes computes in the dtype of the activations, so that none is written.
             return cls(quant_type="int8", blocksize=ROW, skip_modules=skip)
+        if method is None and {"group_size", "bits"} <= about.keys():
+            method = "MLX"
         raise InputError(
             f"The model is already quantized ({method}), which is not opened: bitsandbytes' 4 and 8 bits, GPTQ, AWQ "
             "and GGUF are; start from its 16-bit original."

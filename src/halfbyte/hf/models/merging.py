@@ -37,7 +37,7 @@ from halfbyte.hf.models.quantizer import dense_dtype
 NAME = "default"
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
     """A tensor that is to be made: its name in the model, and what it is like."""
 
     target: str
@@ -59,6 +59,7 @@ class Merged:
         adapter: the folder of the adapter.
         base: the weights of the base.
         config: of the dense model.
+        tensors: what is to be made, by its name in the files.
 
     Raises:
         InputError: there is no such adapter or base, they do not fit, or the adapter is part of no weight.
@@ -107,17 +108,17 @@ class Merged:
                 "with random values there, which are lost."
             )
         self._made: tuple[str, dict[str, Tensor]] = ("", {})
-        self._outputs = dict(self._planned(forms, dtype))
+        self.tensors = dict(self._planned(forms, dtype))
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every tensor, by its name in the files."""
-        return {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in self._outputs.items()}
+        return {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in self.tensors.items()}
 
     @property
     def targets(self) -> dict[str, str]:
         """What each tensor is called in the model, by its name in the files."""
-        return {name: planned.target for name, planned in self._outputs.items()}
+        return {name: planned.target for name, planned in self.tensors.items()}
 
     def wrapper(self, target: str) -> nn.Module | None:
         """Return what PEFT has put around the module that a tensor belongs to, by the tensor's name in the model."""
@@ -126,7 +127,7 @@ class Merged:
     @property
     def values(self) -> int:
         """Values of all tensors."""
-        return sum(math.prod(planned.shape) for planned in self._outputs.values())
+        return sum(math.prod(planned.shape) for planned in self.tensors.values())
 
     @property
     def architecture(self) -> str:
@@ -139,7 +140,7 @@ class Merged:
         Raises:
             InputError: a value is not finite, or too large for the dtype.
         """
-        planned = self._outputs[name]
+        planned = self.tensors[name]
         x = self.exact(planned.target)
         rounded = x.to(planned.dtype) if x.is_floating_point() else x
         check_finite(planned.target, rounded)
@@ -166,7 +167,7 @@ class Merged:
                     "halfbyte.load and call merge_and_unload(), or serve it beside its base."
                 )
 
-    def _planned(self, forms: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, _Planned]]:
+    def _planned(self, forms: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Planned]]:
         """Yield name and form of each tensor that is to be there."""
         untied = self._untied()
         if untied:
@@ -178,7 +179,7 @@ class Merged:
             if target in self._heads and self._is_grown:
                 shape = torch.Size((self._grown, *shape[1:]))
             kind = dense_dtype(self._model, target, dtype) if x.is_floating_point() else x.dtype
-            yield self.base.names.get(target, target), _Planned(target, shape, kind)
+            yield self.base.names.get(target, target), Planned(target, shape, kind)
 
     def _untied(self) -> list[str]:
         """Return the tensors that are one with another in the base, and no more with the adapter."""

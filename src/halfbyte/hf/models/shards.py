@@ -22,7 +22,7 @@ ROOM = 2048
 """Bytes of a header for each of the names that are made, which may become several tensors."""
 DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
-    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int8: "I8", torch.uint8: "U8", torch.uint32: "U32", torch.bool: "BOOL",
 }  # fmt: skip
 """safetensors' names."""
 

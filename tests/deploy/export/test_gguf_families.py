@@ -1,0 +1,310 @@
+"""Every family's GGUF file is the model: the real llama.cpp gives transformers' logits, and its greedy tokens.
+
+All is fp32 with a file of f32 (the cache and attention too). With one of f16, llama.cpp rounds the activations that a
+matrix is multiplied by to fp16.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from llama import opened
+from made_tokenizers import bytes_cut
+from made_tokenizers import save as save_words
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import halfbyte
+from halfbyte.deploy.export.gguf import export_gguf
+from halfbyte.errors import InputError
+from halfbyte.hf import HalfbyteConfig
+from halfbyte.hf.layers.families import FAMILIES
+from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
+from halfbyte.hf.models.gguf_form.family import FORMS
+from halfbyte.hf.models.gguf_form.splits import WAYS
+
+F32, F16, TABLE = 1e-4, 3e-2, 3e-3
+"""Bounds of the largest difference over the logits' standard deviation; with GELU, which llama.cpp has in a table."""
+TOKENS = 60
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 256,
+    "pad_token_id": 256,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0 + 0.1 * i for i in range(8)], "rope_theta": 10000.0,
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+}  # fmt: skip
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama with a head of its own": ("Llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with wide heads": ("Llama", {"head_dim": 32}),
+    "llama 3's positions": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear positions": ("Llama", {"rope_parameters": LINEAR}),
+    "dynamic positions": ("Llama", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
+    "yarn": ("Llama", {"rope_parameters": YARN}),
+    "yarn with a factor": ("Llama", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
+    "yarn with scales": ("Llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "ministral": ("Ministral", {"sliding_window": 256, "head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 with yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "phi3": ("Phi3", {}),
+    "phi4": ("Phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}}),
+    # llama.cpp goes by the context that it makes room for, here 256 tokens, transformers by the text, here some 60.
+    "phi3 with long positions": ("Phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32}),
+    "phi3 with short positions": (
+        "Phi3",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 256, "max_position_embeddings": 1024},
+    ),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    "gemma2": ("Gemma2", {**GEMMA, "sliding_window": 16, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3", {**GEMMA, "sliding_window": 16, "num_hidden_layers": 7}),
+    "gemma3 in another round": (
+        "Gemma3", {**GEMMA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "gemma3 without windows": ("Gemma3", {**GEMMA, "layer_types": ["full_attention"] * 4}),
+    "gemma3 with windows alone": (
+        "Gemma3", {**GEMMA, "sliding_window": 16, "layer_types": ["sliding_attention"] * 4},
+    ),
+    "gemma3 with long positions": (
+        "Gemma3",
+        {
+            **GEMMA, "sliding_window": 16, "num_hidden_layers": 6, "final_logit_softcapping": 30.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+    ),
+    "olmo": ("Olmo", {"clip_qkv": 1.0}),
+    "olmo2": ("Olmo2", {"tie_word_embeddings": False}),
+    "olmo2, tied": ("Olmo2", {"tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 16}),
+    "olmo3 with yarn": (
+        "Olmo3",
+        {
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 0.5,
+        },
+    ),
+}  # fmt: skip
+QUICK = ("llama",)
+
+
+def save(name: str, folder: Path, tokenizer: Path) -> PreTrainedModel:
+    """A model of random weights, wide enough that logits are far from each other."""
+    family, options = MODELS[name]
+    family = family.replace("Gemma3", "Gemma3Text") if family == "Gemma3" else family
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, "vocab_size": 264, **options})
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for path, x in model.named_parameters():
+            values = torch.randn(x.shape, generator=generator)
+            if x.ndim > 1:
+                x.copy_(values * (0.5 if "embed" in path else 1.2 / x.shape[1] ** 0.5))
+            else:
+                x.copy_(0.2 * values + (1.0 if "norm" in path and "Gemma" not in family else 0.0))
+    model.eval().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: list[int]) -> Tensor:
+    found: Tensor = model(input_ids=torch.tensor([ids])).logits[0]
+    return found.float()
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.std())
+
+
+IDS = torch.randint(0, 256, (TOKENS,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def test_every_family_that_is_fused_is_tried() -> None:
+    tried = {family for family, _ in MODELS.values()}
+    assert {family.name for family in FAMILIES.values()} <= tried
+    kinds = {getattr(transformers, f"{x}TextConfig" if x == "Gemma3" else f"{x}Config").model_type for x in tried}
+    assert kinds == set(FORMS)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS])
+def test_llama_cpp_computes_the_model(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = save(name, tmp_path / "model", tiny_model_folder)
+    wanted = logits(model, IDS)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f32")
+    assert set(copy.kinds) == {"f32"}
+    with opened(copy.file) as llama:
+        assert llama.rows == 264
+        found = llama.logits(IDS)
+    assert apart(found, wanted) < (TABLE if "gemma" in name else F32)
+
+    half = export_gguf(tmp_path / "model", tmp_path / "half", to="f16")
+    with torch.no_grad():
+        for x in model.parameters():
+            if x.ndim > 1:
+                x.copy_(x.half())
+    with opened(half.file) as llama:
+        greedy(llama, model, IDS[:40], 32)
+
+
+def greedy(llama: Any, model: nn.Module, ids: list[int], count: int) -> None:
+    """Both go on with the same tokens, except where a logit is nearer to the next one than the bound."""
+    same = 0
+    for _ in range(count):
+        wanted = logits(model, ids)[-1]
+        found = llama.logits(ids)[-1]
+        assert apart(found, wanted) < F16
+        first, second = wanted.topk(2).values.tolist()
+        if first - second > 2 * F16 * float(wanted.std()):
+            assert int(found.argmax()) == int(wanted.argmax())
+            same += 1
+        ids = [*ids, int(wanted.argmax())]
+    assert same >= count / 2
+
+
+@pytest.mark.parametrize("to", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("name", ["llama with biases", "gemma2", "qwen3", "phi3"])
+def test_our_reader_gives_the_file_s_values_back_bit_for_bit(
+    name: str, to: Any, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    model = save(name, tmp_path / "model", tiny_model_folder)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to=to)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    read = GgufCheckpoint(copy.file, skeleton)
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[to]
+    names = [key for key in model.state_dict() if key != "lm_head.weight" or not model.config.tie_word_embeddings]
+    assert sorted(read.names) == sorted(names)
+    for key in names:
+        x = model.state_dict()[key]
+        wanted = x if x.ndim == 1 else x.to(dtype).float()
+        if x.ndim == 1 and name.startswith("gemma"):
+            wanted = (x + 1) - 1  # as the file's fp32 has it
+        assert torch.equal(read.read(key), wanted), key
+
+
+@pytest.mark.filterwarnings("ignore:.*rounded a second time")
+def test_the_file_opens_in_halfbyte_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    tokenizer = bytes_cut(WAYS[0])
+    model = AutoModelForCausalLM.from_pretrained(save_words(tokenizer, tmp_path / "model"), dtype=torch.bfloat16)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="bf16")
+    opened_again = halfbyte.load(copy.file, quantization_config=HalfbyteConfig(quant_type="int8"))
+    assert apart(logits(opened_again, IDS), logits(model, IDS)) < 0.2
+    again = halfbyte.load_tokenizer(copy.file)
+    for text in ("Hello world, it's 12", "<|im_start|>user\nhi<|im_end|>"):
+        assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a family": ("GPTNeoX", {}, "gpt_neox model is not written as GGUF; gemma, "),
+    "experts": ("Qwen3Moe", {"num_experts": 2, "moe_intermediate_size": 32}, "qwen3_moe model is not written"),
+    "an activation": ("Llama", {"hidden_act": "relu"}, "its activation is 'relu'"),
+    "a scale": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 100}, "query_pre_attn_scalar is 100, and 32"),
+    "no soft caps": ("Gemma2", {**GEMMA, "attn_logit_softcapping": None}, "no soft caps"),
+    "layers": (
+        "Gemma3", {**GEMMA, "layer_types": ["full_attention", "sliding_attention"] * 2}, "a window follow no rule",
+    ),
+    "no positions": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 1]}, "not every fourth"),
+    "llama 3's positions": ("Qwen2", {"rope_parameters": LLAMA3}, "no positions of the type llama3 for qwen2"),
+    "yarn in gemma": (
+        "Gemma3",
+        {
+            **GEMMA, "rope_parameters": {
+                "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        "no positions of the type yarn for gemma3",
+    ),
+    "betas": (
+        "Llama", {"rope_parameters": YARN | {"beta_slow": 2.0}}, "no other betas of YaRN than 32 and 1 for llama",
+    ),
+    "biases": ("Qwen3", {"attention_bias": True}, "qwen3 has no place for model.layers.0.self_attn.k_proj.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    name: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, options, message = REFUSED[name]
+    monkeypatch.setitem(MODELS, name, (family, options))
+    save(name, tmp_path / "model", tiny_model_folder)
+    with pytest.raises(InputError, match=message):
+        export_gguf(tmp_path / "model", tmp_path / "out", to="f16")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(("name", "options"), [("Mistral", {}), ("Qwen2", {"use_sliding_window": True}), ("Phi3", {})])
+def test_a_window_that_llama_cpp_does_not_look_at_is_said(
+    name: str, options: dict[str, Any], tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"max_window_layers": 0} if name == "Qwen2" else {}
+    monkeypatch.setitem(MODELS, "windowed", (name, {"sliding_window": 16, **options, **more}))
+    save("windowed", tmp_path / "model", tiny_model_folder)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f16")
+    assert "layers see 16 tokens: beyond 16 tokens its answers differ" in copy.notes[0]
+    assert copy.notes[0] in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_that_classifies_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = transformers.LlamaConfig(**{**SHAPE, "vocab_size": 258})
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="LlamaForSequenceClassification is no language model"):
+        export_gguf(tmp_path / "model", tmp_path / "out")
+
+
+def test_the_text_part_of_a_model_that_sees_images_is_written(tmp_path: Path, tiny_model_folder: Path) -> None:
+    text = {**SHAPE, **GEMMA, "vocab_size": 258, "sliding_window": 16}
+    seeing = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=seeing, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for path, x in model.named_parameters():
+            if x.ndim > 1 and "language_model" in path:
+                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(len(path))) / x.shape[1] ** 0.5)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "model")
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f32")
+    assert any("sees images is left out" in note for note in copy.notes)
+    with opened(copy.file) as llama:
+        assert apart(llama.logits(IDS), logits(model, IDS)) < TABLE
+
+
+def test_the_bound_would_show_a_wrong_file(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """What the tests of families compare moves far beyond their bound where rows are not in llama.cpp's order."""
+    model = save("llama", tmp_path / "model", tiny_model_folder)
+    wanted = logits(model, IDS)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        weight = other.model.layers[3].self_attn.q_proj.weight
+        weight.copy_(weight.view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64))
+    assert apart(logits(other, IDS), wanted) > 20 * F32
