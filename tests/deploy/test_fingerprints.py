@@ -97,6 +97,7 @@ def test_commands_refuse_another_base_in_one_sentence(
         ("merge", own, tmp_path / "merged", "--base", stranger, "--onto", "original"),
         ("merge", own, tmp_path / "merged", "--base", stranger, "--to", "nf4", "--rounding", "random"),
         ("merge", own, tmp_path / "merged", "--base", stranger, "--to", "nf4", "--rounding", "original"),
+        ("export", own, tmp_path / "merged", "--format", "gguf", "--base", stranger),
         ("audit", wrong, "--data", tmp_path / "rows.jsonl"),
     ):
         code, _, error = run(*command)
