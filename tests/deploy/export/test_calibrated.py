@@ -77,6 +77,7 @@ def test_blocks_are_of_rows_that_the_run_was_trained_on(run: Path, monkeypatch: 
     config = TrainConfig.from_yaml(run / "config.yaml", {})
     prepared = data.prepare(config, halfbyte.load_tokenizer(config.model))
     monkeypatch.setattr(calibrated, "LENGTH", 16)
+    monkeypatch.setattr(calibrated, "COUNT", 1000)
     text = calibrated._blocks(dense_model(run), None, False).ravel().tolist()
     trained, held = (list(rows.rows["input_ids"]) for rows in (prepared.train, prepared.evaluation))
     runs = [text[at : at + 12] for at in range(len(text))]
@@ -94,6 +95,7 @@ def test_blocks_lose_no_token_but_those_at_the_end() -> None:
 
 
 @auto_round
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gptq", "awq"])
 def test_it_opens_in_transformers_and_here_and_leaves_nothing_else(
     form: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +152,7 @@ def test_what_cannot_be_calibrated_is_told_and_nothing_is_left(
 
 
 @auto_round
+@pytest.mark.slow
 def test_where_auto_round_fails_its_last_words_are_told(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(calibrated, "COUNT", 1)
     real = calibrated.Order.write
@@ -165,6 +168,7 @@ def test_where_auto_round_fails_its_last_words_are_told(run: Path, tmp_path: Pat
 
 
 @auto_round
+@pytest.mark.slow
 def test_who_was_interrupted_goes_on_behind_the_merge(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
