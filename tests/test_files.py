@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,10 +22,11 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from halfbyte import files, locks
+from halfbyte import locks, parts
 from halfbyte.files import (
     append,
     disk_full,
+    growing_folder,
     read_lines,
     remove_folder,
     repair,
@@ -38,7 +40,7 @@ from halfbyte.locks import Lock, Locked, lock
 
 READS = ("open", "close", "read", "pread", "stat", "lstat", "fstat", "listdir", "scandir")
 WRITES = ("write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "rename", "replace", "unlink")
-CALLS = [*((os, name) for name in READS + WRITES), (fcntl, "flock"), (files, "_exchange")]
+CALLS = [*((os, name) for name in READS + WRITES), (fcntl, "flock"), (parts, "exchange")]
 
 
 @contextlib.contextmanager
@@ -109,9 +111,23 @@ def write_line(path: Path, data: bytes) -> None:
     append(path, data.decode())
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def grow(path: Path, data: bytes, key: str = "key") -> dict[str, bytes]:
+    """Write a folder that grows, in which nothing is made twice; return what was in it."""
+    with growing_folder(path, key) as part:
+        found = content(part)
+        for name in ("first", "second"):
+            if name not in found:
+                write_file(part / name, data)
+    return found
+
+
 @dataclass(frozen=True)
 class Case:
-    write: Callable[[Path, bytes], None]
+    write: Callable[[Path, bytes], Any]
     replaced: bool
     exchange: bool = True
     place: str = "."
@@ -123,13 +139,13 @@ class Case:
         if self.replaced:
             with watched(lambda n, name, when: None):  # so without syncs
                 self.write(target, b"old")
-        real = files._exchange
+        real = parts.exchange
         if not self.exchange:
-            files._exchange = lambda one, other: False
+            parts.exchange = lambda one, other: False
         try:
             yield target
         finally:
-            files._exchange = real
+            parts.exchange = real
 
     @property
     def old(self) -> Any:
@@ -144,6 +160,8 @@ class Case:
     def result(self, data: bytes) -> Any:
         if self.write is write_folder:
             return {"first": data, "in/deep/second": data}
+        if self.write is grow:
+            return {"first": data, "second": data}
         return data if self.write is write_file else [data.decode()]
 
     def found(self, target: Path) -> Any:
@@ -154,7 +172,7 @@ class Case:
             return None
         if self.write is write_file:
             return target.read_bytes()
-        return {str(file.relative_to(target)): file.read_bytes() for file in target.rglob("*") if file.is_file()}
+        return content(target)
 
 
 CASES = {
@@ -168,6 +186,14 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
+GROWING = {
+    "new": Case(grow, replaced=False, place="in/new/folders"),
+    "replaced": Case(grow, replaced=True),
+    "replaced, no exchange": Case(grow, replaced=True, exchange=False),
+}
+ALL = CASES | {f"growing, {name}": case for name, case in GROWING.items()}
+each_growing = pytest.mark.parametrize("case", GROWING.values(), ids=GROWING.keys())
+
 
 def leftovers(target: Path) -> list[str]:
     return [name for name in os.listdir(target.parent) if name != target.name] if target.parent.exists() else []
@@ -175,7 +201,7 @@ def leftovers(target: Path) -> list[str]:
 
 def point_of_no_return(names: list[str]) -> int:
     """Return the number of the call after which the new content stands: the last rename, or that before the last."""
-    swaps = [n for n, name in enumerate(names) if name in ("rename", "replace", "_exchange")]
+    swaps = [n for n, name in enumerate(names) if name in ("rename", "replace", "exchange")]
     return max(swaps, default=len(names) - 2)
 
 
@@ -187,7 +213,7 @@ def calls_of(case: Case, folder: Path) -> list[str]:
     return names
 
 
-@each_case
+@pytest.mark.parametrize("case", ALL.values(), ids=ALL.keys())
 def test_whichever_call_fails_the_old_content_stays_until_the_new_is_there(case: Case, tmp_path: Path) -> None:
     names = calls_of(case, tmp_path / "all")
     swap = point_of_no_return(names)
@@ -292,10 +318,32 @@ def test_a_repair_in_the_middle_of_a_living_writer_does_it_no_harm(case: Case, t
 
 @each_case
 def test_after_a_kill_at_any_call_the_next_start_finds_the_old_or_the_new_content(case: Case, tmp_path: Path) -> None:
-    [name] = [name for name, other in CASES.items() if other is case]
-    result = subprocess.run([sys.executable, __file__, name, str(tmp_path)], capture_output=True, text=True)
+    assert kills_of(case, tmp_path) > 20
+
+
+def kills_of(case: Case, folder: Path) -> int:
+    """Kill writers in another process, which can do so without harm to threads; return how many."""
+    [name] = [name for name, other in ALL.items() if other is case]
+    result = subprocess.run([sys.executable, __file__, name, str(folder)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 20
+    return int(result.stdout)
+
+
+def killed(case: Case, target: Path, n: int, when: str) -> bool:
+    """Kill a writer at its call ``n``; return whether it made so many."""
+    child = os.fork()
+    if child == 0:
+
+        def kill(call: int, name: str, at: str) -> None:
+            if (call, at) == (n, when):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with watched(kill):
+            case.write(target, b"new")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 def kill_everywhere(case: Case, folder: Path) -> int:
@@ -306,20 +354,8 @@ def kill_everywhere(case: Case, folder: Path) -> int:
             n = 0
             while True:
                 with case.prepared(folder / f"{when} {again} {n}") as target:
-                    child = os.fork()
-                    if child == 0:
-
-                        def kill(call: int, name: str, at: str, n: int = n, when: str = when) -> None:
-                            if (call, at) == (n, when):
-                                os.kill(os.getpid(), signal.SIGKILL)
-
-                        with watched(kill):
-                            case.write(target, b"new")
-                        os._exit(0)
-                    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                    if code == 0:
+                    if not killed(case, target, n, when):
                         break
-                    assert code == -signal.SIGKILL
                     if case.exchange:
                         assert case.found(target) in (case.old, case.new), (n, when)
                     if again:
@@ -335,9 +371,210 @@ def kill_everywhere(case: Case, folder: Path) -> int:
     return kills
 
 
+def whole_before(names: list[str], n: int, when: str) -> int | None:
+    """Return how many files were whole when a writer that grows was stopped at call ``n``; None: it had all of them."""
+    if n >= names.index("rename"):
+        return None
+    return names[: n + (when == "after")].count("replace")
+
+
+@each_growing
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_is_interrupted_leaves_what_has_grown_and_who_goes_on_finds_it(
+    case: Case, when: str, tmp_path: Path
+) -> None:
+    names = calls_of(case, tmp_path / "all")
+    swap = point_of_no_return(names)
+    for n in range(len(names)):
+
+        def interrupt(call: int, name: str, at: str, n: int = n) -> None:
+            if (call, at) == (n, when) and (name, at) != ("close", "after"):  # rmtree would close once more
+                raise KeyboardInterrupt
+
+        with case.prepared(tmp_path / str(n)) as target:
+            with watched(interrupt):
+                try:
+                    case.write(target, b"new")
+                except KeyboardInterrupt:
+                    expected = [case.old] * (n <= swap) + [case.new] * (n >= swap)
+                else:
+                    expected = [case.new]
+            assert case.found(target) in expected, (n, names[n])
+            repair(target)
+            assert case.found(target) in expected, (n, names[n])
+            is_done = case.found(target) == case.new
+            found = grow(target, b"new")
+            assert found.items() <= case.new.items()
+            whole = whole_before(names, n, when)
+            if whole is not None and not is_done and (names[n], when) != ("close", "after"):
+                assert len(found) == whole, (n, names[n])
+            assert case.found(target) == case.new
+            assert leftovers(target) == [], (n, names[n])
+            assert set(os.listdir(target)) == {"first", "second"}, (n, names[n])
+
+
+@each_growing
+def test_when_nothing_works_any_more_another_key_removes_what_has_grown(case: Case, tmp_path: Path) -> None:
+    names = calls_of(case, tmp_path / "all")
+    for n in range(len(names)):
+
+        def fail(call: int, name: str, when: str, n: int = n) -> None:
+            if call >= n:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with case.prepared(tmp_path / str(n)) as target:
+            with watched(fail), contextlib.suppress(OSError):
+                case.write(target, b"new")
+            repair(target)
+            assert case.found(target) in (case.old, case.new), (n, names[n])
+            assert grow(target, b"newer", "another key") == {}
+            assert case.found(target) == case.result(b"newer"), (n, names[n])
+            assert leftovers(target) == [], (n, names[n])
+
+
+@each_growing
+def test_after_a_kill_at_any_call_the_next_one_goes_on(case: Case, tmp_path: Path) -> None:
+    assert kills_of(case, tmp_path) > 200
+
+
+def kill_growing(case: Case, folder: Path) -> int:
+    """Kill a writer that grows at each of its calls, then repair, go on, or write another; return the kills."""
+    names = calls_of(case, folder / "all")
+    kills = 0
+    for then in ("repair", "go on", "another key"):
+        n = 0
+        while True:
+            with case.prepared(folder / f"{then} {n}") as target:
+                if not killed(case, target, n, "before"):  # that is after the call before
+                    break
+                is_done = case.found(target) == case.new
+                if case.exchange:
+                    assert is_done or case.found(target) == case.old, n
+                if then == "repair":
+                    repair(target)
+                    assert case.found(target) in (case.old, case.new), n
+                    left = leftovers(target)
+                    for name in left:
+                        grown = content(target.parent / name / target.name)
+                        assert {n: x for n, x in grown.items() if n[0] != "."}.items() <= case.new.items(), n
+                    repair(target)
+                    assert leftovers(target) == left, n
+                found = grow(target, b"new", "another key" if then == "another key" else "key")
+                whole = whole_before(names, n, "before")
+                if then == "another key":
+                    assert found == {}, n
+                elif whole is not None and not is_done:
+                    assert len(found) == whole, (n, names[n])
+                assert found.items() <= case.new.items(), n
+                assert case.found(target) == case.new, n
+                assert leftovers(target) == [], n
+                assert set(os.listdir(target)) == {"first", "second"}, n
+            n += 1
+        kills += n
+    return kills
+
+
+@each_growing
+def test_a_writer_with_another_key_and_a_repair_do_a_living_one_no_harm(case: Case, tmp_path: Path) -> None:
+    names = calls_of(case, tmp_path / "all")
+    for n in range(len(names)):
+        with case.prepared(tmp_path / str(n)) as target:
+
+            def interfere(call: int, name: str, when: str, n: int = n, target: Path = target) -> None:
+                if (call, when) == (n, "after"):
+                    repair(target)
+                    with contextlib.suppress(ZeroDivisionError), growing_folder(target, "another key") as part:
+                        (part / "half").touch()
+                        raise ZeroDivisionError
+
+            with watched(interfere):
+                case.write(target, b"new")
+            assert case.found(target) == case.new, (n, names[n])
+            assert leftovers(target) == [], (n, names[n])
+
+
+def test_an_error_removes_what_has_grown_also_what_was_found(tmp_path: Path) -> None:
+    target = tmp_path / "name"
+    for error in (KeyboardInterrupt, SystemExit, GeneratorExit):
+        with pytest.raises(error), growing_folder(target, "key") as part:
+            write_text(part / error.__name__, "whole")
+            raise error
+    [left] = leftovers(target)
+    assert len(content(tmp_path / left / "name")) == 3
+    with pytest.raises(ZeroDivisionError), growing_folder(target, "key") as part:
+        assert len(content(part)) == 3
+        raise ZeroDivisionError
+    assert tree(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), growing_folder(target, "key"):
+        raise KeyboardInterrupt  # before anything has grown
+    assert tree(tmp_path) == []
+    target.write_bytes(b"a file")
+    with pytest.raises(NotADirectoryError), growing_folder(target, "key"):
+        pass
+    assert tree(tmp_path) == ["name"]
+
+
+def test_two_do_not_write_with_one_key(tmp_path: Path) -> None:
+    target = tmp_path / "name"
+    hold = (
+        "with growing_folder(Path(sys.argv[1]), 'key') as part:\n"
+        "    write_text(part / 'first', 'theirs')\n"
+        "    print('first', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    with running(hold, target) as (process, said):
+        assert said == "first"
+        with pytest.raises(Locked, match="locked by another process"), growing_folder(target, "key"):
+            pass
+        assert grow(target, b"new", "another key") == {}
+        assert content(target) == {"first": b"new", "second": b"new"}
+        process.kill()
+        process.wait()
+        assert grow(target, b"newer") == {"first": b"theirs"}
+    assert content(target) == {"first": b"theirs", "second": b"newer"}
+    assert leftovers(target) == []
+
+
+def test_who_finds_the_lock_in_a_repair_s_hands_waits_for_it(tmp_path: Path) -> None:
+    target = tmp_path / "name"
+    with pytest.raises(KeyboardInterrupt), growing_folder(target, "key") as part:
+        write_text(part / "first", "whole")
+        raise KeyboardInterrupt
+    held = locks.take(part.parent / "name.lock")
+    assert held
+    timer = threading.Timer(0.1, held._close)
+    timer.start()
+    assert grow(target, b"new") == {"first": b"whole"}
+    timer.join()
+
+
+def test_folders_of_longer_names_and_of_others_are_left_alone(tmp_path: Path) -> None:
+    digest = uuid.uuid4().hex
+    longer = tmp_path / f".name.more.{digest}.grown"
+    longer.mkdir()  # as it is before its writer has locked it
+    theirs = tmp_path / f".name.{digest}.grown"
+    (theirs / "name").mkdir(parents=True)
+    (theirs / "notes").touch()
+    (tmp_path / ".name.grown").mkdir()
+    grow(tmp_path / "name", b"new")
+    repair(tmp_path / "name")
+    assert longer.is_dir() and (theirs / "notes").exists() and (tmp_path / ".name.grown").is_dir()
+
+
+def test_what_a_dead_writer_of_a_file_within_left_goes_too(tmp_path: Path) -> None:
+    target = tmp_path / "name"
+    with pytest.raises(KeyboardInterrupt), growing_folder(target, "key") as part:
+        write_text(part / "first", "whole")
+        dead_part(part / "first")  # killed after the file was in its place
+        raise KeyboardInterrupt
+    assert grow(target, b"new") == {"first": b"whole"}
+    assert set(os.listdir(target)) == {"first", "second"}
+
+
+@pytest.mark.parametrize("write", [write_folder, grow])
 @pytest.mark.parametrize("exchange", [True, False])
 def test_all_at_any_depth_is_on_the_disk_before_the_swap_and_the_swap_before_the_old_folder_goes(
-    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exchange: bool, write: Callable[[Path, bytes], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, Any]] = []
 
@@ -350,19 +587,20 @@ def test_all_at_any_depth_is_on_the_disk_before_the_swap_and_the_swap_before_the
 
         patch.setattr(module, name, call)
 
-    case = Case(write_folder, replaced=True, exchange=exchange)
+    case = Case(write, replaced=True, exchange=exchange)
     with case.prepared(tmp_path) as target, monkeypatch.context() as patch:
         note(patch, os, "fsync", lambda handle: os.fstat(handle).st_ino)
         note(patch, os, "rename", lambda *names: None)
-        note(patch, files, "_exchange", lambda *names: None)
+        note(patch, parts, "exchange", lambda *names: None)
         note(patch, os, "rmdir", lambda *names: None)
         case.write(target, b"new")
     inodes = {path.stat().st_ino for path in [target, *target.rglob("*")]}
     kinds = [kind for kind, _ in events]
-    swap = max(n for n, kind in enumerate(kinds) if kind in ("rename", "_exchange"))
-    assert inodes == {inode for kind, inode in events[: kinds.index("_exchange")] if kind == "fsync"}
+    swap = max(n for n, kind in enumerate(kinds) if kind in ("rename", "exchange"))
+    assert inodes == {inode for kind, inode in events[: kinds.index("exchange")] if kind == "fsync"}
     assert events[swap + 1] == ("fsync", tmp_path.stat().st_ino)
-    assert "rmdir" not in kinds[: swap + 1]
+    begin = kinds.index("exchange") if write is grow else 0  # files within come into their places before
+    assert "rmdir" not in kinds[begin : swap + 1]
 
 
 def test_an_error_of_the_writer_leaves_what_was_there(tmp_path: Path) -> None:
@@ -384,7 +622,7 @@ def test_an_old_folder_that_cannot_be_removed_is_no_error_and_goes_next_time(
     target = tmp_path / "name"
     write_folder(target, b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", lambda path: os.rmdir(path))
+        patch.setattr(parts.shutil, "rmtree", lambda path: os.rmdir(path))
         write_folder(target, b"new")
         assert (target / "first").read_bytes() == b"new"
         assert len(leftovers(target)) == 1
@@ -430,13 +668,13 @@ def test_a_writer_may_put_another_file_in_the_place_of_its_own(tmp_path: Path) -
 def test_two_names_are_swapped_in_one_step_where_the_system_can(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "c").touch()
-    if not files._exchange(tmp_path / "a", tmp_path / "c"):
+    if not parts.exchange(tmp_path / "a", tmp_path / "c"):
         pytest.skip("no exchange of names here")
     assert (tmp_path / "c" / "b").is_dir()
     assert (tmp_path / "a").is_file()
-    assert not files._exchange(tmp_path / "c", tmp_path / "c" / "b")  # EINVAL, as from file systems without it
+    assert not parts.exchange(tmp_path / "c", tmp_path / "c" / "b")  # EINVAL, as from file systems without it
     with pytest.raises(FileNotFoundError):
-        files._exchange(tmp_path / "a", tmp_path / "d")
+        parts.exchange(tmp_path / "a", tmp_path / "d")
 
 
 def dead_part(target: Path, *, swapped: bool = False) -> Path:
@@ -738,7 +976,7 @@ def test_another_error_of_a_lock_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         lock(tmp_path / "lock")
 
 
-@pytest.mark.parametrize("number", sorted(files.NO_SYNC))
+@pytest.mark.parametrize("number", sorted(parts.NO_SYNC))
 def test_folders_that_cannot_be_synced_are_no_error_but_files_are(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -781,4 +1019,5 @@ def test_what_cannot_be_written_any_more_is_told_of_the_folder_alone(tmp_path: P
 
 if __name__ == "__main__":
     os.fsync = lambda handle: None
-    sys.stdout.write(str(kill_everywhere(CASES[sys.argv[1]], Path(sys.argv[2]))))
+    kill_all = kill_growing if sys.argv[1].startswith("growing") else kill_everywhere
+    sys.stdout.write(str(kill_all(ALL[sys.argv[1]], Path(sys.argv[2]))))

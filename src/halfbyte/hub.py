@@ -6,10 +6,12 @@ heeds no time limit. So the hub is asked in a thread, and without an answer thin
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+T = TypeVar("T")
 
 PATIENCE = 2.0
 """Seconds that the hub has to answer in."""
@@ -22,25 +24,14 @@ def reason_without(ask: Callable[["HfApi"], Any], what: str) -> str | None:
         ask: asks for it, with ``PATIENCE`` for its own time limit.
         what: is asked for, such as ``model``.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    outcome: list[Exception | None] = []
-
-    def answer() -> None:
-        try:
-            ask(HfApi())
-            outcome.append(None)
-        except Exception as error:  # carried to the caller, who raises what is not known
-            outcome.append(error)
-
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    thread.join(PATIENCE + 0.5)
-    error = outcome[0] if outcome else httpx.TimeoutException(f"no answer within {PATIENCE:.0f} s")
-    if error is None:
+    try:
+        asked(ask)
         return None
+    except Exception as raised:
+        error = raised
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no such {what}, or none that you may see (hf auth login)"
     if isinstance(error, HfHubHTTPError):
@@ -48,6 +39,38 @@ def reason_without(ask: Callable[["HfApi"], Any], what: str) -> str | None:
     if isinstance(error, httpx.TransportError | OSError):
         return f"the hub cannot be reached ({first_line(error)})"
     raise error
+
+
+def asked(ask: Callable[["HfApi"], T], patience: float = PATIENCE) -> T:
+    """Return the hub's answer.
+
+    Args:
+        ask: asks for it.
+        patience: seconds that the hub has for it.
+
+    Raises:
+        Exception: whatever ``ask`` raises; without an answer httpx's TimeoutException.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    answers: list[T] = []
+    errors: list[Exception] = []
+
+    def answer() -> None:
+        try:
+            answers.append(ask(HfApi()))
+        except Exception as error:  # carried to the caller
+            errors.append(error)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    thread.join(patience + 0.5)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise httpx.TimeoutException(f"no answer within {patience:.0f} s")
+    return answers[0]
 
 
 def first_line(error: BaseException) -> str:

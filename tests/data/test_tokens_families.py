@@ -20,8 +20,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from halfbyte.choices import IGNORED
-from halfbyte.data import Chat, cache, decode_trained, encode_examples
-from halfbyte.files import whole_folder
+from halfbyte.data import Chat, decode_trained, encode_examples
+from halfbyte.files import cache_folder, whole_folder
 
 pytestmark = pytest.mark.slow
 VERSION = "3.7.2"
@@ -75,7 +75,7 @@ CONVERSATIONS = {
 @functools.cache
 def tokenizer_of(family: str) -> Any:
     about = FAMILIES[family]
-    folder = cache.folder() / "tokenizers" / f"{about.npm}-{VERSION}"
+    folder = cache_folder() / "tokenizers" / f"{about.npm}-{VERSION}"
     if not folder.is_dir():
         if not shutil.which("npm"):
             pytest.skip("npm is not installed")

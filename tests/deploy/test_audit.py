@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import halfbyte
@@ -62,6 +62,13 @@ def test_every_way_is_measured(report: AuditReport) -> None:
     assert [way.name for way in report.ways] == ["base", "adapter", *WAYS] and not report.left_out
 
 
+def test_more_bits_of_llama_cpp_lose_less(run: Path, report: AuditReport) -> None:
+    more = audit(run, ways=["gguf-q5_1", "gguf-q4_1"]).ways[2:]
+    found = [of(report, "gguf-q8_0"), *more]
+    assert 1e-6 < found[0].divergence < found[1].divergence < found[2].divergence
+    assert found[0].nbytes and found[1].nbytes and found[0].nbytes > found[1].nbytes
+
+
 @pytest.mark.parametrize("name", ["bf16", "original-bf16", "nf4-outputs", "nf4-again"])
 def test_figures_are_those_of_what_is_written(name: str, run: Path, report: AuditReport, tmp_path: Path) -> None:
     if name == "nf4-again":
@@ -105,7 +112,8 @@ def test_ways_that_are_known_to_lose_more_do(report: AuditReport) -> None:
     assert of(report, "fp32").divergence < of(report, "bf16").divergence < of(report, "nf4-random").divergence
     assert of(report, "nf4-outputs").divergence < of(report, "nf4-again").divergence
     lines = report.recommendation
-    assert lines[0].startswith("In 16 bits: fp32") and lines[1].startswith("In few bits: nf4-")
+    assert [line.partition(" (")[0] for line in lines][:2] == ["In 16 bits: fp16", "In 8 bits: gguf-q8_0"]
+    assert lines[2].startswith("In 4 bits: nf4-")
 
 
 def test_a_row_of_the_terminal_says_what_the_json_says(run: Path, tmp_path: Path) -> None:
@@ -155,6 +163,24 @@ def test_a_way_that_is_not_possible_is_left_out_with_its_sentence(
     assert all("lies in 4 bits itself" in sentence for sentence in found.left_out.values())
     found = audit(tmp_path / "alone", data=data, ways=["original-bf16"], original=tiny_model_folder)
     assert not found.left_out and len(found.ways) == 3
+
+
+def test_mlx_is_opened_as_what_its_codes_stand_for(run: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = halfbyte.load_tokenizer(tiny_model_folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "alone")
+    data = [str(run.parent / "rows.jsonl")]
+    exact, eight, four = audit(tmp_path / "alone", data=data, ways=["fp32", "mlx-8bit", "mlx-4bit"]).ways[2:]
+    assert exact.divergence < eight.divergence < four.divergence < 1 and eight.divergence < 0.01
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

@@ -234,7 +234,12 @@ def test_every_circumstance_is_compared_or_left_out_on_purpose() -> None:
     before = CIRCUMSTANCES.model_copy(update={"written": {"model.safetensors": 1}})
     for name in Circumstances.model_fields:
         found = changes(before, before.model_copy(update={name: values.get(name, 99)}))
-        assert bool(found.noted or found.refused) == (name not in ("cores", "memory_bytes")), name
+        assert bool(found.noted or found.refused) == (name not in ("cores", "memory_bytes", "base_config")), name
+    # the digest of the configuration is a part of the base model's, and decides where all weights are known
+    other = before.model_copy(update={"base_model": "other", "base_config": "same"})
+    same = before.model_copy(update={"base_config": "same"})
+    assert not changes(same, other, base_is_known=True).refused and changes(same, other).refused
+    assert changes(before, other, base_is_known=True).refused
 
 
 def test_the_fingerprint_tells_other_weights_and_not_another_place(tiny_model_folder: Path, tmp_path: Path) -> None:

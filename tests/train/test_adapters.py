@@ -305,8 +305,15 @@ def test_an_adapter_of_another_base_is_refused_or_told(options: dict[str, Any], 
         fine_tune(TrainConfig(**base("copy")))
     other = base("other")
     AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(other["model"])).save_pretrained(other["model"])
-    with pytest.warns(UserWarning, match=r"was trained over \S+tiny, and this run trains it on over \S+other"):
+    with pytest.raises(
+        InputError, match=r"was trained on another base model \(tiny\) than \S+other: of 20 tensors model"
+    ):
         fine_tune(TrainConfig(**other))
+    assert not other["output"].exists()
+    shutil.copytree(first, tmp_path / "unknown")
+    (tmp_path / "unknown" / "base_fingerprint.json").unlink()
+    with pytest.warns(UserWarning, match=r"was trained over \S+tiny, and this run trains it on over \S+other"):
+        fine_tune(TrainConfig(**(other | {"adapter": tmp_path / "unknown"})))
     with pytest.warns(UserWarning, match="over a base in quant_type nf4, and this run holds it in int8"):
         fine_tune(TrainConfig(**(more | {"quant_type": "int8", "output": tmp_path / "int8"})))
 

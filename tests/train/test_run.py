@@ -140,6 +140,7 @@ def test_a_finished_run_folder_holds_its_results_and_nothing_else(options: dict[
     assert {path.name for path in result.output.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base_fingerprint.json",
         "chat_template.jinja",
         "config.yaml",
         "generation_config.json",

@@ -37,6 +37,7 @@ from halfbyte.cli import (
     machine,
     merge,
     models,
+    push,
     qlora,
     resume,
     run,
@@ -77,6 +78,7 @@ app.command()(classify.classify)
 app.command()(serve.serve)
 app.command()(models.quantize)
 app.command()(merge.merge)
+app.command()(push.push)
 app.command()(audit.audit)
 app.command()(export.export)
 app.add_typer(adapters, name="adapter")

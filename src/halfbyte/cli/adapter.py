@@ -31,6 +31,7 @@ def info(adapter: Adapter, modules: Modules = False, as_json: AsJson = False) ->
     found = looked_at(adapter)
     if as_json:
         about = {"modules": [vars(module) for module in found.modules], "others": found.others, "advice": found.advice}
+        about["base"] = None if found.base is None else {"model": found.base.model} | found.base.digests
         typer.echo(json.dumps(about, indent=2))
         return
     groups: dict[str, list[Any]] = defaultdict(list)
@@ -48,6 +49,8 @@ def info(adapter: Adapter, modules: Modules = False, as_json: AsJson = False) ->
     total = sum(module.parameters for module in found.modules)
     beside = f", and {found.others:,} beside LoRA" if found.others else ""
     typer.echo(f"{total:,} parameters in {counted(len(found.modules), 'module')}{beside}.")
+    if found.base:
+        typer.echo(f"Trained on {found.base}.")
     if found.advice:
         typer.echo(found.advice)
 

@@ -69,7 +69,7 @@ def chat(
     opening = system_text(system)
     with contextlib.ExitStack() as stack:
         loaded, tokenizer = stack.enter_context(opened(model, seed, trust_remote_code, device, adapter))
-        from halfbyte.data.cache import folder
+        from halfbyte.files import cache_folder
         from halfbyte.generate import check_generates
         from halfbyte.generate.dialogue import Dialogue
 
@@ -98,7 +98,7 @@ def chat(
             thinking=None if thinking == "hide" else thinking,
             seed=seed,
         )
-        stack.enter_context(editing(COMMANDS, folder() / "chat_history"))
+        stack.enter_context(editing(COMMANDS, cache_folder() / "chat_history"))
         notes.print("Ctrl-C stops an answer; /help tells the commands; /quit or Ctrl-D ends.", style="dim")
         talk = Chat(dialogue, screen_for(plain), shows_thoughts=thinking != "hide")
         if adapter:

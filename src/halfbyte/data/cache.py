@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte import checksums
-from halfbyte.files import absolute, remove_folder, repair_within, whole_folder
+from halfbyte.files import cache_folder, remove_folder, repair_within, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,13 +32,6 @@ LIBRARIES = ("datasets", "pyarrow", "tokenizers", "transformers")
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 USED = "used"
 """A file in a table's folder: its time of change is when the table was last asked for."""
-
-
-def folder() -> Path:
-    """Return the folder of what can be made again."""
-    if given := os.environ.get("HALFBYTE_CACHE"):
-        return absolute(given)
-    return absolute(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "halfbyte"
 
 
 def key(*parts: Any) -> str:
@@ -64,7 +57,7 @@ def kept(name: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
         name: a :func:`key`.
         make: fills the folder if it is not there.
     """
-    place = folder() / "rows" / name
+    place = cache_folder() / "rows" / name
     try:
         if (place / USED).is_file() and _is_whole(place):
             os.utime(place / USED)

@@ -24,6 +24,7 @@ from torch import Tensor
 from halfbyte.choices import CombineMethod
 from halfbyte.errors import InputError, named
 from halfbyte.files import absolute
+from halfbyte.hf.models.fingerprint import Fingerprint
 from halfbyte.hf.models.low_rank import LowRankAdapter, Part, read_low_rank, save_low_rank
 from halfbyte.hf.models.merging import Merged
 from halfbyte.hf.models.weighted import weighted
@@ -63,11 +64,13 @@ class Info:
         modules: one by one.
         others: values of tensors beside LoRA's: lengths of DoRA, biases, modules that were saved whole.
         advice: a sentence, or None.
+        base: the fingerprint of the model that it was trained on, or None.
     """
 
     modules: list[Module]
     others: int
     advice: str | None
+    base: Fingerprint | None = None
 
 
 def info(adapter: str | Path) -> Info:
@@ -91,7 +94,7 @@ def info(adapter: str | Path) -> Info:
         advice = f"Most modules use all of rank {rank}; a higher one may learn more."
     else:
         advice = None
-    return Info(modules, sum(x.numel() for x in read.others.values()), advice)
+    return Info(modules, sum(x.numel() for x in read.others.values()), advice, Fingerprint.of_adapter(read.folder))
 
 
 def _module(name: str, part: Part) -> Module:
@@ -239,7 +242,7 @@ def combine(
         rank: of ``svd``.
 
     Raises:
-        InputError: fewer than two, or they differ in what they are; or the folder is there already.
+        InputError: fewer than two, or they differ in what they are or in their base; or the folder is there already.
     """
     output = _free(output)
     if len(adapters) < 2:
@@ -257,6 +260,11 @@ def combine(
                 f"{path} has other modules than {read[0].folder}; {method} needs the same, cat and svd do not."
             )
     _check_shapes(list(adapters), read)
+    if other := _other_base(read):
+        last, first, found = other
+        raise InputError(
+            f"{last} was trained on another base model than {first}: {found}; only adapters of one base have a sum."
+        )
     names = list(dict.fromkeys(name for one in read for name in one.parts))
     sums = {name: _sum(name, read, weights) for name in names}
     if len(names) > len(read[0].parts):
@@ -320,7 +328,11 @@ def diff(one: str | Path, other: str | Path) -> tuple[list[Difference], dict[str
     configs = [json.loads((adapter.folder / "adapter_config.json").read_text()) for adapter in (first, second)]
     keys = sorted({*configs[0], *configs[1]} - {"peft_version", "inference_mode", "revision"})
     pairs = {key: (_plain(configs[0].get(key)), _plain(configs[1].get(key))) for key in keys}
-    return found, {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    told = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    if unlike := _other_base([first, second]):
+        bases = [str(Fingerprint.of_adapter(adapter.folder)) for adapter in (first, second)]
+        told["base model"] = (bases[0], f"{bases[1]} ({unlike[2]})")
+    return found, told
 
 
 def _plain(value: Any) -> Any:
@@ -352,6 +364,18 @@ def _check_shapes(paths: Sequence[str], adapters: Sequence[LowRankAdapter]) -> N
                     f"{path} and {first} are of different models: {name} is {list(shape)} in one and {list(known)} in "
                     "the other."
                 )
+
+
+def _other_base(adapters: Sequence[LowRankAdapter]) -> tuple[Path, Path, str] | None:
+    """Return the first adapter of another base than one before it, that one, and what tells the bases apart."""
+    known: list[tuple[Path, Fingerprint]] = []
+    for adapter in adapters:
+        if base := Fingerprint.of_adapter(adapter.folder):
+            for folder, other in known:
+                if found := other.difference(base):
+                    return adapter.folder, folder, found
+            known.append((adapter.folder, base))
+    return None
 
 
 class _Errors:

@@ -5,24 +5,28 @@ reference is the base and the adapter as they were trained; how far a way is fro
 says. One way at a time is in memory and on the disk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from halfbyte import hf
-from halfbyte.choices import Compared, MergeType, Onto, Rounding, Task
+from halfbyte.choices import Compared, ExportFormat, MergeType, Onto, Rounding, Task
 from halfbyte.data import tokenize
 from halfbyte.deploy.audit_report import AuditReport, Measured
+from halfbyte.deploy.export.affine import Affine, dequantize
+from halfbyte.deploy.export.exporting import export
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError, nearest
 from halfbyte.evaluate.fidelity import Figures, Reference, Row, rows_of
 from halfbyte.evaluate.texts import general_texts
 from halfbyte.files import absolute, scratch
 from halfbyte.hf.models.configs import ADAPTER, json_of
+from halfbyte.hf.models.dense import Plain
 from halfbyte.hf.models.heads import adapter_task
 from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.quantize_files import quantize_checkpoint
@@ -58,12 +62,12 @@ class Way:
     Attributes:
         about: in words.
         write: writes it to a folder.
-        few_bits: whether its weights are in few bits.
+        bits: of a weight, without constants.
     """
 
     about: str
     write: Callable[[Given, Path], Any]
-    few_bits: bool = False
+    bits: int = 16
 
 
 def _merged(onto: Onto, to: MergeType) -> Callable[[Given, Path], Any]:
@@ -91,21 +95,40 @@ def _again(given: Given, folder: Path) -> None:
         quantize_checkpoint(merged / "dense", folder)
 
 
+def _exported(form: ExportFormat, to: str) -> Callable[[Given, Path], Any]:
+    return lambda given, folder: export(
+        given.run, folder, format=form, to=to, data=given.texts if form in ("gptq", "awq") else None
+    )
+
+
 WAYS: dict[str, Way] = {
-    "fp32": Way("onto the quantized weights", _merged("quantized", "fp32")),
+    "fp32": Way("onto the quantized weights", _merged("quantized", "fp32"), 32),
     "bf16": Way("onto the quantized weights", _merged("quantized", "bf16")),
     "fp16": Way("onto the quantized weights", _merged("quantized", "fp16")),
-    "original-fp32": Way("onto the original weights", _merged("original", "fp32")),
+    "original-fp32": Way("onto the original weights", _merged("original", "fp32"), 32),
     "original-bf16": Way("onto the original weights", _merged("original", "bf16")),
     "original-fp16": Way("onto the original weights", _merged("original", "fp16")),
-    "nf4-outputs": Way("codes that keep each layer's outputs", _in_4_bits("outputs"), True),
-    "nf4-random": Way("codes drawn between two neighbours", _in_4_bits("random"), True),
-    "nf4-original": Way("codes nearest to the original weights plus the change", _in_4_bits("original"), True),
-    "nf4-gptq": Way("codes by ordinary GPTQ", _in_4_bits("gptq"), True),
-    "nf4-nearest": Way("nearest codes to the base's constants", _in_4_bits("nearest"), True),
-    "nf4-again": Way("merged to bf16 and quantized again", _again, True),
+    "nf4-outputs": Way("codes that keep each layer's outputs", _in_4_bits("outputs"), 4),
+    "nf4-random": Way("codes drawn between two neighbours", _in_4_bits("random"), 4),
+    "nf4-original": Way("codes nearest to the original weights plus the change", _in_4_bits("original"), 4),
+    "nf4-gptq": Way("codes by ordinary GPTQ", _in_4_bits("gptq"), 4),
+    "nf4-nearest": Way("nearest codes to the base's constants", _in_4_bits("nearest"), 4),
+    "nf4-again": Way("merged to bf16 and quantized again", _again, 4),
+    "gguf-q8_0": Way("llama.cpp's 8 bits", _exported("gguf", "q8_0"), 8),
+    "gguf-q4_0": Way("llama.cpp's 4 bits, nearest", _exported("gguf", "q4_0"), 4),
 }
-"""By name, as :func:`audit` takes them."""
+"""By name, as :func:`audit` takes them: those that are always measured."""
+MORE: dict[str, Way] = {
+    **{
+        f"gguf-{to}": Way("for llama.cpp", _exported("gguf", to), int(to[1]))
+        for to in ("q6_k", "q5_k_m", "q4_k_m", "q5_0", "q5_1", "q4_1")
+    },
+    "mlx-4bit": Way("for MLX", _exported("mlx", "4bit"), 4),
+    "mlx-8bit": Way("for MLX", _exported("mlx", "8bit"), 8),
+    "gptq": Way("GPTQ's form, by auto-round", _exported("gptq", "4bit"), 4),
+    "awq": Way("AWQ's form, by auto-round", _exported("awq", "4bit"), 4),
+}
+"""Those that are measured where they are asked for, since they take longer or want another library."""
 
 
 def audit(
@@ -127,7 +150,7 @@ def audit(
         data: rows to measure on; None: those that the run held out, or else those that it was trained on.
         calibration: texts for the ways that want some; None: those that the run was trained on.
         original: the 16-bit model that a base in 4 bits was made of.
-        ways: names in :data:`WAYS`; None: all that are possible.
+        ways: names in :data:`WAYS` and :data:`MORE`; None: all of the first that are possible.
         positions: labelled tokens that are compared at most.
         seed: of which texts are taken and of what is drawn.
         work: folder in which each way is written while it is measured; None: the adapter's.
@@ -136,9 +159,10 @@ def audit(
     Raises:
         InputError: there is no such run, or nothing to measure on; or a way that was named is not possible.
     """
+    known = WAYS | MORE
     for name in ways or ():
-        if name not in WAYS:
-            raise InputError(f"There is no way {name!r}{nearest(name, WAYS)}; there is {', '.join(WAYS)}.")
+        if name not in known:
+            raise InputError(f"There is no way {name!r}{nearest(name, known)}; there is {', '.join(known)}.")
     adapter = Path(locate(run).path)
     if not (adapter / ADAPTER).is_file():
         raise InputError(f"{run} holds no adapter ({ADAPTER}); give the folder of a run or of a PEFT adapter.")
@@ -167,7 +191,7 @@ def audit(
     given = Given(run, original, calibration, seed)
     for number, name in enumerate(names, 2):
         progress(name, number, len(names) + 2)
-        way = WAYS[name]
+        way = known[name]
         with scratch((absolute(work) if work else adapter) / name) as folder:
             try:
                 way.write(given, folder / "model")
@@ -176,9 +200,10 @@ def audit(
                     raise
                 left_out[name] = str(error)
                 continue
-            size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
-            figures = compared.of(_opened(folder / "model", task))
-        found.append(_measured(name, way.about, figures, trained, without, size, way.few_bits))
+            made = folder / "model"
+            size = sum(file.stat().st_size for file in (*made.glob("*.safetensors"), *made.glob("*.gguf")))
+            figures = compared.of(_opened(made, task))
+        found.append(_measured(name, way.about, figures, trained, without, size, way.bits))
     (ours, general) = without
     return AuditReport(
         run=adapter.name,
@@ -219,14 +244,14 @@ def _measured(
     trained: tuple[Figures, Figures | None],
     without: tuple[Figures, Figures | None],
     nbytes: int | None = None,
-    few_bits: bool = False,
+    bits: int = 16,
 ) -> Measured:
     (ours, general), base = figures, without[0]
     learnt = base.loss - trained[0].loss
     return Measured(
         name=name,
         about=about,
-        few_bits=few_bits,
+        bits=bits,
         nbytes=nbytes,
         divergence=ours.divergence,
         agreement=ours.agreement,
@@ -253,7 +278,41 @@ def _general(adapter: Path) -> list[Row]:
 
 
 def _opened(folder: Path, task: Task) -> Any:
-    """Open what was written: in few bits by halfbyte, else by transformers alone."""
-    if "quantization_config" in json_of(folder / "config.json"):
+    """Open what was written: bitsandbytes' bits by halfbyte, those of others as the values that they stand for."""
+    gguf = next(folder.glob("*.gguf"), None)
+    about = {} if gguf else json_of(folder / "config.json")
+    held = about.get("quantization_config")
+    if gguf is None and held is None and "quantization" not in about:
+        return AUTO[task].from_pretrained(folder, dtype=torch.float32).eval()
+    if (
+        held is not None
+        and "quantization" not in about
+        and held.get("quant_method") not in ("gptq", "awq", "auto-round")
+    ):
         return in_fp32(hf.load(folder, device="cpu", task=task))
-    return AUTO[task].from_pretrained(folder, dtype=torch.float32).eval()
+    if "quantization" in about:
+        return _of_mlx(folder, about["quantization"], task)
+    plain = Plain(locate(gguf or folder), torch.float32)
+    model = type(plain.base.model)._from_config(plain.config, dtype=torch.float32)
+    made = {planned.target: plain.read(name) for name, planned in plain.tensors.items()}
+    model.load_state_dict(made, strict=False)  # of tied weights one is there
+    model.tie_weights()
+    return model.eval()
+
+
+def _of_mlx(folder: Path, form: Mapping[str, int], task: Task) -> Any:
+    """Open a folder in MLX's form as the values that it stands for."""
+    held = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    state = {name: x for name, x in held.items() if not name.endswith((".scales", ".biases"))}
+    for name, codes in state.items():
+        stem = name.removesuffix("weight")
+        if f"{stem}scales" in held:
+            weight = Affine(codes, held[f"{stem}scales"], held[f"{stem}biases"])
+            state[name] = dequantize(weight, form["bits"], form["group_size"])
+    config = AutoConfig.from_pretrained(folder)
+    for key in ("quantization", "quantization_config"):
+        config.__dict__.pop(key, None)
+    model = AUTO[task].from_config(config, dtype=torch.float32)
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    return model.eval()

@@ -20,7 +20,7 @@ class Measured(BaseModel):
     Attributes:
         name: as ``--way`` takes it; ``base`` is the model without the adapter, ``adapter`` the two together.
         about: in words.
-        few_bits: whether it is a way of few bits.
+        bits: of a weight, without constants; of those apart 16.
         nbytes: of its weights in files; None where nothing is written.
         divergence, agreement, loss, accuracy: as in :mod:`halfbyte.evaluate.fidelity`, from base and adapter.
         kept: the share of the loss that was learnt, ``(base - way) / (base - adapter)``; None where nothing was.
@@ -31,7 +31,7 @@ class Measured(BaseModel):
 
     name: str
     about: str
-    few_bits: bool = False
+    bits: int = 16
     nbytes: int | None = None
     divergence: float
     agreement: float
@@ -69,8 +69,8 @@ class AuditReport(BaseModel):
         """What follows, a sentence each."""
         ways = [way for way in self.ways if way.nbytes is not None]
         lines = []
-        for words, few in (("16 bits", False), ("few bits", True)):
-            best = min((way for way in ways if way.few_bits == few), key=lambda way: way.divergence, default=None)
+        for words, bits in (("16 bits", (16,)), ("8 bits", (6, 8)), ("4 bits", (4, 5))):
+            best = min((way for way in ways if way.bits in bits), key=lambda way: way.divergence, default=None)
             if best is None:
                 continue
             kept = "" if best.kept is None else f", {best.kept:.1%} of what was learnt"
@@ -111,18 +111,18 @@ class AuditReport(BaseModel):
     def draw(self, file: Path) -> None:
         """Draw what is lost in which layer."""
         ways = [way for way in self.ways if way.nbytes is not None and way.layers]
-        figure = Figure(figsize=(8, 4.5), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(9, 4.5), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         for number, way in enumerate(ways):
             values = [max(value, 1e-6) for value in way.layers]
-            style = "-" if way.few_bits else "--"
+            style = "--" if way.bits >= 16 else "-" if way.bits < 6 else ":"
             axes.semilogy(range(1, 1 + len(values)), values, style, color=f"C{number % 10}", label=way.name)
         axes.axhline(1, color="gray", linewidth=1)
         axes.text(1, 1.1, "as far as without the adapter", color="gray", fontsize=8)
         axes.set_xlabel("layer")
         axes.set_ylabel("distance of its outputs from base + adapter,\nby that of the base")
         axes.set_title(f"{self.run}: what is lost where")
-        axes.legend(fontsize=8, ncols=2)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         axes.grid(alpha=0.3)
         with whole_file(file) as part:
             figure.savefig(part, format="png")

@@ -4,6 +4,7 @@ It says what the base is and its licence as far as that is known, what was train
 to run it. Nothing of it tells where on this machine anything lay: of paths the last part alone stands there.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,13 +63,8 @@ def write_card(
         tags: more of them.
         sections: further parts by their titles, as Markdown: what was measured of this very model.
     """
-    run = None
-    if adapter is not None and is_run(adapter):
-        try:
-            run = read_run(adapter)
-        except InputError:
-            run = None  # of a newer layout: what the adapter itself says will do
-    name = _last(str(base.gguf or base.path))
+    run = run_of(adapter) if adapter else None
+    name = last(str(base.gguf or base.path))
     relation = "finetune" if adapter else "quantized" if quantized else None
     about = ModelCardData(
         base_model=None if base.is_folder else base.path,
@@ -80,13 +76,13 @@ def write_card(
     )
     parts = [
         f"---\n{about.to_yaml()}\n---",
-        f"# {_plain(folder.name)}",
-        f"{_plain(name)}, {form}, by halfbyte {__version__}.",
+        f"# {plain(folder.name)}",
+        f"{plain(name)}, {form}, by halfbyte {__version__}.",
     ]
     if (there := next((file for file in LICENCES if (source / file).is_file()), None)) is not None:
         parts.append(f"The base's licence is in `{there}`.")
     if run:
-        parts += list(_of_run(run))
+        parts += list(of_run(run))
     parts += [f"## {title}\n\n{text}" for title, text in (sections or {}).items()]
     parts.append("## Use")
     if packages:
@@ -118,7 +114,7 @@ def evaluation_of(adapter: Path | None, way: str) -> dict[str, str]:
         if one.name in names
     ]
     told = (
-        f"By `halfbyte audit` on {_plain(report.rows)}, {report.positions:,} labelled tokens, everything in fp32; "
+        f"By `halfbyte audit` on {plain(report.rows)}, {report.positions:,} labelled tokens, everything in fp32; "
         "divergence (KL, in nats) and agreement (the same first choice) are from base and adapter."
     )
     head = "| | loss | accuracy | divergence | agreement |\n|---|---|---|---|---|"
@@ -137,24 +133,53 @@ def licence_of(folder: Path) -> str | None:
     return told if isinstance(told, str) and re.fullmatch(r"[\w.+-]{1,60}", told) else None
 
 
-def _of_run(run: Run) -> Iterator[str]:
+def run_of(adapter: Path) -> Run | None:
+    """Return the run whose folder ``adapter`` is, or None; of a newer layout what the adapter itself says will do."""
+    if is_run(adapter):
+        with contextlib.suppress(InputError):
+            return read_run(adapter)
+    return None
+
+
+def at_hub(card: str, name: str, repo_id: str, base: str | None = None) -> str:
+    """Return a card of :func:`write_card` for the model ``name`` that others find as ``repo_id``.
+
+    Args:
+        card: the text.
+        name: of the folder that it was written for.
+        repo_id: of the hub.
+        base: hub id of the base, where the card is to name another one.
+    """
+    card = card.replace(f"model={json.dumps(name)}", f"model={json.dumps(repo_id)}")
+    if base is None:
+        return card
+    whole = ModelCard(card, ignore_metadata_errors=True)
+    whole.data["base_model"] = base
+    if whole.data.get("base_model_relation") is None:
+        whole.data["base_model_relation"] = "finetune"
+    return str(whole)
+
+
+def of_run(run: Run) -> Iterator[str]:
+    """Yield what a card says of a run: figures, answers, data, recipe, versions; paragraphs of Markdown."""
     if run.state != "finished":
         yield f"The run had not finished ({words.STATES[run.state]}, step {run.step:,})."
     if changes := words.changes(run):
         before, after = words.change_heads(run)
-        rows = [f"| {_plain(name)} | {number(one)} | {number(other)} |" for name, one, other in changes]
-        told = "Base and adapter apart, before this model was made of them:"
+        rows = [f"| {plain(name)} | {number(one)} | {number(other)} |" for name, one, other in changes]
+        told = "Measured on the base, and on base and adapter as they were trained:"
         yield "\n".join(["## Results", "", told, "", f"| held out | {before} | {after} |", "|---|---|---|", *rows])
     else:
         yield "## Results\n\nNothing was held out, so nothing is known of texts that were not trained on."
-    for prompt, answers in list(run.samples.items())[:SAMPLES]:
+    asked = run.samples if run.options.get("sample_prompts") else {}  # else they are rows of the data
+    for prompt, answers in list(asked.items())[:SAMPLES]:
         left = next((answer for answer in answers if answer.step == run.adapter_step), answers[-1])
         yield f"Asked:\n\n{code('', prompt)}\n\nBefore:\n\n{code('', answers[0].answer)}"
         yield f"After:\n\n{code('', left.answer)}"
     if data := run.data:
         share = f", {data.trained_tokens:,} of them trained" if data.trained_tokens else ""
         more = f", {data.evaluation:,} held out" if data.evaluation else ""
-        files = ", ".join(f"`{_last(str(name))}`" for name in _listed(run.options.get("data")))
+        files = ", ".join(f"`{last(str(name))}`" for name in _listed(run.options.get("data")))
         yield f"## Data\n\n{files}: {data.examples:,} examples of {data.tokens:,} tokens{share}{more}."
     options = {name: _bare(value) for name, value in given(run.options).items() if name not in UNSAID}
     options["model"] = words.model_name(run)
@@ -163,7 +188,7 @@ def _of_run(run: Run) -> Iterator[str]:
     yield code("yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
     versions = run.circumstances.get("versions")
     if isinstance(versions, Mapping):
-        yield "Versions: " + ", ".join(f"{_plain(str(n))} {_plain(str(v))}" for n, v in versions.items()) + "."
+        yield "Versions: " + ", ".join(f"{plain(str(n))} {plain(str(v))}" for n, v in versions.items()) + "."
 
 
 def _use(name: str, run: Run | None) -> str:
@@ -181,7 +206,7 @@ def _listed(value: Any) -> list[Any]:
 def _bare(value: Any) -> Any:
     """Return an option's value with the last part of each path in it alone."""
     if isinstance(value, str):
-        return _last(value) if value.startswith(("/", "~", "./", "../")) else value
+        return last(value) if value.startswith(("/", "~", "./", "../")) else value
     if isinstance(value, list):
         return [_bare(one) for one in value]
     if isinstance(value, dict):
@@ -189,11 +214,12 @@ def _bare(value: Any) -> Any:
     return value
 
 
-def _last(path: str) -> str:
+def last(path: str) -> str:
+    """Return the last part of a path."""
     return path.rstrip("/").rpartition("/")[2] or path
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a text as Markdown shows it."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
 

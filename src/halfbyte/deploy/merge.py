@@ -159,7 +159,7 @@ def _write(
         model.config.save_pretrained(folder)
         packages = "bitsandbytes" if to == "nf4" else None
         write_card(
-            folder, model.adapter, model.base.place, model.base.folder, form,
+            folder, model.adapter, model.base.named, model.base.folder, form,
             packages=packages, sections=evaluation_of(model.adapter, way),
         )  # fmt: skip
 

@@ -33,6 +33,7 @@ class Circumstances(BaseModel):
         cores: of the machine.
         memory_bytes: of the machine.
         base_model: a fingerprint of the base model's files.
+        base_config: a digest of its configuration; empty where there is none.
         written: when each of its weight files was written, in nanoseconds since 1970, as the file system has it.
     """
 
@@ -46,6 +47,7 @@ class Circumstances(BaseModel):
     cores: int
     memory_bytes: int
     base_model: str
+    base_config: str = ""
     written: dict[str, int] = Field(default_factory=dict)
 
     @classmethod
@@ -60,6 +62,7 @@ class Circumstances(BaseModel):
             cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
             memory_bytes=psutil.virtual_memory().total,
             base_model=fingerprint(model),
+            base_config=_config_digest(folder_of(model)),
             written={file.name: file.stat().st_mtime_ns for file in _weight_files(folder_of(model))},
         )
 
@@ -77,8 +80,15 @@ class Changes:
     refused: list[str]
 
 
-def changes(before: Circumstances, now: Circumstances) -> Changes:
-    """Compare the circumstances of a run that goes on with those in which it began; memory and cores do not matter."""
+def changes(before: Circumstances, now: Circumstances, base_is_known: bool = False) -> Changes:
+    """Compare the circumstances of a run that goes on with those in which it began; memory and cores do not matter.
+
+    Args:
+        before: when it began.
+        now: when it goes on.
+        base_is_known: whether all weights of the base were compared and are as they were: its files may be others then,
+            but not its configuration.
+    """
     noted = [
         f"{name} was {before.versions.get(name, 'not there')} and is {version}"
         for name, version in now.versions.items()
@@ -91,14 +101,15 @@ def changes(before: Circumstances, now: Circumstances) -> Changes:
     if before.processes != now.processes:
         noted.append(f"processes were {before.processes} and are {now.processes}, so that dropout drops other values")
     again = [name for name, time in now.written.items() if before.written.get(name, time) != time]
-    if again and before.base_model == now.base_model:
+    if again and before.base_model == now.base_model and not base_is_known:
         files = f"{again[0]}{f' and {len(again) - 1} more' if len(again) > 1 else ''}"
         noted.append(
             f"{files} of the base model {'were' if len(again) > 1 else 'was'} written since, of which only samples are "
             "compared, so that a changed weight might not be seen"
         )
     refused = []
-    if before.base_model != now.base_model:
+    same_config = bool(now.base_config) and before.base_config == now.base_config
+    if before.base_model != now.base_model and not (base_is_known and same_config):
         refused.append("the base model's files are others")
     return Changes(noted, refused)
 
@@ -152,6 +163,11 @@ def fingerprint(model: str) -> str:
                 stream.seek(place)
                 digest.update(stream.read(SAMPLED))
     return digest.hexdigest()[:16]
+
+
+def _config_digest(home: Path) -> str:
+    config = home / "config.json"
+    return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.is_file() else ""
 
 
 def _weight_files(home: Path) -> list[Path]:

@@ -9,6 +9,7 @@
                                   its checksums (``hf/trainers/state.py``)
     adapter_model.safetensors     the result, a plain PEFT folder, with adapter_config.json and the tokenizer
     base_format.json              how the base was held, where that is not the default
+    base_fingerprint.json         which base it was: digests of its tensors (``hf/models/fingerprint.py``)
     config.json                   of a classifier: the base model's configuration with the names of the classes
     loss.png
     report.html                   a page of all this to read and to send (``runs/report/``)
@@ -42,6 +43,7 @@ VERSION = 1
 """Of the layout; counted up when an older halfbyte could not go on in a newer one's folder."""
 
 
+OF_THE_BASE = ("base_format.json", "base_fingerprint.json")
 OF_THE_CALL_LEFT = {"resume": False, "overwrite": False, "ray": None}
 KEYS = {"version", "id", "job", "begun", "circumstances", "packed_tokens", "rows_a_pass"}
 KEYS |= {"options", "inputs", "courses"}
@@ -165,8 +167,12 @@ class RunFolder:
                 "folder."
             )
 
-    def compare(self, now: "Circumstances") -> list[str]:
+    def compare(self, now: "Circumstances", base_is_known: bool = False) -> list[str]:
         """Return what is other than when the run began and may change bits of its result.
+
+        Args:
+            now: the circumstances.
+            base_is_known: whether all weights of the base were compared and are as they were.
 
         Raises:
             InputError: something is other that makes it another run.
@@ -179,7 +185,7 @@ class RunFolder:
             raise InputError(
                 f"{self.about} does not say how the run began: it is damaged; begin another run."
             ) from error
-        found = changes(before, now)
+        found = changes(before, now, base_is_known)
         if found.refused:
             raise InputError(
                 f"{self.path} cannot be resumed as the same run: {' and '.join(found.refused)}. Put that back, or "
@@ -207,8 +213,8 @@ class RunFolder:
             inputs: digests of what it is made from, for :meth:`compare_inputs`.
         """
         # a configuration beside run.json is that of a classifier's adapter
-        pages = [self.curve, self.report]
-        for file in [*([self.model_config] if self.about.exists() else []), *self._own_files, *pages]:
+        beside = [self.curve, self.report, *(self.path / name for name in OF_THE_BASE)]
+        for file in [*([self.model_config] if self.about.exists() else []), *self._own_files, *beside]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for folder in (self.tensorboard, self.wandb):

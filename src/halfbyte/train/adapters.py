@@ -21,6 +21,7 @@ from halfbyte.hf.layers.lora_config import adapted_layers, lora_config
 from halfbyte.hf.layers.starts import OF_WEIGHTS, begin_lengths, make_room
 from halfbyte.hf.layers.targets import ALL
 from halfbyte.hf.layers.whole import train_in_fp32
+from halfbyte.hf.models import base_files
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.new_tokens import NewToken, add_tokens, give_rows
 from halfbyte.options import is_subtracted
@@ -172,7 +173,8 @@ def _trained_on(config: TrainConfig, model: Any) -> PeftModel:
                 f"{name} {given!r} is not that of the adapter {folder}, which is {has!r}; leave {name} away, or train "
                 "a new adapter."
             )
-    check_base(config, folder, own.base_model_name_or_path)
+    is_known = base_files.check_base(folder, getattr(model, "opened_from", None))
+    check_base(config, folder, own.base_model_name_or_path, is_known)
     train_in_fp32(adapted)
     return adapted
 

@@ -1,8 +1,9 @@
 """Whether an adapter that is trained on is over its own base model.
 
-Names tell little: a model is called by a hub id and lies in a folder, or in a copy that is quantized. Shapes tell
-little too: an adapter of Llama fits a Qwen of its size. So the two configurations are compared, where the adapter's
-base can be found; where that leaves a doubt, it is said.
+Weights are compared when the adapter is put on, where it has a fingerprint of its base
+(:mod:`halfbyte.hf.models.base_files`). Names tell little: a model is called by a hub id and lies in a folder, or in a
+copy that is quantized. Shapes tell little too: an adapter of Llama fits a Qwen of its size. So the two configurations
+are compared, where the adapter's base can be found; where that leaves a doubt, it is said.
 """
 
 import json
@@ -25,13 +26,14 @@ MAY_DIFFER = re.compile(
 RUN = "run.json"
 
 
-def check_base(config: TrainConfig, folder: Path, named: str | None) -> None:
+def check_base(config: TrainConfig, folder: Path, named: str | None, is_known: bool) -> None:
     """Hold the base model of a run to be that of the adapter in ``folder``; warn where it may be another one.
 
     Args:
         config: of the run.
         folder: of the adapter.
         named: its base model, as ``adapter_config.json`` has it.
+        is_known: whether their fingerprints (:mod:`halfbyte.hf.models.fingerprint`) say that the weights are the same.
 
     Raises:
         InputError: it is a model of another kind or size.
@@ -48,7 +50,7 @@ def check_base(config: TrainConfig, folder: Path, named: str | None) -> None:
             f"The adapter {folder} is not one of {config.model}: it was trained over {named}, whose {key} is "
             f"{theirs.get(key)!r} and not {ours.get(key)!r}; name that model."
         )
-    if _fingerprint(folder) != fingerprint(config.model):
+    if not is_known and _fingerprint(folder) != fingerprint(config.model):
         warnings.warn(
             f"The adapter {folder} was trained over {named}, and this run trains it on over {config.model}; over other "
             "weights than a copy's it says nothing.",

@@ -23,7 +23,6 @@ from halfbyte.data.stops import check_tokenizer, stop_ids, trained_stop
 from halfbyte.errors import InputError, counted
 from halfbyte.files import disk_full, remove_folder, unwritable, whole_file, write_text
 from halfbyte.hf.layers import activations
-from halfbyte.hf.models.base_format import save_base_format
 from halfbyte.hf.models.heads import set_pad
 from halfbyte.hf.models.limits import check_length, check_tokens, most_positions
 from halfbyte.hf.models.new_tokens import NewToken
@@ -41,7 +40,8 @@ from halfbyte.train import course, loggers, schedules, space, worlds
 from halfbyte.train.adapters import Beginning, collator
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.best import Best, Heard
-from halfbyte.train.build import build_model, build_trainer, plan_activations, quantization
+from halfbyte.train.build import build_model, build_trainer, plan_activations
+from halfbyte.train.fingerprints import check_resumed, fingerprint_of, keep_with
 from halfbyte.train.inputs import digests
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
@@ -110,6 +110,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             begun_as, config = config, worlds.as_begun(config, folder, note) if checkpoint else config
             beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
             model = _load(config, beginning, tokenizer, rows, tell)
+            base = fingerprint_of(model, config)
+            base_is_known = checkpoint is not None and check_resumed(folder.path, checkpoint, base)
             measured = TASKS[config.task].figures if config.task in TASKS else method.figures
             watch = Watch(config, model, tokenizer, rows, measured, tell)
         tell(Stage(name="plan", text="Planning the memory of a step"))
@@ -125,9 +127,10 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         activations.apply(model, policy, folder.path)
         packer = None if tokens is None else data.Packer(tokens)
         trainer = build_trainer(fitted, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
+        keep_with(trainer, config, base)
         begun = functools.partial(folder.begin, begun_as, skipped=rows.skipped, packed_tokens=tokens, inputs=inputs)
         begun = functools.partial(begun, rows_a_pass=fitted.rows_a_pass)
-        before = _begin(folder, begun_as, checkpoint, trainer, begun, metrics, note)
+        before = _begin(folder, begun_as, checkpoint, trainer, begun, metrics, note, base_is_known)
         stop = Stop()
         heard = Heard(tell, notices_of(config, model))
         heard.recall(read_events(folder.metrics) if checkpoint else ())
@@ -221,6 +224,7 @@ def _begin(
     begin: Callable[[Circumstances], None],
     metrics: MetricsFile,
     note: Callable[[str], None],
+    base_is_known: bool,
 ) -> list[StepMetrics]:
     """Begin the run folder, or go on in it from ``checkpoint``; return the steps that were made before."""
     circumstances = Circumstances.here(config.model, distributed.world_size())
@@ -229,7 +233,7 @@ def _begin(
         if writes:
             space.check(trainer, folder.path, _saves(config, course.total_steps(trainer)), folder.saved_bytes())
         if checkpoint:
-            for change in folder.compare(circumstances):
+            for change in folder.compare(circumstances, base_is_known):
                 note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
             note(f"Going on from {checkpoint}")
             if changed:
@@ -281,7 +285,6 @@ def _finish(
         if config.task == "lm":
             save_stops(trainer.model, tokenizer, stop_ids(tokenizer), part)
         save_beside(config, trainer.model, part)
-        save_base_format(quantization(config), part)
     with distributed.first_writes() as writes:
         if writes:
             for file in part.iterdir():

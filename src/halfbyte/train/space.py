@@ -23,10 +23,12 @@ THEIR_STATE = {"adagrad": 4, "rmsprop": 4, "adamw_torch": 8}
 
 
 def adapter_bytes(trainer: Any, folder: Path) -> int:
-    """Return what the adapter takes on the disk, with the tokenizer beside it, which is written to see it."""
+    """Return what the adapter takes on the disk, with tokenizer and so on beside it, which are written to see it."""
     tensors = get_peft_model_state_dict(trainer.model, save_embedding_layers=vocabulary_resized(trainer.model))
     with scratch(folder / "tokenizer") as part:
         trainer.processing_class.save_pretrained(part)
+        for save in trainer.saved_beside:
+            save(part)
         beside = sum(file.stat().st_size for file in part.iterdir())
     return beside + sum(int(tensor.nbytes) for tensor in tensors.values())
 

@@ -1,5 +1,6 @@
 """Tokenizers of each kind that llama.cpp has, trained on a small corpus, and texts that are hard on them."""
 
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,7 @@ TEXTS = (
     "<|im_start|>user\nhi<|im_end|>\n", "<tool>x</tool> y",
     PROBE,
 )  # fmt: skip
-CORPUS = [
-    *TEXTS * 4,
-    Path(__file__).read_text(encoding="utf-8"),
-    (Path(__file__).parents[2] / "conftest.py").read_text(),
-]
+CORPUS = [*TEXTS * 4, *(resources.files("halfbyte.evaluate") / "general.txt").read_text("utf-8").splitlines()]
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 
 

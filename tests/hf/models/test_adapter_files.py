@@ -160,16 +160,39 @@ def test_adapters_run_over_4_bits_as_over_dense_weights_and_open_again(
             merge(tmp_path, tmp_path / "merged")
         assert not list(tmp_path.glob("*merged*")) + list(tmp_path.glob(".*merged*"))
         return
-    if kind == "ADALORA":
-        with pytest.raises(InputError, match="of the kind ADALORA is not merged from files"):
-            merge(tmp_path, tmp_path / "merged")
-    else:
-        merge(tmp_path, tmp_path / "merged", to="fp32")
-        torch.testing.assert_close(logits(from_files(tmp_path / "merged")), found, rtol=1e-4, atol=1e-4)
+    merge(tmp_path, tmp_path / "merged", to="fp32")
+    torch.testing.assert_close(logits(from_files(tmp_path / "merged")), found, rtol=1e-4, atol=1e-4)
     whole = opened.merge_and_unload()
     torch.testing.assert_close(logits(whole), found, rtol=1e-4, atol=1e-4)
     whole.save_pretrained(tmp_path / "whole")
     torch.testing.assert_close(logits(from_files(tmp_path / "whole")), found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adalora_is_merged_with_the_ranks_that_it_pruned(untied_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_pretrained(untied_folder, dtype=torch.float32)
+    plain = logits(dense)
+    options = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 12, "lora_alpha": 32}
+    model = get_peft_model(copy.deepcopy(dense), peft.AdaLoraConfig(**SOME, **options)).train()
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=0.05)
+    for step in range(1, 12):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.peft_config["default"].base_model_name_or_path = str(untied_folder)
+    model.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {len(x) for name, x in weights.items() if name.endswith("lora_A")}
+    assert len(ranks) > 1 and max(ranks) <= 6
+    theirs = logits(peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval())
+    assert (theirs - plain).abs().max() > 0.1
+    merge(tmp_path / "adapter", tmp_path / "merged", onto="original", to="fp32")
+    torch.testing.assert_close(logits(from_files(tmp_path / "merged")), theirs, rtol=1e-4, atol=1e-4)
+    merge(tmp_path / "adapter", tmp_path / "over 4 bits", to="fp32")
+    ours = in_fp32(tmp_path / "adapter")
+    torch.testing.assert_close(logits(from_files(tmp_path / "over 4 bits")), logits(ours), rtol=2e-3, atol=2e-3)
 
 
 def test_every_kind_that_runs_was_tried() -> None:

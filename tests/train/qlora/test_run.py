@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -84,7 +84,7 @@ def test_the_folder_is_the_scripts_and_its_losses_are_those_of_a_dense_model(
         "metrics.json", "trainer_state.json", "config.yaml", "run.json", "metrics.jsonl",
     }  # fmt: skip
     assert {path.name for path in (output / "checkpoint-4/adapter_model").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json",
     }  # fmt: skip
     everything = json.loads((output / "all_results.json").read_text())
     parts = [json.loads((output / f"{part}_results.json").read_text()) for part in ("train", "eval")]
@@ -228,6 +228,24 @@ def test_an_adapter_alone_is_trained_on_from_step_0(command: Callable[..., list[
     assert outputs.last_checkpoint() == tmp_path / "second/checkpoint-1"  # with its state
     (tmp_path / "second/checkpoint-1/state.json").unlink()
     assert outputs.last_checkpoint() == tmp_path / "second/checkpoint-4"
+
+
+def test_an_adapter_is_evaluated_and_trained_on_over_its_own_base_alone(
+    command: Callable[..., list[str]], tiny_model_folder: Path, tmp_path: Path
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, base)
+    words = command("--model_name_or_path", str(base), "--max_steps", "2")
+    run(words)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    told = r"the base model's files are others \(of 20 tensors model.layers.0.mlp.up_proj.weight holds other values\)"
+    with pytest.raises(InputError, match=told):
+        run([*words, "--do_train", "False", "--do_eval", "True", "--eval_dataset_size", "4"])
+    (tmp_path / "out/completed").unlink()
+    with pytest.raises(InputError, match=told):
+        run([*words, "--max_steps", "4"])
 
 
 def test_what_is_completed_is_not_trained_again_unless_asked_for(command: Callable[..., list[str]], tmp_path: Path):

@@ -107,7 +107,7 @@ def write_calibrated(
             _tidy(folder / "config.json", folder.name)
             told = f"{form.upper()}'s 4 bits (groups of {group_size})"
             write_card(
-                folder, model.adapter, model.base.place, model.base.folder, f"{form_of(model)}, in {told}",
+                folder, model.adapter, model.base.named, model.base.folder, f"{form_of(model)}, in {told}",
                 use=_use(form, folder.name), quantized=True, tags=[form, "auto-round"],
                 sections={"Quantization": _about(form, ids, data, rounds)},
             )  # fmt: skip

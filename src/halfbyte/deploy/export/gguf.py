@@ -38,8 +38,8 @@ from halfbyte.hf.models.gguf_form.words import Words, words_of
 
 FILES = "*.gguf"
 """What tells an export's folder from others."""
-HEADER = 64 << 20
-"""Bytes that a vocabulary may take, with all beside the tensors."""
+HEADER, WORD = 1 << 20, 64
+"""Bytes, about, of all beside the tensors: of the file, and of a token with its merges."""
 USE = """\
 With llama.cpp:
 
@@ -122,7 +122,7 @@ def export_gguf(
     stops = _stops(tokenizer, generation)
     words = words_of(tokenizer, rows, stops, pre)
     kinds = formats(entries, to if own else "f16")
-    needed = sum(packed_bytes(entry.shape, kinds[entry.name]) for entry in entries) + HEADER
+    needed = sum(packed_bytes(entry.shape, kinds[entry.name]) for entry in entries) + HEADER + WORD * rows
     check_room(output, needed if own else 2 * needed, "The exported model")
     notes = [*notes_of(model.config, form), *words.notes, *_left_out(model), *_fallen_back(kinds, entries, to)]
     with whole_folder(output) as folder:
@@ -138,7 +138,7 @@ def export_gguf(
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         use = USE.format(file=file.name, name=name)
         write_card(
-            folder, model.adapter, model.base.place, model.base.folder, _made_of(model, to),
+            folder, model.adapter, model.base.named, model.base.folder, _made_of(model, to),
             use="\n\n".join([use, *notes]), library="gguf", quantized=to not in FLOATS, tags=("gguf",),
         )  # fmt: skip
         nbytes = file.stat().st_size

@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from halfbyte.data.cache import folder as cache_folder
 from halfbyte.errors import InputError
+from halfbyte.files import cache_folder
 
 FTYPES = {"q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
 """llama.cpp's numbers (``llama_ftype``)."""

@@ -105,7 +105,8 @@ def export_lora_gguf(
     alpha, matrices = _matrices(parts, names)
     check_room(output, sum(packed_bytes(x.shape, to) for x in matrices.values()) + HEADER, "The adapter")
     with whole_folder(output) as folder:
-        file = folder / f"{output.name}-lora-{to}.gguf"
+        told = output.name if "lora" in output.name.lower() else f"{output.name}-lora"
+        file = folder / f"{told}-{to}.gguf"
         writer = gguf.GGUFWriter(file, form.arch)
         try:
             writer.add_type("adapter")

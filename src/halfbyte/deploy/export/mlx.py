@@ -146,7 +146,7 @@ def write_mlx(
         if window := unheeded_window(model):
             told["Long texts"] = LONG.format(window)
         write_card(
-            folder, model.adapter, model.base.place, model.base.folder, f"{form_of(model)}, in {in_bits}",
+            folder, model.adapter, model.base.named, model.base.folder, f"{form_of(model)}, in {in_bits}",
             use=_use(folder.name), library="mlx", quantized=bool(bits), tags=["mlx"],
             sections=told,
         )  # fmt: skip

@@ -19,7 +19,9 @@ from halfbyte.errors import InputError, named, nearest
 from halfbyte.generate.engine import Engine
 from halfbyte.hf import prepare
 from halfbyte.hf.layers.decoding import NotNative
+from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.models.adapter_files import drop_adapter, put_adapter
+from halfbyte.hf.models.base_files import check_base
 
 SAFE = "adapter_model.safetensors"
 
@@ -107,6 +109,9 @@ class Catalog:
         """
         async with self._changing:
             try:
+                decoder: Any = engine.decoder
+                source = getattr(base_of(decoder.model), "opened_from", None)
+                await asyncio.to_thread(check_base, folder, source)  # which may read all weights, once
                 await asyncio.wrap_future(self.put(engine, name, folder))
             except InputError as error:
                 names = {str(folder): name, base: next(iter(self)).name}

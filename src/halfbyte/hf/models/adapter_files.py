@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftConfig,
@@ -21,15 +22,17 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TrainableTokensWrapper, load_peft_weights
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import check_kind
 from halfbyte.hf.layers.head import base_of
+from halfbyte.hf.models.base_files import check_base
 from halfbyte.nn import QuantizedLinear
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -61,8 +64,11 @@ def put_adapter(
         InputError: the folder holds no whole adapter, or one of another base model, or of a kind that needs dense
             weights.
     """
+    check_base(folder, getattr(base_of(model), "opened_from", None))
     config, weights = _read(model, folder)
     config.inference_mode = not trained
+    if config.peft_type == PeftType.ADALORA and is_on_meta(model):
+        weights = _with_all_ranks(config, weights)
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         check_kind(config.peft_type)
     _resize(model, config, weights, folder, may=name is None)
@@ -86,6 +92,13 @@ def put_adapter(
         if name is not None:
             drop_adapter(adapted, name)
         raise
+    if config.peft_type == PeftType.ADALORA and is_on_meta(model):
+        for layer in adapted.modules():
+            if isinstance(
+                layer, AdaLoraLayer
+            ):  # a parameter that PEFT (0.21) puts where the base is, and saves nowhere
+                rank = torch.tensor([float(config.init_r)])
+                layer.ranknum[name or "default"] = nn.Parameter(rank, requires_grad=False)
     return adapted if trained else adapted.eval()
 
 
@@ -174,6 +187,24 @@ def _read(model: PreTrainedModel | PeftModel, folder: Path) -> tuple[PeftConfig,
     # PEFT saves an embedding that was resized and is trained as a whole twice
     twice = [name for name in weights if name.replace(".modules_to_save.", ".") in weights.keys() - {name}]
     return config, {name: tensor for name, tensor in weights.items() if name not in twice}
+
+
+def _with_all_ranks(config: PeftConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return AdaLoRA's ``P (in B), Λ (in E), Q (in A)`` with zeros for what was pruned, and let ``config`` forget it.
+
+    PEFT (0.21) prunes its layers while it loads, by copying values that layers on the meta device do not have.
+    """
+    pruned, config.rank_pattern = config.rank_pattern or {}, None
+    whole = dict(weights)
+    for name, kept in pruned.items():
+        layer = PREFIX + name.partition(".lora_E")[0]
+        places = torch.tensor(kept).nonzero().flatten()
+        for letter, dim in (("A", 0), ("B", 1), ("E", 0)):
+            x = weights.get(f"{layer}.lora_{letter}")
+            if x is not None and x.shape[dim] == len(places):
+                shape = [*x.shape[:dim], len(kept), *x.shape[dim + 1 :]]
+                whole[f"{layer}.lora_{letter}"] = x.new_zeros(shape).index_copy(dim, places, x)
+    return whole
 
 
 def _resize(

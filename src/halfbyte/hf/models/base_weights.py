@@ -45,7 +45,8 @@ class BaseWeights:
         settings: of the configuration, changed.
 
     Attributes:
-        place, folder: where its files are.
+        named: where the base is that was asked for.
+        place, folder: where the files are that are read: of another format, those that halfbyte made of it.
         model: on the meta device, all layers dense.
         fit: what the checkpoint lacks.
         names: what each tensor of the model is called in the checkpoint; of tied weights one is there.
@@ -68,7 +69,7 @@ class BaseWeights:
         trust_remote_code: bool = False,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.onto, self._form = onto, form
+        self.onto, self._form, self.named = onto, form, place
         config, self._checkpoint, self.place, self.folder, self.quantization = _opened(
             place, onto, form, trust_remote_code
         )

@@ -15,7 +15,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def check_weights(model: PreTrainedModel, checkpoint: Tensors, pre_quantized: bo
             f"The weights in {checkpoint.where} are {held}, but config.json has {said} quantization_config: copy both "
             "from the model's source again."
         )
-    forms = {name: checkpoint.form(name) for name in checkpoint.names if not _is_part(name, packed)}
+    forms = {name: checkpoint.form(name) for name in checkpoint.names if not part_of(name, packed)}
     forms |= {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in packed.items()}
     found = _tried(model, forms)
     sought = type(model).__name__ in (model.config.architectures or [type(model).__name__])
@@ -220,11 +220,15 @@ def _is_within(model: PreTrainedModel, name: str) -> bool:
     return module is not model and any(module is part for part in list(model.base_model.modules())[1:])
 
 
-def _is_part(name: str, packed: Iterable[str]) -> bool:
+def part_of(name: str, packed: Container[str]) -> str | None:
+    """Return which weight in 4 or 8 bits, of those ``packed``, a tensor belongs to beside its codes; None: to none."""
     if name.endswith(_ROWS):
-        return f"{name.rpartition('.')[0]}.weight" in packed
-    found = _PARTS.search(name)
-    return found is not None and name[: found.start()] in packed
+        weight = f"{name.rpartition('.')[0]}.weight"
+    elif found := _PARTS.search(name):
+        weight = name[: found.start()]
+    else:
+        return None
+    return weight if weight in packed else None
 
 
 def _bits(packed: dict[str, torch.Size], checkpoint: Tensors) -> int:

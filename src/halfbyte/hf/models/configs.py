@@ -12,9 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.hf.models.foreign.gguf import open_gguf
+from halfbyte.hf.models.hub import ADAPTER as ADAPTER
 from halfbyte.hf.models.hub import Place, locate
 
-ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
 
 

@@ -10,12 +10,11 @@ So does a 16-bit folder that several processes train over: they share the mappin
 import hashlib
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
 from halfbyte import __version__, locks
-from halfbyte.files import absolute, write_text
+from halfbyte.files import cache_folder, write_text
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.hub import Place
 from halfbyte.hf.models.quantize_files import on_disk, quantize_checkpoint
@@ -75,6 +74,4 @@ def _folder(source: Path, config: HalfbyteConfig) -> Path:
     for file in files:
         about = file.stat()
         digest.update(f"{file.absolute()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}".encode())
-    given, home = os.environ.get("HALFBYTE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = absolute(given) if given else absolute(home) / "halfbyte"
-    return cache / "models" / f"{source.stem if source.is_file() else source.name}-{digest.hexdigest()[:16]}"
+    return cache_folder() / "models" / f"{source.stem if source.is_file() else source.name}-{digest.hexdigest()[:16]}"

@@ -1,20 +1,23 @@
 """Where a model is: a folder, or an id of the hub. What is neither is told at once, with the name that is near.
 
 The hub is asked once whether it has the model (:mod:`halfbyte.hub`). Without a network a model that was downloaded
-before is opened as it is.
+before is opened as it is. An adapter is downloaded here, since more than PEFT reads what stands in its folder.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub import is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hub import PATIENCE, reason_without
+from halfbyte.hub import PATIENCE, first_line, reason_without
 
+ADAPTER = "adapter_config.json"
+FILES = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")
+"""What of an adapter's repository is downloaded; and of no folder in it."""
 GIVE = "give the folder of a model, an adapter or a run, or a hub id"
 
 
@@ -55,20 +58,34 @@ def locate(path: str | Path) -> Place:
     near = _near(folder)
     if not _may_be_an_id(text):
         raise InputError(f"There is no folder {text}{near}; {GIVE}.")
-    cached = isinstance(try_to_load_from_cache(text, "config.json"), str)
+    adapter = try_to_load_from_cache(text, ADAPTER)
+    cached = isinstance(adapter, str) or isinstance(try_to_load_from_cache(text, "config.json"), str)
+    offline = Place(text, False, {"local_files_only": True})
+    if isinstance(adapter, str):
+        offline = Place(str(Path(adapter).parent), True, {})
     if is_offline_mode():
         if cached:
-            return Place(text, False, {"local_files_only": True})
+            return offline
         raise InputError(
             f"There is no folder {text}{near}, and the hub is not asked, since HF_HUB_OFFLINE is set; {GIVE} that was "
             "downloaded before."
         )
-    reason = reason_without(lambda api: api.model_info(text, timeout=PATIENCE), "model")
+    told: list[Any] = []
+    reason = reason_without(lambda api: told.append(api.model_info(text, timeout=PATIENCE)), "model")
     if reason is None:
-        return Place(text, False, {})
+        has_adapter = any(file.rfilename == ADAPTER for file in told[0].siblings or ())
+        return _downloaded(text) if has_adapter else Place(text, False, {})
     if cached:
-        return Place(text, False, {"local_files_only": True})
+        return offline
     raise InputError(f"There is no folder {text}{near}, and {reason}; {GIVE}.")
+
+
+def _downloaded(adapter: str) -> Place:
+    try:
+        folder = snapshot_download(adapter, allow_patterns=list(FILES), ignore_patterns=["*/*"])
+    except (OSError, httpx.TransportError) as error:
+        raise InputError(f"The adapter {adapter} cannot be downloaded: {first_line(error)}.") from error
+    return Place(str(folder), True, {})
 
 
 def _of_gguf(file: Path | None) -> Place | None:

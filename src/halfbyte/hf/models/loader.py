@@ -18,6 +18,7 @@ from halfbyte.choices import QUANT_TYPE, Device, Task
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.base_files import Source, check_base
 from halfbyte.hf.models.base_format import base_format
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
@@ -34,8 +35,9 @@ logger = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 """The files of which a folder with a tokenizer has one."""
 
-# What transformers reads weights from besides the files of the folder.
+# What transformers reads weights from besides the files of the folder, or of which version.
 ELSEWHERE = ("gguf_file", "state_dict", "subfolder", "variant")
+OTHERS = (*ELSEWHERE, "revision", "transformers_weights")
 
 
 def load(
@@ -73,7 +75,7 @@ def load(
 
     Raises:
         InputError: there is no such folder, nothing in it that can be opened, or its weights are damaged or not those
-            that its configuration describes; or there is no such device.
+            that its configuration describes; an adapter was trained on another base; or there is no such device.
     """
     if device is not None:
         kwargs = {"device_map": {"": str(devices.choose(device))}} | kwargs
@@ -85,7 +87,9 @@ def load(
             classes = adapter_classes(folder)
         follows = task == "classify"
         quantization_config = quantization_config or base_format(folder)
-        model = _load_at(base, quantization_config, auto_class, trust_remote_code, kwargs, task, classes, follows)
+        model = _load_at(
+            base, quantization_config, auto_class, trust_remote_code, kwargs, task, classes, follows, folder
+        )
         return prepare(put_adapter(model, folder))
     return _load_at(place, quantization_config, auto_class, trust_remote_code, kwargs, task, classes)
 
@@ -99,14 +103,18 @@ def _load_at(
     task: Task = "lm",
     classes: Sequence[str] | None = None,
     head_follows: bool = False,
+    adapter: Path | None = None,
 ) -> PreTrainedModel:
     config = None if place.gguf else config_at(place, trust_remote_code)
     if config is None or packing_of(config):
         kept, told = converted(place, quantization_config, trust_remote_code)
-        model = _load_at(kept, None, auto_class, trust_remote_code, kwargs, task, classes, head_follows)
+        model = _load_at(kept, None, auto_class, trust_remote_code, kwargs, task, classes, head_follows, adapter)
         model.name_or_path = str(place.gguf or place.path)  # what adapters call their base
         model.rounded_again = told
         return model
+    source = None if any(name in kwargs for name in OTHERS) else Source(place, trust_remote_code)
+    if adapter and place.is_folder:
+        check_base(adapter, source)  # before all is read
     if task != "lm" and auto_class is None:
         auto_class = check_task(config, task, place.path)
     else:
@@ -151,6 +159,7 @@ def _load_at(
         except ValueError as error:
             say_remote_code(place.path, error)
             raise
+    model.opened_from = source
     if task == "classify":
         hold_in_fp32(model)
     bits = bits_of(model)

@@ -24,6 +24,7 @@ from halfbyte.hf.models.adapter_files import BESIDE
 from halfbyte.hf.models.base_format import FILE as BASE_FORMAT
 from halfbyte.hf.models.check import check_finite
 from halfbyte.hf.models.configs import ADAPTER, sentence
+from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
 from halfbyte.hf.models.heads import LABELS_FILE
 from halfbyte.hf.models.hub import locate
 
@@ -151,7 +152,7 @@ def save_low_rank(adapter: LowRankAdapter, output: Path) -> None:
         weights[f"{PREFIX}{name}{first}"] = (part.a * root).contiguous()
         weights[f"{PREFIX}{name}{second}"] = (part.b * (part.scaling / root if root else 0.0)).contiguous()
     with whole_folder(output) as folder:
-        for name in (*BESIDE, BASE_FORMAT, LABELS_FILE):
+        for name in (*BESIDE, BASE_FORMAT, FINGERPRINT, LABELS_FILE):
             if (adapter.folder / name).is_file():
                 shutil.copy(adapter.folder / name, folder)
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from halfbyte.choices import Onto
 from halfbyte.errors import InputError, named
 from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.base_files import Source
 from halfbyte.hf.models.base_format import base_format
 from halfbyte.hf.models.base_weights import BaseWeights
 from halfbyte.hf.models.check import check_finite
@@ -86,6 +87,7 @@ class Merged:
             settings=class_settings(classes) if classes else None,
         )  # fmt: skip
         self._model = model = self.base.model
+        model.opened_from = Source(self.base.place, trust_remote_code)
         forms = {name: x for name, x in model.state_dict().items()}
         heads = {id(x) for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None}
         self._heads = {f"{name}.weight" for name, x in model.named_modules() if id(x) in heads}
@@ -232,14 +234,20 @@ class Merged:
         """Let a module have its weights meanwhile, in fp32."""
         held = dict(module.named_parameters(recurse=False))
         for key, x in held.items():
-            own = self._base(f"{path}.{key}") if x.is_meta else x.detach()
-            full = torch.zeros(x.shape, dtype=torch.float32)  # rows that were added are the adapter's
-            full[: len(own)] = own
-            module._parameters[key] = nn.Parameter(full, requires_grad=False)
+            module._parameters[key] = nn.Parameter(self._full(f"{path}.{key}", x), requires_grad=False)
         try:
             yield
         finally:
             module._parameters.update(held)
+
+    def _full(self, target: str, form: Tensor) -> Tensor:
+        """Return a tensor of the base in fp32, with zeros for rows that were added: those are the adapter's."""
+        own = self._base(target) if form.is_meta else form.detach()
+        if own.shape == form.shape:
+            return own.float()
+        full = torch.zeros(form.shape, dtype=torch.float32)
+        full[: len(own)] = own
+        return full
 
     def _base(self, target: str) -> Tensor:
         """Return a tensor of the base; one that came with the adapter (biases, embeddings that grew) as it came."""

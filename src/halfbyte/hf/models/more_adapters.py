@@ -12,6 +12,7 @@ from halfbyte.errors import InputError
 from halfbyte.files import model_path
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.base_files import check_base
 from halfbyte.hf.models.configs import ADAPTER, json_of
 from halfbyte.hf.models.hub import locate
 from halfbyte.nn import FrozenLinear
@@ -65,7 +66,9 @@ def add_adapter(model: PreTrainedModel | PeftModel, path: str | Path, name: str)
 
 
 def _remark(model: PeftModel, folder: Path, name: str) -> str | None:
-    """Return a sentence where the adapter names another base: shapes and names fit, but numbers may not."""
+    """Return a sentence where the adapter names a base that is not known to be this one."""
+    if check_base(folder, getattr(model.get_base_model(), "opened_from", None)):
+        return None
     theirs: Any = json_of(folder / ADAPTER).get("base_model_name_or_path")
     ours = str(model.get_base_model().name_or_path)
     if not theirs or os.path.realpath(model_path(str(theirs))) == os.path.realpath(model_path(ours)):

@@ -8,8 +8,9 @@ and written. At no time is more in memory than one shard of the output and one t
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at, model_class
+from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
+from halfbyte.hf.models.fingerprint import Fingerprint, Rows, dense_digests, times
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
-from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, packing_of
+from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, Packing, packing_of
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
@@ -39,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
-LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG)
+LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG, FINGERPRINT)
 
 
 @dataclass(frozen=True)
@@ -118,15 +121,10 @@ def quantize_checkpoint(
     if output.resolve() == source.resolve():
         raise InputError(f"The output folder {output} is the model's own; choose another.")
     model_config.__dict__.pop("quantization_config", None)
-    checkpoint: Tensors
-    if place.gguf:
-        skeleton = skeleton_of(model_config, config.compute_dtype, trust_remote_code)
-        checkpoint = GgufCheckpoint(place.gguf, skeleton)
-    else:
-        held = Checkpoint(weight_files(source, getattr(model_config, "transformers_weights", None)))
-        checkpoint = PackedCheckpoint(held, packing) if packing else held
-        skeleton = skeleton_of(model_config, config.compute_dtype, trust_remote_code)
+    skeleton = skeleton_of(model_config, config.compute_dtype, trust_remote_code)
+    checkpoint = tensors_of(place, source, model_config, skeleton, packing)
     check_weights(skeleton, checkpoint, pre_quantized=False)
+    shapes = shapes_of(skeleton)
     quantizer = HalfbyteQuantizer(config, pre_quantized=False)
     own = {type(module).__name__ for module in skeleton.modules() if is_subclass(module) and is_linear(module)}
     quantizer.preprocess_model(skeleton)
@@ -137,7 +135,8 @@ def quantize_checkpoint(
             "so none can be quantized by itself; open it with halfbyte.load and save it with save_pretrained."
         )
 
-    with whole_folder(output) as folder:
+    places = dict(plan.places(shapes))
+    with whole_folder(output) as folder, Rows() as rows:
         copy_others(place, source, folder)
         writer = _ShardWriter(folder)
         values = packed = 0
@@ -146,16 +145,20 @@ def quantize_checkpoint(
             tensor = checkpoint.read(name)
             layer = plan.layers.get(name)
             values += tensor.numel()
+            made: dict[str, Tensor] | Tensor
             if layer is not None:
                 weight = quantized(name, tensor.to(config.compute_dtype), layer, quantizer.quantization_config)
-                writer.add(weight.state_dict(name))
+                made = weight.state_dict(name)
+                writer.add(made)
                 if packing or place.gguf:
                     error.add(tensor.T if layer.transposed else tensor, weight.dequantize(torch.float32))
                 packed += tensor.numel()
             else:
-                dense = tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor
-                check_finite(name, dense)
-                writer.add({name: dense})
+                made = tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor
+                check_finite(name, made)
+                writer.add({name: made})
+            if target := places.get(name):
+                rows.add(target, shapes.get(target, tensor.shape), partial(dense_digests, tensor, name, [made]))
             if progress:
                 progress(done, len(plan.names))
         writer.close()
@@ -164,6 +167,8 @@ def quantize_checkpoint(
         model_config.quantization_config = skipped
         model_config.dtype = str(config.compute_dtype).removeprefix("torch.")
         model_config.save_pretrained(folder)
+        fingerprint = Fingerprint(type(skeleton).__name__, rows.all()).called(str(place.gguf or model))
+        replace(fingerprint, files=times(folder.glob("*.safetensors"))).save(folder)
     if own:
         logger.warning(
             "%s opens with halfbyte only: transformers with bitsandbytes leaves %s dense.", output, " and ".join(own)
@@ -232,6 +237,30 @@ def skeleton_of(
         return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
+def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedModel, packing: Packing | None) -> Tensors:
+    """Return the tensors of a model's files: of GGUF, GPTQ and AWQ as those of the dense model.
+
+    Args:
+        place: of the model.
+        folder: its, as :func:`on_disk` returns it.
+        config: its.
+        skeleton: its, without memory.
+        packing: how its weights are packed (:func:`halfbyte.hf.models.foreign.packed.packing_of`).
+
+    Raises:
+        InputError: the files are not whole.
+    """
+    if place.gguf:
+        return GgufCheckpoint(place.gguf, skeleton)
+    held = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
+    return PackedCheckpoint(held, packing) if packing else held
+
+
+def shapes_of(skeleton: PreTrainedModel) -> dict[str, torch.Size]:
+    """Return the shapes of a dense model's tensors."""
+    return {name: x.shape for name, x in skeleton.state_dict().items()}
+
+
 class Plan:
     """What becomes of a checkpoint's tensors.
 
@@ -239,6 +268,8 @@ class Plan:
         names: those that are written: all but copies of a tied weight.
         layers: the layer whose 4-bit weight a tensor becomes.
         left_dense: layers whose weight is made of several tensors, or a part of one: not quantized here.
+        put_together: the tensors of which, with others or in part, one of the model's is made.
+        target: what each tensor is called in the model.
     """
 
     def __init__(self, skeleton: PreTrainedModel, checkpoint: Tensors) -> None:
@@ -249,6 +280,7 @@ class Plan:
         rules = Names(skeleton)
         renamed = {name: rules.of(name) for name in checkpoint.names}
         self.target = {name: target for name, (target, _) in renamed.items()}
+        self.put_together = {name for name, (_, converter) in renamed.items() if converter is not None}
         for name, (target, converter) in renamed.items():
             module = target.removesuffix(".weight")
             if not target.endswith(".weight") or module not in modules:
@@ -268,6 +300,24 @@ class Plan:
             for name in checkpoint.names
             if name not in tied or not torch.equal(checkpoint.read(name), checkpoint.read(tied[name]))
         ]
+
+    def places(self, shapes: Container[str]) -> Iterator[tuple[str, str]]:
+        """Yield the tensors that the model has a place for, each with the name of that: what makes a model what it is.
+
+        A tensor that is put together with others goes by its own name, and of tied weights that which is there goes by
+        the name of the one that it would follow.
+
+        Args:
+            shapes: the names of the model's own tensors.
+        """
+        tied = self.skeleton.all_tied_weights_keys
+        there = {self.target[name] for name in self.names}
+        for name in self.names:
+            target = self.target[name]
+            if name in self.put_together:
+                yield name, name
+            elif target in shapes:
+                yield name, tied[target] if target in tied and tied[target] not in there else target
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype in which a floating tensor that stays dense is kept."""

@@ -90,6 +90,7 @@ class Checkpoints(_Theirs):
         beside_it: what else the list of checksums says about the run, as JSON.
         run_id: of the run that its checkpoints belong to, if that has one.
         keep_best: whether each best evaluation gets a checkpoint, whatever ``save_steps`` is.
+        saved_beside: each is called with the folder of an adapter that was saved.
         passed_over: damaged checkpoints of later steps than that which was gone on from; the next one replaces them.
     """
 
@@ -97,6 +98,7 @@ class Checkpoints(_Theirs):
     keep_best = False
     passed_over: Sequence[Path] = ()
     beside_it: Callable[[], dict[str, Any]] = dict
+    saved_beside: Sequence[Callable[[Path], None]] = ()
     _made_again: tuple[str, ...] = ()
     """Adapters that are not saved, since whoever goes on makes them again."""
 
@@ -165,6 +167,8 @@ class Checkpoints(_Theirs):
         self.model.save_pretrained(folder, save_embedding_layers=resized, selected_adapters=kept)
         (folder / "README.md").unlink()  # PEFT's card, a form that nobody has filled in
         self.processing_class.save_pretrained(folder)
+        for save in self.saved_beside:
+            save(folder)
 
     def _random_states(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The random states of all processes: tensors as ``process.name``, and for each process its numbers."""

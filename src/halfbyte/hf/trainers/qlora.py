@@ -50,9 +50,9 @@ class QloraTrainer(SFTTrainer):
 
 
 def link_adapter(checkpoint: Path) -> None:
-    """Make ``adapter_model`` in a checkpoint of the files of the adapter that lie in it."""
+    """Make ``adapter_model`` in a checkpoint of the files of the adapter that lie in it, with those about its base."""
     (checkpoint / ADAPTER).mkdir()
-    for name in FILES:
+    for name in (*FILES, *(file.name for file in checkpoint.glob("base_*.json"))):
         try:
             os.link(checkpoint / name, checkpoint / ADAPTER / name)
         except OSError:  # a file system without links

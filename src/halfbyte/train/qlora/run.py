@@ -25,7 +25,6 @@ from halfbyte import data as rows_of
 from halfbyte import hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
-from halfbyte.hf.models.base_format import save_base_format
 from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.limits import check_length, check_tokens
@@ -39,7 +38,8 @@ from halfbyte.runs.events import Checkpoint, Event, Listener, Note, Progress, St
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.metrics import MetricsFile
 from halfbyte.train import worlds
-from halfbyte.train.build import build_model, plan_activations, quantization
+from halfbyte.train.build import build_model, plan_activations
+from halfbyte.train.fingerprints import check_resumed, fingerprint_of, keep_with
 from halfbyte.train.inputs import digests
 from halfbyte.train.packing import plan_step
 from halfbyte.train.qlora import data, together
@@ -123,11 +123,13 @@ def qlora(given: Flags, *listeners: Listener) -> dict[str, Any]:
             worlds.check_inputs(config, digests(config, tokenizer, prepared))
             questions = read_questions(flags) if flags["do_mmlu_eval"] else None
             model = _load(config, tokenizer, prepared, tell)
+            base = fingerprint_of(model, config)
+            is_known = begun.checkpoint is not None and check_resumed(folder.path, begun.checkpoint / ADAPTER, base)
         before: list[StepMetrics] = []
         packer = None
         if begun.train:
             tell(Stage(name="plan", text="Planning the memory of a step"))
-            before, packer = _begin_training(begun, folder, outputs, model, prepared, metrics, note)
+            before, packer = _begin_training(begun, folder, outputs, model, prepared, metrics, note, is_known)
         trainer = QloraTrainer(
             model=model,
             args=arguments,
@@ -137,11 +139,11 @@ def qlora(given: Flags, *listeners: Listener) -> dict[str, Any]:
             processing_class=tokenizer,
             packer=packer,
         )
+        keep_with(trainer, config, base)
         if begun.checkpoint and not (begun.train and begun.resumable):
             trainer._load_from_checkpoint(str(begun.checkpoint / ADAPTER))
         stop = Stop()
         steps = LoggedSteps(trainer, before, stop, tell)
-        steps.base = quantization(config)
         trainer.add_callback(steps)
         if questions:
             trainer.add_callback(MmluCallback(trainer, questions, tokenizer, flags, tell))
@@ -255,6 +257,7 @@ def _begin_training(
     rows: rows_of.Prepared,
     metrics: MetricsFile,
     note: Any,
+    base_is_known: bool,
 ) -> tuple[list[StepMetrics], rows_of.Packer | None]:
     """Plan a step, and begin the folder or go on in it; return the steps made before and what packs a step's rows."""
     config = begun.config
@@ -275,7 +278,7 @@ def _begin_training(
     before: list[StepMetrics] = []
     with distributed.first_writes() as writes:
         if goes_on:
-            for change in folder.compare(circumstances):
+            for change in folder.compare(circumstances, base_is_known):
                 note(f"{change}: the result may differ in its last bits from that of the uninterrupted run")
         elif writes:
             if begun.checkpoint is None:
@@ -290,9 +293,7 @@ def _begin_training(
 
 
 class LoggedSteps(Steps):
-    """Tells what the trainer logs, which may be every tenth step; keeps with each adapter how its ``base`` is held."""
-
-    base: hf.HalfbyteConfig
+    """Tells what the trainer logs, which may be every tenth step."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.step_begun:  # since the last log
@@ -305,7 +306,6 @@ class LoggedSteps(Steps):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = self.trainer.state_folder(state.global_step)
-        save_base_format(self.base, folder / ADAPTER)
         self.tell(Checkpoint(step=state.global_step, folder=folder.name))
 
 

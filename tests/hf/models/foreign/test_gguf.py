@@ -1,5 +1,6 @@
 """GGUF files as bases: against transformers' own loading of them."""
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,7 @@ from halfbyte.choices import Onto
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
+from halfbyte.hf.models import base_files
 from halfbyte.hf.models.check import check_finite
 from halfbyte.hf.models.foreign.gguf import open_gguf
 from halfbyte.runs.circumstances import fingerprint
@@ -88,6 +90,37 @@ def test_a_file_is_the_model_that_transformers_makes_of_it(
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     for name, tensor in got.items():
         check_finite(name, tensor)
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F32"])
+def test_a_file_is_the_same_base_as_a_folder_of_its_values(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    file = write(tmp_path / "model.gguf", kind=kind)
+    theirs(file).save_pretrained(tmp_path / "dense")
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "four")
+    few = write(tmp_path / "few.gguf", kind="Q8_0")
+    bases = [file, tmp_path / "dense", tmp_path / "four"]
+    for number, base in enumerate(bases):
+        model = get_peft_model(halfbyte.load(base), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        folder = tmp_path / f"over {number}"
+        model.save_pretrained(folder, save_embedding_layers=False)
+        known = base_files.fingerprint(model.get_base_model().opened_from, [HalfbyteConfig()])
+        assert known
+        known.called(str(base)).save(folder)
+        for other in bases:
+            about = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(other)}
+            (folder / "adapter_config.json").write_text(json.dumps(about))
+            assert base_files.check_base(folder, halfbyte.load(folder).get_base_model().opened_from)
+            if other != bases[2]:
+                merge(folder, tmp_path / "merged", onto="original", overwrite=True)
+        about["base_model_name_or_path"] = str(few)
+        (folder / "adapter_config.json").write_text(json.dumps(about))
+        with pytest.raises(InputError, match="another base model"):
+            halfbyte.load(folder)
+        with pytest.raises(InputError, match="another base model"):
+            merge(folder, tmp_path / "merged", onto="original", overwrite=True)
 
 
 def test_an_adapter_names_the_file_and_finds_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
+from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
 from halfbyte.hf.models.foreign.packed import Packing
@@ -160,6 +162,49 @@ def test_a_folder_is_quantized_anew_once_and_opened(
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("model.safetensors")}
     halfbyte.load(folder)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("model.safetensors")} == before
+
+
+def over(folder: Path, dense: Any) -> Any:
+    """``dense`` with an adapter that sways what it gives, saved beside its base ``folder``."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(dense, config).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(folder)
+    adapted.save_pretrained(folder.parent / "adapter")
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("about", "is_old"),
+    [(CASES[1], False), (CASES[3], True), (CASES[6], False), (CASES[8], False), (CASES[9], False)],
+    ids=["gptq, act-order", "gptq, 8 bits, old", "auto-round, 2 bits", "auto-round, awq", "awq"],
+)
+def test_an_adapter_is_merged_onto_what_was_read_and_onto_what_was_made_of_it(
+    tmp_path: Path, about: dict[str, Any], is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    folder = folder_of(tmp_path, about)
+    if is_old:  # as AutoGPTQ wrote it
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+        (folder / "config.json").write_text(json.dumps(config))
+    adapted = over(folder, LlamaForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32))
+    expected = adapted(input_ids=IDS).logits
+    trained = halfbyte.load(folder).dequantize(torch.float32).float()
+    trained = PeftModel.from_pretrained(trained, tmp_path / "adapter").eval()
+    wanted = {"original": expected, "quantized": trained(input_ids=IDS).logits}
+    assert (wanted["original"] - wanted["quantized"]).abs().max() > 1e-3
+    for onto in ("original", "quantized"):
+        out = tmp_path / onto
+        copy = merge(tmp_path / "adapter", out, onto=onto, to="fp32")
+        assert copy.is_quantized == (onto == "quantized")
+        assert not list(out.glob("quantize_config.json")) and not list(out.glob("converted.json"))
+        assert "quantization_config" not in json.loads((out / "config.json").read_text())
+        assert not [name for name in load_file(out / "model.safetensors") if "qweight" in name or "g_idx" in name]
+        merged = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, wanted[onto], rtol=1e-4, atol=1e-4)
+        card = (out / "README.md").read_text()
+        assert "\npacked, with an adapter merged onto " in card and ("quantized weights" in card) == copy.is_quantized
 
 
 def test_an_old_folder_says_how_in_quantize_config(tmp_path: Path) -> None:
