@@ -95,6 +95,7 @@ def test_blocks_lose_no_token_but_those_at_the_end() -> None:
 
 
 @auto_round
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gptq", "awq"])
 def test_it_opens_in_transformers_and_here_and_leaves_nothing_else(
     form: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +152,7 @@ def test_what_cannot_be_calibrated_is_told_and_nothing_is_left(
 
 
 @auto_round
+@pytest.mark.slow
 def test_where_auto_round_fails_its_last_words_are_told(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(calibrated, "COUNT", 1)
     real = calibrated.Order.write
@@ -166,6 +168,7 @@ def test_where_auto_round_fails_its_last_words_are_told(run: Path, tmp_path: Pat
 
 
 @auto_round
+@pytest.mark.slow
 def test_who_was_interrupted_goes_on_behind_the_merge(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
