@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -196,7 +197,9 @@ def test_anonymous_memory_is_what_the_process_fills() -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("this system does not tell")
     before = process._anonymous(os.getpid())
-    filled = torch.ones(2**24, dtype=torch.float32)
+    # not torch's: what malloc holds of tensors that are gone would be taken again
+    block = mmap.mmap(-1, 2**26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    filled = torch.frombuffer(block, dtype=torch.float32).fill_(1)
     assert 0.9 * filled.nbytes < process._anonymous(os.getpid()) - before < 1.5 * filled.nbytes
     assert process._anonymous(2**30) == 0
 

@@ -224,10 +224,14 @@ def test_a_client_that_hangs_up_frees_its_row(served: Running, monkeypatch: pyte
     assert after.ended["cancelled"] == before.ended.get("cancelled", 0) + 1
     assert after.tokens_written - before.tokens_written < 100  # some 0.4 s
     for number in range(1, 4):  # a client that runs out of patience
-        with served.client(timeout=0.2) as client, pytest.raises(openai.APITimeoutError):
+        # long enough for a busy machine to have begun, and far from the 4.5 s that 900 tokens take
+        with served.client(timeout=1) as client, pytest.raises(openai.APITimeoutError):
             ask(client, max_tokens=900, n=8, logit_bias={"256": -100})
+        wanted, until = after.ended["cancelled"] + 8 * number, time.monotonic() + 5
+        while engine.figures().ended["cancelled"] < wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine.figures().ended["cancelled"] == wanted
         served.wait_idle(5)
-        assert engine.figures().ended["cancelled"] == after.ended["cancelled"] + 8 * number
     assert engine.figures().ended.get("length", 0) == after.ended.get("length", 0)
 
 
