@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.bench import llama_cpp
-from halfbyte.data import cache
 from halfbyte.deploy.export import llama_library
 from halfbyte.errors import InputError
+from halfbyte.files import cache_folder
 
-CACHE = cache.folder()
+CACHE = cache_folder()
 """The user's, before the tests have one of their own."""
 BINARIES = "node_modules/@node-llama-cpp/linux-x64/bins/linux-x64"
 
