@@ -45,6 +45,8 @@ ROUNDS = 20
 FEWEST = 64
 """Tokens that say anything."""
 WORK = "work"
+CONFIG = "quantize_config.json"
+"""Where AutoGPTQ looks."""
 BAR = re.compile(r"(Quantizing)?.*?(\d+)/(\d+) \[")
 """What tqdm draws: of the layers, done and all; and of other things."""
 TOLD = 12
@@ -104,7 +106,7 @@ def write_calibrated(
                 if file.name.endswith((".safetensors", ".index.json")) or file.name in ("config.json", CONFIG):
                     os.replace(file, folder / file.name)
             shutil.rmtree(work)
-            _tidy(folder / "config.json", folder.name)
+            _tidy(folder / "config.json")
             told = f"{form.upper()}'s 4 bits (groups of {group_size})"
             write_card(
                 folder, model.adapter, model.base.named, model.base.folder, f"{form_of(model)}, in {told}",
@@ -114,9 +116,6 @@ def write_calibrated(
             return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     except Locked as error:
         raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
-
-
-CONFIG = "quantize_config.json"
 
 
 def _group_size(model: Dense, trust_remote_code: bool) -> int:
@@ -228,7 +227,7 @@ def _why(code: int, said: list[str]) -> str:
     return f"auto-round could not quantize the model (exit code {code}{killed}). It said last:\n" + "\n".join(said)
 
 
-def _tidy(file: Path, name: str) -> None:
+def _tidy(file: Path) -> None:
     """Take what tells of this machine out of a configuration."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
@@ -259,6 +258,6 @@ def _use(form: str, name: str) -> str:
     ]  # fmt: skip
     more = " auto-round-lib" if form == "awq" else ""  # plain torch computes GPTQ
     return (
-        f"On a CPU with `pip install auto-round{more}`, on GPUs also in vLLM and others that read {form.upper()}:\n\n"
+        f"On a CPU with `pip install auto-round{more}`, on GPUs in what reads {form.upper()}, such as vLLM:\n\n"
         f"{code('python', chr(10).join(lines))}"
     )
