@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ import halfbyte
 from halfbyte.cli import app
 from halfbyte.deploy.audit import WAYS, audit, in_fp32
 from halfbyte.deploy.audit_report import AuditReport, Measured
+from halfbyte.deploy.export.llama_library import library
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.evaluate.fidelity import Reference
+from halfbyte.files import cache_folder
 from halfbyte.train import TrainConfig, fine_tune
 from halfbyte.train.rows import rows_again
 
+CACHE = cache_folder()
+"""The user's, before the tests have one of their own."""
 ROWS = [{"prompt": f"say {word}", "completion": f"{word} {word}"} for word in ("one", "two", "tea", "sun", "ice")] * 8
 
 
@@ -165,22 +170,48 @@ def test_a_way_that_is_not_possible_is_left_out_with_its_sentence(
     assert not found.left_out and len(found.ways) == 3
 
 
-def test_mlx_is_opened_as_what_its_codes_stand_for(run: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+@pytest.fixture(scope="module")
+def wide(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that has learnt nothing, over a base of rows as others' formats want them."""
+    folder = tmp_path_factory.mktemp("wide")
     tokenizer = halfbyte.load_tokenizer(tiny_model_folder)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.1, tie_word_embeddings=True,
     )  # fmt: skip
+    torch.manual_seed(0)
     model = LlamaForCausalLM(config).bfloat16()
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    adapted.save_pretrained(tmp_path / "alone")
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    adapted.save_pretrained(folder / "alone")
+    return folder / "alone"
+
+
+def test_mlx_is_opened_as_what_its_codes_stand_for(run: Path, wide: Path) -> None:
     data = [str(run.parent / "rows.jsonl")]
-    exact, eight, four = audit(tmp_path / "alone", data=data, ways=["fp32", "mlx-8bit", "mlx-4bit"]).ways[2:]
+    exact, eight, four = audit(wide, data=data, ways=["fp32", "mlx-8bit", "mlx-4bit"]).ways[2:]
     assert exact.divergence < eight.divergence < four.divergence < 1 and eight.divergence < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("auto_round") is None, reason="needs auto-round (halfbyte[autoround])")
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_the_forms_of_gptq_and_awq_are_opened(name: str, run: Path, wide: Path) -> None:
+    data = [str(run.parent / "rows.jsonl")]
+    eight, found = audit(wide, data=data, calibration=data, ways=["gguf-q8_0", name]).ways[2:]
+    assert found.name == name and found.nbytes and eight.divergence < found.divergence < 2
+    assert found.layers[0] < 50  # as a base that was read wrong would not be
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(library() is None, reason="needs llama.cpp's library in the cache")
+def test_k_quants_are_opened(run: Path, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.deploy.export.llama_library.cache_folder", lambda: CACHE)
+    data = [str(run.parent / "rows.jsonl")]
+    six, four = audit(wide, data=data, ways=["gguf-q6_k", "gguf-q4_k_m"]).ways[2:]
+    assert 0 < six.divergence < four.divergence < 1
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

@@ -5,21 +5,20 @@ reference is the base and the adapter as they were trained; how far a way is fro
 says. One way at a time is in memory and on the disk.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from halfbyte import hf
 from halfbyte.choices import Compared, ExportFormat, MergeType, Onto, Rounding, Task
 from halfbyte.data import tokenize
 from halfbyte.deploy.audit_report import AuditReport, Measured
-from halfbyte.deploy.export.affine import Affine, dequantize
 from halfbyte.deploy.export.exporting import export
+from halfbyte.deploy.export.mlx import dense_state
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError, nearest
 from halfbyte.evaluate.fidelity import Figures, Reference, Row, rows_of
@@ -282,37 +281,17 @@ def _opened(folder: Path, task: Task) -> Any:
     gguf = next(folder.glob("*.gguf"), None)
     about = {} if gguf else json_of(folder / "config.json")
     held = about.get("quantization_config")
-    if gguf is None and held is None and "quantization" not in about:
-        return AUTO[task].from_pretrained(folder, dtype=torch.float32).eval()
-    if (
-        held is not None
-        and "quantization" not in about
-        and held.get("quant_method") not in ("gptq", "awq", "auto-round")
-    ):
+    if "quantization" in about:  # MLX's word
+        state, config = dense_state(folder)
+        model = AUTO[task].from_config(config, dtype=torch.float32)
+    elif held is not None and held.get("quant_method") not in ("gptq", "awq", "auto-round"):
         return in_fp32(hf.load(folder, device="cpu", task=task))
-    if "quantization" in about:
-        return _of_mlx(folder, about["quantization"], task)
-    plain = Plain(locate(gguf or folder), torch.float32)
-    model = type(plain.base.model)._from_config(plain.config, dtype=torch.float32)
-    made = {planned.target: plain.read(name) for name, planned in plain.tensors.items()}
-    model.load_state_dict(made, strict=False)  # of tied weights one is there
-    model.tie_weights()
-    return model.eval()
-
-
-def _of_mlx(folder: Path, form: Mapping[str, int], task: Task) -> Any:
-    """Open a folder in MLX's form as the values that it stands for."""
-    held = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
-    state = {name: x for name, x in held.items() if not name.endswith((".scales", ".biases"))}
-    for name, codes in state.items():
-        stem = name.removesuffix("weight")
-        if f"{stem}scales" in held:
-            weight = Affine(codes, held[f"{stem}scales"], held[f"{stem}biases"])
-            state[name] = dequantize(weight, form["bits"], form["group_size"])
-    config = AutoConfig.from_pretrained(folder)
-    for key in ("quantization", "quantization_config"):
-        config.__dict__.pop(key, None)
-    model = AUTO[task].from_config(config, dtype=torch.float32)
-    model.load_state_dict(state, strict=False)
+    elif gguf is None and held is None:
+        return AUTO[task].from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        plain = Plain(locate(gguf or folder), torch.float32)
+        model = type(plain.base.model)._from_config(plain.config, dtype=torch.float32)
+        state = {planned.target: plain.read(name) for name, planned in plain.tensors.items()}
+    model.load_state_dict(state, strict=False)  # of tied weights one is there
     model.tie_weights()
     return model.eval()

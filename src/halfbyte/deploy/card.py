@@ -216,7 +216,7 @@ def _bare(value: Any) -> Any:
 
 def last(path: str) -> str:
     """Return the last part of a path."""
-    return path.rstrip("/").rpartition("/")[2] or path
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "unnamed"
 
 
 def plain(text: str) -> str:

@@ -104,7 +104,7 @@ def merge(
     rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0)
     model = In4Bits(run, rounding, texts, original=base, seed=seed or 0, trust_remote_code=trust_remote_code)
     seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
-    about = {"onto": onto, "to": to, "drawn": f"{rounding} {seed or 0} {seen}"}
+    about = {"onto": onto, "to": to, "base": str(base), "drawn": f"{rounding} {seed or 0} {seen}"}
     form = f"{form_of(model)}, in {to}, its codes {ROUNDED[rounding]}"
     nbytes = _write(model, output, about, model.make, to, form, f"nf4-{rounding}", progress)
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized, rounding)

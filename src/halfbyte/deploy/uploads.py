@@ -25,7 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from halfbyte.deploy.adapter_card import adapter_card
-from halfbyte.deploy.card import CARD, LICENCES, at_hub, licence_of
+from halfbyte.deploy.card import CARD, LICENCES, at_hub, last, licence_of
 from halfbyte.errors import InputError, named
 from halfbyte.hf.models.adapter_files import BESIDE
 from halfbyte.hf.models.adapter_files import FILES as ADAPTER_FILES
@@ -220,7 +220,7 @@ def _base_name(own: str, folder: Path) -> tuple[str, bool]:
         raise InputError(f"{folder / ADAPTER} names no base model ({BASE}); say which it is with --base.")
     if cached := CACHED.search(own):
         return f"{cached[1]}/{cached[2]}", True
-    return (_last(own), False) if _is_path(own) else (own, True)
+    return (last(own), False) if _is_path(own) else (own, True)
 
 
 def _settled(file: Path, base: str | None) -> Upload:
@@ -248,7 +248,7 @@ def _without_paths(value: Any, key: str = "") -> Any:
     if not isinstance(value, str) or not _is_path(value, is_named=key.endswith(("_or_path", "_file", "_path", "_dir"))):
         return value
     cached = CACHED.search(value)
-    return f"{cached[1]}/{cached[2]}" if cached and key.endswith("_or_path") else _last(value)
+    return f"{cached[1]}/{cached[2]}" if cached and key.endswith("_or_path") else last(value)
 
 
 def _is_path(text: str, is_named: bool = True) -> bool:
@@ -263,10 +263,6 @@ def _is_path(text: str, is_named: bool = True) -> bool:
     if re.match(r"(/|~|\.{1,2}/|file:/|[A-Za-z]:[\\/]|\\\\)", text):
         return is_named or len(re.findall(r"[^/\\]+", text)) > 1
     return is_named and (os.path.isdir(text) or "\\" in text)
-
-
-def _last(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "unnamed"
 
 
 def _differing(before: Any, after: Any) -> Iterator[tuple[str, Any]]:

@@ -28,6 +28,7 @@ from halfbyte.deploy.export import llama_library
 from halfbyte.deploy.export.ggml import BLOCK, CODES, FLOATS, HALF, kind_of, packed, packed_bytes, packed_shape
 from halfbyte.deploy.export.modelfile import modelfile
 from halfbyte.deploy.folders import check_apart, check_room, free_folder
+from halfbyte.deploy.merge import form_of as merged_form
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
 from halfbyte.hf.models.dense import Dense, dense_model, sources, tokenizer_of
@@ -266,5 +267,4 @@ def _fallen_back(kinds: dict[str, str], entries: Sequence[Entry], to: str) -> li
 def _made_of(model: Dense, to: str) -> str:
     if model.adapter is None:
         return f"as GGUF, in {to}"
-    weights = "the quantized weights that it was trained over" if model.base.is_quantized else "its dense weights"
-    return f"with an adapter merged onto {weights}, as GGUF in {to}"
+    return f"{merged_form(model)}, as GGUF in {to}"

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from halfbyte.choices import Onto
 from halfbyte.deploy.card import code, write_card
-from halfbyte.deploy.export.affine import GROUP_SIZE, dequantize, quantize
+from halfbyte.deploy.export.affine import GROUP_SIZE, Affine, dequantize, quantize
 from halfbyte.deploy.folders import write_model
 from halfbyte.deploy.merge import form_of
 from halfbyte.errors import InputError, named
@@ -155,6 +157,22 @@ def write_mlx(
              for name, (_, shape, dtype) in model.tensors.items()}  # fmt: skip
     about = {"format": "mlx", "onto": onto, "to": to}
     return write_model(model, output, about, sizes=sizes, make=make, finish=finish, progress=progress)
+
+
+def dense_state(folder: Path) -> tuple[dict[str, Tensor], Any]:
+    """Return what the weights of a folder in MLX's form stand for, and the configuration of the dense model."""
+    form = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization"]
+    held = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    state = {name: x for name, x in held.items() if not name.endswith((".scales", ".biases"))}
+    for name, codes in state.items():
+        stem = name.removesuffix("weight")
+        if f"{stem}scales" in held:
+            weight = Affine(codes, held[f"{stem}scales"], held[f"{stem}biases"])
+            state[name] = dequantize(weight, form["bits"], form["group_size"])
+    config = AutoConfig.from_pretrained(folder)
+    for key in ("quantization", "quantization_config"):
+        config.__dict__.pop(key, None)
+    return state, config
 
 
 def _has_groups(shape: torch.Size) -> bool:

@@ -187,21 +187,17 @@ class Blocks:
         self, layer: nn.Module, modules: dict[str, nn.Module], states: list[Tensor], number: int
     ) -> tuple[list[list[str]], dict[str, Tensor]]:
         """Take the exact stream through a layer; return which weights share their inputs, in order, and the inputs."""
-        groups: list[list[str]] = []
+        first_of: dict[str, str] = {}
         seen: dict[str, list[Tensor]] = {}
-        last: list[Tensor] = []
+        last: tuple[str, Tensor] | None = None
 
         def hook(name: str) -> Callable[..., None]:
             def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-                known = next((group for group in groups if name in group), None)
-                if known is None:
-                    if last and last[0] is args[0]:
-                        groups[-1].append(name)
-                    else:
-                        groups.append([name])
-                    known = next(group for group in groups if name in group)
-                last[:] = [args[0]]
-                if known[0] == name:
+                nonlocal last
+                if name not in first_of:
+                    first_of[name] = first_of[last[0]] if last and last[1] is args[0] else name
+                last = name, args[0]
+                if first_of[name] == name:
                     seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
 
             return see
@@ -213,6 +209,7 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
+        groups = [[name for name, first in first_of.items() if first == one] for one in seen]
         return groups, {name: torch.cat(parts) for name, parts in seen.items()}
 
     def _inputs(self, layer: nn.Module, module: nn.Module, states: list[Tensor], number: int) -> Tensor:
