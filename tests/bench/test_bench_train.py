@@ -307,7 +307,8 @@ def test_bad_input_is_told_before_anything_starts(arguments: list[str], message:
 def test_the_command_measures_every_side_in_a_process_of_its_own(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PEERS, "lora16", (Peer(False, False), Peer(False, True)))
+    ways = (Peer(False, False), Peer(False, True))
+    monkeypatch.setitem(PEERS, "lora16", ways)
     monkeypatch.setitem(PEERS, "bitsandbytes", (Peer(True, False),))
     command = ["bench", "train", str(model), "--batch", "2", "--length", "24", "--steps", "2", "--rank", str(RANK)]
     done = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")])
@@ -316,7 +317,7 @@ def test_the_command_measures_every_side_in_a_process_of_its_own(
     report = TrainingReport.model_validate_json((tmp_path / "out" / "training.json").read_text())
     (row,) = report.rows
     assert list(row.sides) == ["halfbyte", "bitsandbytes", "lora16"]
-    assert row.sides["lora16"].trials.keys() == {"without checkpointing", "with checkpointing"}
+    assert row.sides["lora16"].trials.keys() == {way.setting for way in ways}
     assert row.sides["lora16"].setting == min(row.sides["lora16"].trials, key=row.sides["lora16"].trials.get)
     for side in row.sides.values():
         assert len(side.seconds) == 2 and len(side.losses) == train.WARM_UP + 2 and side.load_seconds > 0
@@ -342,9 +343,10 @@ def test_a_side_that_dies_is_told_and_another_way_taken(model: Path, tmp_path: P
         train._fastest("halfbyte", [OURS], broken, lambda _: None)
     job = dataclasses.replace(job, data=str(train._write_rows(tmp_path / "rows.jsonl", job)))
     failing: Any = SimpleNamespace(setting="", run=int)  # int takes no job
-    best = train._fastest("a side", [failing, Peer(False, False)], job, lambda _: None)
+    running = Peer(False, False)
+    best = train._fastest("a side", [failing, running], job, lambda _: None)
     assert best.trials[""] is None
-    assert best.trials["without checkpointing"] == min(step.seconds for step in best.steps)
+    assert best.trials[running.setting] == min(step.seconds for step in best.steps)
     best._process.kill()
     with pytest.raises(ChildProcessError, match="exit code -9, perhaps for want of memory"):
         best.step()

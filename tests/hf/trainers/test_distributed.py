@@ -138,7 +138,7 @@ distributed.join(use_cpu=True, timeout=2)
 with distributed.first_writes() as writes:
     if writes:
         time.sleep(6)
-print("together", distributed.rank(), distributed.total(1))
+print(f"together {distributed.rank()} {distributed.total(1)}")  # in one piece: the two write to one pipe
 distributed.leave()
 """
 
