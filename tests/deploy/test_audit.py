@@ -1,6 +1,7 @@
 """An audit's figures are those of the files that merging writes, computed here anew with transformers alone."""
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -251,3 +252,35 @@ def test_in_fp32_a_model_has_its_weights_and_no_rounding_between(run: Path) -> N
     assert again.divergence == 0 and again.agreement == 1
     exact = halfbyte.load(run).merge_and_unload().float().eval()
     assert Reference(exact, [rows[0]]).compare(model).divergence < 1e-4
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MyConfig(LlamaConfig):
+    model_type = "my_llama"
+
+class MyLM(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_audited_where_that_is_allowed(tiny_model_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    (base / "modeling_my.py").write_text(CODE)
+    own = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyLM"}
+    about = json.loads((base / "config.json").read_text())
+    about |= {"model_type": "my_llama", "architectures": ["MyLM"], "auto_map": own}
+    (base / "config.json").write_text(json.dumps(about))
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    config = TrainConfig(
+        model=str(base), data=[tmp_path / "rows.jsonl"], output=tmp_path / "run", max_steps=4, rank=4,
+        learning_rate=1e-2, lora_dropout=0.0, sample_prompts=[], trust_remote_code=True,
+    )  # fmt: skip
+    run = fine_tune(config).output
+    ways = ("bf16", "nf4-outputs", "nf4-again")
+    with pytest.raises(InputError, match=r"comes with code of its own; .* \(--trust-remote-code\)"):
+        audit(run, ways=ways)
+    report = audit(run, ways=ways, trust_remote_code=True)
+    assert of(report, "bf16").kept == pytest.approx(1, abs=0.05)
+    assert of(report, "nf4-outputs").divergence < of(report, "nf4-again").divergence

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.console import bar, command, print_table, shown
+from halfbyte.cli.options import RemoteCode
 from halfbyte.quiet import quiet
 
 
@@ -32,6 +33,7 @@ def audit(
     output: Annotated[
         Path | None, typer.Option(help="Folder for audit.json and audit.png.", show_default="RUN/audit, or ./audit")
     ] = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure what each way of merging keeps of what was learnt, and recommend one.
 
@@ -51,6 +53,7 @@ def audit(
             positions=tokens,
             seed=seed,
             work=folder,
+            trust_remote_code=trust_remote_code,
             progress=lambda words, done, total: progress.update(
                 task, completed=done, total=total, description=f"Measuring: {words}"
             ),

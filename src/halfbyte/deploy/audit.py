@@ -46,12 +46,14 @@ AUTO: dict[Task, Any] = {
 
 
 class Given(NamedTuple):
-    """What a way is made of: an adapter, the base before it was quantized, texts and a seed."""
+    """What a way is made of: an adapter, the base before it was quantized, texts and a seed; and whether code that
+    comes with the model is run."""
 
     run: str | Path
     original: str | Path | None
     texts: Sequence[str] | None
     seed: int
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,12 @@ class Way:
 
 def _merged(onto: Onto, to: MergeType) -> Callable[[Given, Path], Any]:
     return lambda given, folder: merge(
-        given.run, folder, onto=onto, to=to, base=given.original if onto == "original" else None
+        given.run,
+        folder,
+        onto=onto,
+        to=to,
+        base=given.original if onto == "original" else None,
+        trust_remote_code=given.trust_remote_code,
     )
 
 
@@ -84,19 +91,25 @@ def _in_4_bits(rounding: Rounding | Compared) -> Callable[[Given, Path], Any]:
         base=given.original if rounding == "original" else None,
         data=given.texts if rounding in ("outputs", "gptq") else None,
         seed=given.seed,
+        trust_remote_code=given.trust_remote_code,
     )
 
 
 def _again(given: Given, folder: Path) -> None:
     """Merge to bf16, and quantize that."""
     with scratch(folder) as merged:
-        merge(given.run, merged / "dense")
-        quantize_checkpoint(merged / "dense", folder)
+        merge(given.run, merged / "dense", trust_remote_code=given.trust_remote_code)
+        quantize_checkpoint(merged / "dense", folder, trust_remote_code=given.trust_remote_code)
 
 
 def _exported(form: ExportFormat, to: str) -> Callable[[Given, Path], Any]:
     return lambda given, folder: export(
-        given.run, folder, format=form, to=to, data=given.texts if form in ("gptq", "awq") else None
+        given.run,
+        folder,
+        format=form,
+        to=to,
+        data=given.texts if form in ("gptq", "awq") else None,
+        trust_remote_code=given.trust_remote_code,
     )
 
 
@@ -141,6 +154,7 @@ def audit(
     seed: int = 0,
     work: str | Path | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
+    trust_remote_code: bool = False,
 ) -> AuditReport:
     """Measure every way to merge an adapter.
 
@@ -154,6 +168,7 @@ def audit(
         seed: of which texts are taken and of what is drawn.
         work: folder in which each way is written while it is measured; None: the adapter's.
         progress: is told what is being done, and how many of all things are done.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: there is no such run, or nothing to measure on; or a way that was named is not possible.
@@ -167,13 +182,13 @@ def audit(
         raise InputError(f"{run} holds no adapter ({ADAPTER}); give the folder of a run or of a PEFT adapter.")
     names = list(ways or WAYS)
     progress("reading rows", 0, len(names) + 2)
-    rows, told = _rows(adapter, data)
+    rows, told = _rows(adapter, data, trust_remote_code)
     task = adapter_task(json_of(adapter / ADAPTER))
     progress("base and adapter", 0, len(names) + 2)
-    whole = in_fp32(hf.load(adapter, device="cpu"))
+    whole = in_fp32(hf.load(adapter, device="cpu", trust_remote_code=trust_remote_code))
     compared = _Compared(
         Reference(whole, rows, task, positions),
-        Reference(whole, _general(adapter), task, ELSEWHERE) if task == "lm" else None,
+        Reference(whole, _general(adapter, trust_remote_code), task, ELSEWHERE) if task == "lm" else None,
     )
     if compared.rows.is_empty:
         raise InputError(f"None of the rows ({told}) has a labelled token, so there is nothing to measure on.")
@@ -187,7 +202,7 @@ def audit(
         _measured("adapter", "base and adapter", trained, trained, without),
     ]
     left_out: dict[str, str] = {}
-    given = Given(run, original, calibration, seed)
+    given = Given(run, original, calibration, seed, trust_remote_code)
     for number, name in enumerate(names, 2):
         progress(name, number, len(names) + 2)
         way = known[name]
@@ -201,7 +216,7 @@ def audit(
                 continue
             made = folder / "model"
             size = sum(file.stat().st_size for file in (*made.glob("*.safetensors"), *made.glob("*.gguf")))
-            figures = compared.of(_opened(made, task))
+            figures = compared.of(_opened(made, task, trust_remote_code))
         found.append(_measured(name, way.about, figures, trained, without, size, way.bits))
     (ours, general) = without
     return AuditReport(
@@ -262,9 +277,9 @@ def _measured(
     )
 
 
-def _rows(adapter: Path, data: Sequence[str] | None) -> tuple[list[Row], str]:
+def _rows(adapter: Path, data: Sequence[str] | None, trust_remote_code: bool) -> tuple[list[Row], str]:
     """Return rows to measure on, and what they are."""
-    prepared = rows_again(adapter, None if data is None else list(data))
+    prepared = rows_again(adapter, None if data is None else list(data), trust_remote_code)
     if data is not None:
         return list(rows_of(prepared.train.rows)), ", ".join(Path(name).name for name in data)
     if prepared.evaluation:
@@ -272,24 +287,26 @@ def _rows(adapter: Path, data: Sequence[str] | None) -> tuple[list[Row], str]:
     return list(rows_of(prepared.train.rows)), "rows that were trained on (none was held out)"
 
 
-def _general(adapter: Path) -> list[Row]:
-    return list(rows_of(tokenize(general_texts(), hf.load_tokenizer(str(adapter)), LONGEST).rows))
+def _general(adapter: Path, trust_remote_code: bool) -> list[Row]:
+    tokenizer = hf.load_tokenizer(str(adapter), trust_remote_code=trust_remote_code)
+    return list(rows_of(tokenize(general_texts(), tokenizer, LONGEST).rows))
 
 
-def _opened(folder: Path, task: Task) -> Any:
+def _opened(folder: Path, task: Task, trust_remote_code: bool) -> Any:
     """Open what was written: bitsandbytes' bits by halfbyte, those of others as the values that they stand for."""
     gguf = next(folder.glob("*.gguf"), None)
     about = {} if gguf else json_of(folder / "config.json")
     held = about.get("quantization_config")
     if "quantization" in about:  # MLX's word
         state, config = dense_state(folder)
-        model = AUTO[task].from_config(config, dtype=torch.float32)
+        model = AUTO[task].from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     elif held is not None and held.get("quant_method") not in ("gptq", "awq", "auto-round"):
-        return in_fp32(hf.load(folder, device="cpu", task=task))
+        return in_fp32(hf.load(folder, device="cpu", task=task, trust_remote_code=trust_remote_code))
     elif gguf is None and held is None:
-        return AUTO[task].from_pretrained(folder, dtype=torch.float32).eval()
+        options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        return AUTO[task].from_pretrained(folder, **options).eval()
     else:
-        plain = Plain(locate(gguf or folder), torch.float32)
+        plain = Plain(locate(gguf or folder), torch.float32, trust_remote_code=trust_remote_code)
         model = type(plain.base.model)._from_config(plain.config, dtype=torch.float32)
         state = {planned.target: plain.read(name) for name, planned in plain.tensors.items()}
     model.load_state_dict(state, strict=False)  # of tied weights one is there

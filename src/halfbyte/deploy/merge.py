@@ -101,7 +101,7 @@ def merge(
         return write_dense(
             Merged(run, onto, DTYPES[to], base=base, trust_remote_code=trust_remote_code), output, onto, to, progress
         )
-    rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0)
+    rounding, texts = _texts(run, rounding, data, TOKENS if tokens is None else tokens, seed or 0, trust_remote_code)
     model = In4Bits(run, rounding, texts, original=base, seed=seed or 0, trust_remote_code=trust_remote_code)
     seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
     about = {"onto": onto, "to": to, "base": str(base), "drawn": f"{rounding} {seed or 0} {seen}"}
@@ -184,7 +184,12 @@ def _check_options(onto: Onto, to: MergeType, **given: Any) -> None:
 
 
 def _texts(
-    run: str | Path, rounding: Rounding | Compared | None, data: Sequence[str] | None, tokens: int, seed: int
+    run: str | Path,
+    rounding: Rounding | Compared | None,
+    data: Sequence[str] | None,
+    tokens: int,
+    seed: int,
+    trust_remote_code: bool,
 ) -> tuple[Rounding | Compared, list[Tensor]]:
     """Return the way of rounding, and the texts that it takes."""
     folder = Path(locate(run).path)
@@ -193,7 +198,7 @@ def _texts(
     if rounding not in ("outputs", "gptq"):
         return rounding, []
     try:
-        rows = rows_again(folder, None if data is None else list(data))
+        rows = rows_again(folder, None if data is None else list(data), trust_remote_code)
     except InputError as error:
         if data is not None:
             raise

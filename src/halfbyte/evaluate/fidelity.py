@@ -88,8 +88,11 @@ class Reference:
         agree = right = count = 0
         apart: list[float] = []
         for row, exact in zip(self._rows, self._seen, strict=True):
-            seen = exact if model is None else _see(model, row, self._task)
-            other = seen.logits.log_softmax(-1)
+            seen = exact
+            if model is not None:
+                seen = _see(model, row, self._task)
+                seen = seen._replace(logits=seen.logits.log_softmax(-1))
+            other = seen.logits
             divergence += float((exact.logits.exp() * (exact.logits - other)).double().sum())
             loss -= float(other.gather(1, seen.labels.unsqueeze(1)).double().sum())
             first = other.argmax(-1)

@@ -41,14 +41,19 @@ def prepared(config: TrainConfig, method: Method, tokenizer: Any, progress: Any 
     )
 
 
-def rows_again(adapter: Path, files: list[str] | None = None) -> data.Prepared:
+def rows_again(adapter: Path, files: list[str] | None = None, trust_remote_code: bool = False) -> data.Prepared:
     """Return the rows of a finished run, from its data or from other ``files``; those of an adapter from files alone.
+
+    Args:
+        adapter: its folder.
+        files: other data.
+        trust_remote_code: run code that comes with the tokenizer, also where the run does not say so.
 
     Raises:
         InputError: it is no run, and there are no files; or the data are gone or cannot be read.
     """
     folder = RunFolder(adapter)
-    given: dict[str, Any] = {"output": adapter}
+    given: dict[str, Any] = {"output": adapter} | ({"trust_remote_code": True} if trust_remote_code else {})
     if files is not None:
         given |= {"data": files, "eval_data": None, "eval_share": None, "replay": None}
     if folder.config.is_file():

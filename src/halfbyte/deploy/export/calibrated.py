@@ -143,7 +143,7 @@ def _blocks(model: Dense, data: Sequence[str] | None, trust_remote_code: bool) -
     """Return the token ids to calibrate with, int32 ``[blocks, length]``."""
     files = None if data is None else list(data)
     if model.adapter is not None:
-        table = rows_again(model.adapter, files).train.rows
+        table = rows_again(model.adapter, files, trust_remote_code).train.rows
     elif files is not None:
         options = DataOptions(model=str(model.base.place.path), data=files)
         table = prepare(options, tokenizer_of(model, trust_remote_code=trust_remote_code)).train.rows

@@ -127,7 +127,12 @@ def _in_4_bits(
     run: str | Path, output: Path, progress: Callable[[int, int], None], overwrite: bool, trust_remote_code: bool
 ) -> Exported:
     """Write a model without an adapter in NF4, with a card."""
-    copy = quantize_checkpoint(run, output, progress=progress, overwrite=overwrite, trust_remote_code=trust_remote_code)
     place = locate(run)
-    write_card(output, None, place, on_disk(place), "in bitsandbytes' NF4", packages="bitsandbytes", quantized=True)
+
+    def finish(folder: Path) -> None:
+        write_card(folder, None, place, on_disk(place), "in bitsandbytes' NF4", packages="bitsandbytes", quantized=True)
+
+    copy = quantize_checkpoint(
+        run, output, finish=finish, progress=progress, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
     return Exported(output, copy.bytes_after, copy.values, "nf4")

@@ -75,6 +75,7 @@ def quantize_checkpoint(
     output: str | Path,
     config: HalfbyteConfig | None = None,
     *,
+    finish: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -89,6 +90,7 @@ def quantize_checkpoint(
         model: a folder or hub id with weights in 16 or 32 bits, or in GPTQ's or AWQ's; or a GGUF file.
         output: the new folder.
         config: how to quantize; None takes the defaults.
+        finish: adds to the folder before it appears.
         progress: called with tensors done and tensors in all.
         overwrite: replace a folder that is there already.
         trust_remote_code: run code that comes with the model.
@@ -169,6 +171,8 @@ def quantize_checkpoint(
         model_config.save_pretrained(folder)
         fingerprint = Fingerprint(type(skeleton).__name__, rows.all()).called(str(place.gguf or model))
         replace(fingerprint, files=times(folder.glob("*.safetensors"))).save(folder)
+        if finish:
+            finish(folder)
     if own:
         logger.warning(
             "%s opens with halfbyte only: transformers with bitsandbytes leaves %s dense.", output, " and ".join(own)
