@@ -31,12 +31,10 @@ constexpr int64_t kFused = 4;     // rows of x that are multiplied at once with 
 constexpr int kColumns = 4;       // rows of W that are multiplied at once
 constexpr int kExpanded = 8;      // rows of W that are expanded at once
 constexpr int64_t kTileRows = 6;  // rows of x that are multiplied with them at once
-constexpr int64_t kAhead = 8192;  // bytes that wide values are asked for ahead, at least
+constexpr int64_t kAhead = 8192;  // bytes that W is asked for ahead, at least
 
-// The first multiple of `step` behind kAhead: how far on bytes are asked for that come in steps of `step`. Codes of 4
-// bits come slowly, so that one step does for them, into the nearest cache. Wide values come as fast as memory gives
-// them; the nearest cache has too few places for what is on its way then, and the second one has more: on a Zen 4 core
-// four rows at a time are read at 11 GB/s with the nearest and at 18 with the second.
+// The first multiple of `step` behind kAhead: how far on bytes are asked for that come in steps of `step`. They are
+// asked for into the second cache: the nearest one has too few places for what is on its way.
 int64_t ahead_of(int64_t step) { return (kAhead / step + 1) * step; }
 
 // The indices of nibble k.
@@ -187,8 +185,7 @@ void read_runs(const Weight4bit& w, const __m512* code, int64_t first, int64_t c
     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(value, factor), _mm512_set1_ps(scales.offset)));
 }
 
-// What reads W of 4 bits: groups of a stretch of one of its rows, `count` values, a multiple of 64. Of a group that is
-// half, the other half is zero.
+// What reads W of 4 bits: groups of a stretch of one of its rows, `count` values, a multiple of 64.
 template <class L>
 class Reader4bit {
   public:
@@ -201,7 +198,7 @@ class Reader4bit {
 
     // `step`: rows of W that are read together.
     Reader4bit(const Weight4bit& w, int64_t step)
-        : w_(w), code_(_mm512_loadu_ps(w.code)), ahead_(step * w.columns / 2) {
+        : w_(w), code_(_mm512_loadu_ps(w.code)), ahead_(ahead_of(step * w.columns / 2)) {
         for (int i = 0; i < 16; ++i) nested_code_[i] = _mm512_loadu_ps(w.scales.nested_code + 16 * i);
     }
 
@@ -221,21 +218,21 @@ class Reader4bit {
         __m512i vector(int k) const { return table.look_up(codes, k); }
     };
 
-    Group group(const Stretch& from, int64_t i) const { return {table(from, i), codes(from, i)}; }
+    // Where not `whole`, the second half is zero.
+    template <bool whole>
+    Group group(const Stretch& from, int64_t i) const {
+        const uint8_t* const bytes = from.codes + i / 2;
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead_), _MM_HINT_T1);
+        const __m512 first = _mm512_mul_ps(code_, _mm512_set1_ps(from.scales[i / 64]));
+        if (whole) {
+            const __m512 second = _mm512_mul_ps(code_, _mm512_set1_ps(from.scales[i / 64 + 1]));
+            return {{first, second}, _mm512_loadu_si512(bytes)};
+        }
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+        return {{first, _mm512_setzero_ps()}, _mm512_zextsi256_si512(half)};
+    }
 
   private:
-    typename L::Table table(const Stretch& from, int64_t i) const {
-        const auto whole = static_cast<__mmask16>(i + kGroup <= count_ ? 0xffff : 0);
-        const __m512 first = _mm512_mul_ps(code_, _mm512_set1_ps(from.scales[i / 64]));
-        return {first, _mm512_maskz_mul_ps(whole, code_, _mm512_set1_ps(from.scales[i / 64 + (whole & 1)]))};
-    }
-
-    __m512i codes(const Stretch& from, int64_t i) const {
-        const uint8_t* const bytes = from.codes + i / 2;
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + ahead_), _MM_HINT_T0);
-        return _mm512_maskz_loadu_epi8(i + kGroup <= count_ ? ~__mmask64{0} : ~__mmask64{0} >> 32, bytes);
-    }
-
     const Weight4bit& w_;
     __m512 code_, nested_code_[16];
     int64_t ahead_, count_ = 0;
@@ -269,6 +266,7 @@ class Reader8bit {
         __m512i vector(int k) const { return L::convert(codes, scale, k); }
     };
 
+    template <bool>
     Group group(const Stretch& from, int64_t i) const {
         const int8_t* const codes = from.codes + i;
         _mm_prefetch(reinterpret_cast<const char*>(codes + ahead_), _MM_HINT_T1);
@@ -303,6 +301,7 @@ class ReaderDense {
         __m512i vector(int k) const { return L::load(values, k); }
     };
 
+    template <bool>
     Group group(const Stretch& from, int64_t i) const {
         const char* const values = from.values + i * T::kSize;
         _mm_prefetch(values + ahead_, _MM_HINT_T1);
@@ -334,6 +333,25 @@ void finish_tile(const __m512 (*sum)[kColumns], float* sums, bool add) {
     }
 }
 
+// A group, or what is left of one, of four rows of W times `rows` of x.
+template <class L, class R, bool whole, int rows>
+inline void add_group(const R& reader, const typename R::Stretch* w, int64_t i, const typename L::Element* x,
+                      __m512 (*sum)[kColumns]) {
+    const typename R::Group group[kColumns] = {reader.template group<whole>(w[0], i),
+                                               reader.template group<whole>(w[1], i),
+                                               reader.template group<whole>(w[2], i),
+                                               reader.template group<whole>(w[3], i)};
+#pragma GCC unroll 8
+    for (int k = 0; k < R::kGroup / L::kWidth; ++k) {
+        __m512i from_w[kColumns];
+        for (int c = 0; c < kColumns; ++c) from_w[c] = group[c].vector(k);
+        for (int r = 0; r < rows; ++r) {
+            const __m512i from_x = _mm512_loadu_si512(x + r * kRow<L> + i + k * L::kWidth);
+            for (int c = 0; c < kColumns; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
+        }
+    }
+}
+
 // A stretch of four rows of W times `rows` of x, made on the way.
 template <class L, class R, int rows>
 void read_tile(const R& reader, const typename R::Stretch* w, const typename L::Element* x, float* sums, bool add) {
@@ -341,30 +359,26 @@ void read_tile(const R& reader, const typename R::Stretch* w, const typename L::
     for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < kColumns; ++c) sum[r][c] = _mm512_setzero_ps();
     }
-    for (int64_t i = 0; i < reader.count(); i += R::kGroup) {
-        const typename R::Group group[kColumns] = {reader.group(w[0], i), reader.group(w[1], i), reader.group(w[2], i),
-                                                   reader.group(w[3], i)};
-#pragma GCC unroll 8
-        for (int k = 0; k < R::kGroup / L::kWidth; ++k) {
-            __m512i from_w[kColumns];
-            for (int c = 0; c < kColumns; ++c) from_w[c] = group[c].vector(k);
-            for (int r = 0; r < rows; ++r) {
-                const __m512i from_x = _mm512_loadu_si512(x + r * kRow<L> + i + k * L::kWidth);
-                for (int c = 0; c < kColumns; ++c) sum[r][c] = L::multiply_add(from_x, from_w[c], sum[r][c]);
-            }
-        }
-    }
+    int64_t i = 0;
+    for (; i + R::kGroup <= reader.count(); i += R::kGroup) add_group<L, R, true, rows>(reader, w, i, x, sum);
+    if (i < reader.count()) add_group<L, R, false, rows>(reader, w, i, x, sum);
     finish_tile<rows>(sum, sums, add);
+}
+
+// The values of a group, or of what is left of one.
+template <class L, class R, bool whole>
+inline void store_group(const R& reader, const typename R::Stretch& w, int64_t i, typename L::Element* out) {
+    const typename R::Group group = reader.template group<whole>(w, i);
+#pragma GCC unroll 8
+    for (int k = 0; k < R::kGroup / L::kWidth; ++k) _mm512_storeu_si512(out + i + k * L::kWidth, group.vector(k));
 }
 
 // The values of a stretch.
 template <class L, class R>
 void expand(const R& reader, const typename R::Stretch& w, typename L::Element* out) {
-    for (int64_t i = 0; i < reader.count(); i += R::kGroup) {
-        const typename R::Group group = reader.group(w, i);
-#pragma GCC unroll 8
-        for (int k = 0; k < R::kGroup / L::kWidth; ++k) _mm512_storeu_si512(out + i + k * L::kWidth, group.vector(k));
-    }
+    int64_t i = 0;
+    for (; i + R::kGroup <= reader.count(); i += R::kGroup) store_group<L, R, true>(reader, w, i, out);
+    if (i < reader.count()) store_group<L, R, false>(reader, w, i, out);
 }
 
 // The same as read_tile, of values that are expanded.
