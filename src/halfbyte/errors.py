@@ -6,6 +6,7 @@ Everything else that is raised is a bug of ours and keeps its traceback.
 import difflib
 import errno
 import pwd
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable
@@ -63,6 +64,26 @@ def check_writable(path: Path) -> None:
             f"{path} cannot be written ({error.strerror}): {folder} belongs to {_user(about.st_uid)} with permissions "
             f"{stat.filemode(about.st_mode)}; name another folder, or change that."
         ) from None
+
+
+def check_room(output: Path, needed: int, what: str) -> None:
+    """Check that the disk has room.
+
+    Args:
+        output: the folder to be.
+        needed: bytes.
+        what: is written, as a sentence begins with it.
+
+    Raises:
+        InputError: it has not.
+    """
+    parent = next(folder for folder in output.parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(
+            f"{what} takes {size_text(needed)}, and {size_text(free)} are free in {parent}; free some space, or name a "
+            "folder on another disk."
+        )
 
 
 def _user(number: int) -> str:

@@ -238,3 +238,12 @@ def model_path(name: str) -> str:
     is_path = name.startswith(("~", "/", "./", "../")) or name in (".", "..") or os.path.isdir(name)
     is_path = is_path or (name.endswith(".gguf") and os.path.isfile(name))
     return str(absolute(name)) if is_path else name
+
+
+def stamp(path: Path) -> str:
+    """Return a digest of what files a folder has, of which sizes and times; or of one file alone."""
+    digest = hashlib.sha256(str(path).encode())
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        about = file.stat()
+        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from theirs import by_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import halfbyte
@@ -153,6 +154,7 @@ def test_the_card_says_how_it_was_made_and_how_it_is_opened(
     found: dict[str, Any] = {}
     exec(code, found)
     assert isinstance(found["model"], PeftModel) and found["tokenizer"].chat_template
+    assert by_values(found["model"]) == 14
     theirs, ours = found["model"](input_ids=IDS).logits.float(), halfbyte.load(run)(input_ids=IDS).logits.float()
     over_16_bits = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), run)
     other = over_16_bits(input_ids=IDS).logits.float()

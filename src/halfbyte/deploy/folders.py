@@ -1,8 +1,6 @@
 """The folder that a model is written to: what is looked at before, a sentence where it will not do, and the writing."""
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from halfbyte import __version__
-from halfbyte.errors import InputError, check_writable, size_text
-from halfbyte.files import absolute, growing_folder, repair
+from halfbyte.errors import InputError, check_room, check_writable
+from halfbyte.files import absolute, growing_folder, repair, stamp
 from halfbyte.hf.models.dense import Written, copy_beside, sources
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
@@ -48,35 +46,6 @@ def check_apart(output: Path, sources: Iterable[Path]) -> None:
     """
     if any(source.resolve().is_relative_to(output.resolve()) for source in sources):
         raise InputError(f"The output folder {output} holds the adapter or the base itself; choose another.")
-
-
-def check_room(output: Path, needed: int, what: str) -> None:
-    """Check that the disk has room.
-
-    Args:
-        output: the folder to be.
-        needed: bytes.
-        what: is written, as a sentence begins with it.
-
-    Raises:
-        InputError: it has not.
-    """
-    parent = next(folder for folder in output.parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise InputError(
-            f"{what} takes {size_text(needed)}, and {size_text(free)} are free in {parent}; free some space, or name a "
-            "folder on another disk."
-        )
-
-
-def stamp(folder: Path) -> str:
-    """Return a digest of what files a folder has, and of which sizes and times."""
-    digest = hashlib.sha256(str(folder).encode())
-    for file in sorted(folder.iterdir()):
-        about = file.stat()
-        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def write_model(

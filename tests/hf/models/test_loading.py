@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import halfbyte
 from halfbyte.errors import InputError
 from halfbyte.hf import quantize_checkpoint
-from halfbyte.hf.models import quantize_files
+from halfbyte.hf.models import shards
 
 MEASURE = """
 import re, sys
@@ -76,7 +76,7 @@ def test_shards_are_written_and_opened(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize_checkpoint(str(tiny_model_folder), tmp_path / "one")
-    monkeypatch.setattr(quantize_files, "SHARD_BYTES", 8192)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 8192)
     seen: list[tuple[int, int]] = []
     quantize_checkpoint(str(tiny_model_folder), tmp_path / "many", progress=lambda *at: seen.append(at))
     files = sorted((tmp_path / "many").glob("*.safetensors"))

@@ -27,10 +27,10 @@ from halfbyte.data import prepare
 from halfbyte.data.options import DataOptions
 from halfbyte.deploy.card import code, write_card
 from halfbyte.deploy.export.autoround import Order, environment
-from halfbyte.deploy.folders import check_apart, check_room, stamp
+from halfbyte.deploy.folders import check_apart
 from halfbyte.deploy.merge import form_of, write_dense
-from halfbyte.errors import InputError
-from halfbyte.files import growing_folder
+from halfbyte.errors import InputError, check_room
+from halfbyte.files import growing_folder, stamp
 from halfbyte.hf.models.dense import Dense, copy_beside, sources, tokenizer_of
 from halfbyte.hf.models.quantize_files import skeleton_of
 from halfbyte.locks import Locked

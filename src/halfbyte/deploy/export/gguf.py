@@ -27,9 +27,9 @@ from halfbyte.deploy.card import licence_of, write_card
 from halfbyte.deploy.export import llama_library
 from halfbyte.deploy.export.ggml import BLOCK, CODES, FLOATS, HALF, kind_of, packed, packed_bytes, packed_shape
 from halfbyte.deploy.export.modelfile import modelfile
-from halfbyte.deploy.folders import check_apart, check_room, free_folder
+from halfbyte.deploy.folders import check_apart, free_folder
 from halfbyte.deploy.merge import form_of as merged_form
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, check_room
 from halfbyte.files import whole_folder
 from halfbyte.hf.models.dense import Dense, dense_model, sources, tokenizer_of
 from halfbyte.hf.models.gguf_form.family import Form, form_of, metadata, notes_of

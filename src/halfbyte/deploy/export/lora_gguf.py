@@ -21,8 +21,8 @@ from halfbyte.choices import GgufAdapterType
 from halfbyte.deploy.card import write_card
 from halfbyte.deploy.export.ggml import HALF, kind_of, packed, packed_bytes
 from halfbyte.deploy.export.gguf import FILES, HEADER
-from halfbyte.deploy.folders import check_room, free_folder
-from halfbyte.errors import InputError, named
+from halfbyte.deploy.folders import free_folder
+from halfbyte.errors import InputError, check_room, named
 from halfbyte.files import whole_folder
 from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.gguf_form.family import form_of

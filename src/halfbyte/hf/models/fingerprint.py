@@ -308,6 +308,12 @@ class Rows:
         """Return all rows, by name."""
         return {name: Row(shape, future.result()) for name, (shape, future) in sorted(self._made.items())}
 
+    def taken(self) -> dict[str, Row]:
+        """Return all rows and forget them."""
+        rows = self.all()
+        self._made.clear()
+        return rows
+
     def __enter__(self) -> "Rows":
         return self
 

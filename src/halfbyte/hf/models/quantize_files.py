@@ -2,14 +2,16 @@
 
 The model is built without memory (on the meta device) to learn which tensors are weights of linear layers; then every
 tensor of the source's safetensors files is read, quantized if it is one of those (or else cast to the compute dtype),
-and written. At no time is more in memory than one shard of the output and one tensor of the source.
+and written. In memory are one tensor of the source and what was made of it. Who was interrupted or killed goes on with
+the same command, from the last file of a gigabyte that was whole; what its tensors were lies beside it until the end.
 """
 
+import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,26 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from halfbyte import __version__
 from halfbyte.choices import SAVEABLE_TYPES
-from halfbyte.errors import InputError
-from halfbyte.files import repair, whole_folder
+from halfbyte.errors import InputError, check_room
+from halfbyte.files import absolute, growing_folder, repair, stamp, write_text
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
-from halfbyte.hf.models.fingerprint import Fingerprint, Rows, dense_digests, times
+from halfbyte.hf.models.fingerprint import Fingerprint, Row, Rows, dense_digests, times
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
 from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, Packing, packing_of
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
-from halfbyte.hf.models.shards import SHARD_BYTES, name_shards
+from halfbyte.hf.models.shards import write_shards
+from halfbyte.locks import Locked
 from halfbyte.nn import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,9 @@ logger = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG, FINGERPRINT)
+
+BESIDE = ".seen.json"
+"""Ends the name of what was seen of a file's tensors, while the folder grows."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def quantize_checkpoint(
             can be quantized, it is quantized already, ``output`` is there, or ``quant_type`` is ``none``.
     """
     config = config or HalfbyteConfig()
-    output = Path(output).expanduser()
+    output = absolute(output)
     if config.quant_type not in SAVEABLE_TYPES:
         raise InputError(
             f"A copy with quant_type {config.quant_type} would be the model itself; choose one of "
@@ -137,42 +143,26 @@ def quantize_checkpoint(
             "so none can be quantized by itself; open it with halfbyte.load and save it with save_pretrained."
         )
 
-    places = dict(plan.places(shapes))
-    with whole_folder(output) as folder, Rows() as rows:
-        copy_others(place, source, folder)
-        writer = _ShardWriter(folder)
-        values = packed = 0
-        error = _Error()
-        for done, name in enumerate(plan.names, 1):
-            tensor = checkpoint.read(name)
-            layer = plan.layers.get(name)
-            values += tensor.numel()
-            made: dict[str, Tensor] | Tensor
-            if layer is not None:
-                weight = quantized(name, tensor.to(config.compute_dtype), layer, quantizer.quantization_config)
-                made = weight.state_dict(name)
-                writer.add(made)
-                if packing or place.gguf:
-                    error.add(tensor.T if layer.transposed else tensor, weight.dequantize(torch.float32))
-                packed += tensor.numel()
-            else:
-                made = tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor
-                check_finite(name, made)
-                writer.add({name: made})
-            if target := places.get(name):
-                rows.add(target, shapes.get(target, tensor.shape), partial(dense_digests, tensor, name, [made]))
-            if progress:
-                progress(done, len(plan.names))
-        writer.close()
-        skipped = quantizer.quantization_config
-        skipped.skip_modules = sorted({*(skipped.skip_modules or []), *plan.left_dense})
-        model_config.quantization_config = skipped
-        model_config.dtype = str(config.compute_dtype).removeprefix("torch.")
-        model_config.save_pretrained(folder)
-        fingerprint = Fingerprint(type(skeleton).__name__, rows.all()).called(str(place.gguf or model))
-        replace(fingerprint, files=times(folder.glob("*.safetensors"))).save(folder)
-        if finish:
-            finish(folder)
+    tensors = _Made(plan, checkpoint, shapes, quantizer.quantization_config, bool(packing or place.gguf))
+    sizes = tensors.sizes()
+    check_room(output, sum(sizes.values()), "The copy")
+    key = {"version": __version__, "config": config.to_dict(), "source": stamp(place.gguf or source)}
+    try:
+        with growing_folder(output, json.dumps(key, default=str)) as folder, tensors:
+            write_shards(folder, sizes, tensors.make, progress, tensors.leave)
+            about = tensors.all(folder)
+            copy_others(place, source, folder)
+            skipped = quantizer.quantization_config
+            skipped.skip_modules = sorted({*(skipped.skip_modules or []), *plan.left_dense})
+            model_config.quantization_config = skipped
+            model_config.dtype = str(config.compute_dtype).removeprefix("torch.")
+            model_config.save_pretrained(folder)
+            fingerprint = Fingerprint(type(skeleton).__name__, about.rows).called(str(place.gguf or model))
+            replace(fingerprint, files=times(folder.glob("*.safetensors"))).save(folder)
+            if finish:
+                finish(folder)
+    except Locked as error:
+        raise InputError(f"{output} is being written by another process; wait for it, or choose another.") from error
     if own:
         logger.warning(
             "%s opens with halfbyte only: transformers with bitsandbytes leaves %s dense.", output, " and ".join(own)
@@ -180,22 +170,130 @@ def quantize_checkpoint(
     before, after = (
         sum(file.stat().st_size for file in files) for files in (checkpoint.files, output.glob("*.safetensors"))
     )
-    return QuantizedCopy(values, packed, before, after, error.relative if packing or place.gguf else None)
+    return QuantizedCopy(about.values, about.packed, before, after, about.error if packing or place.gguf else None)
 
 
-class _Error:
-    """The relative error of weights in other values, ``‖V − W‖ / ‖W‖`` over all of them."""
+@dataclass
+class _About:
+    """What was seen of the tensors of a file, or of all.
 
-    def __init__(self) -> None:
-        self.apart = self.size = 0.0
+    Attributes:
+        values: of the tensors.
+        packed: those of them in 4 or 8 bits.
+        apart: of a source that was quantized otherwise, ``‖W' − W‖²`` over its weights.
+        size: ``‖W‖²`` of the same.
+        rows: of the fingerprint.
+    """
 
-    def add(self, weight: Tensor, other: Tensor) -> None:
-        self.apart += float((other - weight.float()).square().sum())
-        self.size += float(weight.float().square().sum())
+    values: int = 0
+    packed: int = 0
+    apart: float = 0.0
+    size: float = 0.0
+    rows: dict[str, Row] = field(default_factory=dict)
 
     @property
-    def relative(self) -> float:
+    def error(self) -> float:
+        """How far the weights are from the source's, relatively."""
         return math.sqrt(self.apart / max(self.size, 1e-30))
+
+    def save(self, file: Path) -> None:
+        """Write it."""
+        sums = {"values": self.values, "packed": self.packed, "apart": self.apart, "size": self.size}
+        write_text(file, json.dumps(sums | {"rows": Fingerprint("", self.rows).to_json()}))
+
+    def add(self, file: Path) -> None:
+        """Add what :meth:`save` wrote."""
+        about = json.loads(file.read_text(encoding="utf-8"))
+        self.values += about["values"]
+        self.packed += about["packed"]
+        self.apart += about["apart"]
+        self.size += about["size"]
+        self.rows |= Fingerprint.from_json(about["rows"]).rows
+
+
+class _Made:
+    """Makes the tensors of the copy, and keeps what was seen of them beside the files. A context manager.
+
+    Args:
+        plan: what becomes of the source's tensors.
+        checkpoint: they.
+        shapes: of the model's own, before any is quantized.
+        config: how they are quantized.
+        measured: whether the error is of interest.
+    """
+
+    def __init__(
+        self,
+        plan: "Plan",
+        checkpoint: Tensors,
+        shapes: dict[str, torch.Size],
+        config: HalfbyteConfig,
+        measured: bool,
+    ) -> None:
+        self._plan, self._checkpoint, self._shapes = plan, checkpoint, shapes
+        self._config, self._measured = config, measured
+        self._places = dict(plan.places(shapes))
+        self._about = _About()
+        self._rows = Rows()
+
+    def sizes(self) -> dict[str, int]:
+        """Return about how many bytes each tensor will have."""
+        return {name: self._size(name) for name in self._plan.names}
+
+    def _size(self, name: str) -> int:
+        values = self._checkpoint.form(name).numel()
+        if name not in self._plan.layers:
+            return values * self._plan.dtype_of(name).itemsize
+        return values * (self._config.bits or 16) // 8 + values // 16  # with the constants of each block
+
+    def make(self, name: str) -> dict[str, Tensor]:
+        """Return what the files have for the tensor ``name`` of the source.
+
+        Raises:
+            InputError: a value is not finite.
+        """
+        plan, tensor = self._plan, self._checkpoint.read(name)
+        self._about.values += tensor.numel()
+        layer = plan.layers.get(name)
+        made: dict[str, Tensor]
+        if layer is not None:
+            weight = quantized(name, tensor.to(self._config.compute_dtype), layer, self._config)
+            made = weight.state_dict(name)
+            if self._measured:
+                exact = (tensor.T if layer.transposed else tensor).float()
+                self._about.apart += float((weight.dequantize(torch.float32) - exact).square().sum())
+                self._about.size += float(exact.square().sum())
+            self._about.packed += tensor.numel()
+            digested: list[dict[str, Tensor] | Tensor] = [made]
+        else:
+            kept = tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor
+            check_finite(name, kept)
+            made, digested = {name: kept}, [kept]
+        if target := self._places.get(name):
+            shape = self._shapes.get(target, tensor.shape)
+            self._rows.add(target, shape, partial(dense_digests, tensor, name, digested))
+        return made
+
+    def leave(self, file: Path) -> None:
+        """Leave beside a file what was seen of its tensors."""
+        replace(self._about, rows=self._rows.taken()).save(file.with_name(f"{file.name}{BESIDE}"))
+        self._about = _About()
+
+    def all(self, folder: Path) -> _About:
+        """Return what was seen of all tensors, and remove what tells."""
+        about = _About()
+        for file in sorted(folder.glob(f"*{BESIDE}")):
+            about.add(file)
+            file.unlink()
+        about.rows = dict(sorted(about.rows.items()))
+        return about
+
+    def __enter__(self) -> "_Made":
+        self._rows.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._rows.__exit__(*error)
 
 
 def copy_others(place: Place, source: Path, folder: Path, but: Sequence[str] = ()) -> None:
@@ -326,33 +424,3 @@ class Plan:
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype in which a floating tensor that stays dense is kept."""
         return dense_dtype(self.skeleton, self.target[name], self.skeleton.dtype)
-
-
-class _ShardWriter:
-    """Collects tensors and writes a safetensors file whenever a shard's worth has come together."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.count = 0
-        self.tensors: dict[str, Tensor] = {}
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Take ``tensors`` into the shard at hand, or the next one if they do not fit."""
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self.tensors and sum(tensor.nbytes for tensor in self.tensors.values()) + size > SHARD_BYTES:
-            self._flush()
-        self.tensors |= tensors
-
-    def _flush(self) -> None:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.tensors.items()},
-            self.folder / f"shard-{self.count}",
-            metadata={"format": "pt"},
-        )
-        self.count += 1
-        self.tensors = {}
-
-    def close(self) -> None:
-        """Write what is left, and give the files their final names and, if there are several, an index."""
-        self._flush()
-        name_shards(self.folder, self.count)

@@ -32,6 +32,7 @@ def write_shards(
     sizes: Mapping[str, int],
     make: Callable[[str], Mapping[str, Tensor]],
     progress: Callable[[int, int], None] | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> int:
     """Write tensors to a folder as transformers reads them.
 
@@ -40,6 +41,7 @@ def write_shards(
         sizes: bytes of what is to be made, about, in the order of the files.
         make: returns what one of the names stands for: a tensor or, quantized, several.
         progress: called with names done and names in all.
+        beside: called before a file appears, with its path, to leave what is known of its tensors beside it.
 
     Returns:
         The bytes of the tensors.
@@ -58,6 +60,8 @@ def write_shards(
                     if progress:
                         progress(done, len(sizes))
                 writer.close()
+                if beside:
+                    beside(file)
         else:
             done += len(names)
     return name_shards(folder, len(groups))

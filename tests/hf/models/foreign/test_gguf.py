@@ -17,7 +17,7 @@ from halfbyte.choices import Onto
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
-from halfbyte.hf.models import base_files
+from halfbyte.hf.models import base_files, shards
 from halfbyte.hf.models.check import check_finite
 from halfbyte.hf.models.foreign.gguf import open_gguf
 from halfbyte.runs.circumstances import fingerprint
@@ -214,3 +214,21 @@ def test_a_type_that_cannot_be_expanded_is_told(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(InputError, match="of the type Q8_1, which the package gguf cannot expand"):
         open_gguf(file)
+
+
+def test_the_error_of_a_copy_that_was_interrupted_is_of_all_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(done: int, _: int) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    file = write(tmp_path / "model.gguf", kind="Q8_0")
+    whole = quantize_checkpoint(file, tmp_path / "whole")
+    monkeypatch.setattr(shards, "SHARD_BYTES", 8192)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(file, tmp_path / "copy", progress=stop)
+    copy = quantize_checkpoint(file, tmp_path / "copy")
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 2
+    assert copy.error == pytest.approx(whole.error, rel=1e-12) and 0.05 < copy.error < 0.15
+    assert (copy.values, copy.packed) == (whole.values, whole.packed)
