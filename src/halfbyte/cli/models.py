@@ -1,5 +1,7 @@
-"""``quantize``: models as files."""
+"""``quantize`` and ``verify``: models as files."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +10,7 @@ import typer
 from halfbyte.choices import BLOCKSIZE, QUANT_TYPE, SaveableType
 from halfbyte.cli.console import bar, command, shown
 from halfbyte.cli.options import RemoteCode
-from halfbyte.errors import size_text
+from halfbyte.errors import counted, size_text
 from halfbyte.files import absolute
 from halfbyte.quiet import quiet
 
@@ -64,3 +66,40 @@ def quantize(
         typer.echo(f"bitsandbytes has no {quant_type} in blocks of {blocksize}: halfbyte alone opens the folder.")
     typer.echo(f"The {config.bits}-bit model is in {shown(output)}. Next:")
     typer.echo(f"  {command('chat', shown(output))}")
+
+
+def verify(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder of a model or of an adapter, in any number of bits; a GGUF file; or a hub id.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Read every tensor of a checkpoint, and name each that is damaged.
+
+    Files against their headers and index, names and shapes against config.json, values that are no numbers, block
+    constants and tables of 4 and 8 bits, and the digests that halfbyte stored when it quantized. Nothing is written.
+    The exit code is 1 if something is damaged.
+    """
+    with quiet(), bar("Reading") as progress:
+        from halfbyte.hf.models.verify import verify as verified
+
+        task = progress.add_task("")
+        found = verified(
+            checkpoint,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            trust_remote_code=trust_remote_code,
+        )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found) | {"faults": found.faults}, indent=2))
+        raise typer.Exit(1 if found.faults else 0)
+    for finding in found.findings:
+        typer.echo(f"{'' if finding.is_fault else 'Note: '}{finding.place} {finding.what}")
+    stored = f", {found.compared:,} of them held against the digests in the folder" if found.compared else ""
+    typer.echo(
+        f"{counted(found.tensors, 'tensor')} in {counted(found.files, 'file')} of {size_text(found.nbytes)} read"
+        f"{stored}: {counted(found.faults, 'fault') if found.faults else 'no fault'}."
+    )
+    if found.faults:
+        typer.echo("Copy the damaged files from their source again, or make them anew.")
+        raise typer.Exit(1)
