@@ -212,6 +212,19 @@ def test_a_prompt_as_long_as_the_context_is_refused(tokenizer):
         list(stream_reply(make_model(), tokenizer, "a" * 128))
 
 
+def test_angles_that_grow_with_the_text_reach_as_far_as_their_factor_says(tokenizer):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = make_model(rope_parameters=rope)
+    prompt = "hello world" * 12
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    assert 20 < ids.shape[1] < 128
+    answer = "".join(stream_reply(model, tokenizer, prompt, max_new_tokens=400))
+    whole = make_model(rope_parameters=rope).generate(ids, max_length=256, do_sample=False, eos_token_id=None)
+    assert whole.shape[1] == 256 and answer == tokenizer.decode(whole[0, ids.shape[1] :])
+    with pytest.raises(InputError, match=r"300 tokens long, .* attends to 256"):
+        list(stream_reply(model, tokenizer, "a" * 300))
+
+
 def test_a_conversation_that_the_template_refuses_is_bad_input(tokenizer):
     strict = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,

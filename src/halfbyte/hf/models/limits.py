@@ -9,8 +9,12 @@ from halfbyte.errors import InputError
 
 def most_positions(model: Any) -> int | None:
     """Return how many tokens the model attends to, or None where its configuration does not say."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is not None:
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "dynamic":  # whose limit is that before it was stretched, unlike others'
+            return int(limit * rope["factor"])
         for name, module in model.named_modules():  # RoBERTa's positions begin behind that of the padding
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 return limit - int(module.padding_idx) - 1
