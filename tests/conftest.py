@@ -1,7 +1,9 @@
 """A small real model for every layer's tests: random weights, a byte-level tokenizer, a chat template."""
 
 import gc
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,30 @@ def _task_tokenizer(is_pair: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", bos_token="<s>", model_input_names=names
     )
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MyConfig(LlamaConfig):
+    model_type = "my_llama"
+
+class MyLM(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
+@pytest.fixture
+def own_code(tiny_model_folder: Path) -> Callable[[Path], Path]:
+    """Copies the tiny model to a folder, as one that comes with code of its own."""
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(tiny_model_folder, folder)
+        (folder / "modeling_my.py").write_text(OWN_CODE)
+        own = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyLM"}
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "my_llama", "architectures": ["MyLM"], "auto_map": own}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return copy

@@ -1,7 +1,6 @@
 """An audit's figures are those of the files that merging writes, computed here anew with transformers alone."""
 
 import json
-import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -254,24 +253,10 @@ def test_in_fp32_a_model_has_its_weights_and_no_rounding_between(run: Path) -> N
     assert Reference(exact, [rows[0]]).compare(model).divergence < 1e-4
 
 
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class MyConfig(LlamaConfig):
-    model_type = "my_llama"
-
-class MyLM(LlamaForCausalLM):
-    config_class = MyConfig
-"""
-
-
-def test_a_model_with_code_of_its_own_is_audited_where_that_is_allowed(tiny_model_folder: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
-    (base / "modeling_my.py").write_text(CODE)
-    own = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyLM"}
-    about = json.loads((base / "config.json").read_text())
-    about |= {"model_type": "my_llama", "architectures": ["MyLM"], "auto_map": own}
-    (base / "config.json").write_text(json.dumps(about))
+def test_a_model_with_code_of_its_own_is_audited_where_that_is_allowed(
+    own_code: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    base = own_code(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     config = TrainConfig(
         model=str(base), data=[tmp_path / "rows.jsonl"], output=tmp_path / "run", max_steps=4, rank=4,

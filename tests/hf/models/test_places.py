@@ -189,24 +189,10 @@ def test_weights_that_cannot_be_read_are_told_by_their_file(
         opening("m")
 
 
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class MyConfig(LlamaConfig):
-    model_type = "my_llama"
-
-class MyLM(LlamaForCausalLM):
-    config_class = MyConfig
-"""
-
-
-def test_code_of_a_model_s_own_runs_only_if_allowed(tiny_model_folder: Path, here: Path) -> None:
-    shutil.copytree(tiny_model_folder, here / "m")
-    (here / "m" / "modeling_my.py").write_text(CODE)
-    config = json.loads((here / "m" / "config.json").read_text())
-    own = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyLM"}
-    config |= {"model_type": "my_llama", "architectures": ["MyLM"], "auto_map": own}
-    (here / "m" / "config.json").write_text(json.dumps(config))
+def test_code_of_a_model_s_own_runs_only_if_allowed(
+    own_code: Callable[[Path], Path], tiny_model_folder: Path, here: Path
+) -> None:
+    own_code(here / "m")
     for attempt in (lambda: halfbyte.load("m"), lambda: quantize_checkpoint("m", "q")):
         with pytest.raises(InputError, match=r"comes with code of its own; .* \(--trust-remote-code\)"):
             attempt()
