@@ -8,7 +8,8 @@ At each position that has a label, with p of the reference and q of the other:
     accuracy     share of positions where the first choice is the label
     apart        of each layer, ‖h_q - h_p‖² summed over positions, h what it hands on
 
-What the reference says is kept, in fp32: positions times the vocabulary, and times layers and channels.
+What the reference says is kept, in fp32: positions times the vocabulary, and times layers and channels. Rows of a
+causal model are read several at a time, filled up behind their ends, which nothing before sees.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from torch import Tensor
 from halfbyte.choices import IGNORED, Task
 
 Row = Mapping[str, Any]
+TOGETHER = 512
+"""Tokens of rows that are read together at most, what fills them up included."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Figures:
 
 
 class _Seen(NamedTuple):
-    """What a model says about a row: logits ``[n, V]``, labels ``[n]``, and of each layer ``[m, H]``."""
+    """What a model says about a row: log-probabilities ``[n, V]``, labels ``[n]``, and of each layer ``[m, H]``."""
 
     logits: Tensor
     labels: Tensor
@@ -63,19 +66,17 @@ class Reference:
     ) -> None:
         self._task = task
         self._rows: list[Row] = []
-        self._seen: list[_Seen] = []
         found = 0
         for row in rows:
             count = 1 if task == "classify" else _labelled(row, task)
-            if count == 0 or (self._seen and (found + count > positions or len(row["input_ids"]) > tokens)):
+            if count == 0 or (self._rows and (found + count > positions or len(row["input_ids"]) > tokens)):
                 continue
             tokens -= len(row["input_ids"])
             self._rows.append(row)
-            seen = _see(model, row, task)
-            self._seen.append(seen._replace(logits=seen.logits.log_softmax(-1)))
             found += count
             if found >= positions or tokens <= 0:
                 break
+        self._seen = list(_see_all(model, self._rows, task))
 
     @property
     def is_empty(self) -> bool:
@@ -87,11 +88,8 @@ class Reference:
         divergence = loss = 0.0
         agree = right = count = 0
         apart: list[float] = []
-        for row, exact in zip(self._rows, self._seen, strict=True):
-            seen = exact
-            if model is not None:
-                seen = _see(model, row, self._task)
-                seen = seen._replace(logits=seen.logits.log_softmax(-1))
+        others = self._seen if model is None else _see_all(model, self._rows, self._task)
+        for seen, exact in zip(others, self._seen, strict=True):
             other = seen.logits
             divergence += float((exact.logits.exp() * (exact.logits - other)).double().sum())
             loss -= float(other.gather(1, seen.labels.unsqueeze(1)).double().sum())
@@ -110,21 +108,49 @@ def _labelled(row: Row, task: Task) -> int:
 
 
 @torch.no_grad()
+def _see_all(model: Any, rows: Sequence[Row], task: Task) -> Iterator[_Seen]:
+    for group in _groups(rows) if task == "lm" else ([row] for row in rows):
+        for seen in _see_together(model, group) if task == "lm" else [_see(model, group[0], task)]:
+            yield seen._replace(logits=seen.logits.log_softmax(-1))
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield rows that come one after the other, as many as fill ``TOGETHER`` tokens."""
+    group: list[Row] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row["input_ids"]))
+        if group and longest * (len(group) + 1) > TOGETHER:
+            yield group
+            group, longest = [], len(row["input_ids"])
+        group.append(row)
+    if group:
+        yield group
+
+
+def _see_together(model: Any, rows: Sequence[Row]) -> list[_Seen]:
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    filled = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    output = model(input_ids=filled.to(model.device), use_cache=False, output_hidden_states=True)
+    found = []
+    for number, row in enumerate(rows):
+        labels = torch.as_tensor(row["labels"], dtype=torch.int64)
+        places = (labels[1:] != IGNORED).nonzero().squeeze(1)
+        states = [x[number, places].float() for x in output.hidden_states[1:]]
+        found.append(_Seen(output.logits[number, places].float(), labels[places + 1], states))
+    return found
+
+
 def _see(model: Any, row: Row, task: Task) -> _Seen:
     ids = torch.as_tensor(row["input_ids"], dtype=torch.int64, device=model.device).unsqueeze(0)
     labels = torch.as_tensor(row["labels"], dtype=torch.int64)
     if task == "classify":
         output = model(input_ids=ids, output_hidden_states=True)
         return _Seen(output.logits.float(), labels.view(1), [x[0].float() for x in output.hidden_states[1:]])
-    if task == "seq2seq":
-        output = model(input_ids=ids, labels=labels.unsqueeze(0).to(ids.device), output_hidden_states=True)
-        places = (labels != IGNORED).nonzero().squeeze(1)
-        states = output.decoder_hidden_states
-        return _Seen(output.logits[0, places].float(), labels[places], [x[0, places].float() for x in states[1:]])
-    places = (labels[1:] != IGNORED).nonzero().squeeze(1)
-    output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    states = [x[0, places].float() for x in output.hidden_states[1:]]
-    return _Seen(output.logits[0, places].float(), labels[places + 1], states)
+    output = model(input_ids=ids, labels=labels.unsqueeze(0).to(ids.device), output_hidden_states=True)
+    places = (labels != IGNORED).nonzero().squeeze(1)
+    states = output.decoder_hidden_states
+    return _Seen(output.logits[0, places].float(), labels[places], [x[0, places].float() for x in states[1:]])
 
 
 def rows_of(table: Any) -> Iterator[Row]:
