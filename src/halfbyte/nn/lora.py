@@ -80,6 +80,11 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """Return the seed of a call's dropout: the one number that it draws, from torch's own generator by default."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
 class _Call:
     """What a call knows beside the values that it is differentiated in.
 
@@ -102,7 +107,7 @@ class _Call:
                 self.columns[-1].append(slice(self.rank, self.rank + adapter.a.shape[0]))
                 self.rank += adapter.a.shape[0]
         self.dropout = dropout
-        self.seed = int(torch.randint(2**62, ())) if dropout else 0
+        self.seed = draw_seed() if dropout else 0
 
     def split(self, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """Return what is of the biases, of A and of B."""

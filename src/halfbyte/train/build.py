@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from halfbyte import data, devices, hf, optim, tables
 from halfbyte.choices import TRANSFORMERS_OPTIMIZERS
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, size_text
 from halfbyte.hf.layers import activations
+from halfbyte.hf.models import paging
 from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed, sharded
+from halfbyte.hf.trainers.layer_major import LayerMajor
 from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train import loggers, schedules, space
@@ -94,7 +96,38 @@ def plan_activations(
     [lacking] = distributed.largest([logits + gathered - free])
     recompute = config.gradient_checkpointing
     rows = max(config.rows_a_pass * sequences, -(-(tokens or 0) // longest))
-    return activations.plan(model, length=longest, batch_size=rows, free=-lacking, recompute=recompute)
+    sharing = distributed.on_this_machine()  # of one copy in the page cache
+    base = activations.Base(paging.mapped_bytes(model) // sharing, paging.least_bytes(model) // sharing)
+    passes = config.gradient_accumulation_steps if layer_by_layer(config) else 1
+    return activations.plan(
+        model, length=longest, batch_size=rows, free=-lacking, recompute=recompute, base=base, passes=passes
+    )
+
+
+def layer_by_layer(config: TrainConfig) -> bool:
+    """Return whether the micro-batches of a step may go together through a base that is paged."""
+    return config.task == "lm" and config.method == "sft" and distributed.world_size() == 1
+
+
+def paging_told(model: Any, seconds: float) -> str | None:
+    """Return what paging a base has cost in so many seconds of training, or None if it was not paged."""
+    pager = paging.pager_of(model)
+    if pager is None:
+        return None
+    read, waited = pager.traffic.read, pager.traffic.waited
+    return (
+        f"{size_text(read)} of the base were read while it was used, at {size_text(int(read / max(seconds, 1e-9)))}/s; "
+        f"{waited / max(seconds, 1e-9):.1%} of the time was spent waiting for them"
+    )
+
+
+def page(config: TrainConfig, model: Any, trainer: Any, policy: activations.Policy) -> None:
+    """Let a base that does not fit be read as it is used, and micro-batches go through it together, as planned."""
+    if policy.paged is None:
+        return paging.detach(model)
+    paging.attach(model, policy.paged * distributed.on_this_machine())
+    if policy.kept == 0 and config.gradient_accumulation_steps > 1 and layer_by_layer(config):
+        trainer.layer_major = LayerMajor(model, policy.draws or 0)
 
 
 def free_for(config: TrainConfig, device: torch.device) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from halfbyte.train import course, loggers, schedules, space, worlds
 from halfbyte.train.adapters import Beginning, collator
 from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.best import Best, Heard
-from halfbyte.train.build import build_model, build_trainer, plan_activations
+from halfbyte.train.build import build_model, build_trainer, page, paging_told, plan_activations
 from halfbyte.train.fingerprints import check_resumed, fingerprint_of, keep_with
 from halfbyte.train.inputs import digests
 from halfbyte.train.methods import Method, check_rows, method_of
@@ -75,8 +76,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         Interrupted: SIGINT or SIGTERM came during training.
     """
     metrics = MetricsFile()
-    page = ReportFile(RunFolder(config.output), lambda text: note(text))
-    everybody: tuple[Listener, ...] = (metrics, page, *listeners)
+    report = ReportFile(RunFolder(config.output), lambda text: note(text))
+    everybody: tuple[Listener, ...] = (metrics, report, *listeners)
 
     def tell(event: Event) -> None:
         if distributed.is_first():
@@ -127,6 +128,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         activations.apply(model, policy, folder.path)
         packer = None if tokens is None else data.Packer(tokens)
         trainer = build_trainer(fitted, method, model, tokenizer, rows, begin=checkpoint is None, packer=packer)
+        page(fitted, model, trainer, policy)
         keep_with(trainer, config, base)
         begun = functools.partial(folder.begin, begun_as, skipped=rows.skipped, packed_tokens=tokens, inputs=inputs)
         begun = functools.partial(begun, rows_a_pass=fitted.rows_a_pass)
@@ -142,7 +144,10 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         best = Best(trainer, config, note)
         done = step_of(checkpoint) if checkpoint else 0
         with end_told(trainer, tell), stop.listening(note), loggers.reporting(trainer, config, done, note):
+            began = time.perf_counter()
             best.train(checkpoint)
+            if told := paging_told(model, time.perf_counter() - began):
+                note(told)
             if not best.is_over:
                 raise Interrupted(trainer.state.global_step, folder.path)
         kept = best.deliver(heard.evaluations)
@@ -151,7 +156,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         with distributed.first_writes() as writes:  # the others know none of the steps of before
             own = summarize(steps.made, *facts) if writes else None
         [summary, *_] = distributed.gather(own)
-        _finish(folder, config, trainer, tokenizer, steps, summary, page)
+        _finish(folder, config, trainer, tokenizer, steps, summary, report)
     return RunResult(folder.path, summary)
 
 
@@ -276,7 +281,7 @@ def _finish(
     tokenizer: Any,
     steps: Steps,
     summary: Summary,
-    page: ReportFile,
+    report: ReportFile,
 ) -> None:
     """Put the results into the run folder, each file whole, the summary last; remove the checkpoints."""
     part = folder.path / ".adapter"
@@ -293,7 +298,7 @@ def _finish(
             part.rmdir()
             with whole_file(folder.curve) as target:
                 plot_loss(steps.made, target, "label" if config.task == "classify" else "trained token")
-            page.finish(asdict(summary))
+            report.finish(asdict(summary))
             write_text(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
             if not config.keep:
                 with contextlib.suppress(OSError):

@@ -20,9 +20,9 @@ writing and reading them takes longer than the forward that makes them again.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from halfbyte.errors import InputError, size_text
 from halfbyte.nn import QuantizedLinear
 from halfbyte.nn.cross_entropy import GPU_CHUNK
+from halfbyte.nn.lora import draw_seed
 from halfbyte.optim import paged
 
 SEAM = ("gradient_checkpointing", "_gradient_checkpointing_func")
+AROUND = "around_forward"
+"""Attribute of a layer: called with its forward and arguments, in its place, where it is recomputed."""
+CACHED = 2**28
+"""Bytes of other files that the system keeps beside a paged base: libraries, data, what was written."""
+MOST_DRAWS = 64
+"""Seeds that a layer draws at most; one that draws more draws whole tensors."""
 BYTES_PER_TRAINED = 12
 """Gradient and two moments in fp32, the most that a trained parameter brings along."""
 WORKSPACE = 2**30 // 5
@@ -50,10 +57,24 @@ class Costs:
     Attributes:
         kept: all that its backward reads.
         input: its input alone.
+        draws: seeds that its forward draws from torch's generator; None if it draws something else.
     """
 
     kept: int
     input: int
+    draws: int | None = 0
+
+
+class Base(NamedTuple):
+    """What of a frozen base lies in files, mapped, in bytes.
+
+    Attributes:
+        all: of its layers and its head.
+        least: of them in memory at a time (:mod:`halfbyte.hf.models.paging`).
+    """
+
+    all: int = 0
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +82,10 @@ class Policy:
     """How many layers are treated how: the first ``offloaded``, then ``recomputed``, then ``kept``.
 
     Attributes:
-        bytes: memory expected at the step's peak, beyond what is taken now.
+        bytes: memory expected at the step's peak, beyond what is taken now; a mapped base included.
         free: memory that may be taken beyond that, as the budget says.
+        paged: bytes of the base that are in memory at a time; None: all of it, or all that the system likes.
+        draws: seeds that the layers draw in a forward, None if they draw something else.
     """
 
     offloaded: int
@@ -70,8 +93,16 @@ class Policy:
     kept: int
     bytes: int
     free: int
+    paged: int | None = None
+    draws: int | None = 0
 
     def __str__(self) -> str:
+        text = self._activations()
+        if self.paged is not None:
+            text += f"; the base is read from its file as it is used, {size_text(self.paged)} of it in memory at a time"
+        return text
+
+    def _activations(self) -> str:
         layers = self.offloaded + self.recomputed + self.kept
         share = f"{size_text(self.bytes)} of the {size_text(self.free)} that may be used"
         if not layers or self.kept == layers:
@@ -83,7 +114,9 @@ class Policy:
         return f"{text}: {share}, for {again / layers / 2:.0%} more matrix work"
 
 
-def choose(layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1, disk: bool = True) -> Policy:
+def choose(
+    layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1, disk: bool = True, again: bool = False
+) -> Policy:
     """Return the policy with the least recomputation, then the least on the disk, that fits.
 
     Args:
@@ -92,13 +125,14 @@ def choose(layers: Sequence[Costs], fixed: int, free: int, batch_size: int = 1, 
         free: bytes that there are for all.
         batch_size: sequences that the layers hold this for.
         disk: whether inputs may wait on the disk.
+        again: whether every layer is to be recomputed, whatever there is free.
 
     Raises:
         InputError: nothing fits; it names what would.
     """
     count = len(layers)
     on_disk = ((o, count - o) for o in range(1, count + 1)) if disk else ()
-    for offloaded, recomputed in [*((0, r) for r in range(count + 1)), *on_disk]:
+    for offloaded, recomputed in [*((0, r) for r in range(count if again else 0, count + 1)), *on_disk]:
         needed = _needed(layers, fixed, offloaded, recomputed)
         if needed <= free:
             return Policy(offloaded, recomputed, count - offloaded - recomputed, needed, free)
@@ -146,10 +180,12 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
                 held[storage.data_ptr()] = storage
             return tensor.new_empty(0)
 
+        random = torch.get_rng_state()
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             output = forward(*args)
         kept = sum(storage.nbytes() for storage in held.values())
-        found.append(Costs(kept * batch_size, sum(x.nbytes for x in args if isinstance(x, Tensor)) * batch_size))
+        given = sum(x.nbytes for x in args if isinstance(x, Tensor))
+        found.append(Costs(kept * batch_size, given * batch_size, draws_between(random, torch.get_rng_state())))
         return output
 
     trained = model.training
@@ -172,8 +208,31 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
     return found
 
 
-def plan(model: nn.Module, *, length: int, batch_size: int, free: int, recompute: bool | None = None) -> Policy:
+def draws_between(begin: Tensor, end: Tensor) -> int | None:
+    """Return how many seeds lie between two states of torch's generator; None if something else was drawn."""
+    generator = torch.Generator()
+    generator.set_state(begin)
+    for count in range(MOST_DRAWS):
+        if torch.equal(generator.get_state(), end):
+            return count
+        draw_seed(generator)
+    return None
+
+
+def plan(
+    model: nn.Module,
+    *,
+    length: int,
+    batch_size: int,
+    free: int,
+    recompute: bool | None = None,
+    base: Base | None = None,
+    passes: int = 1,
+) -> Policy:
     """Measure ``model`` and choose a policy.
+
+    A base that lies in files stays in memory if that is possible, with as much recomputed as that takes; or else it is
+    paged, and has what the activations leave.
 
     Args:
         model: ready to train.
@@ -181,19 +240,44 @@ def plan(model: nn.Module, *, length: int, batch_size: int, free: int, recompute
         batch_size: sequences per forward pass.
         free: bytes that training may take beyond what the process has now.
         recompute: True recomputes every layer and False none, whatever there is free; None chooses.
+        base: what of the model lies in files.
+        passes: micro-batches that go through a paged base together, layer by layer
+            (:mod:`halfbyte.hf.trainers.layer_major`); all that they need is recomputed.
 
     Raises:
         InputError: nothing fits.
     """
+    base = base or Base()
     layers = measure(model, length, batch_size)
     fixed = WORKSPACE + BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad)
     disk = next(model.parameters()).device.type == "cpu"
     if not disk:
         fixed += gpu_workspace(model)
-    if recompute is None:
-        return choose(layers, fixed, free, batch_size, disk)
-    recomputed = len(layers) if recompute else 0
-    return Policy(0, recomputed, len(layers) - recomputed, _needed(layers, fixed, 0, recomputed), free)
+
+    def chosen(layers: Sequence[Costs], fixed: int, again: bool = False) -> Policy:
+        if recompute is None:
+            return choose(layers, fixed, free, batch_size, disk, again)
+        recomputed = len(layers) if recompute else 0
+        return Policy(0, recomputed, len(layers) - recomputed, _needed(layers, fixed, 0, recomputed), free)
+
+    def with_paged_base() -> Policy:
+        together = passes > 1 and recompute is not False
+        held = [replace(layer, input=layer.input * (passes if together else 1)) for layer in layers]
+        policy = chosen(held, fixed + base.least, together)
+        left = min(max(policy.free - policy.bytes - CACHED, 0), base.all - base.least)
+        return replace(policy, paged=base.least + left, bytes=policy.bytes + left)
+
+    try:
+        policy = chosen(layers, fixed + base.all)
+    except InputError:
+        if base.all <= base.least:
+            raise
+        policy = with_paged_base()
+    else:
+        if base.all > base.least and (policy.offloaded or policy.bytes > free):
+            policy = with_paged_base()
+    draws = [layer.draws for layer in layers]
+    return replace(policy, draws=None if None in draws else sum(draw or 0 for draw in draws))
 
 
 def gpu_workspace(model: nn.Module) -> int:
@@ -226,13 +310,24 @@ def _base(model: nn.Module) -> Callable[..., Any]:
 
 
 def _recompute(forward: Callable[..., Any], *args: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False)
+    return checkpoint(_within(forward), *args, use_reentrant=False)
+
+
+def _within(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer's forward with what is to run around it each time, in the backward pass too.
+
+    transformers (5.23) hands over a partial whose first argument is the layer, and runs hooks outside of what it hands.
+    """
+    layer, *_ = getattr(forward, "args", ()) or (None,)
+    around = getattr(layer, AROUND, None)
+    return forward if around is None else functools.partial(around, forward)
 
 
 def _offload(folder: Path, forward: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
     """Recompute from an input that waits in a file: the backward needs its values, not the tensor that held them."""
     source = [hidden]
-    output = checkpoint(lambda *args: forward(source[0], *args), *args, use_reentrant=False)
+    run = _within(forward)
+    output = checkpoint(lambda *args: run(source[0], *args), *args, use_reentrant=False)
     (place,) = paged.zeros([(hidden.dtype, hidden.shape)], folder)
     source[0] = place.copy_(hidden.detach()).requires_grad_(hidden.requires_grad)
     return output

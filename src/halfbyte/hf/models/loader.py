@@ -17,6 +17,7 @@ from halfbyte import devices
 from halfbyte.choices import QUANT_TYPE, Device, Task
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.prepare import prepare
+from halfbyte.hf.models import paging
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.base_files import Source, check_base
 from halfbyte.hf.models.base_format import base_format
@@ -162,6 +163,8 @@ def _load_at(
     model.opened_from = source
     if task == "classify":
         hold_in_fp32(model)
+    if held is not None and model.device.type == "cpu":
+        paging.attach_if_needed(model)
     bits = bits_of(model)
     if bits is None:
         return model

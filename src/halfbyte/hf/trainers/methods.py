@@ -1,5 +1,6 @@
 """TRL's SFT, DPO and KTO trainers and their configurations, as ours: see :mod:`halfbyte.hf.trainers.base`."""
 
+import functools
 import logging
 import math
 import sys
@@ -20,6 +21,7 @@ from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
 from halfbyte.hf.trainers.evaluated import MeanOverLabels
+from halfbyte.hf.trainers.layer_major import LayerMajor
 from halfbyte.hf.trainers.preference import Preferences
 from halfbyte.hf.trainers.shares import SHARE
 
@@ -100,6 +102,7 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
 
     Attributes:
         trained_tokens: tokens with a label that all processes together have trained on.
+        layer_major: takes the micro-batches of a step through the model together; None: one after the other.
     """
 
     _config = SFTConfig
@@ -108,6 +111,8 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
     def __init__(self, model: Any, *args: Any, packer: Packer | None = None, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.packer = packer
+        self.layer_major: LayerMajor | None = None
+        self._waiting: list[dict[str, Any]] = []
         self.trained_tokens = 0
         self._evaluated: list[tuple[float, int]] = []  # loss of each batch, and the tokens that it is the mean of
         self._right: list[float] = []  # share of each batch's tokens that are the likeliest
@@ -171,10 +176,29 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
         return most
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Make the gradients of a micro-batch, as Trainer does."""
+        """Make the gradients of a micro-batch, as Trainer does, or with the last of a step those of all together."""
         if inputs is LEFT_OUT:
             return torch.zeros((), dtype=torch.float32, device=self.args.device)
-        return super().training_step(model, inputs, *args, **kwargs)
+        if self.layer_major is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._waiting.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
+        return self._together(self.layer_major, model, *args, **kwargs)
+
+    def _together(self, layer_major: LayerMajor, model: Any, num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        waiting, self._waiting = [self._prepare_inputs(inputs) for inputs in self._waiting], []
+
+        def loss_of(inputs: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return loss
+
+        losses = layer_major.losses([functools.partial(loss_of, inputs) for inputs in waiting])
+        total = functools.reduce(torch.add, losses)
+        self.accelerator.backward(total)
+        return total.detach()
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if inputs is not LEFT_OUT:
