@@ -501,6 +501,8 @@ class BoundDecoder {
         if (on) decoder_.times = {};
     }
 
+    Address at() const { return reinterpret_cast<Address>(&decoder_.at); }
+
     std::vector<std::pair<int64_t, int64_t>> phase_times() const {
         std::vector<std::pair<int64_t, int64_t>> found;
         for (const Decoder::Times& time : decoder_.times) found.emplace_back(time.working, time.waiting);
@@ -675,6 +677,7 @@ NB_MODULE(_native, module) {
         .def("page_bytes", &BoundDecoder::page_bytes, "Return the size of a page of the cache.")
         .def("profile", &BoundDecoder::profile, "on"_a,
              "Take the processor time of the phases of each step from now on, or no more.")
+        .def("at", &BoundDecoder::at, "Return the address of the number of the layer that a step is at, int64.")
         .def("phase_times", &BoundDecoder::phase_times,
              "Return it for each kind of phase, in nanoseconds: in its items, in waiting for those of other threads.")
         .def("step", &BoundDecoder::step, "threads"_a, "tokens"_a, "positions"_a, "pages"_a, "adapters"_a, "tables"_a,

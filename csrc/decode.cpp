@@ -95,6 +95,7 @@ class DecodeStep : public Phases {
         if (phase == 0) return embed(item);
         --phase;
         const int64_t l = phase / kPhases;
+        if (item == 0 && phase % kPhases == 0) d_.at.store(l, std::memory_order_relaxed);
         if (l == layers) return phase % kPhases ? logits(item) : last(item);
         const DecodeLayer& layer = d_.layers[static_cast<size_t>(l)];
         switch (phase % kPhases) {

@@ -119,6 +119,10 @@ class Decoder {
         int64_t working = 0, waiting = 0;
     };
     bool profiles = false;
+
+    // The layer that a step is at, for whoever reads weights ahead of it; of the head their number.
+    std::atomic<int64_t> at{0};
+
     std::array<Times, kPhases + 3> times{};
 
     // logits: rows x vocabulary, fp32. `angles`: of each table; positions lie within them. Rows of one adapter follow

@@ -297,6 +297,11 @@ class Decoder:
         Take the processor time of the phases of each step from now on, or no more.
         """
 
+    def at(self) -> int:
+        """
+        Return the address of the number of the layer that a step is at, int64.
+        """
+
     def phase_times(self) -> list[tuple[int, int]]:
         """
         Return it for each kind of phase, in nanoseconds: in its items, in waiting for those of other threads.

@@ -31,6 +31,7 @@ from halfbyte.hf.layers.decoding import NotNative, adapter_parts, agrees, linear
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.layers.paged import ReadingCache
 from halfbyte.hf.models.limits import most_positions
+from halfbyte.hf.models.paging import following
 from halfbyte.kernels import Decoder as Kernels
 from halfbyte.kernels.decode import MOST_ROWS
 from halfbyte.nn.decode import PagedDecoder, Text
@@ -231,7 +232,8 @@ class NativeDecoder:
     def _extend(self, sequence: NativeSequence, ids: abc.Sequence[int]) -> Tensor:
         text = sequence.text
         self.kept.make_room(text.length + len(ids) - len(text.pages) * PAGE)
-        logits = self.paged.extend(text, ids, self._numbers[sequence.adapter])
+        with self._read_ahead():
+            logits = self.paged.extend(text, ids, self._numbers[sequence.adapter])
         sequence.ids += ids
         sequence.read = text.length
         sequence.reading = None
@@ -243,7 +245,8 @@ class NativeDecoder:
         rows = [_own(sequence) for sequence in sequences]
         self.kept.make_room(PAGE * sum(one.length % PAGE == 0 for one in rows))
         numbers = [self._numbers[one.adapter] for one in rows]
-        logits = self.paged.step([one.text for one in rows], tokens, numbers)
+        with self._read_ahead():
+            logits = self.paged.step([one.text for one in rows], tokens, numbers)
         for one, token in zip(rows, tokens, strict=True):
             one.ids.append(token)
             one.reading = None
@@ -265,6 +268,10 @@ class NativeDecoder:
             self.kept.keep_tail(sequence.text, sequence.ids, sequence.adapter)
         self.cut(sequence, 0)
         self.kept.make_room(0)
+
+    def _read_ahead(self) -> contextlib.AbstractContextManager[None]:
+        """Where the base does not fit into memory, have it read ahead of a native call."""
+        return following(self.model, self.paged.decoder.at)
 
     @contextlib.contextmanager
     def _adapter(self, name: str | None) -> Iterator[None]:

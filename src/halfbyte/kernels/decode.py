@@ -194,6 +194,11 @@ class Decoder:
         """Bytes of a page."""
         return self._handle.page_bytes
 
+    @property
+    def at(self) -> int:
+        """Address of an int64: the number of the layer that a step is at, and for the head how many there are."""
+        return self._handle.at
+
     def profile(self, on: bool) -> None:
         """Take the processor time of each phase of a step from now on, or no more; it costs some time itself."""
         self._handle.profile(on)

@@ -16,6 +16,7 @@ from torch import Tensor
 from halfbyte import hf, mapped
 from halfbyte.bench import shapes
 from halfbyte.errors import InputError
+from halfbyte.generate.native_decoder import NativeDecoder
 from halfbyte.hf.layers import activations
 from halfbyte.hf.layers.activations import Policy, recomputable_layers
 from halfbyte.hf.models import paging
@@ -226,3 +227,25 @@ def test_micro_batches_together_give_what_they_give_one_by_one(folder: Path, dro
     assert all(map(torch.equal, found[0], exact[0])) and all(map(torch.equal, found[1], exact[1]))
     assert torch.equal(torch.get_rng_state(), state)
     assert pager.traffic.read < 2.5 * sum(unit.nbytes for unit in pager._units)
+
+
+def test_tokens_that_one_native_call_decodes_are_those_of_a_base_in_memory(folder: Path) -> None:
+    model = opened(folder, 0.0).eval()
+    decoder = NativeDecoder(model)
+    ids = torch.randint(0, 256, (20,)).tolist()
+
+    def decoded() -> list[Tensor]:
+        sequence = decoder.begin(ids, "default")
+        found = [decoder.read(sequence, ids)]
+        found += [decoder.step([sequence], [token])[0].clone() for token in range(40)]
+        decoder.end(sequence)
+        decoder.kept.forget("default")
+        return found
+
+    exact = decoded()
+    pager = paging.attach(model, paging.least_bytes(model))
+    assert pager
+    assert all(map(torch.equal, decoded(), exact))
+    assert pager.traffic.read > 0
+    before = pager.traffic.read
+    assert all(map(torch.equal, decoded(), exact)) and pager.traffic.read > before

@@ -17,6 +17,8 @@ Left out: reading past the page cache (``O_DIRECT``) into memory of our own; eac
 and a weight that is used at the wrong time would be another layer's.
 """
 
+import contextlib
+import ctypes
 import functools
 import itertools
 import logging
@@ -45,6 +47,8 @@ SHARE = 0.8
 """Of the memory that is free, what a model that only runs may take of a base that is larger."""
 LEAST = 2
 """Layers that are in memory at least: the one that computes, and the next."""
+LOOK = 1e-3
+"""Seconds between two looks at how far a native call has come."""
 PATIENCE = 30.0
 """Seconds of waiting for the disk after which it is told."""
 
@@ -164,6 +168,7 @@ class Pager:
         self._changed = threading.Condition()
         self._here: set[int] = set()
         self._wanted: list[int] = []
+        self._followed: ctypes.c_int64 | None = None
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._read_on, name="halfbyte-pager", daemon=True)
@@ -194,6 +199,24 @@ class Pager:
                     logger.warning("Waiting for the disk: layer %d does not come for %.0f s.", number, PATIENCE)
                     told = True
             self.traffic.waited += time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def follow(self, at: int) -> Iterator[None]:
+        """Meanwhile read ahead of a native call over all layers, which nobody waits in.
+
+        Args:
+            at: address of an int64, in which the call writes the number of the unit that it is at.
+        """
+        place = ctypes.c_int64.from_address(at)
+        place.value = 0
+        with self._changed:
+            self._followed = place
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._followed = None
 
     def close(self) -> None:
         """Read and drop no more; the system decides from now on."""
@@ -238,13 +261,15 @@ class Pager:
         """Wait for a unit to be read, drop what it takes the place of, and return it; None at the end."""
         with self._changed:
             while not self._closed:
+                if self._followed is not None:
+                    self._wanted = self._ahead(self._followed.value, False, False)
                 for number in self._wanted:
                     if number not in self._here:
                         gone = self._here - self.pinned - set(self._wanted)
                         self._here -= gone
                         self._files.drop(piece for unit in gone for piece in self._units[unit].pieces)
                         return number
-                self._changed.wait()
+                self._changed.wait(None if self._followed is None else LOOK)
         return None
 
 
@@ -297,6 +322,12 @@ def attach_if_needed(model: nn.Module) -> None:
     room = int(SHARE * free_memory())
     if mapped_bytes(model) > room and attach(model, room):
         logger.info("The base is read from its file as it is used, %s of it in memory at a time.", size_text(room))
+
+
+def following(model: nn.Module, at: int) -> contextlib.AbstractContextManager[None]:
+    """Return :meth:`Pager.follow` of what pages the layers of ``model``; if nothing does, what does nothing."""
+    pager = pager_of(model)
+    return pager.follow(at) if pager else contextlib.nullcontext()
 
 
 def detach(model: nn.Module) -> None:

@@ -49,6 +49,11 @@ class Decoder:
         """Bytes of a page."""
         return int(self._handle.page_bytes())
 
+    @property
+    def at(self) -> int:
+        """Address of the number of the layer that a step is at, int64."""
+        return int(self._handle.at())
+
     def profile(self, on: bool) -> None:
         """Take the processor time of phases from now on, or no more."""
         self._handle.profile(on)
