@@ -22,6 +22,7 @@
 
 #include "adamw.h"
 #include "attention.h"
+#include "bus.h"
 #include "contract.h"
 #include "decode.h"
 #include "dispatch.h"
@@ -588,6 +589,10 @@ NB_MODULE(_native, module) {
         "use_openmp", [](Address parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }, "parallel"_a,
         "Share work out by the GOMP_parallel at this address from now on; 0: over threads of the extension's own.");
 
+    module.def(
+        "tell_bus_error", [](const std::string& text, int code) { tell_bus_error(text.c_str(), code); }, "text"_a,
+        "code"_a,
+        "Write this and end the process with this code when a mapped file cannot be read any more, from now on.");
     module.def("probe", probe, unlocked(), "isa"_a, "threads"_a, "rounds"_a,
                "Run the tier's fastest arithmetic in registers; return the additions and multiplications done.");
     module.def("probe_lookups", probe_lookups, unlocked(), "isa"_a, "threads"_a, "rounds"_a,

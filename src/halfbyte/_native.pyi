@@ -17,6 +17,11 @@ def use_openmp(parallel: int) -> None:
     Share work out by the GOMP_parallel at this address from now on; 0: over threads of the extension's own.
     """
 
+def tell_bus_error(text: str, code: int) -> None:
+    """
+    Write this and end the process with this code when a mapped file cannot be read any more, from now on.
+    """
+
 def probe(isa: int, threads: int, rounds: int) -> int:
     """
     Run the tier's fastest arithmetic in registers; return the additions and multiplications done.

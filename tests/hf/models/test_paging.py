@@ -4,6 +4,8 @@ import ctypes
 import mmap
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +251,19 @@ def test_tokens_that_one_native_call_decodes_are_those_of_a_base_in_memory(folde
     assert pager.traffic.read > 0
     before = pager.traffic.read
     assert all(map(torch.equal, decoded(), exact)) and pager.traffic.read > before
+
+
+def test_a_file_that_is_cut_while_it_is_used_ends_the_process_with_a_sentence(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    program = (
+        "import os, sys, torch; from halfbyte import hf\n"
+        f"model = hf.load({str(copy)!r}, device='cpu')\n"
+        f"os.truncate({str(copy / 'model.safetensors')!r}, 4096)\n"
+        "model(input_ids=torch.zeros(1, 3, dtype=torch.long))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        f"Error: The weights of {copy} can no longer be read: a file was changed while it was in use, or its disk "
+        "fails. Restore it and start again; a run goes on from its last checkpoint."
+    )

@@ -30,6 +30,7 @@ from halfbyte.hf.models.heads import adapter_classes, adapter_task, check_task, 
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import bits_of, largest_dense, share_quantized
 from halfbyte.hf.models.quantizer import kept_failures
+from halfbyte.kernels import native
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,11 @@ def _load_at(
     if task == "classify":
         hold_in_fp32(model)
     if held is not None and model.device.type == "cpu":
+        native.tell_bus_error(
+            f"Error: The weights of {place.path} can no longer be read: a file was changed while it was in use, or its "
+            "disk fails. Restore it and start again; a run goes on from its last checkpoint.\n",
+            2,  # as every input that cannot be used
+        )
         paging.attach_if_needed(model)
     bits = bits_of(model)
     if bits is None:

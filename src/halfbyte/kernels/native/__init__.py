@@ -12,6 +12,7 @@ leaves the rest to torch.
 
 from halfbyte.kernels.native.adamw import adamw_8bit, adamw_32bit
 from halfbyte.kernels.native.attention import attention, attention_backward
+from halfbyte.kernels.native.bus import tell_bus_error
 from halfbyte.kernels.native.decode import Decoder, multiplies
 from halfbyte.kernels.native.fold_softmax import fold_softmax
 from halfbyte.kernels.native.gated import gated, gated_gradient
@@ -57,6 +58,7 @@ __all__ = [
     "rms_norm_gradient",
     "rms_norm_weight_gradient",
     "rotary",
+    "tell_bus_error",
     "threads",
     "tier",
     "tiers",
