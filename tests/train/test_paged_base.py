@@ -87,3 +87,25 @@ def test_less_memory_than_two_layers_is_refused(
     with pytest.raises(InputError, match=r"A step needs .* of memory even with every activation recomputed or on"):
         run(options, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_16_bit_base_beyond_memory_is_quantized_into_the_cache_and_mapped(
+    options: dict[str, Any], tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = options | {"model": str(tiny_model_folder)}
+    losses, _, adapter = run(there, tmp_path / "enough")
+    monkeypatch.setattr(build, "free_for", lambda *_: 1000 if not opened else 2**34)
+    opened: list[str] = []
+    load = hf.load
+
+    def noted(path: str, **kwargs: Any) -> Any:
+        opened.append(path)
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(hf, "load", noted)
+    again, _, same = run(there, tmp_path / "little")
+    [path] = opened
+    assert path != str(tiny_model_folder) and (Path(path) / "converted.json").is_file()
+    assert again == losses and all(torch.equal(adapter[name], same[name]) for name in adapter)
+    config = json.loads((tmp_path / "little" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model_folder)

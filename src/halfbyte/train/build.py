@@ -40,7 +40,7 @@ def build_model(config: TrainConfig, beginning: Beginning | None = None, classes
     beginning = beginning or Beginning(config)
     if classes:
         set_seed(config.seed)  # of the head's first values
-    base = shared_base(config, quantization(config))
+    base = shared_base(config, quantization(config), free_for(config, torch.device("cpu")))
     with beginning.loading():
         model = hf.load(
             base,

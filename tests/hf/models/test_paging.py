@@ -267,3 +267,17 @@ def test_a_file_that_is_cut_while_it_is_used_ends_the_process_with_a_sentence(fo
         f"Error: The weights of {copy} can no longer be read: a file was changed while it was in use, or its disk "
         "fails. Restore it and start again; a run goes on from its last checkpoint."
     )
+
+
+def test_a_16_bit_model_beyond_memory_is_opened_from_a_quantized_copy(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = torch.arange(9)[None]
+    model = hf.load(tiny_model_folder, device="cpu")
+    exact = model(input_ids=ids).logits
+    assert not mapped.pieces_of([model.model.layers[1].mlp.up_proj.weight])
+    monkeypatch.setattr("halfbyte.hf.models.loader.free_memory", lambda: 10_000)
+    model = hf.load(tiny_model_folder, device="cpu")
+    assert "would not fit into memory, so it is mapped from its copy in" in caplog.text
+    assert mapped.pieces_of([model.model.layers[1].mlp.up_proj.weight]) and model.name_or_path == str(tiny_model_folder)
+    assert torch.equal(model(input_ids=ids).logits, exact)

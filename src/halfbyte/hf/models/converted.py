@@ -4,7 +4,9 @@ A GGUF file, or a folder in GPTQ's or AWQ's, becomes a folder of our own in ``~/
 (``XDG_CACHE_HOME`` and ``HALFBYTE_CACHE`` move it), under a name made of the source's files (path, size, times) and of
 the number format; it is mapped as any. What the second rounding costs is measured and said.
 
-So does a 16-bit folder that several processes train over: they share the mapping.
+So does a 16-bit folder that several processes train over, since they share the mapping; and one that in the number
+format asked for would not fit into memory, since what is mapped need not be there as a whole
+(:mod:`halfbyte.hf.models.paging`).
 """
 
 import hashlib
@@ -13,14 +15,18 @@ import logging
 import time
 from pathlib import Path
 
-from halfbyte import __version__, locks
+from halfbyte import __version__, locks, mapped
+from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.files import cache_folder, write_text
+from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.hub import Place
 from halfbyte.hf.models.quantize_files import on_disk, quantize_checkpoint
 
 logger = logging.getLogger(__name__)
 
+SHARE = 0.75
+"""Of the memory that is free, what weights may take that are not mapped."""
 ABOUT = "converted.json"
 """A file in the folder: source and relative error."""
 
@@ -38,6 +44,14 @@ def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bo
     told = f"rounded a second time, {100 * error:.1f} % off those of the source"
     logger.warning("%s is opened in %s, its weights %s; it is kept in %s.", source, config.quant_type, told, folder)
     return Place(str(folder), True, {}), told
+
+
+def is_too_large(place: Place, config: HalfbyteConfig, free: int) -> bool:
+    """Return whether a 16-bit model would not fit into ``free`` bytes once quantized, going by its files alone."""
+    if place.gguf or config.bits is None or config.quant_type not in SAVEABLE_TYPES or not mapped.available():
+        return False
+    files = [file for file in weight_files(on_disk(place)) if file.suffix == ".safetensors"]
+    return sum(file.stat().st_size for file in files) * config.bits / 16 > SHARE * free
 
 
 def shared(place: Place, config: HalfbyteConfig, trust_remote_code: bool = False) -> Path:

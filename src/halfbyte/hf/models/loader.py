@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,13 +25,14 @@ from halfbyte.hf.models.base_format import base_format
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import ADAPTER, config_at, json_of, model_class, say_remote_code, sentence
-from halfbyte.hf.models.converted import converted
+from halfbyte.hf.models.converted import converted, is_too_large, shared
 from halfbyte.hf.models.foreign.packed import packing_of
 from halfbyte.hf.models.heads import adapter_classes, adapter_task, check_task, hold_in_fp32, set_classes
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import bits_of, largest_dense, share_quantized
-from halfbyte.hf.models.quantizer import kept_failures
+from halfbyte.hf.models.quantizer import is_watched, kept_failures
 from halfbyte.kernels import native
+from halfbyte.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +137,13 @@ def _load_at(
         quantization_config = None
     else:
         quantization_config = quantization_config or HalfbyteConfig()
+        may_be_mapped = task == "lm" and place.is_folder and _stays_on_cpu(kwargs) and not is_watched()
+        if may_be_mapped and is_too_large(place, quantization_config, free_memory()):
+            kept = Place(str(shared(place, quantization_config, trust_remote_code)), True, {})
+            logger.warning("%s would not fit into memory, so it is mapped from its copy in %s.", place.path, kept.path)
+            model = _load_at(kept, None, auto_class, trust_remote_code, kwargs, adapter=adapter)
+            model.name_or_path = model.config._name_or_path = place.path
+            return model
     if place.is_folder and not any(name in kwargs for name in ELSEWHERE):
         files = weight_files(Path(place.path), getattr(config, "transformers_weights", None))
         kwargs.setdefault("use_safetensors", files[0].suffix == ".safetensors")
@@ -182,6 +191,13 @@ def _load_at(
             100 * share, place.path, bits, largest_dense(model), str(model.dtype).removeprefix("torch."),
         )  # fmt: skip
     return model
+
+
+def _stays_on_cpu(kwargs: dict[str, Any]) -> bool:
+    """Whether a model is opened on the CPU as a whole, from its folder's own weights."""
+    placed = kwargs.get("device_map", {"": "cpu"} if not torch.cuda.is_available() else None)
+    everywhere = set(map(str, placed.values())) if isinstance(placed, dict) else {str(placed)}
+    return everywhere == {"cpu"} and not any(name in kwargs for name in OTHERS)
 
 
 def _check_wish(place: Place, held: HalfbyteConfig, wish: HalfbyteConfig) -> None:

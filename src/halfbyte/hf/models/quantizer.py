@@ -75,6 +75,11 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
+def is_watched() -> bool:
+    """Return whether somebody is to be told of every weight that is quantized now."""
+    return _watcher.get() is not None
+
+
 @contextlib.contextmanager
 def kept_failures(head_follows: bool = False) -> Iterator[Failures]:
     """Keep the reasons of failures meanwhile, of which transformers (5.23) makes text in an error of its own.
