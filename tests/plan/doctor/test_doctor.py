@@ -1,14 +1,19 @@
 """The whole report against what the process can see for itself, and that a look writes nothing."""
 
+import ast
 import importlib.metadata
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from halfbyte.cli import app
 from halfbyte.errors import InputError
 from halfbyte.kernels import native, use_provider
 from halfbyte.plan import doctor
@@ -47,6 +52,37 @@ def test_every_finding_that_is_not_well_says_why_and_what_to_do(report):
         assert finding.value and finding.level in doctor.LEVELS
         if finding.level in ("warning", "fault"):
             assert finding.why and finding.fix, finding
+
+
+def strings(file: Path) -> Iterator[str]:
+    """Yield the strings of a file, those with values in them as one."""
+    tree = ast.parse(file.read_text())
+    joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    inner = {id(part) for node in joined for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+            yield node.value
+
+
+def test_every_command_and_flag_that_it_says_to_paste_is_there():
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {
+        word: {name for one in command.params for name in [*one.opts, *one.secondary_opts]}
+        for word, command in commands.items()
+    }
+    seen = 0
+    for text in (text for file in Path(doctor.__file__).parent.glob("*.py") for text in strings(file)):
+        if others := re.search(r"\b(pip|hf|sudo|find|du|torchrun) ", text):
+            text = text[: others.start()]
+        words = re.findall(r"\bhalfbyte ([a-z-]+)(?= [A-Z-]| \.\.\.|;|$)", text)
+        for word in words:
+            assert word in commands, text
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
+            seen += 1
+            assert flag in options[words[0] if words else "train"], text
+    assert seen > 20
 
 
 def test_nothing_of_it_needs_a_library_to_be_imported_before_that_was_tried():

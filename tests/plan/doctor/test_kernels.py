@@ -10,7 +10,8 @@ from torch import Tensor
 
 from halfbyte.kernels import native, reference
 from halfbyte.plan.doctor import kernels
-from halfbyte.plan.doctor.kernels import CASES, check, self_test
+from halfbyte.plan.doctor.kernels import check
+from halfbyte.plan.doctor.self_test import CASES, self_test
 
 TIERS = native.tiers()
 pytestmark = pytest.mark.skipif(not native.available(), reason="there is no native provider here")

@@ -1,6 +1,7 @@
 """Models that are really damaged or do not fit themselves: a copy of a whole one, one thing broken, one finding."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.cuda import is_available as on_gpu
 from transformers import AutoModelForCausalLM
 
 from halfbyte.errors import InputError
+from halfbyte.hf import quantize_checkpoint
 from halfbyte.plan.doctor.finding import Finding
 from halfbyte.plan.doctor.hub_model import told_of
 from halfbyte.plan.doctor.model import examine
@@ -51,7 +53,9 @@ def with_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> P
 
 def test_a_whole_model_is_well_and_nothing_is_written(folder: Path):
     def listing() -> list[tuple[Path, int, int]]:
-        return sorted((one, one.stat().st_mtime_ns, one.stat().st_size) for one in folder.parent.rglob("*"))
+        places = [folder.parent, Path(os.environ["HALFBYTE_CACHE"])]
+        files = [file for place in places for file in place.rglob("*")]
+        return sorted((one, one.stat().st_mtime_ns, one.stat().st_size) for one in files)
 
     before = listing()
     findings = examine(str(folder))
@@ -113,6 +117,24 @@ def test_damaged_weights_are_told(change: Callable[[dict[str, Tensor]], None], f
     assert {(finding.what, finding.level) for finding in findings} == {(what, level)}
     assert any(said in finding.value for finding in findings)
     assert all(finding.why and finding.fix for finding in findings)
+
+
+def test_many_damaged_tensors_are_told_in_few_lines(folder: Path):
+    findings = found(with_tensors(folder, lambda tensors: [tensor.fill_(torch.nan) for tensor in tensors.values()]))
+    faults = [finding for finding in findings if finding.what == "weights"]
+    assert len(faults) == 9 and faults[-1].value == "and 12 more, which halfbyte verify lists"
+
+
+def test_a_4_bit_model_is_well_and_what_may_go_wrong_elsewhere_is_told_once(folder: Path, tmp_path: Path):
+    quantize_checkpoint(folder, tmp_path / "quantized")
+    assert found(tmp_path / "quantized") == []
+    notes = [one for one in examine(str(tmp_path / "quantized")) if (one.what, one.level) == ("weights", "note")]
+    assert len(notes) == 1 and notes[0].value.endswith("And 13 more, which halfbyte verify lists.")
+
+
+def test_a_damaged_gguf_file_is_a_fault(tmp_path: Path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert {finding.level for finding in found(tmp_path / "model.gguf")} == {"fault"}
 
 
 def test_a_file_that_is_cut_off_or_gone_is_told(folder: Path):

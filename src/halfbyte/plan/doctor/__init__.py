@@ -7,7 +7,7 @@ package before that was tried in another process.
     finding          what is said
     distributions    versions that go together, files of libraries, by pip's metadata
     imports          what can be imported, tried apart
-    kernels          which are in force, and whether they are right
+    kernels          which are in force; self_test: whether they are right
     machine, limits  processors and memory; what a container allows of them
     storage          disks, and the hub
     model            with tokenizer, weights, adapter, and hub_model, one that is not here

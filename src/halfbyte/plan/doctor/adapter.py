@@ -12,6 +12,7 @@ from halfbyte.hf.models.configs import ADAPTER, json_of
 from halfbyte.hf.models.loader import TOKENIZERS
 from halfbyte.hf.models.verify import verify
 from halfbyte.plan.doctor.finding import Finding, looked
+from halfbyte.plan.doctor.weights import sentence_of
 from halfbyte.runs.circumstances import folder_of
 
 FACTORS = (".lora_B.weight", ".lora_embedding_B")
@@ -49,7 +50,7 @@ def examine(folder: Path, progress: Callable[[int, int], None] = lambda *_: None
     for one in found.findings:
         why = "The adapter is damaged."
         level = "fault" if one.is_fault else "note"
-        findings.append(Finding("weights", f"{one.place} {one.what}", why, "Copy the adapter again.", level))  # type: ignore[arg-type]
+        findings.append(Finding("weights", sentence_of(one), why, "Copy the adapter again.", level))  # type: ignore[arg-type]
     if not found.faults:
         findings.append(
             Finding("weights", f"{counted(found.tensors, 'tensor')} of {size_text(found.nbytes)}: no fault")

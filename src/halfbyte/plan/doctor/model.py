@@ -11,7 +11,7 @@ One tensor is in memory at a time. A model that is not on this machine is not do
 all that is told then.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,17 @@ from halfbyte.hf.models.foreign.packed import packing_of
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import largest_dense
 from halfbyte.hf.models.quantize_files import skeleton_of
+from halfbyte.hf.models.verify import Finding as Damage
 from halfbyte.hf.models.verify import verify
 from halfbyte.memory import free_memory
 from halfbyte.plan.doctor import tokenizer as words
 from halfbyte.plan.doctor.finding import Finding, looked, told
 from halfbyte.plan.doctor.hub_model import examine_id
-from halfbyte.plan.doctor.weights import Weights
+from halfbyte.plan.doctor.weights import Weights, sentence_of
 from halfbyte.runs.circumstances import folder_of
 
+SHOWN = 8
+"""Damaged tensors that are told one by one."""
 TIGHT = 0.8
 """Share of the free memory beyond which a base leaves little for a step."""
 
@@ -195,22 +198,26 @@ def _weights(model: _Opened, progress: Callable[[int, int], None], trust_remote_
             *findings,
             Finding("weights", str(error), why, "Copy the files from the model's source again.", "fault"),
         ]
-    for one in found.findings:
-        findings.append(
-            Finding(
-                "weights",
-                f"{one.place} {one.what}",
-                "The model is damaged: it cannot be opened, or what it computes is wrong."
-                if one.is_fault
-                else "It is right here, and may be wrong elsewhere.",
-                "Copy the damaged files from their source again, or make them anew." if one.is_fault else "",
-                "fault" if one.is_fault else "note",
-            )
-        )
+    findings += _of_verify(found.findings)
     if not found.faults:
         whole = f"{counted(found.tensors, 'tensor')} in {counted(found.files, 'file')} of {size_text(found.nbytes)}"
         findings.append(Finding("weights", f"{whole}: no fault"))
     return [*findings, *looked("values", seen.findings), *looked("tied weights", lambda: _ties(model, files))]
+
+
+def _of_verify(seen: Sequence[Damage]) -> Iterator[Finding]:
+    """Yield what ``halfbyte verify`` has found, as long as the list is not too long to read."""
+    faults, hazards = ([sentence_of(one) for one in seen if one.is_fault == is_fault] for is_fault in (True, False))
+    why = "The model is damaged: it cannot be opened, or what it computes is wrong."
+    fix = "Copy the damaged files from their source again, or make them anew."
+    for value in faults[:SHOWN]:
+        yield Finding("weights", value, why, fix, "fault")
+    if len(faults) > SHOWN:
+        value = f"and {len(faults) - SHOWN:,} more, which halfbyte verify lists"
+        yield Finding("weights", value, why, fix, "fault")
+    if hazards:
+        more = f" And {len(hazards) - 1:,} more, which halfbyte verify lists." if len(hazards) > 1 else ""
+        yield Finding("weights", hazards[0] + more, "It is right here, and may be wrong elsewhere.", "", "note")
 
 
 def _weights_of(skeleton: Any, tokens: dict[int, str]) -> Weights:

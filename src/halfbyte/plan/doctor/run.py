@@ -15,6 +15,7 @@ from halfbyte.plan.doctor.finding import Finding, looked
 from halfbyte.runs.events import Checkpoint, Evaluation, StepMetrics
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.history import Run, read_run
+from halfbyte.runs.report.words import changes
 
 FEW_STEPS = 10
 FEW_TOKENS = 2000
@@ -23,6 +24,8 @@ WINDOW = 10
 """Steps whose losses are taken together."""
 SAME = 0.98
 """Share of its first loss from which on a loss counts as the same."""
+LESS = 0.8
+"""Share of its first loss below which something was learnt, however little was trained on."""
 RISEN = 1.3
 """How many times its first loss one is that has risen."""
 WORSE = 1.02
@@ -169,11 +172,10 @@ def learnt(run: Run) -> Iterator[Finding]:
         return
     losses = [step.loss for step in steps]
     trained = steps[-1].trained_tokens
-    if (
-        run.state != "running"
-        and (len(steps) < FEW_STEPS or trained < FEW_TOKENS)
-        and run.options.get("task") != "classify"
-    ):
+    window = min(WINDOW, max(1, len(losses) // 3))
+    first, last = fmean(losses[:window]), fmean(losses[-window:])
+    is_little = len(steps) < FEW_STEPS or (trained < FEW_TOKENS and last > LESS * first)
+    if is_little and run.state != "running" and run.options.get("task") != "classify":
         yield Finding(
             "learnt",
             f"{counted(len(steps), 'step')} over {trained:,} trained tokens in all",
@@ -181,8 +183,6 @@ def learnt(run: Run) -> Iterator[Finding]:
             "halfbyte train --epochs 5 ...  # or --max-steps, or more data",
             "note",
         )
-    window = min(WINDOW, max(1, len(losses) // 3))
-    first, last = fmean(losses[:window]), fmean(losses[-window:])
     if len(steps) >= FEW_STEPS and SAME * first < last <= RISEN * first:
         rate = max(step.learning_rate for step in steps)
         yield Finding(
@@ -211,7 +211,10 @@ def overfitted(run: Run) -> Iterator[Finding]:
     measured = _figures(run.evaluations, "loss")
     trained = [(step, value) for step, value in measured if step]
     if not trained:
-        if run.steps and run.state == "finished":
+        told = [f"{name} {before:.3g} → {after:.3g}" for name, before, after in changes(run)]
+        if told:
+            yield Finding("held-out rows", "; ".join(told))
+        elif run.steps and run.state == "finished":
             yield Finding(
                 "held-out loss",
                 "not measured",

@@ -63,7 +63,9 @@ def opened(about: About, trust_remote_code: bool, findings: list[Finding]) -> An
             "tokenizer",
             value,
             "Without its tokenizer a model can neither be trained nor asked.",
-            "Copy tokenizer.json and tokenizer_config.json from the model's source.",
+            "Take another GGUF file, or the folder that it was made from."
+            if about.path.endswith(".gguf")
+            else "Copy tokenizer.json and tokenizer_config.json from the model's source.",
             "fault",
         )
     )

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halfbyte.errors import counted, named
+from halfbyte.errors import named
 from halfbyte.hf.models.stops import untrained
+from halfbyte.hf.models.verify import Finding as Damage
 from halfbyte.plan.doctor.finding import Finding
 
 LARGEST_HALF = 65504.0
@@ -87,8 +88,7 @@ class Weights:
         if self._zeros:
             yield Finding(
                 "zeros",
-                f"{counted(len(self._zeros), 'matrix') if len(self._zeros) == 1 else f'{len(self._zeros)} matrices'} "
-                f"hold nothing but zeros ({_some(self._zeros)})",
+                f"{_some(self._zeros)}: nothing but zeros",
                 "Nothing passes through such a layer: it was lost when the model was converted or copied.",
                 "Copy the model from its source again, or convert it anew.",
                 "warning",
@@ -141,6 +141,12 @@ class Weights:
                 "--modules-to-save embed_tokens,lm_head",
                 "warning",
             )
+
+
+def sentence_of(damage: Damage) -> str:
+    """Return what ``halfbyte verify`` has found, the tensor's name once."""
+    is_whole = damage.what.startswith(damage.place)
+    return damage.what if is_whole else f"{damage.place} {damage.what}"
 
 
 def _some(names: list[str]) -> str:
