@@ -104,7 +104,7 @@ def test_settings_of_the_system_are_read(tmp_path: Path):
     file.write_text("always [madvise] never\n")
     assert list(machine.huge_pages(file)) == []
     file.write_text("powersave\n")
-    assert [finding.what for finding in machine.governor(file)] == ["processor's speed"]
+    assert [finding.what for finding in machine.governor(file)] == ["governor"]
     assert list(machine.governor(tmp_path / "none")) == []
     assert [finding.what for finding in machine.load(9.0, 2)] == ["load"]
     assert list(machine.load(1.0, 2)) == []

@@ -306,7 +306,7 @@ def test_an_adapter_that_learnt_nothing_is_told(folder: Path, tmp_path: Path):
     edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="/nowhere/at/all", from_the_future=1)
     findings = {finding.what: finding for finding in examine(str(tmp_path / "adapter"))}
     assert findings["base model"].level == "warning"
-    assert "from_the_future" in findings["adapter's options"].value
+    assert "from_the_future" in findings["adapter options"].value
     tensors[next(iter(tensors))][0, 0] = torch.inf
     save_file(tensors, file, {"format": "pt"})
     assert any(one.what == "weights" and one.level == "fault" for one in found(tmp_path / "adapter"))

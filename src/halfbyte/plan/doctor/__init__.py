@@ -15,7 +15,6 @@ package before that was tried in another process.
     script           read by reading; script_arguments, script_inputs: what it gives to libraries, and loads
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from typing import Literal
 from halfbyte import __version__
 from halfbyte.errors import InputError
 from halfbyte.plan.doctor.finding import LEVELS, Finding, Level, looked, worst
-from halfbyte.plan.doctor.imports import KERNELS, Trial
+from halfbyte.plan.doctor.imports import Trial
 from halfbyte.plan.doctor.imports import check as imported
 
 __all__ = ["LEVELS", "Finding", "Level", "installation", "kind_of", "line", "report", "worst"]
@@ -76,9 +75,8 @@ def report() -> list[Finding]:
     findings = [Finding("halfbyte", __version__), *looked("machine", _machine)]
     findings += installation()
     findings += looked("disks", _storage)
-    if trial.is_through(KERNELS):
-        findings += looked("kernels", _kernels)
-    return [*findings, *looked("import", lambda: imported(trial.result()))]
+    result = trial.result()
+    return [*findings, *result.findings, *looked("import", lambda: imported(result))]
 
 
 def installation() -> list[Finding]:
@@ -106,16 +104,3 @@ def _storage() -> Iterator[Finding]:
 
     yield from storage.check()
     yield from storage.hub()
-
-
-def _kernels() -> Iterator[Finding]:
-    import psutil
-    import torch
-
-    from halfbyte.plan.doctor import kernels, limits, machine
-
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    quota = limits.cpu_quota(limits.membership())
-    yield from machine.threads(torch.get_num_threads(), cores, quota, limits.usable_processors(), dict(os.environ))
-    yield from kernels.check()
-    yield from kernels.libraries()

@@ -40,7 +40,7 @@ def examine(folder: Path, progress: Callable[[int, int], None] = lambda *_: None
         return [Finding("adapter", str(error), "Nobody knows what its tensors are of.", "Copy it again.", "fault")]
     findings = [Finding("adapter", f"{about.get('peft_type')}, rank {about.get('r')}, over {_base(about)}")]
     findings += looked("base model", lambda: _base_there(folder, about))
-    findings += looked("adapter's options", lambda: _options(about))
+    findings += looked("adapter options", lambda: _options(about))
     seen = Factors()
     try:
         found = verify(folder, progress=progress, seen=seen)
@@ -115,7 +115,7 @@ def _options(about: dict[str, Any]) -> Iterator[Finding]:
     if kind is None:
         known = named(sorted(str(getattr(one, "value", one)) for one in kinds))
         yield Finding(
-            "adapter's options",
+            "adapter options",
             f"peft_type is {about.get('peft_type')!r}, and peft {peft.__version__} knows {known}",
             "It cannot be opened.",
             "Open it with the version of peft that wrote it.",
@@ -125,7 +125,7 @@ def _options(about: dict[str, Any]) -> Iterator[Finding]:
     unknown = sorted(about.keys() - {field.name for field in fields(kind)})
     if unknown:
         yield Finding(
-            "adapter's options",
+            "adapter options",
             f"{named(unknown)} {'is' if len(unknown) == 1 else 'are'} not known to peft {peft.__version__}",
             "They were written by another version of peft, and are left out when the adapter is opened: if one of them "
             "changes what is computed, its answers are others.",

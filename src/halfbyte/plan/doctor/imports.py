@@ -3,7 +3,6 @@
 The same process tells which OpenMP runtimes all of them have loaded. Nothing is written: no ``.pyc`` either.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +17,11 @@ from pathlib import Path
 from halfbyte.errors import named
 from halfbyte.plan.doctor.finding import Finding
 
-KERNELS = "halfbyte.kernels"
+SELF_TEST = "halfbyte.plan.doctor.kernels"
+"""Has ``found()``, which looks at the kernels in that process too: an instruction that is not there ends it."""
 MODULES = (
-    "numpy", "torch", KERNELS, "safetensors.torch", "tokenizers", "transformers", "accelerate", "datasets", "peft",
-    "halfbyte.hf",
+    "numpy", "torch", "halfbyte.kernels", "safetensors.torch", "tokenizers", "transformers", "accelerate", "datasets",
+    "peft", "halfbyte.hf",
 )  # fmt: skip
 PATIENCE = 120.0
 """Seconds that imports may take, on a slow disk."""
@@ -31,19 +30,24 @@ RUNTIMES = ("libgomp", "libiomp", "libomp", "libkmp")
 
 PROGRAM = """
 import importlib, json, sys
-for name in sys.argv[1:]:
+def tried(name, use):
     print(json.dumps([name]), flush=True)
+    error, found = None, []
     try:
-        importlib.import_module(name)
-        error = None
+        found = use(importlib.import_module(name))
     except BaseException as raised:
         error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"[:300]
-    print(json.dumps([name, error]), flush=True)
+    print(json.dumps([name, error, found]), flush=True)
+*modules, last = sys.argv[1:]
+for name in modules:
+    tried(name, lambda module: [])
 try:
     maps = open("/proc/self/maps").read().splitlines()
 except OSError:
     maps = []
 print(json.dumps(["", sorted({line.split()[-1] for line in maps if "/" in line})]), flush=True)
+if last:
+    tried(last, lambda module: module.found())
 """
 
 
@@ -54,10 +58,12 @@ class Imported:
     Attributes:
         errors: of each module that failed, what it said.
         files: that the process had mapped.
+        findings: of the kernels.
     """
 
     errors: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 class Trial:
@@ -66,14 +72,15 @@ class Trial:
     Args:
         modules: what is imported, in this order.
         path: folders in which Python looks first.
+        self_test: the module that looks at the kernels; empty: none.
     """
 
-    def __init__(self, modules: Sequence[str] = MODULES, path: Sequence[str] = ()) -> None:
+    def __init__(self, modules: Sequence[str] = MODULES, path: Sequence[str] = (), self_test: str = SELF_TEST) -> None:
         environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONDONTWRITEBYTECODE": "1"}
         if path:
             environment["PYTHONPATH"] = os.pathsep.join([*path, environment.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM, *modules],
+            [sys.executable, "-P", "-c", PROGRAM, *modules, self_test],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         self._lines: list[str] = []
@@ -84,21 +91,6 @@ class Trial:
         assert self._process.stdout is not None
         with self._process.stdout as out:
             self._lines.extend(out)
-
-    def is_through(self, module: str, patience: float = PATIENCE) -> bool:
-        """Wait until it has tried ``module``, and return whether that could be imported."""
-        until = time.monotonic() + patience
-        while time.monotonic() < until:
-            is_over = not self._reader.is_alive()
-            for line in list(self._lines):
-                with contextlib.suppress(ValueError):
-                    match json.loads(line):
-                        case [str(name), error] if name == module:
-                            return error is None
-            if is_over:
-                break
-            time.sleep(0.02)
-        return False
 
     def result(self, patience: float = PATIENCE) -> Imported:
         """Wait for it."""
@@ -120,6 +112,7 @@ class Trial:
                 under_way = ""
                 if rest[0]:
                     imported.errors[name] = rest[0]
+                imported.findings += [Finding(**one) for one in rest[1]]
             else:
                 imported.files = rest[0]
         if under_way:
@@ -139,6 +132,15 @@ def check(imported: Imported) -> Iterator[Finding]:
     """Yield what cannot be imported, and runtimes that are in each other's way."""
     for error in dict.fromkeys(imported.errors.values()):  # what stands on a broken one fails with the same words
         name = next(name for name, said in imported.errors.items() if said == error)
+        if name == SELF_TEST:
+            yield Finding(
+                "self-test",
+                f"the self-test of the kernels fails: {error}",
+                "Training ends so too: the kernels use instructions that this machine does not have, or are damaged.",
+                "export HALFBYTE_ISA=scalar  # for now; then: pip install --force-reinstall --no-deps .",
+                "fault",
+            )
+            continue
         library = name.partition(".")[0]
         lacking = re.search(r"No module named '(\w+)", error)
         yield Finding(

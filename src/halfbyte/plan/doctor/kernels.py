@@ -2,18 +2,36 @@
 
 import contextlib
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import torch
 
 from halfbyte.errors import InputError, named
 from halfbyte.kernels import gpu, native, provider_for, providers
-from halfbyte.plan.doctor.finding import Finding
+from halfbyte.plan.doctor import limits, machine
+from halfbyte.plan.doctor.finding import Finding, looked
 from halfbyte.plan.doctor.self_test import CASES, ISA, REBUILD, self_test
 
 COMPILERS = ("c++", "g++", "clang++")
+
+
+def found() -> list[dict[str, str]]:
+    """Return all that this file and :mod:`.machine` find where torch is imported, as JSON has it."""
+    findings = [
+        *looked("threads", _threads), *looked("kernels", check), *looked("libraries", libraries),
+    ]  # fmt: skip
+    return [asdict(finding) for finding in findings]
+
+
+def _threads() -> Iterator[Finding]:
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    quota = limits.cpu_quota(limits.membership())
+    return machine.threads(torch.get_num_threads(), cores, quota, limits.usable_processors(), dict(os.environ))
 
 
 def check() -> Iterator[Finding]:

@@ -156,7 +156,7 @@ def kills(count: int) -> Iterator[Finding]:
     """Yield how many processes of this container were ended for want of memory."""
     if count:
         yield Finding(
-            "killed for memory",
+            "memory kills",
             f"{count} process{'es' if count > 1 else ''} of this container since it started",
             "A run that ends without a word was most likely one of them.",
             "Give the container more memory, or a run less: halfbyte train --memory SIZE",
@@ -182,7 +182,7 @@ def governor(file: Path) -> Iterator[Finding]:
     with contextlib.suppress(OSError):
         if (chosen := file.read_text().strip()) == "powersave":
             yield Finding(
-                "processor's speed",
+                "governor",
                 f"the governor is {chosen}",
                 "With some drivers the processor then stays at its lowest frequency.",
                 "sudo cpupower frequency-set -g performance",

@@ -12,7 +12,9 @@ What ``halfbyte run SCRIPT`` translates is a note; what it cannot serve is a fau
 
 import importlib.util
 import re
+import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +86,8 @@ def examine(file: Path, cells: Sequence[tuple[str, str]]) -> list[Finding]:
         ("replaced", lambda: replaced(script, rows, file)),
     ):
         findings += looked(what, look)
-    return findings
+    name = shlex.quote(str(file))
+    return [replace(finding, fix=finding.fix.replace("SCRIPT", name)) for finding in findings]
 
 
 def imports(script: Script, rows: Sequence[Replacement], folder: Path) -> Iterator[Finding]:

@@ -38,7 +38,7 @@ def check() -> Iterator[Finding]:
     """Yield what is found of the disks."""
     hub = hub_cache()
     yield from cache(hub)
-    for what, folder in (("halfbyte's cache", cache_folder()), ("working directory", working_directory())):
+    for what, folder in (("halfbyte's cache", cache_folder()), ("working folder", working_directory())):
         if folder is not None:
             yield from room(what, folder)
     yield from speed(hub)
@@ -66,7 +66,7 @@ def cache(folder: Path) -> Iterator[Finding]:
     yield from room("model cache", folder, value, "; HF_HOME moves it")
     if parts:
         yield Finding(
-            "downloads broken off",
+            "broken downloads",
             f"{counted(len(parts), 'file')} of {size_text(sum(file.stat().st_size for file in parts))} in {folder}",
             "They go on when the model is asked for again; if it never is, they only take space.",
             f"find {folder} -name '*.incomplete' -delete",
