@@ -71,10 +71,10 @@ def test_fewer_processors_than_cores_count_too():
 
 
 def test_threads_held_back_by_the_environment_are_told_with_what_to_do():
-    script = "from halfbyte.plan import doctor; print(*(f for f in doctor.report() if f.what == 'threads'))"
+    script = "from halfbyte.plan.doctor import kernels; print(*(f for f in kernels.found() if f['what'] == 'threads'))"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "value='1 of" in told.stdout
+    assert "'value': '1 of" in told.stdout
     assert ("unset OMP_NUM_THREADS" in told.stdout) == ("1 of 1 cores" not in told.stdout)
 
 

@@ -204,6 +204,14 @@ def bad_generation(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
 
 
+def end_of_a_name(folder: Path) -> None:
+    edit(folder / "generation_config.json", eos_token_id=[256, "x"])
+
+
+def no_heads(folder: Path) -> None:
+    edit(folder / "config.json", num_key_value_heads=0)
+
+
 def token_beyond(folder: Path) -> None:
     about = json.loads((folder / "tokenizer.json").read_text())
     about["added_tokens"].append({**about["added_tokens"][-1], "id": 700, "content": "<|new|>"})
@@ -227,6 +235,8 @@ BESIDE = {
     end_beyond: ("stop tokens", "fault"),
     other_end: ("stop tokens", "warning"),
     bad_generation: ("generation", "warning"),
+    end_of_a_name: ("generation", "warning"),
+    no_heads: ("configuration", "fault"),
     token_beyond: ("embedding rows", "fault"),
     no_type: ("configuration", "fault"),
     unknown_type: ("configuration", "fault"),

@@ -148,7 +148,7 @@ def _about(model: _Opened) -> words.About:
         folder=model.folder,
         rows=len(weight) if weight is not None else None,
         ends=_ids(_generation_config(model)),
-        eos=(eos,) if isinstance(eos, int) else tuple(eos or ()),
+        eos=_ids(eos),
         is_chat=model.skeleton is not None and model.skeleton.can_generate(),
     )
 
@@ -161,7 +161,8 @@ def _generation_config(model: _Opened) -> Any:
 
 
 def _ids(given: Any) -> tuple[int, ...]:
-    return (given,) if isinstance(given, int) else tuple(given or ())
+    """Return the numbers of tokens that a setting names; what are none are told by :func:`_generation`."""
+    return tuple(one for one in (given if isinstance(given, list) else [given]) if type(one) is int)
 
 
 def _generation(model: _Opened) -> Iterator[Finding]:
@@ -169,8 +170,12 @@ def _generation(model: _Opened) -> Iterator[Finding]:
     if not file.is_file():
         return
     try:
-        json_of(file)
+        named = json_of(file).get("eos_token_id")
         GenerationConfig.from_pretrained(str(model.folder))
+        if odd := [
+            one for one in (named if isinstance(named, list) else [named]) if type(one) not in (int, type(None))
+        ]:
+            raise InputError(f"eos_token_id names {odd[0]!r}, which is no number of a token.")
     except Exception as error:
         yield Finding(
             "generation",
@@ -192,17 +197,19 @@ def _weights(model: _Opened, progress: Callable[[int, int], None], trust_remote_
         findings += looked("shards", lambda: _twice(files))
         path = model.place.gguf or model.place.path
         found = verify(path, progress=progress, seen=seen, trust_remote_code=trust_remote_code)
-    except InputError as error:
+    except Exception as error:  # a configuration that transformers cannot build from raises what its parts raise
         why = "Without whole weights the model cannot be opened."
+        value = str(error) if isinstance(error, InputError) else f"could not be held against config.json: {told(error)}"
         return [
             *findings,
-            Finding("weights", str(error), why, "Copy the files from the model's source again.", "fault"),
+            Finding("weights", value, why, "Copy the files from the model's source again.", "fault"),
         ]
     findings += _of_verify(found.findings)
     if not found.faults:
         whole = f"{counted(found.tensors, 'tensor')} in {counted(found.files, 'file')} of {size_text(found.nbytes)}"
         findings.append(Finding("weights", f"{whole}: no fault"))
-    return [*findings, *looked("values", seen.findings), *looked("tied weights", lambda: _ties(model, files))]
+    findings += looked("values", seen.findings)
+    return findings if found.faults else [*findings, *looked("tied weights", lambda: _ties(model, files))]
 
 
 def _of_verify(seen: Sequence[Damage]) -> Iterator[Finding]:
