@@ -242,12 +242,91 @@ def test_standard_input_may_be_closed_or_hold_what_is_no_text(tiny_model_folder)
     assert b"Error: The prompt is not UTF-8 text: '\\udce9' at character 3" in told.stderr
 
 
-def test_doctor_prints_each_finding(run):
+FOUND = [
+    doctor.Finding("threads", "2 of 2 cores"),
+    doctor.Finding("huge pages", "the system grants none", "It costs some percent.", "echo madvise", "note"),
+    doctor.Finding("kernels", "reference", "They are slow.", "pip install .", "warning"),
+]
+FAULT = doctor.Finding("torch", "is not installed", "Nothing works.", "pip install torch", "fault")
+
+
+def test_doctor_prints_each_finding_with_why_and_what_to_paste(run, monkeypatch):
+    monkeypatch.setattr(doctor, "report", lambda: FOUND)
+    assert run("doctor") == (
+        0,
+        "threads          2 of 2 cores\n"
+        "huge pages       note: the system grants none\n"
+        "                 It costs some percent.\n"
+        "                 → echo madvise\n"
+        "kernels          warning: reference\n"
+        "                 They are slow.\n"
+        "                 → pip install .\n\n1 warning, 1 note.\n",
+        "",
+    )
+    monkeypatch.setattr(doctor, "report", lambda: [*FOUND, FAULT])
     code, out, err = run("doctor")
-    assert (code, err) == (0, "")
-    for finding in doctor.report():
-        assert re.search(rf"^{re.escape(finding.name)} +", out, re.MULTILINE)
+    assert (code, err) == (1, "") and out.endswith("\n1 fault, 1 warning, 1 note.\n")
+    monkeypatch.setattr(doctor, "report", lambda: FOUND[:1])
+    assert run("doctor")[1].endswith("\nNothing is wrong.\n")
     assert run("doctor", "--line") == (0, f"{doctor.line()}\n", "")
+
+
+def test_doctor_s_findings_are_a_list_of_json_of_one_form(run, monkeypatch, tiny_model_folder):
+    monkeypatch.setattr(doctor, "report", lambda: [*FOUND, FAULT])
+    code, out, err = run("doctor", "--json")
+    assert (code, err) == (1, "")
+    assert json.loads(out)[-1] == {
+        "what": "torch",
+        "value": "is not installed",
+        "why": "Nothing works.",
+        "fix": "pip install torch",
+        "level": "fault",
+    }
+    code, out, err = run("doctor", tiny_model_folder, "--json")
+    assert {tuple(sorted(one)) for one in json.loads(out)} == {("fix", "level", "value", "what", "why")}
+    assert code == any(one["level"] == "fault" for one in json.loads(out))
+
+
+def test_doctor_tells_a_model_a_run_a_script_and_a_notebook_apart(run, tiny_model_folder, tmp_path):
+    code, out, _ = run("doctor", tiny_model_folder)
+    assert code == 0 and "2 LlamaDecoderLayer: fused" in out
+    script = tmp_path / "a.py"
+    script.write_text("import nothing_of_that_name\n")
+    code, out, _ = run("doctor", script)
+    assert code == 1 and "line 1: nothing_of_that_name is not installed" in out
+    cells = [{"cell_type": "code", "source": ["!ls\n", "import nothing_of_that_name"], "metadata": {}}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}}))
+    code, out, _ = run("doctor", tmp_path / "a.ipynb")
+    assert code == 1 and "cell 1, line 2: nothing_of_that_name is not installed" in out
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    code, out, _ = run("doctor", tmp_path / "run")
+    assert code == 0 and "broken off after 0 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nothing.py", None, "There is no script"),
+        ("a.py", b"print 'x'\n", "is not Python that could be run"),
+        ("a.py", b"\xff\xfe", "is not UTF-8"),
+        ("a.ipynb", b"{", "is not a notebook"),
+        ("a.txt", b"x", "is neither a script"),
+        ("nowhere/model", None, "There is no folder"),
+        ("", None, "is no run folder"),
+    ],
+)
+def test_what_doctor_cannot_look_at_is_one_sentence(run, tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, out, err = run("doctor", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ") and err.count("\n") == 1 and said in err
+
+
+def test_doctor_s_line_is_of_this_machine(run, tiny_model_folder):
+    code, _, err = run("doctor", "--line", tiny_model_folder)
+    assert code == 2 and "--line is of this machine" in err
 
 
 def test_generate_prints_the_likeliest_answer_and_nothing_else(run, tiny, tiny_model_folder):

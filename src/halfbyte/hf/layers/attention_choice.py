@@ -47,8 +47,12 @@ def choose_attention(model: PreTrainedModel) -> None:
             part.config._attn_implementation_internal = attention.NAME
 
 
-def describe_attention(model: nn.Module) -> str:
+def describe_attention(model: nn.Module, device: str | None = None) -> str:
     """Return how the parts of ``model`` attend, for a run's log.
+
+    Args:
+        model: it.
+        device: the type of the one that it will run on, where that is not the one that it is on.
 
     For example ``over key ranges`` or ``sdpa: FalconForCausalLM does not take its attention from the registry``.
     """
@@ -56,7 +60,8 @@ def describe_attention(model: nn.Module) -> str:
     for part in parts_of(model):
         name = part.config._attn_implementation
         if name == attention.NAME:
-            ways.append("over key ranges" if part.device.type == "cpu" else "over segments, by torch's own kernels")
+            on_cpu = (device or part.device.type) == "cpu"
+            ways.append("over key ranges" if on_cpu else "over segments, by torch's own kernels")
         elif name is not None:
             obstacle = _obstacle(part)
             ways.append(f"{name}: {type(part).__name__} {obstacle}" if obstacle else name)

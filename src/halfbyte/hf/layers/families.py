@@ -70,13 +70,16 @@ class Family:
 
     def fits(self, layer: Any) -> bool:
         """Whether a decoder layer of this family is built from the family's own parts, and where it is fused."""
+        return self.is_own(layer) and all(parameter.device.type in FUSED_ON for parameter in layer.parameters())
+
+    def is_own(self, layer: Any) -> bool:
+        """Whether a decoder layer of this family is built from the family's own parts."""
         attention, mlp = layer.self_attn, layer.mlp
         return (
             type(attention) is self.of(f"{self.name}Attention")
             and type(mlp) is self.of(f"{self.name}MLP")
             and not any("forward" in vars(module) for module in (layer, attention, mlp))
             and getattr(attention.config, "clip_qkv", None) is None
-            and all(parameter.device.type in FUSED_ON for parameter in layer.parameters())
         )
 
     def turns(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:

@@ -76,6 +76,27 @@ def describe_layers(model: nn.Module) -> str:
     return "; ".join(lines) or "unfused: there is no decoder layer"
 
 
+def foretell_layers(model: nn.Module) -> list[tuple[str, int, str]]:
+    """Return what will be fused of a model that is not loaded (on the meta device).
+
+    Returns:
+        Of each class of decoder layers its name, how many there are, and why they will not be fused, as the end of a
+        sentence: empty where they will.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    counted = Counter((type(layer).__name__, _obstacle(layer)) for layer in layers)
+    return [(name, count, obstacle) for (name, obstacle), count in counted.items()]
+
+
+def _obstacle(layer: Any) -> str:
+    if type(layer).__name__ not in FAMILIES:
+        return "are of no family that is known"
+    family = recognise(type(layer))
+    if family is None:
+        return f"are not those of transformers' {FAMILIES[type(layer).__name__].name} as it is known"
+    return "" if family.is_own(layer) else f"have parts that are not {family.name}'s own"
+
+
 class Fused(nn.Module):
     """What the swapped classes share; they are made by :func:`_fused`."""
 

@@ -80,6 +80,29 @@ def locate(path: str | Path) -> Place:
     raise InputError(f"There is no folder {text}{near}, and {reason}; {GIVE}.")
 
 
+def described(text: str) -> Any:
+    """Return what the hub tells of a model that is not here: files, sizes, who may see it. Nothing is downloaded.
+
+    Raises:
+        InputError: ``text`` is no id of the hub, or the hub has no such model or cannot be reached.
+    """
+    near = _near(Path(text))
+    if not _may_be_an_id(text):
+        raise InputError(f"There is no folder {text}{near}; {GIVE}.")
+    if is_offline_mode():
+        raise InputError(
+            f"There is no folder {text}{near}, and the hub is not asked, since HF_HUB_OFFLINE is set; {GIVE} that was "
+            "downloaded before."
+        )
+    told: list[Any] = []
+    reason = reason_without(
+        lambda api: told.append(api.model_info(text, files_metadata=True, timeout=PATIENCE)), "model"
+    )
+    if reason is not None:
+        raise InputError(f"There is no folder {text}{near}, and {reason}; {GIVE}.")
+    return told[0]
+
+
 def _downloaded(adapter: str) -> Place:
     try:
         folder = snapshot_download(adapter, allow_patterns=list(FILES), ignore_patterns=["*/*"])

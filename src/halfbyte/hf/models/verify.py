@@ -81,13 +81,18 @@ class Verified:
 
 
 def verify(
-    path: str | Path, *, progress: Callable[[int, int], None] = lambda *_: None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    progress: Callable[[int, int], None] = lambda *_: None,
+    seen: Callable[[str, Tensor], None] = lambda *_: None,
+    trust_remote_code: bool = False,
 ) -> Verified:
     """Look at every tensor of a checkpoint.
 
     Args:
         path: folder of a model or of an adapter, a GGUF file, or a hub id.
         progress: called with tensors read and tensors in all.
+        seen: called with each dense tensor without damage, and its name, for who wants to know more of it.
         trust_remote_code: build the model that its own code describes, to compare names and shapes.
 
     Raises:
@@ -107,7 +112,7 @@ def verify(
     findings = list(_of_files(folder, files))
     if findings:
         return Verified(len(files), 0, nbytes, 0, tuple(findings))
-    look = _Look(folder)
+    look = _Look(folder, seen)
     checkpoint: Any = None
     if place.gguf or not (folder / ADAPTER).is_file():
         try:
@@ -139,8 +144,9 @@ class _Look:
         compared: how many were held against digests.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seen: Callable[[str, Tensor], None]) -> None:
         self.compared = 0
+        self._seen = seen
         self._targets: dict[str, str] = {}
         self._rows: Mapping[str, Row] = {}
         with contextlib.suppress(OSError, ValueError):
@@ -169,6 +175,7 @@ class _Look:
             state = {part: checkpoint.read(part) for part in parts}
             if len(parts) == 1:
                 check_finite(name, state[name])
+                self._seen(name, state[name])
                 digests = rounded_digest(state[name])
             else:
                 yield from _of_quantized(name, state)
