@@ -34,7 +34,7 @@ COLUMNS = 128
 def nearest(target: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
     """Return ``target`` rounded to the nearest values of ``grid``."""
     levels = _Levels(grid)
-    return _packed(levels.codes(levels.nearest(target.float() / levels.divisor)), grid)
+    return _packed(levels.codes(levels.nearest(target.float() / _divisor(levels.scale))), grid)
 
 
 def at_random(target: Tensor, grid: QuantizedWeight, generator: torch.Generator) -> QuantizedWeight:
@@ -43,7 +43,7 @@ def at_random(target: Tensor, grid: QuantizedWeight, generator: torch.Generator)
     The expectation is the target, but for what lies outside the grid, which becomes its end.
     """
     levels = _Levels(grid)
-    x = target.float() / levels.divisor
+    x = target.float() / _divisor(levels.scale)
     above = torch.searchsorted(levels.values, x).clamp_(1, len(levels.values) - 1)
     low, high = levels.values[above - 1], levels.values[above]
     share = ((x - low) / (high - low)).clamp_(0, 1)
@@ -73,8 +73,11 @@ class Compensation:
         if rounded is not None:
             apart = (exact - rounded).T @ rounded
             self._shift = torch.cholesky_solve(apart.T, _cholesky(second)).T
-        inverse = torch.cholesky_inverse(_cholesky(second[self.order][:, self.order]))
-        self.factor = _cholesky(inverse).T.contiguous()
+            del apart
+        second = second[self.order][:, self.order]  # each step below takes the place of the one before
+        second = _cholesky(second)
+        second = torch.cholesky_inverse(second)
+        self.factor = _cholesky(second).T.contiguous()
 
     def target(self, weight: Tensor) -> Tensor:
         """Return W' of the weight T."""
@@ -86,21 +89,23 @@ def compensated(target: Tensor, grid: QuantizedWeight, inputs: Compensation) -> 
     levels = _Levels(grid)
     order, factor = inputs.order, inputs.factor
     rest = inputs.target(target.float()).T[order].contiguous()  # [in, out]: a column is a row here
-    scale, divisor = (x.T[order].contiguous() for x in (levels.scale, levels.divisor))
-    found = torch.empty(rest.shape, dtype=torch.int64)
+    scale = levels.scale.T[order].contiguous()
+    del levels.scale
+    found = torch.empty(rest.shape, dtype=torch.uint8)
     for first in range(0, len(rest), COLUMNS):
         last = min(first + COLUMNS, len(rest))
         own = factor[first:last, first:last]
         errors = torch.empty(last - first, rest.shape[1])
         for i in range(last - first):
             column = rest[first + i]
-            found[first + i] = index = levels.nearest(column / divisor[first + i])
+            found[first + i] = index = levels.nearest(column / _divisor(scale[first + i]))
             errors[i] = (column - levels.values[index] * scale[first + i]) / own[i, i]
             rest[first + i : last].addr_(own[i, i:], errors[i], alpha=-1)
         rest[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
-    codes = torch.empty_like(found)
-    codes[order] = found
-    return _packed(levels.codes(codes.T), grid)
+    del rest, scale
+    places = torch.empty_like(found)
+    places[order] = found
+    return _packed(levels.codes(places.T.contiguous()), grid)
 
 
 def _cholesky(x: Tensor) -> Tensor:
@@ -116,15 +121,14 @@ class _Levels:
     Attributes:
         values: ascending, before they are scaled.
         scale: what each element multiplies them by, in the shape of the weight.
-        divisor: the same, but 1 where a block is zero.
     """
 
     def __init__(self, grid: QuantizedWeight) -> None:
         statistics = grid.statistics
-        self.values, self._code = statistics.code.sort(stable=True)
+        self.values, order = statistics.code.sort(stable=True)
+        self._code = order.to(torch.uint8)
         absmax = reference.expand_absmax(statistics)
         self.scale = absmax.repeat_interleave(statistics.blocksize)[: math.prod(grid.shape)].view(grid.shape)
-        self.divisor = torch.where(self.scale == 0, 1.0, self.scale)
         self._middles = (self.values[1:] + self.values[:-1]) / 2
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -133,7 +137,12 @@ class _Levels:
 
     def codes(self, places: Tensor) -> Tensor:
         """Return the codes of values by their places."""
-        return self._code[places].to(torch.uint8)
+        return self._code.index_select(0, places.reshape(-1).int()).view(places.shape)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """Return what values are divided by to lie on the grid: their scale, but 1 where a block is zero."""
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _packed(codes: Tensor, grid: QuantizedWeight) -> QuantizedWeight:

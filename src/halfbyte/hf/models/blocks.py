@@ -135,12 +135,25 @@ class Blocks:
                 values = self._exact(f"{prefix}{name}").detach().to(torch.float32, copy=True)
                 owner._parameters[name.rpartition(".")[2]] = nn.Parameter(values, requires_grad=False)
 
+    def _look_up(self, inner: nn.Module, start: str, texts: Sequence[Tensor]) -> None:
+        """Give the embedding the rows of the tokens that come, which are memory; the others are not touched."""
+        embedding: Any = self._model.get_input_embeddings()
+        name = next((name for name, module in inner.named_modules() if module is embedding), None)
+        if name is None or not isinstance(embedding, nn.Embedding) or not texts:
+            return
+        rows = torch.cat([text.reshape(-1) for text in texts]).unique()
+        given = self._exact(f"{start}{name}.weight").detach()
+        values = torch.zeros(embedding.weight.shape, dtype=torch.float32)
+        values[rows] = given[rows].float()
+        embedding.weight = nn.Parameter(values, requires_grad=False)
+
     @torch.no_grad()
     def _record(self, texts: Sequence[Tensor]) -> None:
         """Have the states in front of the first layer, and what each layer is given beside them."""
         base = self._model.base_model_prefix
         inner: nn.Module = getattr(self._model, base) if base and hasattr(self._model, base) else self._model
         start = f"{base}." if inner is not self._model else ""
+        self._look_up(inner, start, texts)
         self._fill(inner, start, but=self.path)
         self._fill(self._layers[0], f"{self.path}.0.")
         states: list[Tensor] = []
@@ -169,7 +182,7 @@ class Blocks:
         finally:
             for layer in self._layers:
                 del layer.forward
-        _empty(self._layers[0])
+        _empty(inner)
         self._states = [states, list(states)]
         if any(len(given) != len(texts) for given in self._given):
             raise InputError(
