@@ -264,10 +264,15 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
 
 def planned(options: dict[str, Any]) -> dict[str, Any]:
     """What the planner says, in this process: it loads no weight."""
+    import numpy as np
+
     from halfbyte.plan.estimate import plan_run
+    from halfbyte.plan.rows import RowFacts
     from halfbyte.runs.config import TrainConfig
 
-    plan = plan_run(TrainConfig(**options), length=options["max_length"])
+    length = options["max_length"]
+    facts = RowFacts(np.array([length]), None, length - 1, distinct=len(set(WORDS)))
+    plan = plan_run(TrainConfig(**options), facts=facts)
     return {
         "peak": plan.memory.peak, "step": plan.step.seconds, "parts": plan.memory.parts(), "times": vars(plan.step),
         "policy": str(plan.policy), "measured_rates": plan.machine.measured,

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import transformers as t
 
+from halfbyte import hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
+from halfbyte.hf.models import paging
+from halfbyte.nn import Linear4bit
 from halfbyte.plan import advice, words
-from halfbyte.plan.estimate import Model, plan_run
+from halfbyte.plan.estimate import Model, look_at, plan_run
 from halfbyte.plan.layer_overhead import adapted
+from halfbyte.plan.published import llama
 from halfbyte.plan.rows import RowFacts, full_rows, work_of
 from halfbyte.plan.shape import shape_of
 from halfbyte.runs.config import TrainConfig
@@ -40,7 +44,44 @@ def test_the_policy_is_the_one_that_a_run_chooses(model: Model, free: int) -> No
     config = config_of(batch_size=4, max_length=512)
     plan = plan_run(config, model=model, free=free + 4 * trained)
     assert plan.trained == trained
-    assert plan.policy == activations.plan(loaded, length=512, batch_size=4, free=free)
+    base, together = model.pageable(2), config.gradient_accumulation_steps
+    expected = activations.plan(loaded, length=512, batch_size=4, free=free, base=base, passes=together)
+    assert plan.policy == expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(tmp_path: Path, tied: bool) -> None:
+    t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"tie_word_embeddings": tied})).bfloat16().save_pretrained(
+        tmp_path / "a"
+    )
+    hf.quantize_checkpoint(tmp_path / "a", tmp_path / "b")
+    loaded = hf.load(tmp_path / "b")
+    found = look_at(config_of(model=str(tmp_path / "b")))
+    assert found.mapped_linears and found.mapped_dense
+    found_all, found_least = found.pageable(2)
+    pages = 3 * 4096  # of each unit, which are whole ones
+    assert 0 <= paging.mapped_bytes(loaded) - found_all <= (SIZES["num_hidden_layers"] + 1) * pages
+    assert 0 <= paging.least_bytes(loaded) - found_least <= 2 * pages
+    held = {id(p): p.nbytes for p in loaded.parameters()}
+    statistics = [m.quantized_weight.statistics for m in loaded.modules() if isinstance(m, Linear4bit)]
+    constants = sum(s.absmax.nbytes + s.nested.absmax.nbytes for s in statistics)
+    assert found.base(2).all == sum(held.values()) + constants
+    dense = look_at(config_of(model=str(tmp_path / "a")))
+    assert dense.base(2).anonymous == dense.base(2).quantized and dense.base(2).all == found.base(2).all
+
+
+def test_a_base_beyond_memory_is_paged_and_waits_for_the_disk() -> None:
+    model = Model("m", llama("7B"), "nf4", 64, True, True, True)
+    config = config_of(batch_size=1, max_length=64, gradient_accumulation_steps=2)
+    whole = plan_run(config, model=model, free=16 * GIB)
+    paged = plan_run(config, model=model, free=5 * GIB // 2)
+    assert whole.policy.paged is None and whole.step.disk == 0
+    assert paged.policy.paged is not None and paged.policy.paged < model.pageable(2).all
+    assert paged.memory.base < model.base(2).all
+    slow = paged.machine.model_copy(update={"rates": paged.machine.rates.model_copy(update={"disk": 1e8})})
+    waiting = plan_run(config, model=model, free=5 * GIB // 2, machine=slow)
+    read = 2 * (model.pageable(2).all - paged.policy.paged) / 1e8
+    assert waiting.step.seconds == pytest.approx(read)
 
 
 def test_rows_without_data_are_full(model: Model) -> None:

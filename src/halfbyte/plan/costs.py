@@ -27,7 +27,7 @@ FLOAT = 4
 
 
 def layer_costs(
-    shape: Shape, ranks: Sequence[Mapping[str, int]], length: int, batch: int, itemsize: int = 2
+    shape: Shape, ranks: Sequence[Mapping[str, int]], length: int, batch: int, itemsize: int = 2, dropout: bool = False
 ) -> list[Costs]:
     """Return what each layer holds, first to last, as :func:`halfbyte.hf.layers.activations.measure` would find.
 
@@ -37,11 +37,13 @@ def layer_costs(
         length: tokens of a sequence.
         batch: sequences.
         itemsize: bytes of a value of the compute dtype.
+        dropout: whether LoRA's input loses values, for which each operation draws a seed.
     """
     return [
         Costs(
             batch * kept_bytes(shape, ranks[index], length, index == 0, shape.rotated[index], itemsize),
             batch * length * shape.hidden * itemsize,
+            sum(any(x.path in ranks[index] for x in group) for group in shape.groups) if dropout else 0,
         )
         for index in range(shape.layers)
     ]

@@ -27,7 +27,7 @@ from halfbyte.plan.memory import Base, Memory, base_bytes, memory_of
 from halfbyte.plan.ranks import adapter_parameters, adapter_tensors, ranks_of
 from halfbyte.plan.rows import RowFacts, full_rows, packing_of, steps_of, work_of
 from halfbyte.plan.shape import Shape, shape_of
-from halfbyte.plan.times import Pass, StepTime, step_time
+from halfbyte.plan.times import Pass, StepTime, disk_seconds, step_time
 from halfbyte.runs.config import TrainConfig
 
 FREE_SHARE = 0.9
@@ -68,6 +68,24 @@ class Model:
         )
         mapped = quantized * self.mapped_linears + dense * self.mapped_dense
         return Base(quantized, dense, mapped)
+
+    def pageable(self, itemsize: int) -> activations.Base:
+        """Return what of the layers and of an untied head lies in files, and how much of it has to have room.
+
+        As :mod:`halfbyte.hf.models.paging` finds on the loaded model: each layer is one unit, the head another.
+        """
+        shape = self.shape
+        quantized = base_bytes(shape, self.quant_type, self.blocksize, self.double_quant, itemsize)[0]
+        layer = quantized // shape.layers * self.mapped_linears
+        layer += itemsize * (shape.norm_weights - shape.hidden + shape.biases) // shape.layers * self.mapped_dense
+        head = 0 if shape.tied else itemsize * shape.vocabulary * shape.hidden * self.mapped_dense
+        return activations.Base(shape.layers * layer + head, layer + max(layer, head))
+
+    def paged(self, resident: int, itemsize: int, distinct: int | None) -> Base:
+        """Return what is in memory of a base of which ``resident`` bytes of layers and head are."""
+        whole, pageable = self.base(itemsize, distinct), self.pageable(itemsize)
+        rest = whole.all - pageable.all
+        return Base(resident, rest, resident + rest - whole.anonymous)
 
 
 @dataclass(frozen=True)
@@ -174,16 +192,18 @@ def plan_run(
         config = _fitted(config, facts, model, machine, sequences, packs, free)
     ranks = ranks_of(config, model.shape)
     trained = adapter_parameters(model.shape, ranks)
-    itemsize = ITEMSIZE[config.compute_dtype]
+    itemsize, dropout = ITEMSIZE[config.compute_dtype], config.lora_dropout > 0
     base = model.base(itemsize, facts.distinct)
+    together = config.gradient_accumulation_steps if layer_by_layer(config) else 1
     if free is None:
         free = free_for(config)
     free -= base.anonymous + 4 * trained
 
     def policy_for(tokens: int) -> Policy:
         rows = max(config.rows_a_pass * sequences, -(-tokens // facts.longest))
-        costs = layer_costs(model.shape, ranks, facts.longest, rows, itemsize)
-        return activations.decide(costs, trained, free, rows, recompute=config.gradient_checkpointing)
+        costs = layer_costs(model.shape, ranks, facts.longest, rows, itemsize, dropout)
+        recompute = config.gradient_checkpointing
+        return activations.decide(costs, trained, free, rows, recompute, model.pageable(itemsize), together)
 
     packed = packing_of(config, facts, packs, config.max_length)
     policy = None
@@ -199,12 +219,27 @@ def plan_run(
     steps = steps_of(config, facts)
     largest = packed.tokens if packed else config.rows_a_pass * sequences * facts.longest
     largest_trained = round(work.trained * largest / work.tokens) if work.tokens else 0
-    dropout = config.lora_dropout > 0
-    memory = memory_of(model.shape, ranks, base, policy, largest, largest_trained, config.optimizer, dropout, itemsize)
+    layer_major = policy.paged is not None and policy.kept == 0 and together > 1
+    memory = memory_of(
+        model.shape,
+        ranks,
+        base if policy.paged is None else model.paged(policy.paged, itemsize, facts.distinct),
+        policy,
+        largest,
+        largest_trained,
+        config.optimizer,
+        dropout,
+        itemsize,
+        together if layer_major else 1,
+    )
     again = policy.offloaded + policy.recomputed
     tensors = adapter_tensors(ranks)
     options = {"recomputed": again, "dropout": dropout, "parameters": trained, "tensors": tensors}
     step = step_time(machine.rates, model.shape, ranks, work, passes, **options)  # type: ignore[arg-type]
+    if policy.paged is not None:
+        rounds = 1 if layer_major else passes
+        read = disk_seconds(model.pageable(itemsize).all, policy.paged, machine.rates.disk)
+        step = dataclasses.replace(step, disk=max(rounds * read - step.seconds, 0.0))
     if reference:
         more = step_time(machine.rates, model.shape, ranks, work, passes, backward=False)
         step = dataclasses.replace(step, base=step.base + more.seconds)
@@ -214,6 +249,11 @@ def plan_run(
         packed=packed.tokens if packed else None, work=work, passes=passes, evaluations=evaluations, trained=trained,
         disk=_disk(config, memory, base, model, steps),
     )  # fmt: skip
+
+
+def layer_by_layer(config: TrainConfig) -> bool:
+    """Return whether the micro-batches of a step may go together through a base that is paged, as the run has it."""
+    return config.task == "lm" and config.method == "sft" and config.processes == 1
 
 
 def free_for(config: TrainConfig) -> int:

@@ -215,6 +215,7 @@ def memory_of(
     optimizer: str,
     dropout: bool = False,
     itemsize: int = 2,
+    together: int = 1,
 ) -> Memory:
     """Return the memory of a step at its peak.
 
@@ -228,12 +229,13 @@ def memory_of(
         optimizer: its name.
         dropout: whether LoRA's input loses values.
         itemsize: bytes of a value of the compute dtype.
+        together: micro-batches that go through a paged base layer by layer, whose inputs wait together.
     """
     sizes = [n for layer in ranks for x in shape.linears for n in _sizes(x.inputs, x.outputs, layer.get(x.path, 0))]
     parameters = sum(sizes)
     layers = [pooled_layer(shape, ranks[i], tokens, i == 0, shape.rotated[i], itemsize) for i in range(shape.layers)]
     again = policy.offloaded + policy.recomputed
-    inputs = policy.recomputed * pooled(tokens * shape.hidden * itemsize)
+    inputs = together * policy.recomputed * pooled(tokens * shape.hidden * itemsize)
     kept = sum(layers[again:])
     layer, head = at_work(shape, tokens, trained, itemsize, dropout)
     end = kept + max(head, layer)
