@@ -8,6 +8,7 @@ import pytest
 
 from halfbyte.errors import InputError
 from halfbyte.memory import anonymous_memory, mapped_memory, peak_anonymous_memory
+from halfbyte.plan.estimate import DoesNotFitError
 from halfbyte.runs.events import Note, Stage
 from halfbyte.train import TrainConfig, fine_tune, prediction, run
 
@@ -51,7 +52,7 @@ def test_what_is_near_the_limit_goes_on(options: dict[str, Any], monkeypatch: py
     def plan_run(*_: Any, free: int | None = None, **__: Any) -> None:
         tried.append(free)
         if free is None:
-            raise InputError("does not fit.")
+            raise DoesNotFitError("does not fit.")
 
     monkeypatch.setattr(prediction, "plan_run", plan_run)
     config = TrainConfig(**options)

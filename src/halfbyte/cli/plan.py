@@ -75,7 +75,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
 
 def _plan(config: TrainConfig, own: dict[str, Any], limit: float | None) -> None:
     from halfbyte.plan import advice, calibrate, words
-    from halfbyte.plan.estimate import look_at, plan_run
+    from halfbyte.plan.estimate import DoesNotFitError, look_at, plan_run
     from halfbyte.plan.gpus import card_named
     from halfbyte.plan.picture import draw
     from halfbyte.plan.ranks import ranks_of
@@ -98,7 +98,7 @@ def _plan(config: TrainConfig, own: dict[str, Any], limit: float | None) -> None
     options["machine"] = machine
     try:
         found = plan_run(config, **options)
-    except InputError as error:
+    except DoesNotFitError as error:
         raise advice.refusal(config, error, **options) from None
     told = words.lines(found)
     told += words.limit_lines(advice.limits(found.config, **options), found)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.errors import InputError, size_text
-from halfbyte.plan.estimate import Plan, plan_run, with_batch
+from halfbyte.plan.estimate import DoesNotFitError, Plan, plan_run, with_batch
 from halfbyte.plan.rows import RowFacts, full_rows
 from halfbyte.runs.config import TrainConfig
 
@@ -98,7 +98,7 @@ def faster(plan: Plan, **options: Any) -> list[Advice]:
     for flags, tried in candidates:
         try:
             found.append(Advice(flags, plan_run(tried, **options)))
-        except InputError:
+        except DoesNotFitError:
             continue
     better = [advice for advice in found if advice.plan.step.seconds < WORTH * plan.step.seconds]
     best_batch = min((a for a in better if "batch-size" in a.flags), key=lambda a: a.plan.step.seconds, default=None)
@@ -188,7 +188,7 @@ def _divisors(rows: int) -> list[int]:
 def _planned(config: TrainConfig, options: dict[str, Any]) -> Plan | None:
     try:
         return plan_run(config, **options)
-    except InputError:
+    except DoesNotFitError:
         return None
 
 

@@ -39,6 +39,10 @@ TOKENIZER = 5 * 2**20
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
+class DoesNotFitError(InputError):
+    """A run that memory has no room for."""
+
+
 @dataclass(frozen=True)
 class Model:
     """What is known of a base before it is loaded.
@@ -105,6 +109,7 @@ class Plan:
         evaluations: seconds of all evaluations.
         trained: parameters of the adapter.
         disk: bytes that the run writes, at most at a time.
+        imports: anonymous bytes of the process that planned, which a run's process has too.
     """
 
     config: TrainConfig
@@ -120,6 +125,7 @@ class Plan:
     evaluations: float
     trained: int
     disk: int
+    imports: int
 
     @property
     def seconds(self) -> float | None:
@@ -183,7 +189,8 @@ def plan_run(
             as the run would find.
 
     Raises:
-        InputError: nothing fits; told with what would.
+        DoesNotFitError: nothing fits.
+        InputError: the options say something else than the model has.
     """
     model = model or look_at(config)
     facts = facts or full_rows(length or config.max_length)
@@ -203,14 +210,17 @@ def plan_run(
         rows = max(config.rows_a_pass * sequences, -(-tokens // facts.longest))
         costs = layer_costs(model.shape, ranks, facts.longest, rows, itemsize, dropout)
         recompute = config.gradient_checkpointing
-        return activations.decide(costs, trained, free, rows, recompute, model.pageable(itemsize), together)
+        try:
+            return activations.decide(costs, trained, free, rows, recompute, model.pageable(itemsize), together)
+        except InputError as error:
+            raise DoesNotFitError(str(error)) from None
 
     packed = packing_of(config, facts, packs, config.max_length)
     policy = None
     if packed:
         try:
             policy = policy_for(packed.tokens)
-        except InputError:
+        except DoesNotFitError:
             policy = None
         if policy is None or (policy.offloaded + policy.recomputed and config.gradient_checkpointing is None):
             packed, policy = packing_of(config, facts, packs, facts.longest), None
@@ -248,6 +258,7 @@ def plan_run(
         config=config, model=model, machine=machine, policy=policy, memory=memory, step=step, steps=steps,
         packed=packed.tokens if packed else None, work=work, passes=passes, evaluations=evaluations, trained=trained,
         disk=_disk(config, memory, base, model, steps),
+        imports=anonymous_memory(),
     )  # fmt: skip
 
 
@@ -280,7 +291,7 @@ def _fitted(
             plan = plan_run(
                 tried, facts=facts, model=model, machine=machine, sequences=sequences, packs=packs, free=free
             )
-        except InputError:
+        except DoesNotFitError:
             continue
         if config.gradient_checkpointing is not None or not plan.policy.offloaded + plan.policy.recomputed:
             return tried

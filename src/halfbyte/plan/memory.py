@@ -33,6 +33,8 @@ NESTED = 256
 """Block constants that share one of the second level."""
 PROCESS = 55 * 2**20
 """Bytes of a run whatever its size."""
+UNUSED = 48 * 2**20
+"""Bytes of the pool that lie unused at the peak; it may have 64 MiB so (:data:`halfbyte.kernels.pool.SLACK`)."""
 PER_LAYER = 2**19
 """Bytes of a layer's Python objects, PEFT's modules among them."""
 
@@ -241,7 +243,7 @@ def memory_of(
     end = kept + max(head, layer)
     rerun = layers[again - 1] + layer if again else 0
     state = state_bytes(sizes, optimizer)
-    unused = min(pool.SLACK, (kept + inputs + max(head, layer)) // 12)
+    unused = min(UNUSED, (kept + inputs + max(head, layer)) // 8)
     is_paged = optimizer.startswith("paged")
     return Memory(
         base=base.all,

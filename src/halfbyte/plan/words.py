@@ -42,8 +42,11 @@ def memory_lines(plan: Plan) -> list[str]:
     parts = {MEMORY[name]: size for name, size in memory.parts().items() if size}
     parts = {name + (where if name == MEMORY["base"] else ""): size for name, size in parts.items()}
     budget = plan.config.memory
-    head = f"Peak memory {size_text(memory.peak)}" + (f" of {size_text(budget)}" if budget else "")
-    told = [f"{head}, of it {size_text(memory.anonymous)} anonymous; beyond what the imports take"]
+    beside = f"; with them it may take {size_text(budget)}" if budget else ""
+    told = [
+        f"Peak memory {size_text(memory.peak)}, of it {size_text(memory.anonymous)} anonymous, beyond the "
+        f"{size_text(plan.imports)} that a process takes for its imports{beside}"
+    ]
     told += bars(parts)
     if memory.paged_state:
         told.append(f"Paged to the disk: {size_text(memory.paged_state)} of optimizer state")

@@ -17,7 +17,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf.trainers import distributed
 from halfbyte.memory import anonymous_memory, mapped_memory, peak_anonymous_memory
 from halfbyte.plan import advice, words
-from halfbyte.plan.estimate import Plan, free_for, look_at, plan_run
+from halfbyte.plan.estimate import DoesNotFitError, Plan, free_for, look_at, plan_run
 from halfbyte.plan.rows import facts_of
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.events import StepMetrics
@@ -58,17 +58,20 @@ class Prediction:
         options: dict[str, Any] = {"model": model, "facts": facts_of(rows), **of_method(config, method)}
         try:
             self.plan = plan_run(config, **options)
-        except InputError as error:
+        except DoesNotFitError as error:
             if _is_clear(config, options):
                 raise advice.refusal(config, error, **options) from None
+        except InputError:
+            return  # layers by names that the planner does not know; the run looks at the model itself
 
     def facts(self, steps: Sequence[StepMetrics]) -> dict[str, float]:
         """Return what was foretold and what the run took: bytes at the peak, seconds of a step (the median)."""
         seconds = step_seconds(steps)
         if self.plan is None or not seconds:
             return {}
-        # what a resident file weighs is the same in both: pages of the base that were touched
-        peak = peak_anonymous_memory() - self.begun + mapped_memory(".safetensors")
+        # of a base in 16 bits the pages that were read to quantize it are in memory too, until somebody wants the room
+        resident = min(mapped_memory(".safetensors"), self.plan.memory.base_mapped)
+        peak = peak_anonymous_memory() - self.begun + resident
         return {
             "foretold_peak_bytes": self.plan.memory.peak,
             "peak_bytes": peak,
@@ -100,6 +103,6 @@ def _is_clear(config: TrainConfig, options: dict[str, Any]) -> bool:
     """Return whether a run would not fit with some more memory either."""
     try:
         plan_run(config, **options, free=int(MARGIN * max(free_for(config), 0)))
-    except InputError:
+    except DoesNotFitError:
         return True
     return False
