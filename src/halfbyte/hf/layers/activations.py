@@ -184,6 +184,7 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             output = forward(*args)
         kept = sum(storage.nbytes() for storage in held.values())
+        held.clear()  # autograd keeps the hook, and it this, as long as the graph lives
         given = sum(x.nbytes for x in args if isinstance(x, Tensor))
         found.append(Costs(kept * batch_size, given * batch_size, draws_between(random, torch.get_rng_state())))
         return output
