@@ -27,6 +27,41 @@ def anonymous_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def peak_anonymous_memory() -> int:
+    """Return the most bytes without a file that this process has had: its peak, less the files' pages that it has now.
+
+    Files' pages come and seldom go; where the system does not tell a peak, it is what there is now.
+    """
+    told = _status("VmHWM", "RssFile", "RssShmem")
+    return max(told[0] - told[1] - told[2], anonymous_memory()) if told else anonymous_memory()
+
+
+def mapped_memory(ending: str) -> int:
+    """Return the bytes in memory of mapped files whose names have this ending; 0 where the system does not tell."""
+    inside, found = False, 0
+    try:
+        text = Path("/proc/self/smaps").read_text(errors="replace")
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line[:1].isdigit() or line[:1] in "abcdef":  # a mapping's addresses; its figures begin with a capital
+            inside = line.endswith(ending)
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def _status(*names: str) -> list[int] | None:
+    """Return figures of ``/proc/self/status`` in bytes, or None where one of them is not there."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in names:
+                found[name] = int(value.split()[0]) * 1024
+    return [found[name] for name in names] if len(found) == len(names) else None
+
+
 def resident_memory() -> int:
     """Return the bytes of this process that are in memory, mapped files included; takes microseconds on Linux."""
     try:

@@ -37,6 +37,7 @@ from halfbyte.cli import (
     machine,
     merge,
     models,
+    plan,
     push,
     qlora,
     resume,
@@ -64,6 +65,7 @@ adapters = typer.Typer(help="Look at adapters, and make adapters of adapters.")
 shown_runs = typer.Typer(cls=runs.RunsGroup, help="List runs (runs FOLDER), or put some beside each other.")
 
 app.command(cls=DataCommand)(train.train)
+app.command()(plan.plan)
 app.command()(resume.resume)
 app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
 app.command()(convert.convert_config)

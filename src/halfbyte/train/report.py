@@ -42,6 +42,8 @@ class Summary:
         evaluation_best: what the best one has measured, by ``metric_for_best``, of those after the first step.
         best_step: the step of the best one; 0 without one.
         adapter_step: the step whose adapter lies in the run folder.
+        foretold: what was foretold before loading, beside what the run took: bytes at the peak and seconds of a step
+            (:mod:`halfbyte.train.prediction`); empty where nothing was.
     """
 
     steps: int
@@ -60,6 +62,7 @@ class Summary:
     best_step: int = 0
     adapter_step: int = 0
     peak_gpu_memory_bytes: int = 0
+    foretold: dict[str, float] = field(default_factory=dict)
 
 
 def describe_data(rows: Prepared, seed: int = 0) -> DataSummary:
@@ -93,6 +96,7 @@ def summarize(
     evaluations: Sequence[Evaluation] = (),
     metric: str = "loss",
     adapter_step: int | None = None,
+    foretold: dict[str, float] | None = None,
 ) -> Summary:
     """Return the summary of a run.
 
@@ -103,6 +107,7 @@ def summarize(
         evaluations: of the run, in order.
         metric: by which the best of them is told.
         adapter_step: the step whose adapter is kept; None: the last one.
+        foretold: what was foretold, beside what the run took.
     """
     last, ending = steps[-1], steps[-LOSS_STEPS:]
     best = best_of(evaluations, metric)
@@ -123,6 +128,7 @@ def summarize(
         best_step=best.step if best else 0,
         adapter_step=last.step if adapter_step is None else adapter_step,
         peak_gpu_memory_bytes=max(step.gpu_memory_bytes for step in steps),
+        foretold=foretold or {},
     )
 
 

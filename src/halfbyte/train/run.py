@@ -46,6 +46,7 @@ from halfbyte.train.fingerprints import check_resumed, fingerprint_of, keep_with
 from halfbyte.train.inputs import digests
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
+from halfbyte.train.prediction import Prediction
 from halfbyte.train.report import Summary, describe_data, plot_loss, summarize
 from halfbyte.train.rows import opened_tokenizer, prepared
 from halfbyte.train.saving import SaveByTime
@@ -109,6 +110,7 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
             if checkpoint:
                 folder.compare_inputs(inputs)
             begun_as, config = config, worlds.as_begun(config, folder, note) if checkpoint else config
+            prediction = None if checkpoint else Prediction(config, method, rows)
             beginning = Beginning(config, added, rows.train.rows, collator(tokenizer), checkpoint)
             model = _load(config, beginning, tokenizer, rows, tell)
             base = fingerprint_of(model, config)
@@ -150,11 +152,12 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
                 note(told)
             if not best.is_over:
                 raise Interrupted(trainer.state.global_step, folder.path)
+            foretold = prediction.tell(steps.made, note) if prediction else {}
         kept = best.deliver(heard.evaluations)
         trained = hf.count_parameters(model)[0]
         facts = (rows.train.counts, trained, heard.evaluations, config.metric_for_best, kept)
         with distributed.first_writes() as writes:  # the others know none of the steps of before
-            own = summarize(steps.made, *facts) if writes else None
+            own = summarize(steps.made, *facts, foretold=foretold) if writes else None
         [summary, *_] = distributed.gather(own)
         _finish(folder, config, trainer, tokenizer, steps, summary, report)
     return RunResult(folder.path, summary)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 import halfbyte
@@ -126,3 +127,14 @@ def test_the_input_of_a_layer_leaves_memory_when_it_is_offloaded(
     gc.collect()
     assert (inputs[0]() is None) == offloaded
     assert output.last_hidden_state.requires_grad
+
+
+def test_measuring_holds_one_layer_at_a_time(tiny_model_folder: Path) -> None:
+    model = model_of(tiny_model_folder)
+    first, second = activations.recomputable_layers(model)
+    saved: list[StorageWeakRef] = []
+    gone: list[bool] = []
+    first.mlp.gate_proj.register_forward_hook(lambda _, __, y: saved.append(StorageWeakRef(y.untyped_storage())))
+    second.register_forward_pre_hook(lambda *_: gone.append(saved[0].expired()))
+    activations.measure(model, length=24, batch_size=1)
+    assert gone == [True]

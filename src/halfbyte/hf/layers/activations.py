@@ -184,6 +184,7 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             output = forward(*args)
         kept = sum(storage.nbytes() for storage in held.values())
+        held.clear()  # autograd keeps the hook, and it this, as long as the graph lives
         given = sum(x.nbytes for x in args if isinstance(x, Tensor))
         found.append(Costs(kept * batch_size, given * batch_size, draws_between(random, torch.get_rng_state())))
         return output
@@ -247,12 +248,41 @@ def plan(
     Raises:
         InputError: nothing fits.
     """
-    base = base or Base()
-    layers = measure(model, length, batch_size)
-    fixed = WORKSPACE + BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     disk = next(model.parameters()).device.type == "cpu"
-    if not disk:
-        fixed += gpu_workspace(model)
+    more = 0 if disk else gpu_workspace(model)
+    return decide(measure(model, length, batch_size), trained, free, batch_size, recompute, base, passes, more, disk)
+
+
+def decide(
+    layers: Sequence[Costs],
+    trained: int,
+    free: int,
+    batch_size: int,
+    recompute: bool | None = None,
+    base: Base | None = None,
+    passes: int = 1,
+    more: int = 0,
+    disk: bool = True,
+) -> Policy:
+    """Choose a policy for layers whose costs are known, as :func:`plan` does; the planner knows them by a formula.
+
+    Args:
+        layers: what each holds.
+        trained: parameters that are trained.
+        free: as for :func:`plan`, with the next four.
+        batch_size: sequences per forward pass.
+        recompute: all layers, none, or as memory decides.
+        base: what of the model lies in files.
+        passes: that may go through a paged base together.
+        more: bytes that a step takes beside :data:`WORKSPACE`.
+        disk: whether inputs may wait on the disk.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    base = base or Base()
+    fixed = WORKSPACE + BYTES_PER_TRAINED * trained + more
 
     def chosen(layers: Sequence[Costs], fixed: int, again: bool = False) -> Policy:
         if recompute is None:

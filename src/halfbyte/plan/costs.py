@@ -1,0 +1,104 @@
+"""What a decoder layer keeps between its passes, by a formula: what each operation of a fused layer saves.
+
+A layer of ``T`` tokens keeps (bytes; ``s`` is the compute dtype's, 2 in bf16; in the order of the layer):
+
+    norm            its argument, T H s, and one number a row, 4 T             (halfbyte.nn.norm)
+    projections     u, T s for each rank; what they read is a norm's argument   (halfbyte.nn.lora)
+    head norms      queries and keys before them, and a number for each head
+    rotary          cosines and sines, 2 s for each value of a head that is turned
+    attention       queries, keys, values, its result, T s (2 Q + 2 K); its log-sum-exp, 4 for each head and token;
+                    ranges, 8 T                                                 (halfbyte.nn.attention)
+    gated           gate and up, 2 T I s; what the last projection reads is made of them again
+
+Norms around attention and MLP (Gemma) keep their results' arguments too; norms behind them (OLMo 2) leave projections
+that read the residual stream itself. The first layer's first norm runs without autograd: nothing before it is trained.
+
+:func:`halfbyte.hf.layers.activations.measure` counts the same on a loaded model; tests hold one to the other, byte for
+byte.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from halfbyte.hf.layers.activations import Costs
+from halfbyte.plan.shape import GATES, QKV, Linear, Shape
+
+FLOAT = 4
+"""Bytes of a value of fp32."""
+
+
+def layer_costs(
+    shape: Shape, ranks: Sequence[Mapping[str, int]], length: int, batch: int, itemsize: int = 2, dropout: bool = False
+) -> list[Costs]:
+    """Return what each layer holds, first to last, as :func:`halfbyte.hf.layers.activations.measure` would find.
+
+    Args:
+        shape: of the model.
+        ranks: of each layer, the rank of LoRA on each of its linears, by path; those that are not named have none.
+        length: tokens of a sequence.
+        batch: sequences.
+        itemsize: bytes of a value of the compute dtype.
+        dropout: whether LoRA's input loses values, for which each operation draws a seed.
+    """
+    return [
+        Costs(
+            batch * kept_bytes(shape, ranks[index], length, index == 0, shape.rotated[index], itemsize),
+            batch * length * shape.hidden * itemsize,
+            sum(any(x.path in ranks[index] for x in group) for group in shape.groups) if dropout else 0,
+        )
+        for index in range(shape.layers)
+    ]
+
+
+def kept_bytes(
+    shape: Shape, ranks: Mapping[str, int], length: int, first: bool, rotated: bool, itemsize: int = 2
+) -> int:
+    """Return what one layer keeps of one sequence of ``length`` tokens; arguments as for :func:`layer_costs`.
+
+    Args:
+        shape: of the model.
+        ranks: of the layer.
+        length: tokens.
+        first: whether nothing before the layer is trained.
+        rotated: whether queries and keys are turned.
+        itemsize: bytes of a value.
+    """
+    wide = length * itemsize
+    hidden = wide * shape.hidden
+    kept = wide * sum(ranks.values()) + _norms(shape, ranks, length, first, hidden)
+    kept += _heads(shape, length, rotated, itemsize)
+    kept += 2 * wide * shape.inner
+    return kept
+
+
+def _norms(shape: Shape, ranks: Mapping[str, int], length: int, first: bool, hidden: int) -> int:
+    """What norms and residual sums keep, and what projections read of them."""
+    adapted = {name for name, rank in ranks.items() if rank}
+    row = FLOAT * length  # one number a row
+    reads = [any(_is(linear, names) and linear.path in adapted for linear in shape.linears) for names in (QKV, GATES)]
+    if shape.plain_norms:  # torch's, of fp32 values, with mean and deviation; their results are kept to be read
+        once = FLOAT * length * shape.hidden + 2 * row
+        return (0 if first else once) + once + sum(hidden for read in reads if read)
+    if shape.norms == "after":
+        return 2 * (hidden + row) + sum(hidden for read in reads if read)
+    norms = 4 if shape.norms == "around" else 2
+    spared = row + (0 if reads[0] else hidden) if first else 0
+    return norms * (hidden + row) - spared
+
+
+def _heads(shape: Shape, length: int, rotated: bool, itemsize: int) -> int:
+    """What rotation and attention keep."""
+    wide = length * itemsize
+    values = wide * shape.keys
+    if any(linear.name == "qkv_proj" for linear in shape.linears):  # one result, of which the values are a part
+        values = wide * (shape.queries + 2 * shape.keys)
+    kept = wide * (2 * shape.queries + shape.keys) + values + FLOAT * length * shape.heads + 2 * FLOAT * length
+    if rotated:
+        kept += 2 * length * shape.turned * (shape.angle_bytes or itemsize)
+    if shape.head_norms:
+        numbers = shape.heads + shape.kv_heads if shape.head_norms == "head" else 2
+        kept += wide * (shape.queries + shape.keys) + FLOAT * length * numbers
+    return kept
+
+
+def _is(linear: Linear, names: Sequence[str]) -> bool:
+    return linear.name in names

@@ -1,0 +1,263 @@
+"""What a run holds at the peak of a step, by part.
+
+Peak means here the anonymous memory of the process beyond what it has after its imports, and the pages of the base's
+files that stay in memory (``base``, file-backed: clean, shared by processes, dropped by the system before anything is
+killed). Paged optimizer state lies in a file too and is told apart, among what is on the disk.
+
+    base        codes N / 2, block constants N / 64 and 4 N / 16384 (NF4, blocks of 64, double quantization); 2 bytes
+                for each value of embeddings, head, norms, biases; of untied embeddings the rows that the data has
+    adapter     4 bytes a parameter, and 4 of its gradient; the optimizer's state where it is not paged
+    kept        what layers keep (:mod:`halfbyte.plan.costs`) in the blocks of the pool (:mod:`halfbyte.kernels.pool`),
+                which rounds each large tensor up to an eighth of a power of two; of recomputed layers their inputs
+    work        the larger of a layer's backward and the output head, beyond what is kept
+    process     what the run takes whatever its size: tokenizer, tables, the trainer's objects, gaps in the heap, and
+                what the pool may hold unused
+
+The peak is at the end of the forward or where the last recomputed layer, the nearest to the head, is run again.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.hf.layers.activations import Policy
+from halfbyte.kernels import pool
+from halfbyte.nn.cross_entropy import ROWS, WIDTH
+from halfbyte.optim.adamw import BLOCKSIZE as MOMENT_BLOCK
+from halfbyte.optim.adamw import SMALLEST_8BIT
+from halfbyte.plan.costs import FLOAT, kept_bytes
+from halfbyte.plan.shape import Shape
+
+NESTED = 256
+"""Block constants that share one of the second level."""
+PROCESS = 55 * 2**20
+"""Bytes of a run whatever its size."""
+UNUSED = 48 * 2**20
+"""Bytes of the pool that lie unused at the peak; it may have 64 MiB so (:data:`halfbyte.kernels.pool.SLACK`)."""
+PER_LAYER = 2**19
+"""Bytes of a layer's Python objects, PEFT's modules among them."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The bytes of a base model.
+
+    Attributes:
+        quantized: codes and block constants, or the dense weights where nothing is quantized.
+        dense: embeddings, output head, norms, biases.
+        mapped: how many of all these lie in files that are mapped; the others are anonymous memory.
+    """
+
+    quantized: int
+    dense: int
+    mapped: int
+
+    @property
+    def all(self) -> int:
+        """All bytes."""
+        return self.quantized + self.dense
+
+    @property
+    def anonymous(self) -> int:
+        """Those that no file backs."""
+        return self.all - self.mapped
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step, by part.
+
+    Attributes:
+        base: of the model, as far as it is in memory (``base_resident``); anonymous or mapped.
+        base_mapped: of these the ones that a file backs.
+        adapter: its parameters.
+        gradients: of them.
+        state: of the optimizer, where it is not paged.
+        kept: activations of layers that keep them.
+        inputs: of layers that are recomputed.
+        work: of a layer's backward or of the output head.
+        process: of the run, whatever its size.
+        paged_state: of the optimizer, in a file; not part of the peak.
+    """
+
+    base: int
+    base_mapped: int
+    adapter: int
+    gradients: int
+    state: int
+    kept: int
+    inputs: int
+    work: int
+    process: int
+    paged_state: int = 0
+
+    def parts(self) -> dict[str, int]:
+        """Return the parts of the peak by their names."""
+        names = ("base", "adapter", "gradients", "state", "kept", "inputs", "work", "process")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def peak(self) -> int:
+        """Anonymous memory above the imports, and the resident base."""
+        return sum(self.parts().values())
+
+    @property
+    def anonymous(self) -> int:
+        """What of the peak no file backs."""
+        return self.peak - self.base_mapped
+
+
+def base_bytes(
+    shape: Shape,
+    quant_type: str,
+    blocksize: int | str | None,
+    double_quant: bool,
+    itemsize: int = 2,
+    distinct: int | None = None,
+) -> tuple[int, int]:
+    """Return the bytes of a base's quantized weights and of what stays dense.
+
+    Args:
+        shape: of the model.
+        quant_type: number format of its linears.
+        blocksize: values that share a constant; ``row``: a row of them.
+        double_quant: whether constants are quantized too.
+        itemsize: bytes of a dense value.
+        distinct: different tokens of the data, of which alone untied embeddings are read; None: all.
+    """
+    quantized = sum(weight_bytes(x.outputs, x.inputs, quant_type, blocksize, double_quant) for x in shape.linears)
+    read = shape.vocabulary if distinct is None else min(distinct, shape.vocabulary)
+    embeddings = (shape.vocabulary + (0 if shape.tied else read)) * shape.hidden
+    return shape.layers * quantized, itemsize * (embeddings + shape.norm_weights + shape.biases)
+
+
+def weight_bytes(rows: int, columns: int, quant_type: str, blocksize: int | str | None, double_quant: bool) -> int:
+    """Return the bytes of one weight: codes and constants, as they lie in files and in memory."""
+    values = rows * columns
+    if quant_type == "none":
+        return 2 * values
+    blocks = rows if blocksize == "row" else -(-values // int(blocksize or 64))
+    if quant_type == "int8":
+        return values + FLOAT * blocks
+    return -(-values // 2) + (blocks + FLOAT * -(-blocks // NESTED) if double_quant else FLOAT * blocks)
+
+
+def state_bytes(sizes: Sequence[int], optimizer: str) -> int:
+    """Return the bytes of an optimizer's state over tensors of these ``sizes``; of transformers' about."""
+    moments = 1 if "lion" in optimizer else 2
+    if optimizer in ("sgd", "adafactor"):
+        return 0
+    if optimizer in ("rmsprop", "adagrad"):
+        return FLOAT * sum(sizes)
+    if not optimizer.endswith("8bit"):
+        return FLOAT * moments * sum(sizes)
+    return sum(
+        moments * (size * FLOAT if size < SMALLEST_8BIT else size + FLOAT * -(-size // MOMENT_BLOCK)) for size in sizes
+    )
+
+
+def pooled(count: int) -> int:
+    """Return what a tensor of ``count`` bytes takes, in the pool or in the heap where it is small.
+
+    A block of the pool is rounded up to an eighth of a power of two. Its last huge page is in memory whole, since the
+    mappings of neighbouring blocks are one to the system.
+    """
+    if count < pool.SMALLEST:
+        return count
+    step = 1 << max((count - 1).bit_length() - 4, 12)
+    size = -(-count // step) * step
+    return -(-size // pool.HUGE_PAGE) * pool.HUGE_PAGE if huge_pages() else size
+
+
+@functools.cache
+def huge_pages() -> bool:
+    """Return whether the system gives huge pages to whom asks for them."""
+    try:
+        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+
+
+def pooled_layer(shape: Shape, ranks: Mapping[str, int], tokens: int, first: bool, rotated: bool, itemsize: int) -> int:
+    """Return what a layer keeps for ``tokens`` in all, each of its tensors that lie in the pool rounded as that does.
+
+    The residual stream, ranks and numbers a row are torch's own tensors.
+    """
+    exact = kept_bytes(shape, ranks, tokens, first, rotated, itemsize)
+    gates = [2 * shape.inner] if any(x.name == "gate_up_proj" for x in shape.linears) else [shape.inner, shape.inner]
+    joined = any(x.name == "qkv_proj" for x in shape.linears)
+    heads = [shape.queries, shape.queries, shape.keys]
+    heads += [shape.queries + 2 * shape.keys] if joined else [shape.keys]
+    heads += [shape.queries, shape.keys] if shape.head_norms else []
+    norms = [shape.hidden] * {"before": 1, "around": 3, "after": 2}[shape.norms]
+    sizes = [tokens * width * itemsize for width in (*norms, *heads, *gates)]
+    return exact + sum(pooled(size) - size for size in sizes)
+
+
+def at_work(shape: Shape, tokens: int, trained: int, itemsize: int, dropout: bool) -> tuple[int, int]:
+    """Return what a layer's backward and what the output head take beside what is kept."""
+    wide, narrow = (pooled(tokens * width * itemsize) for width in (shape.inner, shape.hidden))
+    layer = 3 * wide + 3 * narrow
+    if dropout:
+        layer += 3 * tokens * max(shape.inner, shape.hidden) * itemsize
+    rows = min(trained, ROWS)
+    chunk = rows * (shape.hidden * (2 * FLOAT + 2 * FLOAT + itemsize) + min(WIDTH, shape.vocabulary) * itemsize)
+    head = 2 * narrow + 2 * trained * shape.hidden * itemsize + chunk
+    return layer, head
+
+
+def memory_of(
+    shape: Shape,
+    ranks: Sequence[Mapping[str, int]],
+    base: Base,
+    policy: Policy,
+    tokens: int,
+    trained: int,
+    optimizer: str,
+    dropout: bool = False,
+    itemsize: int = 2,
+    together: int = 1,
+) -> Memory:
+    """Return the memory of a step at its peak.
+
+    Args:
+        shape: of the model.
+        ranks: of LoRA, by layer.
+        base: of the model, as far as it is in memory.
+        policy: what layers keep.
+        tokens: of the largest pass.
+        trained: those with a label.
+        optimizer: its name.
+        dropout: whether LoRA's input loses values.
+        itemsize: bytes of a value of the compute dtype.
+        together: micro-batches that go through a paged base layer by layer, whose inputs wait together.
+    """
+    sizes = [n for layer in ranks for x in shape.linears for n in _sizes(x.inputs, x.outputs, layer.get(x.path, 0))]
+    parameters = sum(sizes)
+    layers = [pooled_layer(shape, ranks[i], tokens, i == 0, shape.rotated[i], itemsize) for i in range(shape.layers)]
+    again = policy.offloaded + policy.recomputed
+    inputs = together * policy.recomputed * pooled(tokens * shape.hidden * itemsize)
+    kept = sum(layers[again:])
+    layer, head = at_work(shape, tokens, trained, itemsize, dropout)
+    end = kept + max(head, layer)
+    rerun = layers[again - 1] + layer if again else 0
+    state = state_bytes(sizes, optimizer)
+    unused = min(UNUSED, (kept + inputs + max(head, layer)) // 8)
+    is_paged = optimizer.startswith("paged")
+    return Memory(
+        base=base.all,
+        base_mapped=base.mapped,
+        adapter=FLOAT * parameters,
+        gradients=FLOAT * parameters,
+        state=0 if is_paged else state,
+        kept=kept,
+        inputs=inputs,
+        work=max(end, rerun) - kept,
+        process=PROCESS + PER_LAYER * shape.layers + unused,
+        paged_state=state if is_paged else 0,
+    )
+
+
+def _sizes(inputs: int, outputs: int, rank: int) -> tuple[int, ...]:
+    return (rank * inputs, rank * outputs) if rank else ()

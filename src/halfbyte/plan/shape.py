@@ -1,0 +1,228 @@
+"""What a model is to the planner: the sizes of its layers, from its configuration alone.
+
+The model is built on torch's meta device, where tensors have shapes and no memory, and looked at: so a hub id whose
+configuration is here, a folder and a configuration that nobody has weights for are all the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from halfbyte.errors import InputError, named
+from halfbyte.hf.layers.families import FAMILIES, Family, recognise
+
+QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+GATES = ("gate_proj", "up_proj", "gate_up_proj")
+SHARED = (QKV, GATES)
+"""Projections that are one operation, since they read one input (:mod:`halfbyte.hf.layers.fusion`)."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of each decoder layer.
+
+    Attributes:
+        name: its last name, such as ``q_proj``.
+        path: within the decoder layer, such as ``self_attn.q_proj``.
+        inputs: values that it reads a token.
+        outputs: values that it writes a token.
+        bias: whether it adds one.
+    """
+
+    name: str
+    path: str
+    inputs: int
+    outputs: int
+    bias: bool
+
+    @property
+    def weights(self) -> int:
+        """Values of the weight."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of a family whose layers are fused.
+
+    Attributes:
+        family: its name in :data:`halfbyte.hf.layers.families.FAMILIES`.
+        norms: where a layer has its norms: ``before``, ``around`` or ``after`` attention and MLP.
+        plain_norms: whether they are LayerNorms without weights (OLMo), which are torch's.
+        prefix: of the layers' names, such as ``model.layers``.
+        layers: how many.
+        linears: of each layer.
+        hidden: width of the residual stream.
+        inner: width within the MLP.
+        heads: of queries.
+        kv_heads: of keys and of values.
+        head_dim: values of a head.
+        head_norms: whether queries and keys are normalized, ``head`` by head, ``all`` heads together, or not (None).
+        turned: values of a head that rotary embedding turns.
+        angle_bytes: of a cosine, where that is not the compute dtype's (fp32 in OLMo), else 0.
+        rotated: of each layer, whether it turns queries and keys.
+        windows: of each layer, the keys before its own that a query reads, or None for all.
+        vocabulary: rows of the embeddings.
+        tied: whether the output head is the embeddings.
+        norm_weights: values of all norms.
+        most_positions: tokens that the configuration allows, or None.
+    """
+
+    family: str
+    norms: str
+    plain_norms: bool
+    prefix: str
+    layers: int
+    linears: tuple[Linear, ...]
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_norms: str | None
+    turned: int
+    angle_bytes: int
+    rotated: tuple[bool, ...]
+    windows: tuple[int | None, ...]
+    vocabulary: int
+    tied: bool
+    norm_weights: int
+    most_positions: int | None = None
+
+    @property
+    def linear_weights(self) -> int:
+        """Values of all weights that are quantized: those of the layers' linears."""
+        return self.layers * sum(linear.weights for linear in self.linears)
+
+    @property
+    def embedding_weights(self) -> int:
+        """Values of embeddings and output head, which stay in 16 bits; once where they are tied."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def biases(self) -> int:
+        """Values of the linears' biases."""
+        return self.layers * sum(linear.outputs for linear in self.linears if linear.bias)
+
+    @property
+    def parameters(self) -> int:
+        """All of the model's parameters."""
+        return self.linear_weights + self.embedding_weights + self.biases + self.norm_weights
+
+    @property
+    def groups(self) -> list[tuple[Linear, ...]]:
+        """The linears by the operations that compute them."""
+        grouped: list[tuple[Linear, ...]] = []
+        for names in SHARED:
+            together = tuple(linear for linear in self.linears if linear.name in names)
+            grouped += [together] if together else []
+        known = {name for names in SHARED for name in names}
+        return grouped + [(linear,) for linear in self.linears if linear.name not in known]
+
+    @property
+    def queries(self) -> int:
+        """Values of a token's queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Values of a token's keys."""
+        return self.kv_heads * self.head_dim
+
+
+def shape_of(config: Any, name: str = "The model") -> Shape:
+    """Return the shape of the model that a configuration describes.
+
+    Args:
+        config: transformers'; of a causal language model.
+        name: what errors call the model.
+
+    Raises:
+        InputError: it is no decoder of a family whose layers are known.
+    """
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise _unknown(name, f"a {config.model_type} model, no decoder of language")
+    if getattr(config, "quantization_config", None) is not None:
+        config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return shape_from(model, name)
+
+
+def shape_from(model: Any, name: str = "The model") -> Shape:
+    """Return the shape of ``model``, which may lie on the meta device; as :func:`shape_of`."""
+    layers = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    kinds = {type(layer) for _, layer in layers}
+    if len(kinds) != 1 or next(iter(kinds)).__name__ not in FAMILIES or recognise(next(iter(kinds))) is None:
+        found = named(sorted(kind.__name__ for kind in kinds)) if kinds else "no decoder layer"
+        raise _unknown(name, f"{type(model).__name__} with {found}")
+    text = model.config.get_text_config()
+    family: Family = FAMILIES[next(iter(kinds)).__name__]
+    first: Any = layers[0][1]
+    linears = _linears(first)
+    if any(_linears(layer) != linears for _, layer in layers):
+        raise _unknown(name, f"{type(model).__name__}, whose layers are not all alike")
+    attention = first.self_attn
+    head_dim = int(attention.head_dim)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    inside = {id(parameter) for _, layer in layers for p in layer.modules() for parameter in _linear_parameters(p)}
+    outside = {id(embeddings.weight), id(head.weight)}
+    norm_weights = sum(p.numel() for p in model.parameters() if id(p) not in inside | outside)
+    q_norm = getattr(attention, "q_norm", None)
+    frequencies = [b for n, b in model.named_buffers() if n.endswith("inv_freq") and "original" not in n]
+    gate = next(linear for linear in linears if linear.name in GATES)
+    window = [_window(layer.self_attn, text, family) for _, layer in layers]
+    return Shape(
+        family=family.name,
+        norms=family.norms,
+        plain_norms=not list(getattr(first, "post_attention_layernorm", first).parameters(recurse=False)),
+        prefix=layers[0][0].rpartition(".")[0],
+        layers=len(layers),
+        linears=linears,
+        hidden=int(text.hidden_size),
+        inner=gate.outputs // (2 if gate.name == "gate_up_proj" else 1),
+        heads=int(text.num_attention_heads),
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        head_dim=head_dim,
+        head_norms=None if q_norm is None else "head" if q_norm.weight.numel() == head_dim else "all",
+        turned=2 * max((int(b.numel()) for b in frequencies), default=head_dim // 2),
+        angle_bytes=4 if family.fp32_angles else 0,
+        rotated=tuple(bool(getattr(layer.self_attn, "use_rope", True)) for _, layer in layers),
+        windows=tuple(window),
+        vocabulary=int(embeddings.weight.shape[0]),
+        tied=bool(getattr(text, "tie_word_embeddings", False)) or head.weight is embeddings.weight,
+        norm_weights=norm_weights,
+        most_positions=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def _unknown(name: str, what: str) -> InputError:
+    families = named(sorted({family.name for family in FAMILIES.values()}))
+    return InputError(f"{name} is {what}; steps are foretold of the families {families} alone.")
+
+
+def _linears(layer: nn.Module) -> tuple[Linear, ...]:
+    return tuple(
+        Linear(path.rpartition(".")[2], path, module.in_features, module.out_features, module.bias is not None)
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+
+
+def _linear_parameters(module: nn.Module) -> Sequence[nn.Parameter]:
+    return list(module.parameters(recurse=False)) if isinstance(module, nn.Linear) else []
+
+
+def _window(attention: Any, text: Any, family: Family) -> int | None:
+    own = family.extras(attention).get("sliding_window")
+    kinds = getattr(text, "layer_types", None)
+    if kinds and kinds[attention.layer_idx] == "full_attention":
+        return None
+    return None if own is None else int(own)

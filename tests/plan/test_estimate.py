@@ -1,0 +1,166 @@
+"""A whole plan: the policy that a run chooses, what fits, and options that do what they promise."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers as t
+
+from halfbyte import hf
+from halfbyte.errors import InputError
+from halfbyte.hf.layers import activations
+from halfbyte.hf.models import paging
+from halfbyte.nn import Linear4bit
+from halfbyte.plan import advice, words
+from halfbyte.plan.estimate import Model, look_at, plan_run
+from halfbyte.plan.layer_overhead import adapted
+from halfbyte.plan.published import llama
+from halfbyte.plan.rows import RowFacts, full_rows, work_of
+from halfbyte.plan.shape import shape_of
+from halfbyte.runs.config import TrainConfig
+
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+}  # fmt: skip
+GIB = 2**30
+
+
+def config_of(**options: Any) -> TrainConfig:
+    given = {"model": "m", "data": "-", "output": Path("runs/x"), "rank": 8, "lora_dropout": 0.0, **options}
+    return TrainConfig(**given)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model("m", shape_of(t.LlamaConfig(**SIZES)), "nf4", 64, True, True, True)
+
+
+@pytest.mark.parametrize("free", [64 * GIB, 300 * 2**20, 245 * 2**20])
+def test_the_policy_is_the_one_that_a_run_chooses(model: Model, free: int) -> None:
+    loaded = adapted(t.LlamaForCausalLM(t.LlamaConfig(**SIZES)), rank=8)
+    trained = sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    config = config_of(batch_size=4, max_length=512)
+    plan = plan_run(config, model=model, free=free + 4 * trained)
+    assert plan.trained == trained
+    base, together = model.pageable(2), config.gradient_accumulation_steps
+    expected = activations.plan(loaded, length=512, batch_size=4, free=free, base=base, passes=together)
+    assert plan.policy == expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(tmp_path: Path, tied: bool) -> None:
+    t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"tie_word_embeddings": tied})).bfloat16().save_pretrained(
+        tmp_path / "a"
+    )
+    hf.quantize_checkpoint(tmp_path / "a", tmp_path / "b")
+    loaded = hf.load(tmp_path / "b")
+    found = look_at(config_of(model=str(tmp_path / "b")))
+    assert found.mapped_linears and found.mapped_dense
+    found_all, found_least = found.pageable(2)
+    pages = 3 * 4096  # of each unit, which are whole ones
+    assert 0 <= paging.mapped_bytes(loaded) - found_all <= (SIZES["num_hidden_layers"] + 1) * pages
+    assert 0 <= paging.least_bytes(loaded) - found_least <= 2 * pages
+    held = {id(p): p.nbytes for p in loaded.parameters()}
+    statistics = [m.quantized_weight.statistics for m in loaded.modules() if isinstance(m, Linear4bit)]
+    constants = sum(s.absmax.nbytes + s.nested.absmax.nbytes for s in statistics)
+    assert found.base(2).all == sum(held.values()) + constants
+    dense = look_at(config_of(model=str(tmp_path / "a")))
+    assert dense.base(2).anonymous == dense.base(2).quantized and dense.base(2).all == found.base(2).all
+
+
+def test_a_base_beyond_memory_is_paged_and_waits_for_the_disk() -> None:
+    model = Model("m", llama("7B"), "nf4", 64, True, True, True)
+    config = config_of(batch_size=1, max_length=64, gradient_accumulation_steps=2)
+    whole = plan_run(config, model=model, free=16 * GIB)
+    paged = plan_run(config, model=model, free=5 * GIB // 2)
+    assert whole.policy.paged is None and whole.step.disk == 0
+    assert paged.policy.paged is not None and paged.policy.paged < model.pageable(2).all
+    assert paged.memory.base < model.base(2).all
+    slow = paged.machine.model_copy(update={"rates": paged.machine.rates.model_copy(update={"disk": 1e8})})
+    waiting = plan_run(config, model=model, free=5 * GIB // 2, machine=slow)
+    read = 2 * (model.pageable(2).all - paged.policy.paged) / 1e8
+    assert waiting.step.seconds == pytest.approx(read)
+
+
+def test_rows_without_data_are_full(model: Model) -> None:
+    plan = plan_run(config_of(batch_size=2, gradient_accumulation_steps=3, max_length=100), model=model, free=GIB)
+    assert (plan.passes, plan.work.tokens, plan.work.trained, plan.steps) == (3, 200, 198, None)
+    assert plan.seconds is None
+
+
+def test_rows_of_data_are_packed_or_padded_as_the_run_would(model: Model) -> None:
+    lengths = np.array([20, 400] * 40)
+    facts = RowFacts(lengths, len(lengths), int(lengths.sum()) // 2)
+    config = config_of(batch_size=4, gradient_accumulation_steps=4, epochs=2, group_by_length=False)
+    packed = plan_run(config, facts=facts, model=model, free=8 * GIB)
+    padded = plan_run(config.model_copy(update={"packing": False}), facts=facts, model=model, free=8 * GIB)
+    assert packed.packed and not padded.packed
+    assert packed.steps == padded.steps == 10
+    assert packed.step.seconds < padded.step.seconds
+    work, passes = work_of(config, facts, None, 1)
+    assert passes == 4 and work.trained == 16 * 105 / 4
+
+
+def test_auto_takes_as_many_rows_as_are_kept(model: Model) -> None:
+    config = config_of(batch_size="auto", gradient_accumulation_steps=4, max_length=512)
+    assert plan_run(config, model=model, free=8 * GIB).config.batch_size == 16
+    few = plan_run(config, model=model, free=270 * 2**20)
+    assert few.config.batch_size < 16 and few.config.rows_a_step == 16
+
+
+def test_what_does_not_fit_is_refused_with_options_that_do(model: Model) -> None:
+    config = config_of(batch_size=64, max_length=4096, memory=2 * GIB)
+    options = {"model": model, "free": 260 * 2**20}
+    with pytest.raises(InputError) as error:
+        plan_run(config, **options)
+    told = advice.refusal(config, error.value, **options)
+    assert "it would fit with --batch-size" in str(told)
+    ways = advice.that_fit(config, **options)
+    assert ways and all(way.plan.policy.bytes <= way.plan.policy.free for way in ways)
+
+
+def test_limits_are_the_largest_that_fit(model: Model) -> None:
+    config = config_of(batch_size=1, max_length=512)
+    options = {"model": model, "free": 400 * 2**20}
+    found = advice.limits(config, **options)
+    assert 0 < found.batch_kept < found.batch
+    plan_run(config.model_copy(update={"batch_size": found.batch}), **options)
+    if found.batch < advice.MOST_ROWS:
+        with pytest.raises(InputError):
+            plan_run(config.model_copy(update={"batch_size": found.batch + 1}), **options)
+    assert found.length == found.positions == 4096
+
+
+def test_faster_options_are_faster(model: Model) -> None:
+    config = config_of(batch_size=1, gradient_accumulation_steps=16, max_length=64, lora_dropout=0.1, rank=64)
+    plan = plan_run(config, model=model, free=8 * GIB)
+    found = advice.faster(plan, model=model, free=8 * GIB)
+    assert {"--lora-dropout 0", "--rank 16"} <= {way.flags for way in found}
+    assert all(way.plan.step.seconds < plan.step.seconds for way in found)
+
+
+def test_a_plan_in_words_has_its_numbers(model: Model) -> None:
+    plan = plan_run(config_of(max_steps=10), facts=full_rows(64), model=model, free=8 * GIB)
+    text = "\n".join(words.lines(plan))
+    assert "4 Llama layers" in text and "Peak memory" in text and "10 steps take" in text
+    assert "not measured" in text or "measured 2" in text
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("90min", 5400), ("1h30m", 5400), ("45 s", 45)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert words.seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "2", "h2", "2h and"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="give a time such as 2h"):
+        words.seconds_of(text)
+
+
+def test_a_limit_below_a_step_is_refused(model: Model) -> None:
+    plan = plan_run(config_of(), model=model, free=8 * GIB)
+    with pytest.raises(InputError, match="One step takes"):
+        words.time_lines(plan, plan.step.seconds / 2)
+    assert "--max-steps" in words.time_lines(plan, 100 * plan.step.seconds)[0]
