@@ -141,7 +141,7 @@ class Blocks:
         name = next((name for name, module in inner.named_modules() if module is embedding), None)
         if name is None or not isinstance(embedding, nn.Embedding) or not texts:
             return
-        rows = torch.cat([text.reshape(-1) for text in texts]).unique()
+        rows = torch.tensor(sorted({token for text in texts for token in text.reshape(-1).tolist()}))
         given = self._exact(f"{start}{name}.weight").detach()
         values = torch.zeros(embedding.weight.shape, dtype=torch.float32)
         values[rows] = given[rows].float()
