@@ -110,7 +110,7 @@ def test_each_column_is_rounded_and_the_others_solve_for_what_it_left(outputs: i
         near_tie |= two[:, 1] - two[:, 0] < 1e-4 * all_of[:, column].abs().amax(-1)
         found[:, column] = by_value[place]
         values[:, column] = all_of[:, column].double().gather(-1, place.unsqueeze(-1)).squeeze(-1)
-    made = compensated(target, grid, Compensation(exact, rounded if apart else None))
+    made = compensated(target, grid, Compensation([exact], [rounded] if apart else None))
     sure = ~near_tie  # a row goes another way from where two values are as near
     assert sure.sum() >= outputs / 3
     assert torch.equal(codes(made)[sure].long(), found[sure])
@@ -125,8 +125,8 @@ def test_compensation_keeps_the_outputs_better_than_the_nearest_values() -> None
     errors = [
         float((exact @ target.T - rounded @ weight.dequantize(torch.float32).T).norm())
         for weight in (
-            compensated(target, grid, Compensation(exact, rounded)),
-            compensated(target, grid, Compensation(exact)),
+            compensated(target, grid, Compensation([exact[:5], exact[5:]], [rounded[:5], rounded[5:]])),
+            compensated(target, grid, Compensation([exact])),
             nearest(target, grid),
         )
     ]
@@ -140,8 +140,8 @@ def test_inputs_that_are_never_there_and_blocks_of_zeros_do_no_harm() -> None:
     inputs = normal(200, 128, seed=1)
     inputs[:, 5:70] = 0
     for made in (
-        compensated(weight, grid, Compensation(inputs)),
-        compensated(weight, grid, Compensation(torch.zeros(3, 128))),
+        compensated(weight, grid, Compensation([inputs])),
+        compensated(weight, grid, Compensation([torch.zeros(3, 128)])),
         at_random(weight, grid, torch.Generator().manual_seed(0)),
     ):
         values = made.dequantize(torch.float32)

@@ -54,8 +54,11 @@ def at_random(target: Tensor, grid: QuantizedWeight, generator: torch.Generator)
 class Compensation:
     """What the inputs of a layer say about its rounding; layers with the same inputs share it.
 
+    Two matrices ``[in, in]`` are kept, four are there at most; the inputs are not needed any more, and are let go of
+    one by one.
+
     Args:
-        exact: the inputs X of the model before rounding, ``[tokens, in]``.
+        exact: the inputs X of the model before rounding, ``[tokens, in]`` in parts; the list is emptied.
         rounded: the inputs X̂ of the rounded one, the same; None: as if they were the exact ones (plain GPTQ).
 
     Attributes:
@@ -63,17 +66,19 @@ class Compensation:
         factor: U with Uᵀ U = (H + λ)⁻¹ in that order, upper triangular.
     """
 
-    def __init__(self, exact: Tensor, rounded: Tensor | None = None) -> None:
-        inputs = exact if rounded is None else rounded
-        second = inputs.T @ inputs
+    def __init__(self, exact: list[Tensor], rounded: list[Tensor] | None = None) -> None:
+        width = exact[0].shape[1]
+        second = torch.zeros(width, width, dtype=torch.float32)
+        self._apart = None if rounded is None else torch.zeros_like(second)
+        while exact:
+            before = exact.pop()
+            now = before if rounded is None else rounded.pop()
+            second.addmm_(now.T, now)
+            if self._apart is not None:
+                self._apart.addmm_((before - now).T, now)
         self.order = second.diagonal().argsort(descending=True, stable=True)
         damping = DAMPING * float(second.diagonal().mean()) or 1.0
         second.diagonal().add_(damping)
-        self._shift = None
-        if rounded is not None:
-            apart = (exact - rounded).T @ rounded
-            self._shift = torch.cholesky_solve(apart.T, _cholesky(second)).T
-            del apart
         second = second[self.order][:, self.order]  # each step below takes the place of the one before
         second = _cholesky(second)
         second = torch.cholesky_inverse(second)
@@ -81,7 +86,12 @@ class Compensation:
 
     def target(self, weight: Tensor) -> Tensor:
         """Return W' of the weight T."""
-        return weight if self._shift is None else torch.addmm(weight, weight, self._shift)
+        if self._apart is None:
+            return weight
+        shift = (weight @ self._apart)[:, self.order] @ self.factor.T @ self.factor
+        made = weight.clone()
+        made[:, self.order] += shift
+        return made
 
 
 def compensated(target: Tensor, grid: QuantizedWeight, inputs: Compensation) -> QuantizedWeight:

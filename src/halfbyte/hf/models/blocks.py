@@ -198,7 +198,7 @@ class Blocks:
 
     def _see(
         self, layer: nn.Module, modules: dict[str, nn.Module], states: list[Tensor], number: int
-    ) -> tuple[list[list[str]], dict[str, Tensor]]:
+    ) -> tuple[list[list[str]], dict[str, list[Tensor]]]:
         """Take the exact stream through a layer; return which weights share their inputs, in order, and the inputs."""
         first_of: dict[str, str] = {}
         seen: dict[str, list[Tensor]] = {}
@@ -223,10 +223,10 @@ class Blocks:
             for handle in handles:
                 handle.remove()
         groups = [[name for name, first in first_of.items() if first == one] for one in seen]
-        return groups, {name: torch.cat(parts) for name, parts in seen.items()}
+        return groups, seen
 
-    def _inputs(self, layer: nn.Module, module: nn.Module, states: list[Tensor], number: int) -> Tensor:
-        """Return what a weight gets in the rounded stream; the layer runs no further."""
+    def _inputs(self, layer: nn.Module, module: nn.Module, states: list[Tensor], number: int) -> list[Tensor]:
+        """Return what a weight gets in the rounded stream, text by text; the layer runs no further."""
         parts: list[Tensor] = []
 
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -242,7 +242,7 @@ class Blocks:
                     continue
         finally:
             handle.remove()
-        return torch.cat(parts)
+        return parts
 
 
 def _empty(module: nn.Module) -> None:
