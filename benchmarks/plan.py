@@ -289,7 +289,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     out.append("|---" * 8 + "|")
     off: dict[str, list[float]] = {"peak": [], "step": []}
     for line in lines:
-        cells = [line["name"]]
+        cells = [line["name"] + (" *" if line.get("note") else "")]
         for what, unit in (("peak", 2**30), ("step", 1)):
             foretold = line["planned"][what]
             fact = line["measured"]["peak"] if what == "peak" else step_of(line)

@@ -32,7 +32,10 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "classify": lambda i: {"sentence": f"{'really ' * (i % 4)}{i}?", "label": ("owl", "dog", "fish")[i % 3]},
     "seq2seq": lambda i: {"text": f"{'really ' * (i % 4)}{i}?", "target": WORDS[i % 8]},
 }
-TIMES = ("elapsed", "tokens_per_second", "seconds", "trained_tokens_per_second", "memory_bytes", "peak_memory_bytes")
+TIMES = (
+    "elapsed", "tokens_per_second", "seconds", "trained_tokens_per_second", "memory_bytes", "peak_memory_bytes",
+    "foretold",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -426,7 +426,8 @@ def test_without_a_terminal_there_are_plain_lines_and_no_other_noise(
     stream = io.StringIO()
     fine_tune(TrainConfig(**options, max_steps=2), TerminalDisplay(Console(file=stream)))
     lines = stream.getvalue().splitlines()
-    assert lines[-1].startswith("step 2/2  loss 5.") and "\x1b" not in stream.getvalue()
+    assert lines[-2].startswith("step 2/2  loss 5.") and lines[-1].startswith("Foretold were")
+    assert "\x1b" not in stream.getvalue()
     assert capfd.readouterr() == ("", "")
 
 

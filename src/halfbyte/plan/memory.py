@@ -33,8 +33,11 @@ NESTED = 256
 """Block constants that share one of the second level."""
 PROCESS = 55 * 2**20
 """Bytes of a run whatever its size."""
-UNUSED = 48 * 2**20
-"""Bytes of the pool that lie unused at the peak; it may have 64 MiB so (:data:`halfbyte.kernels.pool.SLACK`)."""
+UNUSED = 16 * 2**20
+"""Bytes of the pool that lie unused at the peak, about; it may have 64 MiB so (:data:`halfbyte.kernels.pool.SLACK`)."""
+DROPOUT_GAPS = 2
+"""Values of the inner width in each layer that keeps its activations, which dropout leaves as gaps in the heap: its
+draws lie there, and what is kept between them. Fitted to one run."""
 PER_LAYER = 2**19
 """Bytes of a layer's Python objects, PEFT's modules among them."""
 
@@ -200,7 +203,7 @@ def at_work(shape: Shape, tokens: int, trained: int, itemsize: int, dropout: boo
     wide, narrow = (pooled(tokens * width * itemsize) for width in (shape.inner, shape.hidden))
     layer = 3 * wide + 3 * narrow
     if dropout:
-        layer += 3 * tokens * max(shape.inner, shape.hidden) * itemsize
+        layer += 6 * tokens * max(shape.inner, shape.hidden) * itemsize  # draws, noise and products with it
     rows = min(trained, ROWS)
     chunk = rows * (shape.hidden * (2 * FLOAT + 2 * FLOAT + itemsize) + min(WIDTH, shape.vocabulary) * itemsize)
     head = 2 * narrow + 2 * trained * shape.hidden * itemsize + chunk
@@ -244,6 +247,7 @@ def memory_of(
     rerun = layers[again - 1] + layer if again else 0
     state = state_bytes(sizes, optimizer)
     unused = min(UNUSED, (kept + inputs + max(head, layer)) // 8)
+    gaps = DROPOUT_GAPS * policy.kept * tokens * shape.inner * itemsize if dropout else 0
     is_paged = optimizer.startswith("paged")
     return Memory(
         base=base.all,
@@ -254,7 +258,7 @@ def memory_of(
         kept=kept,
         inputs=inputs,
         work=max(end, rerun) - kept,
-        process=PROCESS + PER_LAYER * shape.layers + unused,
+        process=PROCESS + PER_LAYER * shape.layers + unused + gaps,
         paged_state=state if is_paged else 0,
     )
 
