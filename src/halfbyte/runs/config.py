@@ -144,7 +144,8 @@ class TrainConfig(WatchOptions, KeepOptions, ProcessOptions, AdapterOptions, Dat
         default=None,
         json_schema_extra=CHANGEABLE,
         description="Memory for the process, such as 8GiB, on a GPU of the GPU's; activations that do not fit are "
-        "recomputed in the backward pass. Without it: what is free.",
+        "recomputed in the backward pass, and a base that does not is read from its file as it is used. Without it: "
+        "what is free.",
     )
     gradient_checkpointing: bool | None = Field(
         default=None,
