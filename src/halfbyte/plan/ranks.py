@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from peft.utils.other import get_pattern_key
 
 from halfbyte.errors import InputError, nearest
+from halfbyte.hf.layers.lora_config import check_expressions
 from halfbyte.hf.models.configs import ADAPTER, json_of
 from halfbyte.plan.shape import Shape
 from halfbyte.runs.config import TrainConfig
@@ -23,6 +24,7 @@ def ranks_of(config: TrainConfig, shape: Shape) -> list[dict[str, int]]:
     if config.adapter and (config.adapter / ADAPTER).is_file():
         own = json_of(config.adapter / ADAPTER)
         rank, targets, pattern = int(own["r"]), own["target_modules"], own.get("rank_pattern") or {}
+    check_expressions("rank_pattern", pattern)
     exclude: Sequence[str] = config.exclude_modules or ()
     chosen: list[dict[str, int]] = []
     for index in range(shape.layers):

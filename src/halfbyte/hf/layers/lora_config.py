@@ -81,7 +81,7 @@ def lora_config(
         task_type=task_type,
     )
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        _check_expressions(name, pattern or {})
+        check_expressions(name, pattern or {})
     if layers_to_transform is not None:
         if isinstance(targets, str) and targets != ALL:
             raise InputError(
@@ -114,7 +114,12 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
     return found
 
 
-def _check_expressions(option: str, pattern: Iterable[str]) -> None:
+def check_expressions(option: str, pattern: Iterable[str]) -> None:
+    """Refuse keys of an option that are no regular expressions.
+
+    Raises:
+        InputError: one is none.
+    """
     for key in pattern:
         try:
             re.compile(key)
