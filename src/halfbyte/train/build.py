@@ -97,7 +97,9 @@ def plan_activations(
     recompute = config.gradient_checkpointing
     rows = max(config.rows_a_pass * sequences, -(-(tokens or 0) // longest))
     sharing = distributed.on_this_machine()  # of one copy in the page cache
-    base = activations.Base(paging.mapped_bytes(model) // sharing, paging.least_bytes(model) // sharing)
+    base = activations.Base()
+    if not config.fsdp:  # a base that is divided is memory of the processes
+        base = activations.Base(paging.mapped_bytes(model) // sharing, paging.least_bytes(model) // sharing)
     passes = config.gradient_accumulation_steps if layer_by_layer(config) else 1
     return activations.plan(
         model, length=longest, batch_size=rows, free=-lacking, recompute=recompute, base=base, passes=passes
