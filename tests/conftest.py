@@ -14,6 +14,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from halfbyte.bench import shapes
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -65,6 +67,17 @@ def save_tiny(folder: Path) -> Path:
         )
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mapped_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved Llama in 4 bits with five layers of 1.3 MB, so that pages can be told, and a head that is not tied."""
+    made = tmp_path_factory.mktemp("mapped") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.LARGE, "small", (256, 3072, 5, 4, 2, 64, 512))
+        shapes.write_4bit_model("small", made)
+    os.sync()  # what has not been written cannot be dropped
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -253,6 +253,26 @@ def test_in_fp32_a_model_has_its_weights_and_no_rounding_between(run: Path) -> N
     assert Reference(exact, [rows[0]]).compare(model).divergence < 1e-4
 
 
+def test_rows_of_any_lengths_are_read_together_as_each_alone(tiny_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+    other.model.layers[1].mlp.up_proj.weight.data *= 1.3
+    generator = torch.Generator().manual_seed(0)
+    lengths = (5, 200, 31, 2, 250, 250, 77, 9)  # one group of three, and others
+    ids = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in lengths]
+    rows = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids]
+    together = Reference(model, rows).compare(other)
+    alone = [Reference(model, [row]).compare(other) for row in rows]
+    count = sum(one.positions for one in alone)
+    assert together.positions == count == sum(lengths) - len(lengths)
+    for name in ("divergence", "loss", "agreement", "accuracy"):
+        mean = sum(getattr(one, name) * one.positions for one in alone) / count
+        assert getattr(together, name) == pytest.approx(mean, rel=1e-4), name
+    assert together.apart == pytest.approx(
+        [sum(parts) for parts in zip(*(one.apart for one in alone), strict=True)], rel=1e-3
+    )
+
+
 def test_a_model_with_code_of_its_own_is_audited_where_that_is_allowed(
     own_code: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte import hf, mapped
-from halfbyte.bench import shapes
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.hf.models import paging
@@ -18,25 +17,15 @@ from halfbyte.runs.events import Event, Note, StepMetrics
 from halfbyte.train import TrainConfig, build, fine_tune
 
 pytestmark = pytest.mark.skipif(not mapped.available(), reason="what is mapped is told on Linux alone")
-LAYERS = 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("paged") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.LARGE, "small", (256, 3072, LAYERS, 4, 2, 64, 512))
-        shapes.write_4bit_model("small", made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def options(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def options(mapped_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [{"prompt": f"{'really ' * (i % 4)}{i}?", "completion": f"{i * i} it is"} for i in range(17)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
-        "model": str(folder), "data": [file], "batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 3,
+        "model": str(mapped_folder), "data": [file], "batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 3,
         "eval_samples": 0, "eval_share": 0.2, "sample_prompts": [], "lora_dropout": 0.1, "rank": 4, "max_length": 64,
     }  # fmt: skip
 
@@ -49,35 +38,55 @@ def run(options: dict[str, Any], output: Path, **more: Any) -> tuple[list[float]
     return losses, notes, load_file(output / "adapter_model.safetensors")
 
 
+class Little:
+    """Plans that find just enough memory for two layers of the base, with all else recomputed.
+
+    What is free in this process moves by more than this model is large, so it is what a run would find that is set.
+    """
+
+    def __init__(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        base = hf.load(model, device="cpu")
+        self.least, self.whole = paging.least_bytes(base), paging.mapped_bytes(base)
+        assert self.whole > 1.5 * self.least
+        self.pages = False  # until then the same plan without pages, since how a step is packed depends on it
+        self.found: list[activations.Policy] = []
+        self._plan = activations.plan
+        monkeypatch.setattr(activations, "plan", self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> activations.Policy:
+        kept = {"free": 2**40, "recompute": True, "base": activations.Base(self.least, self.least)}
+        free = self._plan(*args, **kwargs | kept).bytes + 2 * 2**20
+        self.found.append(self._plan(*args, **kwargs | {"free": free}))
+        return self.found[-1] if self.pages else replace(self.found[-1], paged=None)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_losses_and_adapter_are_those_of_a_base_in_memory(
     options: dict[str, Any], packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is free in this process moves by more than this model is large, so it is what a run would find that is set.
-    base = hf.load(options["model"], device="cpu")
-    least, whole = paging.least_bytes(base), paging.mapped_bytes(base)
-    assert whole > 1.5 * least
-    found: list[activations.Policy] = []
-    plan = activations.plan
-
-    def planned(*args: Any, **kwargs: Any) -> activations.Policy:
-        # all recomputed and two layers of the base: the least that there is, and a little more
-        kept = {"free": 2**40, "recompute": True, "base": activations.Base(least, least)}
-        free = plan(*args, **kwargs | kept).bytes + 2 * 2**20
-        found.append(plan(*args, **kwargs | {"free": free}))
-        return found[-1] if pages else replace(found[-1], paged=None)
-
-    monkeypatch.setattr(activations, "plan", planned)
-    pages = False  # the same plan, since how a step is packed depends on it
+    little = Little(options["model"], monkeypatch)
     losses, notes, adapter = run(options, tmp_path / "enough", packing=packing)
     assert not any("base" in note and "read" in note for note in notes)
-    pages = True
+    little.pages = True
     paged, told, same = run(options, tmp_path / "little", packing=packing)
-    assert found[-1].paged is not None and least <= found[-1].paged < whole
+    policy = little.found[-1]
+    assert policy.paged is not None and little.least <= policy.paged < little.whole
     assert paged == losses and adapter.keys() == same.keys()
     assert all(torch.equal(adapter[name], same[name]) for name in adapter)
     assert any("the base is read from its file as it is used" in note for note in told)
     assert any("of the base were read while it was used" in note for note in told)
+
+
+def test_a_run_that_diverges_says_where_as_one_with_its_base_in_memory_does(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = Little(options["model"], monkeypatch)
+    sentences = []
+    for little.pages in (False, True):
+        with pytest.raises(InputError, match=r"diverged: .* of step \d+ is not finite, first in") as told:
+            run(options, tmp_path / f"{little.pages}", learning_rate=1e20)
+        sentences.append(str(told.value))
+    assert sentences[0] == sentences[1]
 
 
 def test_less_memory_than_two_layers_is_refused(

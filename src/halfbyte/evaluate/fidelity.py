@@ -109,9 +109,12 @@ def _labelled(row: Row, task: Task) -> int:
 
 @torch.no_grad()
 def _see_all(model: Any, rows: Sequence[Row], task: Task) -> Iterator[_Seen]:
-    for group in _groups(rows) if task == "lm" else ([row] for row in rows):
-        for seen in _see_together(model, group) if task == "lm" else [_see(model, group[0], task)]:
-            yield seen._replace(logits=seen.logits.log_softmax(-1))
+    if task == "lm":
+        found = (seen for group in _groups(rows) for seen in _see_together(model, group))
+    else:
+        found = (_see(model, row, task) for row in rows)
+    for seen in found:
+        yield seen._replace(logits=seen.logits.log_softmax(-1))
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[list[Row]]:

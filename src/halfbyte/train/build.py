@@ -108,7 +108,8 @@ def plan_activations(
 
 def layer_by_layer(config: TrainConfig) -> bool:
     """Return whether the micro-batches of a step may go together through a base that is paged."""
-    return config.task == "lm" and config.method == "sft" and distributed.world_size() == 1
+    noisy = config.neftune_noise_alpha  # each would have to draw what it draws after the one before
+    return config.task == "lm" and config.method == "sft" and not noisy and distributed.world_size() == 1
 
 
 def paging_told(model: Any, seconds: float) -> str | None:
@@ -128,8 +129,9 @@ def page(config: TrainConfig, model: Any, trainer: Any, policy: activations.Poli
     if policy.paged is None:
         return paging.detach(model)
     paging.attach(model, policy.paged * distributed.on_this_machine())
-    if policy.kept == 0 and config.gradient_accumulation_steps > 1 and layer_by_layer(config):
-        trainer.layer_major = LayerMajor(model, policy.draws or 0)
+    again = policy.kept == 0 and config.gradient_accumulation_steps > 1
+    if again and policy.draws is not None and layer_by_layer(config):
+        trainer.layer_major = LayerMajor(model, policy.draws)
 
 
 def free_for(config: TrainConfig, device: torch.device) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,26 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from halfbyte import hf, mapped
-from halfbyte.bench import shapes
 from halfbyte.errors import InputError
 from halfbyte.generate.native_decoder import NativeDecoder
 from halfbyte.hf.layers import activations
 from halfbyte.hf.layers.activations import Policy, recomputable_layers
+from halfbyte.hf.models import pager as pager_module
 from halfbyte.hf.models import paging
 from halfbyte.hf.trainers.layer_major import LayerMajor
 from halfbyte.optim.paged import IN_MEMORY, filesystem
 
 pytestmark = pytest.mark.skipif(not mapped.available(), reason="what is mapped is told on Linux alone")
 LAYERS = 5
-"""Of 1.6 MB in 4 bits each."""
+"""Of ``mapped_folder``."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in 4 bits that lies in a file, with a head that is not tied."""
-    made = tmp_path_factory.mktemp("paged") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.LARGE, "small", (256, 3072, LAYERS, 4, 2, 64, 512))
-        shapes.write_4bit_model("small", made)
-    os.sync()  # what has not been written cannot be dropped
-    return made
+@pytest.fixture
+def folder(mapped_folder: Path) -> Path:
+    return mapped_folder
 
 
 def opened(folder: Path, dropout: float = 0.1) -> Any:
@@ -162,7 +158,7 @@ def test_no_more_is_in_memory_than_the_budget(folder: Path) -> None:
 
 
 def orders(number: int, backward: bool, training: bool) -> list[int]:
-    return list(dict.fromkeys(paging._order(number, 6, backward, training)))
+    return list(dict.fromkeys(pager_module._order(number, 6, backward, training)))
 
 
 def test_the_order_turns_where_the_pass_does() -> None:
@@ -281,3 +277,29 @@ def test_a_16_bit_model_beyond_memory_is_opened_from_a_quantized_copy(
     assert "would not fit into memory, so it is mapped from its copy in" in caplog.text
     assert mapped.pieces_of([model.model.layers[1].mlp.up_proj.weight]) and model.name_or_path == str(tiny_model_folder)
     assert torch.equal(model(input_ids=ids).logits, exact)
+
+
+def test_a_disk_that_stalls_is_told_and_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = opened(folder)
+    read = mapped.Files.read
+
+    def late(files: mapped.Files, pieces: Any) -> Any:
+        time.sleep(1.5)
+        return read(files, pieces)
+
+    monkeypatch.setattr(mapped.Files, "read", late)
+    monkeypatch.setattr(pager_module, "PATIENCE", 0.2)
+    pager = paging.attach(model, paging.least_bytes(model))
+    assert pager
+    pager.enter(0, backward=False, training=False)
+    assert "Waiting for the disk: layer 0 does not come" in caplog.text and pager.traffic.waited > 1
+
+
+def test_random_numbers_outside_of_the_layers_are_noticed() -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    outside = GPT2LMHeadModel(config).train()
+    assert {cost.draws for cost in activations.measure(outside, 8, 1)} == {None}  # its embedding has dropout
+    config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = 0.0
+    assert {cost.draws for cost in activations.measure(GPT2LMHeadModel(config).train(), 8, 1)} == {0}

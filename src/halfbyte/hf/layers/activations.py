@@ -57,7 +57,7 @@ class Costs:
     Attributes:
         kept: all that its backward reads.
         input: its input alone.
-        draws: seeds that its forward draws from torch's generator; None if it draws something else.
+        draws: seeds that its forward draws from torch's generator; None if it, or what is around it, draws others.
     """
 
     kept: int
@@ -182,7 +182,7 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
 
         random = torch.get_rng_state()
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = forward(*args)
+            output = _within(forward)(*args)
         kept = sum(storage.nbytes() for storage in held.values())
         held.clear()  # autograd keeps the hook, and it this, as long as the graph lives
         given = sum(x.nbytes for x in args if isinstance(x, Tensor))
@@ -199,7 +199,11 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
         config: Any = model.config
         names = ("input_ids", "decoder_input_ids") if config.is_encoder_decoder else ("input_ids",)
         with torch.random.fork_rng(), torch.enable_grad():
+            random = torch.get_rng_state()
             _base(model.train())(**dict.fromkeys(names, ids), use_cache=False)
+            in_layers = sum(layer.draws or 0 for layer in found)
+            if draws_between(random, torch.get_rng_state(), in_layers) is None:  # others draw too, as GPT-2's embedding
+                found = [replace(layer, draws=None) for layer in found]
     finally:
         model.train(trained)
         for layer, attributes in zip(layers, before, strict=True):
@@ -209,11 +213,11 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
     return found
 
 
-def draws_between(begin: Tensor, end: Tensor) -> int | None:
-    """Return how many seeds lie between two states of torch's generator; None if something else was drawn."""
+def draws_between(begin: Tensor, end: Tensor, most: int = MOST_DRAWS) -> int | None:
+    """Return how many seeds, ``most`` at most, lie between two states of torch's generator; None if it is not they."""
     generator = torch.Generator()
     generator.set_state(begin)
-    for count in range(MOST_DRAWS):
+    for count in range(most + 1):
         if torch.equal(generator.get_state(), end):
             return count
         draw_seed(generator)

@@ -74,6 +74,8 @@ class BaseTrainer(Checkpoints):
     _order: EpochSampler | None = None
     _is_alone = False
     """Whether other processes do not compute the same loss at this time."""
+    _forward_is_taken = False
+    """Whether the model's forward stands in the middle of a step, so that it cannot be run for a look at it."""
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
@@ -123,9 +125,13 @@ class BaseTrainer(Checkpoints):
         loss = result[0] if return_outputs else result
         if self.model.training:
             self._step_batches.append(inputs)
-            if not loss.isfinite() and distributed.world_size() == 1:  # the gradient tells it to all processes
-                raise self._diverged("loss and with it the gradient")
+            if not self._forward_is_taken:
+                self._check_loss(loss)
         return result
+
+    def _check_loss(self, loss: Tensor) -> None:
+        if not loss.isfinite() and distributed.world_size() == 1:  # the gradient tells it to all processes
+            raise self._diverged("loss and with it the gradient")
 
     def _check_built(self) -> None:
         """Refuse what only the trainer that TRL has built shows."""

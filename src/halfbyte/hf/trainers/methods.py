@@ -195,8 +195,14 @@ class SFTTrainer(MeanOverLabels, BaseTrainer, trl.SFTTrainer):
                 loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             return loss
 
-        losses = layer_major.losses([functools.partial(loss_of, inputs) for inputs in waiting])
+        self._forward_is_taken = True
+        try:
+            losses = layer_major.losses([functools.partial(loss_of, inputs) for inputs in waiting])
+        finally:
+            self._forward_is_taken = False
+        self._step_batches.reverse()
         total = functools.reduce(torch.add, losses)
+        self._check_loss(total)
         self.accelerator.backward(total)
         return total.detach()
 
