@@ -86,3 +86,13 @@ def test_an_unknown_architecture_is_one_sentence(plan: Run, tmp_path: Path) -> N
 def test_without_a_model_it_says_so(plan: Run) -> None:
     code, _, err = plan()
     assert code == 2 and "There is no model to plan for" in err
+
+
+@pytest.mark.parametrize(("place", "told"), [(".", "is a directory"), ("rows.jsonl/x", "The plan cannot be written")])
+def test_a_file_that_cannot_be_written_is_one_sentence(
+    plan: Run, tiny_model_folder: Path, tmp_path: Path, place: str, told: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    for flag in ("--json", "--picture"):
+        code, _, err = plan(str(tiny_model_folder), "--stated", flag, str(tmp_path / place))
+        assert code == 2 and told in err and len(err.strip().splitlines()) == 1

@@ -11,7 +11,7 @@ import typer
 from halfbyte.cli.console import notes
 from halfbyte.cli.options import flags_of
 from halfbyte.errors import InputError
-from halfbyte.files import absolute
+from halfbyte.files import absolute, write_text
 from halfbyte.quiet import quiet
 from halfbyte.runs.config import TrainConfig
 
@@ -33,8 +33,10 @@ OWN: dict[str, Any] = {
             help="Measure this machine anew, half a minute; or take stated rates.  [default: measure it once]",
         ),
     ],
-    "picture": Annotated[Path | None, typer.Option(help="Where a picture of the memory by part goes, as PNG.")],
-    "json_file": Annotated[Path | None, typer.Option("--json", help="Where the plan goes as JSON.")],
+    "picture": Annotated[
+        Path | None, typer.Option(help="Where a picture of the memory by part goes, as PNG.", dir_okay=False)
+    ],
+    "json_file": Annotated[Path | None, typer.Option("--json", help="Where the plan goes as JSON.", dir_okay=False)],
 }
 CONFIG = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the options below.")]
 MODEL = Annotated[
@@ -77,7 +79,6 @@ def _plan(config: TrainConfig, own: dict[str, Any], limit: float | None) -> None
     from halfbyte.plan import advice, calibrate, words
     from halfbyte.plan.estimate import DoesNotFitError, look_at, plan_run
     from halfbyte.plan.gpus import card_named
-    from halfbyte.plan.picture import draw
     from halfbyte.plan.ranks import ranks_of
     from halfbyte.plan.rows import facts_of
     from halfbyte.train.methods import method_of
@@ -108,11 +109,21 @@ def _plan(config: TrainConfig, own: dict[str, Any], limit: float | None) -> None
     if card:
         told += ["", *words.card_lines(found, card, ranks_of(found.config, model.shape))]
     typer.echo("\n".join(told))
+    try:
+        _write(found, own)
+    except OSError as error:
+        raise InputError(f"The plan cannot be written there ({error.strerror}); name another file.") from None
+
+
+def _write(found: Any, own: dict[str, Any]) -> None:
+    from halfbyte.plan import words
+    from halfbyte.plan.picture import draw
+
     if own["picture"]:
         draw(found, absolute(own["picture"]))
         typer.echo(f"The picture is in {own['picture']}.")
     if own["json_file"]:
-        absolute(own["json_file"]).write_text(json.dumps(words.as_json(found), indent=2) + "\n", encoding="utf-8")
+        write_text(absolute(own["json_file"]), json.dumps(words.as_json(found), indent=2) + "\n")
 
 
 def _signature() -> inspect.Signature:

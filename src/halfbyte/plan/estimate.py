@@ -31,9 +31,9 @@ from halfbyte.plan.times import Pass, StepTime, disk_seconds, step_time
 from halfbyte.runs.config import TrainConfig
 
 FREE_SHARE = 0.9
-"""Of the memory that is free, what a run takes where no budget was given (:mod:`halfbyte.train.build`)."""
+"""Of the memory that is free, what a run takes where no budget was given."""
 KEPT_CHECKPOINTS = 2
-"""Checkpoints that a run keeps while it lasts (:mod:`halfbyte.train.space`)."""
+"""Checkpoints that a run keeps while it lasts."""
 TOKENIZER = 5 * 2**20
 """Bytes of a tokenizer's files, about."""
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -263,8 +263,9 @@ def plan_run(
 
 
 def layer_by_layer(config: TrainConfig) -> bool:
-    """Return whether the micro-batches of a step may go together through a base that is paged, as the run has it."""
-    return config.task == "lm" and config.method == "sft" and config.processes == 1
+    """Return whether the micro-batches of a step may go together through a base that is paged."""
+    noisy = config.neftune_noise_alpha  # each would have to draw what it draws after the one before
+    return config.task == "lm" and config.method == "sft" and not noisy and config.processes == 1
 
 
 def free_for(config: TrainConfig) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from halfbyte.errors import size_text
+from halfbyte.files import whole_file
 from halfbyte.plan.estimate import Plan
 from halfbyte.plan.words import MEMORY
 
@@ -27,4 +28,5 @@ def draw(plan: Plan, file: Path) -> None:
     title = f"{plan.model.name}: {size_text(plan.memory.peak)} beyond the imports at the peak of a step"
     axes.set(xlabel="GiB", yticks=[], title=title, xlim=(0, 1.05 * max(left, (budget or 0) / 2**30)))
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(file, format="png", dpi=DPI)
+    with whole_file(file) as part:
+        figure.savefig(part, format="png", dpi=DPI)

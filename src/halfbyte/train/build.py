@@ -17,16 +17,14 @@ from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed, sharded
 from halfbyte.hf.trainers.layer_major import LayerMajor
 from halfbyte.memory import anonymous_memory, free_memory
+from halfbyte.plan.estimate import FREE_SHARE, KEPT_CHECKPOINTS, layer_by_layer
 from halfbyte.runs.config import TrainConfig
-from halfbyte.train import loggers, schedules, space
+from halfbyte.train import loggers, schedules
 from halfbyte.train.adapters import Beginning, loraplus_groups
 from halfbyte.train.best import metric_arguments
 from halfbyte.train.methods import Method
 from halfbyte.train.shared_base import shared_base
 from halfbyte.train.tasks import build_task_trainer, logits_bytes
-
-FREE_SHARE = 0.9
-"""Of the memory that is free, what a run takes where no budget was given."""
 
 
 def build_model(config: TrainConfig, beginning: Beginning | None = None, classes: Sequence[str] = ()) -> Any:
@@ -100,16 +98,10 @@ def plan_activations(
     base = activations.Base()
     if not config.fsdp:  # a base that is divided is memory of the processes
         base = activations.Base(paging.mapped_bytes(model) // sharing, paging.least_bytes(model) // sharing)
-    passes = config.gradient_accumulation_steps if layer_by_layer(config) else 1
+    passes = config.gradient_accumulation_steps if _goes_together(config) else 1
     return activations.plan(
         model, length=longest, batch_size=rows, free=-lacking, recompute=recompute, base=base, passes=passes
     )
-
-
-def layer_by_layer(config: TrainConfig) -> bool:
-    """Return whether the micro-batches of a step may go together through a base that is paged."""
-    noisy = config.neftune_noise_alpha  # each would have to draw what it draws after the one before
-    return config.task == "lm" and config.method == "sft" and not noisy and distributed.world_size() == 1
 
 
 def paging_told(model: Any, seconds: float) -> str | None:
@@ -124,13 +116,17 @@ def paging_told(model: Any, seconds: float) -> str | None:
     )
 
 
+def _goes_together(config: TrainConfig) -> bool:
+    return layer_by_layer(config) and distributed.world_size() == 1  # torchrun's processes are not in the options
+
+
 def page(config: TrainConfig, model: Any, trainer: Any, policy: activations.Policy) -> None:
     """Let a base that does not fit be read as it is used, and micro-batches go through it together, as planned."""
     if policy.paged is None:
         return paging.detach(model)
     paging.attach(model, policy.paged * distributed.on_this_machine())
     again = policy.kept == 0 and config.gradient_accumulation_steps > 1
-    if again and policy.draws is not None and layer_by_layer(config):
+    if again and policy.draws is not None and _goes_together(config):
         trainer.layer_major = LayerMajor(model, policy.draws)
 
 
@@ -176,7 +172,7 @@ def build_trainer(
         "activation_checkpointing": False,  # the layers have been told (hf/layers/activations.py)
         "seed": config.seed,
         "save_steps": config.save_steps,
-        "save_total_limit": (config.keep or space.KEPT) + config.keep_best,
+        "save_total_limit": (config.keep or KEPT_CHECKPOINTS) + config.keep_best,
         "per_device_eval_batch_size": config.rows_a_pass,
         "eval_strategy": "steps" if rows.evaluation else "no",
         "eval_steps": config.eval_steps or config.save_steps,

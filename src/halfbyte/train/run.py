@@ -30,6 +30,7 @@ from halfbyte.hf.models.new_tokens import NewToken
 from halfbyte.hf.models.stops import check_stop_token, save_stops
 from halfbyte.hf.trainers import distributed
 from halfbyte.kernels import pool
+from halfbyte.plan.estimate import KEPT_CHECKPOINTS
 from halfbyte.quiet import quiet
 from halfbyte.runs.circumstances import Circumstances
 from halfbyte.runs.config import TrainConfig
@@ -274,7 +275,7 @@ def _begin(
 def _saves(config: TrainConfig, steps: int) -> int:
     """Return how many checkpoints there will be at most at a time."""
     planned = steps if config.save_minutes else -(-steps // config.save_steps)
-    return min((config.keep or space.KEPT) + config.keep_best + 1, planned + config.keep_best)
+    return min((config.keep or KEPT_CHECKPOINTS) + config.keep_best + 1, planned + config.keep_best)
 
 
 def _finish(

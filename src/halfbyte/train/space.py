@@ -16,8 +16,6 @@ from halfbyte.files import scratch
 from halfbyte.hf.layers.adapters import vocabulary_resized
 from halfbyte.optim import AdamW
 
-KEPT = 2
-"""Checkpoints that are kept while a run lasts, where it does not say how many."""
 THEIR_STATE = {"adagrad": 4, "rmsprop": 4, "adamw_torch": 8}
 """Bytes a parameter of the state of transformers' optimizers; what is not here has less."""
 
