@@ -145,3 +145,17 @@ def test_the_choices_are_those_that_the_layers_below_offer() -> None:
 def test_the_options_are_known_without_importing_torch() -> None:
     code = "import sys; from halfbyte.train import TrainConfig; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_part_of_the_options_takes_the_place_of_another_ones_check() -> None:
+    """Checks are inherited by their names, and two of one name would be one."""
+    parts = [part for part in TrainConfig.__mro__ if part.__module__.startswith("halfbyte")]
+    own = [(name, value) for part in parts for name, value in vars(part).items() if not name.startswith("__")]
+    checks = [name for name, value in own if name.startswith("_") and callable(getattr(value, "__func__", value))]
+    assert len(checks) > 20 and len(checks) == len(set(checks))
+
+
+def test_columns_and_patterns_are_pairs_on_the_command_line(tmp_path: Path) -> None:
+    given = {"model": "m", "data": "d.jsonl", "output": tmp_path, "columns": "prompt=q,completion=a"}
+    config = TrainConfig.from_yaml(None, given | {"rank_pattern": "q_proj=8"})
+    assert config.columns == {"prompt": "q", "completion": "a"} and config.rank_pattern == {"q_proj": 8}

@@ -1,6 +1,8 @@
 """A run whose base does not fit into its memory is, to the last bit, that of one that has enough."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,51 @@ def test_losses_and_adapter_are_those_of_a_base_in_memory(
     assert all(torch.equal(adapter[name], same[name]) for name in adapter)
     assert any("the base is read from its file as it is used" in note for note in told)
     assert any("of the base were read while it was used" in note for note in told)
+
+
+LITTLE = """
+import sys
+from dataclasses import replace
+from halfbyte.cli import main
+from halfbyte.hf.layers import activations
+
+plan, pages = activations.plan, sys.argv.pop() == "pages"
+
+def little(*args, **kwargs):
+    least = kwargs["base"].least
+    kept = {"free": 2**40, "recompute": True, "base": activations.Base(least, least)}
+    free = plan(*args, **kwargs | kept).bytes + 2**20
+    policy = plan(*args, **kwargs | {"free": free})
+    assert policy.paged is not None and policy.paged < kwargs["base"].all
+    return policy if pages else replace(policy, paged=None)
+
+activations.plan = little
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_page_what_they_share_and_leave_the_same(options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "little.py").write_text(LITTLE)
+    adapters, losses = [], []
+    for place in ("enough", "pages"):
+        output = tmp_path / place
+        flags = {"model": options["model"], "data": options["data"][0], "output": output, "rank": 4, "max-steps": 3}
+        flags |= {"batch-size": 2, "gradient-accumulation-steps": 2, "lora-dropout": 0, "max-length": 64}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "little.py")]
+        done = subprocess.run(
+            [sys.executable, *torchrun, "train", *words, "--no-packing", "--sample-prompts", "[]", place],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        losses.append([event["loss"] for event in told if event["kind"] == "step"])
+        read = any("of the base were read while it was used" in event.get("text", "") for event in told)
+        assert read == (place == "pages")
+        adapters.append(load_file(output / "adapter_model.safetensors"))
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 
 
 def test_a_run_that_diverges_says_where_as_one_with_its_base_in_memory_does(

@@ -124,10 +124,12 @@ class _Call:
             return None
         generator = torch.Generator(u.device).manual_seed(self.seed)
         rows, width = u.shape[0], self.weights[0].shape[1]
-        draws = torch.empty(-(-rows * width // 4), dtype=torch.int64, device=u.device)
+        draws = pool.empty((-(-rows * width // 4),), torch.int64, u.device)
         values = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: rows * width]
         dropped = min(round(self.dropout * 2**16), 2**16 - 1)
-        return (values >= dropped - 2**15).view(rows, width).to(u.dtype) / (1 - dropped / 2**16)
+        kept = pool.empty((rows, width), torch.bool, u.device)
+        torch.ge(values.view(rows, width), dropped - 2**15, out=kept)
+        return pool.empty((rows, width), u.dtype, u.device).copy_(kept).div_(1 - dropped / 2**16)
 
     def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
         """Return all ``s A``, ``[sum of ranks, in]``."""
@@ -136,7 +138,7 @@ class _Call:
 
 
 def _times(x: Tensor, noise: Tensor | None) -> Tensor:
-    return x if noise is None else x * noise
+    return x if noise is None else torch.mul(x, noise, out=pool.empty(noise.shape, noise.dtype, noise.device))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -193,7 +195,7 @@ class _LoraLinear(torch.autograd.Function):
             if call.rank:
                 of_adapters = Term(g, call.stacked(factors_a), transposed=False)
                 if call.dropout:
-                    through_adapters = torch.empty_like(dx)
+                    through_adapters = pool.empty((rows, width), u.dtype, u.device)
                     sums.append(Sum([of_adapters], through_adapters))
                 else:
                     terms.append(of_adapters)
@@ -210,8 +212,8 @@ class _LoraLinear(torch.autograd.Function):
                 dbs[i] = dbt.T
         kernels.matmul_sums(sums)
 
-        if dx is not None and through_adapters is not None:
-            dx += _times(through_adapters, noise)
+        if dx is not None and through_adapters is not None and noise is not None:
+            dx += noise.mul_(through_adapters)
         das: list[Tensor | None] = [None] * len(adapters)
         if da is not None:
             das = [

@@ -23,11 +23,11 @@ from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.plan import calibrate
 from halfbyte.plan.costs import layer_costs
 from halfbyte.plan.machine import Machine
-from halfbyte.plan.memory import Base, Memory, base_bytes, memory_of
+from halfbyte.plan.memory import Base, Memory, adapter_sizes, base_bytes, memory_of, resident_state
 from halfbyte.plan.ranks import adapter_parameters, adapter_tensors, ranks_of
 from halfbyte.plan.rows import RowFacts, full_rows, packing_of, steps_of, work_of
 from halfbyte.plan.shape import Shape, shape_of
-from halfbyte.plan.times import Pass, StepTime, disk_seconds, step_time
+from halfbyte.plan.times import Pass, StepTime, disk_seconds, pace_of, step_time
 from halfbyte.runs.config import TrainConfig
 
 FREE_SHARE = 0.9
@@ -206,12 +206,16 @@ def plan_run(
         free = free_for(config)
     free -= base.anonymous + 4 * trained
 
+    state = resident_state(adapter_sizes(model.shape, ranks), config.optimizer)
+
     def policy_for(tokens: int) -> Policy:
         rows = max(config.rows_a_pass * sequences, -(-tokens // facts.longest))
         costs = layer_costs(model.shape, ranks, facts.longest, rows, itemsize, dropout)
         recompute = config.gradient_checkpointing
         try:
-            return activations.decide(costs, trained, free, rows, recompute, model.pageable(itemsize), together)
+            pageable = model.pageable(itemsize)
+            pace = pace_of(machine.rates, model.shape.linear_weights, rows * facts.longest, pageable.all)
+            return activations.decide(costs, trained, free, rows, recompute, pageable, together, state, pace)
         except InputError as error:
             raise DoesNotFitError(str(error)) from None
 
@@ -229,7 +233,6 @@ def plan_run(
     steps = steps_of(config, facts)
     largest = packed.tokens if packed else config.rows_a_pass * sequences * facts.longest
     largest_trained = round(work.trained * largest / work.tokens) if work.tokens else 0
-    layer_major = policy.paged is not None and policy.kept == 0 and together > 1
     memory = memory_of(
         model.shape,
         ranks,
@@ -240,14 +243,14 @@ def plan_run(
         config.optimizer,
         dropout,
         itemsize,
-        together if layer_major else 1,
+        together if policy.together else 1,
     )
     again = policy.offloaded + policy.recomputed
     tensors = adapter_tensors(ranks)
     options = {"recomputed": again, "dropout": dropout, "parameters": trained, "tensors": tensors}
     step = step_time(machine.rates, model.shape, ranks, work, passes, **options)  # type: ignore[arg-type]
     if policy.paged is not None:
-        rounds = 1 if layer_major else passes
+        rounds = 1 if policy.together else passes
         read = disk_seconds(model.pageable(itemsize).all, policy.paged, machine.rates.disk)
         step = dataclasses.replace(step, disk=max(rounds * read - step.seconds, 0.0))
     if reference:

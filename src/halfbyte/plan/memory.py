@@ -35,9 +35,6 @@ PROCESS = 55 * 2**20
 """Bytes of a run whatever its size."""
 UNUSED = 16 * 2**20
 """Bytes of the pool that lie unused at the peak, about; it may have 64 MiB so (:data:`halfbyte.kernels.pool.SLACK`)."""
-DROPOUT_GAPS = 2
-"""Values of the inner width in each layer that keeps its activations, which dropout leaves as gaps in the heap: its
-draws lie there, and what is kept between them. Fitted to one run."""
 PER_LAYER = 2**19
 """Bytes of a layer's Python objects, PEFT's modules among them."""
 
@@ -160,6 +157,11 @@ def state_bytes(sizes: Sequence[int], optimizer: str) -> int:
     )
 
 
+def resident_state(sizes: Sequence[int], optimizer: str) -> int:
+    """Return what of an optimizer's state is memory: all of it, or nothing where it is paged to a file."""
+    return 0 if optimizer.startswith("paged") else state_bytes(sizes, optimizer)
+
+
 def pooled(count: int) -> int:
     """Return what a tensor of ``count`` bytes takes, in the pool or in the heap where it is small.
 
@@ -236,7 +238,7 @@ def memory_of(
         itemsize: bytes of a value of the compute dtype.
         together: micro-batches that go through a paged base layer by layer, whose inputs wait together.
     """
-    sizes = [n for layer in ranks for x in shape.linears for n in _sizes(x.inputs, x.outputs, layer.get(x.path, 0))]
+    sizes = adapter_sizes(shape, ranks)
     parameters = sum(sizes)
     layers = [pooled_layer(shape, ranks[i], tokens, i == 0, shape.rotated[i], itemsize) for i in range(shape.layers)]
     again = policy.offloaded + policy.recomputed
@@ -245,23 +247,23 @@ def memory_of(
     layer, head = at_work(shape, tokens, trained, itemsize, dropout)
     end = kept + max(head, layer)
     rerun = layers[again - 1] + layer if again else 0
-    state = state_bytes(sizes, optimizer)
+    state, resident = state_bytes(sizes, optimizer), resident_state(sizes, optimizer)
     unused = min(UNUSED, (kept + inputs + max(head, layer)) // 8)
-    gaps = DROPOUT_GAPS * policy.kept * tokens * shape.inner * itemsize if dropout else 0
-    is_paged = optimizer.startswith("paged")
     return Memory(
         base=base.all,
         base_mapped=base.mapped,
         adapter=FLOAT * parameters,
         gradients=FLOAT * parameters,
-        state=0 if is_paged else state,
+        state=resident,
         kept=kept,
         inputs=inputs,
         work=max(end, rerun) - kept,
-        process=PROCESS + PER_LAYER * shape.layers + unused + gaps,
-        paged_state=state if is_paged else 0,
+        process=PROCESS + PER_LAYER * shape.layers + unused,
+        paged_state=state - resident,
     )
 
 
-def _sizes(inputs: int, outputs: int, rank: int) -> tuple[int, ...]:
-    return (rank * inputs, rank * outputs) if rank else ()
+def adapter_sizes(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> list[int]:
+    """Return how many values each of LoRA's matrices has, whose ``ranks`` are told by layer."""
+    placed = [(x, layer.get(x.path, 0)) for layer in ranks for x in shape.linears]
+    return [size for x, rank in placed if rank for size in (rank * x.inputs, rank * x.outputs)]

@@ -17,6 +17,7 @@ memory a step reads it from the disk meanwhile and takes the longer of the two (
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from halfbyte.hf.layers.activations import Pace
 from halfbyte.plan.machine import Rates
 from halfbyte.plan.shape import QKV, Shape
 
@@ -56,6 +57,18 @@ class StepTime:
     def seconds(self) -> float:
         """Of the whole step."""
         return float(sum(vars(self).values()))
+
+
+def pace_of(rates: Rates, weights: int, tokens: int, pageable: int) -> Pace:
+    """Return how long products with a base take, and reading it: what decides whether it is paged.
+
+    Args:
+        rates: of the machine.
+        weights: of the layers' linears.
+        tokens: of a pass.
+        pageable: bytes of the base that lie in files.
+    """
+    return Pace(rates.forward[0] * 2 * tokens * weights, pageable / rates.disk)
 
 
 def step_time(

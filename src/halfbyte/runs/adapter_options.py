@@ -79,7 +79,7 @@ class AdapterOptions(Options):
 
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
     @classmethod
-    def _paired(cls, given: Any) -> Any:
+    def _paired_patterns(cls, given: Any) -> Any:
         if not isinstance(given, str):
             return given
         pairs = [pair.rsplit("=", 1) for pair in given.split(",")]

@@ -17,7 +17,11 @@ from halfbyte.hf.models.heads import TASK_TYPES, head_names, modules_within
 from halfbyte.hf.trainers import distributed, sharded
 from halfbyte.hf.trainers.layer_major import LayerMajor
 from halfbyte.memory import anonymous_memory, free_memory
+from halfbyte.nn import QuantizedLinear
+from halfbyte.plan import calibrate
 from halfbyte.plan.estimate import FREE_SHARE, KEPT_CHECKPOINTS, layer_by_layer
+from halfbyte.plan.memory import resident_state
+from halfbyte.plan.times import pace_of
 from halfbyte.runs.config import TrainConfig
 from halfbyte.train import loggers, schedules
 from halfbyte.train.adapters import Beginning, loraplus_groups
@@ -99,9 +103,12 @@ def plan_activations(
     if not config.fsdp:  # a base that is divided is memory of the processes
         base = activations.Base(paging.mapped_bytes(model) // sharing, paging.least_bytes(model) // sharing)
     passes = config.gradient_accumulation_steps if _goes_together(config) else 1
-    return activations.plan(
-        model, length=longest, batch_size=rows, free=-lacking, recompute=recompute, base=base, passes=passes
-    )
+    state = resident_state([p.numel() for p in model.parameters() if p.requires_grad], config.optimizer)
+    parts = (part for layer in activations.recomputable_layers(model) for part in layer.modules())
+    weights = sum(part.in_features * part.out_features for part in parts if isinstance(part, QuantizedLinear))
+    pace = pace_of(calibrate.known().rates, weights, rows * longest, base.all)
+    options: dict[str, Any] = {"recompute": recompute, "base": base, "passes": passes, "state": state, "pace": pace}
+    return activations.plan(model, length=longest, batch_size=rows, free=-lacking, **options)
 
 
 def paging_told(model: Any, seconds: float) -> str | None:
@@ -125,8 +132,7 @@ def page(config: TrainConfig, model: Any, trainer: Any, policy: activations.Poli
     if policy.paged is None:
         return paging.detach(model)
     paging.attach(model, policy.paged * distributed.on_this_machine())
-    again = policy.kept == 0 and config.gradient_accumulation_steps > 1
-    if again and policy.draws is not None and _goes_together(config):
+    if policy.together and policy.draws is not None:
         trainer.layer_major = LayerMajor(model, policy.draws)
 
 

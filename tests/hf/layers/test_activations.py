@@ -138,3 +138,38 @@ def test_measuring_holds_one_layer_at_a_time(tiny_model_folder: Path) -> None:
     second.register_forward_pre_hook(lambda *_: gone.append(saved[0].expired()))
     activations.measure(model, length=24, batch_size=1)
     assert gone == [True]
+
+
+def paged_policy(free: int, forward: float, reading: float, draws: int | None = 0) -> activations.Policy:
+    """Return what is chosen for 8 micro-batches over 10 layers of 100 MB each, of which 100 MB are kept for each."""
+    layers = [activations.Costs(100 * 10**6, 10**6, draws)] * 10
+    base, pace = activations.Base(10**9, 2 * 10**8), activations.Pace(forward, reading)
+    return activations.decide(layers, 0, activations.WORKSPACE + free, 1, base=base, passes=8, state=0, pace=pace)
+
+
+def test_a_base_is_paged_for_each_pass_where_computing_hides_that_and_for_the_step_where_not() -> None:
+    room = 700 * 10**6  # less than the base, and than two layers of it with all that is kept
+    hidden = paged_policy(room, forward=10.0, reading=1.0)
+    assert hidden.paged is not None and not hidden.together
+    assert hidden.recomputed == 6 and hidden.kept == 4  # as few as the memory asks for
+    shown = paged_policy(room, forward=0.1, reading=10.0)
+    assert shown.paged is not None and shown.together and shown.recomputed == 10
+    assert not paged_policy(room, forward=0.1, reading=10.0, draws=None).together  # it could not draw as it would
+
+
+def test_a_base_that_would_fit_with_all_recomputed_is_paged_where_that_is_faster() -> None:
+    room = 1300 * 10**6
+    resident = paged_policy(room, forward=0.1, reading=10.0)
+    assert resident.paged is None and 0 < resident.recomputed < 10
+    paged = paged_policy(room, forward=10.0, reading=1.0)
+    assert paged.paged is not None and paged.recomputed == 0
+    assert paged_policy(2500 * 10**6, forward=10.0, reading=1.0).paged is None
+
+
+def test_a_policy_never_takes_more_than_there_is() -> None:
+    for free in range(350 * 10**6, 2500 * 10**6, 50 * 10**6):
+        for forward, reading in ((10.0, 1.0), (0.1, 10.0)):
+            policy = paged_policy(free, forward, reading)
+            inputs = policy.recomputed * (8 if policy.together else 1) * 10**6
+            kept = policy.kept * 10**8
+            assert inputs + kept + (policy.paged or 10**9) + activations.WORKSPACE <= policy.free

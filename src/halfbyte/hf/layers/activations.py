@@ -42,10 +42,14 @@ AROUND = "around_forward"
 """Attribute of a layer: called with its forward and arguments, in its place, where it is recomputed."""
 CACHED = 2**28
 """Bytes of other files that the system keeps beside a paged base: libraries, data, what was written."""
+RISK = 1.1
+"""A base is paged where that is so much faster: the disk may be slower than it was measured, or wanted by others."""
 MOST_DRAWS = 64
 """Seeds that a layer draws at most; one that draws more draws whole tensors."""
-BYTES_PER_TRAINED = 12
-"""Gradient and two moments in fp32, the most that a trained parameter brings along."""
+GRADIENT = 4
+"""Bytes of a trained parameter's gradient."""
+MOMENTS = 8
+"""Bytes of two moments in fp32, the most that an optimizer keeps of a trained parameter."""
 WORKSPACE = 2**30 // 5
 """Bytes that a step takes beside what autograd saves: scratch of libraries and kernels, small tensors, gaps."""
 
@@ -77,6 +81,18 @@ class Base(NamedTuple):
     least: int = 0
 
 
+class Pace(NamedTuple):
+    """How fast a machine computes and reads.
+
+    Attributes:
+        forward: seconds of a pass forward through the layers; its backward is taken to be as long.
+        reading: seconds of reading all that can be paged of the base.
+    """
+
+    forward: float = 0.0
+    reading: float = 1.0
+
+
 @dataclass(frozen=True)
 class Policy:
     """How many layers are treated how: the first ``offloaded``, then ``recomputed``, then ``kept``.
@@ -86,6 +102,7 @@ class Policy:
         free: memory that may be taken beyond that, as the budget says.
         paged: bytes of the base that are in memory at a time; None: all of it, or all that the system likes.
         draws: seeds that the layers draw in a forward, None if they draw something else.
+        together: whether the micro-batches of a step go through each layer of a paged base together.
     """
 
     offloaded: int
@@ -95,6 +112,7 @@ class Policy:
     free: int
     paged: int | None = None
     draws: int | None = 0
+    together: bool = False
 
     def __str__(self) -> str:
         text = self._activations()
@@ -233,11 +251,17 @@ def plan(
     recompute: bool | None = None,
     base: Base | None = None,
     passes: int = 1,
+    state: int | None = None,
+    pace: Pace | None = None,
 ) -> Policy:
-    """Measure ``model`` and choose a policy.
+    """Measure ``model`` and choose a policy; of a base that lies in files the fastest of what fits:
 
-    A base that lies in files stays in memory if that is possible, with as much recomputed as that takes; or else it is
-    paged, and has what the activations leave.
+        in memory    with as much recomputed as that takes
+        paged        for each micro-batch, with less recomputed: a long pass computes while the next layers are read
+        together     paged, but the micro-batches of a step go through each layer together, all of which are recomputed:
+                     the base is read twice a step, however many there are
+
+    A paged base has what the activations leave.
 
     Args:
         model: ready to train.
@@ -248,6 +272,8 @@ def plan(
         base: what of the model lies in files.
         passes: micro-batches that go through a paged base together, layer by layer
             (:mod:`halfbyte.hf.trainers.layer_major`); all that they need is recomputed.
+        state: bytes of the optimizer's state in memory; None: the most that it can be.
+        pace: of this machine, for a pass of this size; None: as if reading took all the time.
 
     Raises:
         InputError: nothing fits.
@@ -255,7 +281,8 @@ def plan(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     disk = next(model.parameters()).device.type == "cpu"
     more = 0 if disk else gpu_workspace(model)
-    return decide(measure(model, length, batch_size), trained, free, batch_size, recompute, base, passes, more, disk)
+    costs = measure(model, length, batch_size)
+    return decide(costs, trained, free, batch_size, recompute, base, passes, state, pace, more, disk)
 
 
 def decide(
@@ -266,6 +293,8 @@ def decide(
     recompute: bool | None = None,
     base: Base | None = None,
     passes: int = 1,
+    state: int | None = None,
+    pace: Pace | None = None,
     more: int = 0,
     disk: bool = True,
 ) -> Policy:
@@ -279,6 +308,8 @@ def decide(
         recompute: all layers, none, or as memory decides.
         base: what of the model lies in files.
         passes: that may go through a paged base together.
+        state: of the optimizer in memory.
+        pace: of the machine.
         more: bytes that a step takes beside :data:`WORKSPACE`.
         disk: whether inputs may wait on the disk.
 
@@ -286,7 +317,7 @@ def decide(
         InputError: nothing fits.
     """
     base = base or Base()
-    fixed = WORKSPACE + BYTES_PER_TRAINED * trained + more
+    fixed = WORKSPACE + GRADIENT * trained + (MOMENTS * trained if state is None else state) + more
 
     def chosen(layers: Sequence[Costs], fixed: int, again: bool = False) -> Policy:
         if recompute is None:
@@ -294,24 +325,41 @@ def decide(
         recomputed = len(layers) if recompute else 0
         return Policy(0, recomputed, len(layers) - recomputed, _needed(layers, fixed, 0, recomputed), free)
 
-    def with_paged_base() -> Policy:
-        together = passes > 1 and recompute is not False
-        held = [replace(layer, input=layer.input * (passes if together else 1)) for layer in layers]
-        policy = chosen(held, fixed + base.least, together)
+    def paged(policy: Policy, together: bool = False) -> Policy:
         left = min(max(policy.free - policy.bytes - CACHED, 0), base.all - base.least)
-        return replace(policy, paged=base.least + left, bytes=policy.bytes + left)
+        return replace(policy, paged=base.least + left, bytes=policy.bytes + left, together=together)
 
-    try:
-        policy = chosen(layers, fixed + base.all)
-    except InputError:
-        if base.all <= base.least:
-            raise
-        policy = with_paged_base()
-    else:
-        if base.all > base.least and (policy.offloaded or policy.bytes > free):
-            policy = with_paged_base()
+    ways: list[Callable[[], Policy]] = [lambda: chosen(layers, fixed + base.all)]
+    if base.all > base.least:
+        ways.append(lambda: paged(chosen(layers, fixed + base.least)))
+        if passes > 1 and recompute is not False and all(layer.draws is not None for layer in layers):
+            waiting = [replace(layer, input=layer.input * passes) for layer in layers]
+            ways.append(lambda: paged(chosen(waiting, fixed + base.least, again=True), together=True))
+    found: list[Policy] = []
+    errors: list[InputError] = []
+    for way in ways:
+        try:
+            found.append(way())
+        except InputError as error:
+            errors.append(error)
+    if not found:
+        raise errors[min(1, len(errors) - 1)]
+    fitting = [one for one in found if one.bytes <= free] or found[-1:]
+    at_once = [one for one in fitting if one.paged is not None or not one.offloaded] or fitting
+    policy = min(at_once, key=lambda one: _seconds(one, base, passes, pace or Pace()))
     draws = [layer.draws for layer in layers]
     return replace(policy, draws=None if None in draws else sum(draw or 0 for draw in draws))
+
+
+def _seconds(policy: Policy, base: Base, passes: int, pace: Pace) -> float:
+    """Return how long a step takes, about: computing, or reading if that is longer."""
+    layers = policy.offloaded + policy.recomputed + policy.kept
+    again = (policy.offloaded + policy.recomputed) / layers if layers else 0.0
+    computing = passes * pace.forward * (2 + again)
+    if policy.paged is None:
+        return computing
+    reading = 2 * pace.reading * (1 - policy.paged / base.all) * (1 if policy.together else passes)
+    return RISK * max(computing, reading)
 
 
 def gpu_workspace(model: nn.Module) -> int:

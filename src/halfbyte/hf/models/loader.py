@@ -36,6 +36,9 @@ from halfbyte.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
+_MAPPED: dict[str, None] = {}
+"""Models of this process whose weights are mapped, for what is said where a file of theirs is cut."""
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 """The files of which a folder with a tokenizer has one."""
 
@@ -174,9 +177,10 @@ def _load_at(
     if task == "classify":
         hold_in_fp32(model)
     if held is not None and model.device.type == "cpu":
+        _MAPPED[str(place.path)] = None
         native.tell_bus_error(
-            f"Error: The weights of {place.path} can no longer be read: a file was changed while it was in use, or its "
-            "disk fails. Restore it and start again; a run goes on from its last checkpoint.\n",
+            f"Error: The weights of {' or '.join(_MAPPED)} can no longer be read: a file was changed while it was in "
+            "use, or its disk fails. Restore it and start again; a run goes on from its last checkpoint.\n",
             2,  # as every input that cannot be used
         )
         paging.attach_if_needed(model)

@@ -181,7 +181,7 @@ class _Look:
                 yield from _of_quantized(name, state)
                 digests = quantized_digests(state, name)
         except InputError as error:
-            yield Finding(name, str(error))
+            yield Finding(name, str(error).removeprefix(f"{name} "))
             return
         row = self._rows.get(self._targets.get(name, ""))
         if row is not None:
