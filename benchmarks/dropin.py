@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     options = parser.parse_args()
-    from reviews import QUESTION, read_snippets
+    from halfbyte.example.reviews import QUESTION, read_snippets
 
     sides = {
         "halfbyte": [sys.executable, "-m", "halfbyte", "run", str(FOLDER / "dropin" / "listing.py")],

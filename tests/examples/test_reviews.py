@@ -6,7 +6,7 @@ import pytest
 
 from halfbyte import InputError
 from halfbyte.data import Chat, read_examples
-from reviews import QUESTION, Snippet, read_snippets, split, write_chats
+from halfbyte.example.reviews import QUESTION, Snippet, read_snippets, split, write_chats
 
 
 def test_clear_ratings_become_answers_and_the_others_are_left_out(tmp_path: Path) -> None:

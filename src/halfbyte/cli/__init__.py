@@ -32,6 +32,7 @@ from halfbyte.cli import (
     classify,
     convert,
     data,
+    example,
     export,
     generate,
     machine,
@@ -45,6 +46,7 @@ from halfbyte.cli import (
     runs,
     serve,
     train,
+    ui,
 )
 from halfbyte.cli.console import INTERRUPTED, fail
 from halfbyte.cli.options import DataCommand, complete
@@ -66,6 +68,7 @@ shown_runs = typer.Typer(cls=runs.RunsGroup, help="List runs (runs FOLDER), or p
 
 app.command(cls=DataCommand)(train.train)
 app.command()(plan.plan)
+app.command()(example.example)
 app.command()(resume.resume)
 app.command(context_settings=qlora.SETTINGS)(qlora.qlora)
 app.command()(convert.convert_config)
@@ -78,6 +81,7 @@ app.command()(chat.chat)
 app.command()(generate.generate)
 app.command()(classify.classify)
 app.command()(serve.serve)
+app.command()(ui.ui)
 app.command()(models.quantize)
 app.command()(models.verify)
 app.command()(merge.merge)

@@ -1,0 +1,229 @@
+"""What the second station asks for, as options of a run: every path within the page's folders, no word unknown."""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halfbyte.data.sources import HUB_ID
+from halfbyte.deploy.ui import found
+from halfbyte.deploy.ui.places import Outside, Places, uploaded_name
+from halfbyte.deploy.ui.texts import say
+from halfbyte.errors import InputError
+from halfbyte.files import write_text
+from halfbyte.runs.config import PRESETS, TrainConfig
+
+REFUSED = {"trust_remote_code", "output", "model", "data", "resume", "overwrite", "ray", "report_to", "processes"}
+"""Options that have a place of their own in the page, or that nobody should set from one."""
+NUMBERS = ("epochs", "max_length", "rank", "learning_rate", "batch_size", "eval_share")
+ANSWERS = {"sft": "completion", "dpo": "chosen", "orpo": "chosen", "kto": "completion", "text": "text"}
+MODEL_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def numbers_of(preset: str) -> dict[str, Any]:
+    """Return what a recipe says of the numbers that the page asks for."""
+    fields = TrainConfig.model_fields
+    values = {name: PRESETS[preset].get(name, fields[name].default) for name in NUMBERS}
+    return values | {"eval_share": values["eval_share"] or 0.1, "epochs": PRESETS[preset].get("epochs", 3)}
+
+
+def options_of(places: Places, language: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run.
+
+    Args:
+        places: the page's folders.
+        language: in which to say what is wrong.
+        given: what stands in the page, by the names of its fields.
+
+    Raises:
+        InputError: something lacks, leads elsewhere, or is no option.
+    """
+    given = {name: "" if value is None else value for name, value in given.items()}
+    options: dict[str, Any] = {
+        "model": model_of(places, language, given["model"]),
+        "data": data_of(places, language, given),
+    }
+    options |= {name: given[name] for name in ("method", "task", "preset")}
+    for name in NUMBERS:
+        value = given.get(name)
+        if value is not None and value != "":
+            whole = name not in ("epochs", "learning_rate", "eval_share")
+            options[name] = int(value) if whole else float(value)
+    if not options.get("eval_share"):
+        options.pop("eval_share", None)
+    if given["task"] != "lm":
+        options.pop("method")
+    if given["memory"].strip():
+        options["memory"] = given["memory"].strip()
+    columns = _columns(given)
+    if columns:
+        options["columns"] = columns
+    if given.get("skip"):
+        options["skip_bad_rows"] = "all"
+    if options["preset"] == "quick":
+        options.setdefault("gradient_accumulation_steps", 1)
+    return options | further(places, language, given.get("yaml") or "")
+
+
+def model_of(places: Places, language: str, name: str | None) -> str:
+    """Return the model that is meant: one that was found, a folder within the page's, or a hub id.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    text = (name or "").strip()
+    if not text:
+        raise InputError(say(language, "say.no_model"))
+    known = {model.name: model.path for model in found.models(places)}
+    if text in known or text in known.values():
+        return known.get(text, text)
+    inside = _if_inside(places, text)
+    if inside is not None and inside.exists():
+        return str(inside)
+    if MODEL_ID.fullmatch(text) and ".." not in text:
+        return text
+    places.inside(text)
+    raise InputError(f"There is no model {text}.")
+
+
+def data_of(places: Places, language: str, given: Mapping[str, Any]) -> list[str]:
+    """Return the data that are meant: files that were sent, rows that were pasted, a path or a name.
+
+    Raises:
+        InputError: there are none, or they lie elsewhere.
+    """
+    words = [str(_kept(places, Path(file))) for file in given.get("files") or ()]
+    if (given.get("paste") or "").strip():
+        words.append(str(pasted(places, given["paste"])))
+    for line in (given.get("path") or "").splitlines():
+        if line.strip():
+            words.append(_source(places, line.strip()))
+    if not words:
+        raise InputError(say(language, "say.no_data"))
+    return words
+
+
+def pasted(places: Places, text: str) -> Path:
+    """Keep a text as a file, named by what it looks like; return it."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    ending = "txt"
+    if lines[0].lstrip().startswith(("{", "[")):
+        ending = "jsonl" if (_is_json(lines[0]) and len(lines) > 1) or _is_json(lines[0]) else "json"
+    elif len(lines) > 1 and ("," in lines[0] or "\t" in lines[0]):
+        ending = "tsv" if "\t" in lines[0] else "csv"
+    file = places.uploads / f"pasted-{hashlib.sha256(text.encode()).hexdigest()[:12]}.{ending}"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text.strip() + "\n")
+    return file
+
+
+def further(places: Places, language: str, text: str) -> dict[str, Any]:
+    """Return options that are written out, a line each.
+
+    Raises:
+        InputError: they are no YAML, unknown, or not for a page.
+    """
+    if not text.strip():
+        return {}
+    try:
+        found_ = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(say(language, "say.bad_option", line=mark.line + 1 if mark else 1)) from None
+    if not isinstance(found_, dict):
+        raise InputError(say(language, "say.bad_option", line=1))
+    for name, value in found_.items():
+        if name in REFUSED:
+            raise InputError(f"{name} cannot be set here.")
+        _check_paths(places, value)
+    return {str(name): value for name, value in found_.items()}
+
+
+def command_of(options: Mapping[str, Any], output: Path) -> str:
+    """Return the command that does the same."""
+    words = ["halfbyte", "train"]
+    for name, value in {**options, "output": str(output)}.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, Mapping):
+            words += [flag, ",".join(f"{key}={x}" for key, x in value.items())]
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag, str(one)]
+    return shlex.join(words)
+
+
+def _columns(given: Mapping[str, Any]) -> dict[str, str]:
+    method, task = given["method"], given["task"]
+    answer = ANSWERS[method] if task == "lm" else "completion"
+    names = {"prompt": "text" if task == "classify" or method == "text" else "prompt", "completion": answer}
+    names |= {"rejected": "rejected", "label": "label"}
+    chosen = {names[name]: given[name] for name in names if given.get(name)}
+    return {name: column for name, column in chosen.items() if column}
+
+
+def _kept(places: Places, file: Path) -> Path:
+    """Move a file that was sent to where it stays, under a name that leads nowhere; return it."""
+    if file.resolve().is_relative_to(places.uploads.resolve()):
+        return file
+    digest = hashlib.sha256(str(file.parent.name).encode()).hexdigest()[:8]  # gradio's folder is named by its content
+    target = places.uploads / digest / uploaded_name(file.name)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(file, part)
+        part.replace(target)
+    return target
+
+
+def _source(places: Places, word: str) -> str:
+    name, at, weight = word.rpartition("@")
+    path = name if at and re.fullmatch(r"[\d.]+|\w+", weight) else word
+    inside = _if_inside(places, path)
+    if inside is not None and (inside.exists() or any(sign in path for sign in "*?[")):
+        return f"{inside}{at}{weight}" if path != word else str(inside)
+    if (HUB_ID.fullmatch(word) and ".." not in word) or re.fullmatch(r"[\w-]+", word):
+        return word
+    places.inside(path)
+    raise InputError(f"There is no {path} in the folders of this page.")
+
+
+def _if_inside(places: Places, path: str) -> Path | None:
+    try:
+        return places.inside(path)
+    except Outside:
+        return None
+
+
+def _check_paths(places: Places, value: Any) -> None:
+    """Refuse values that lead out of the page's folders.
+
+    Raises:
+        Outside: one does.
+    """
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for one in value:
+            _check_paths(places, one)
+    elif isinstance(value, str):
+        path = value.rpartition("*")[0] if re.search(r"\*[\d.]+$", value) else value
+        looks_so = path.startswith(("/", "~", ".")) or ".." in path or Path(path).exists()
+        if looks_so and _if_inside(places, path) is None:
+            raise Outside(path)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,208 @@
+"""The station where a model is talked to: with its adapter and without it, side by side; judgements become data."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from halfbyte.deploy.ui import found, pictures
+from halfbyte.deploy.ui.asked import model_of
+from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
+from halfbyte.deploy.ui.chatting import keep_judged, keep_pair
+from halfbyte.deploy.ui.texts import say
+from halfbyte.errors import InputError
+from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.history import is_run
+
+Messages = list[dict[str, Any]]
+
+
+class Chat:
+    """The station."""
+
+    def __init__(self, ui: Ui) -> None:
+        self._ui = ui
+        make = ui.texts.make
+        with gr.Row(equal_height=True):
+            self.model = make(
+                gr.Dropdown, "chat.model", choices=[], allow_custom_value=True, elem_id="hb-talk", scale=4
+            )
+            self.open = make(gr.Button, "chat.open", variant="primary", elem_id="hb-open")
+            self.close = make(gr.Button, "chat.close", elem_id="hb-close")
+        self.status = status()
+        self.system = make(gr.Textbox, "chat.system", lines=1, elem_id="hb-system")
+        with make(gr.Accordion, "chat.options", open=False), gr.Row():
+            self.temperature = make(gr.Slider, "chat.temperature", value=0, minimum=0, maximum=2, step=0.05)
+            self.top_p = make(gr.Slider, "chat.top_p", value=1, minimum=0.01, maximum=1, step=0.01)
+            self.most = make(gr.Number, "chat.most", value=256, precision=0, minimum=1)
+            self.seed = make(gr.Textbox, "chat.seed", max_length=12)
+        look = {"height": 420, "allow_tags": False, "buttons": ["copy"], "render_markdown": True, "sanitize_html": True}
+        with gr.Row():
+            self.left = make(gr.Chatbot, "chat.left", elem_id="hb-left", **look)
+            self.right = make(gr.Chatbot, "chat.right", elem_id="hb-right", **look)
+        with gr.Row():
+            self.left_better = make(gr.Button, "chat.left_better", size="sm", elem_id="hb-left-better")
+            self.right_better = make(gr.Button, "chat.right_better", size="sm", elem_id="hb-right-better")
+        self.message = make(gr.Textbox, "chat.message", lines=1, max_lines=8, elem_id="hb-message", autofocus=False)
+        with gr.Row():
+            self.send = make(gr.Button, "chat.send", variant="primary", elem_id="hb-send")
+            self.end = make(gr.Button, "chat.end")
+            self.again = make(gr.Button, "chat.again", elem_id="hb-again")
+            self.clear = make(gr.Button, "chat.clear")
+
+    def wire(self, language: Any) -> None:
+        """Say what buttons do."""
+        private: dict[str, Any] = {"api_visibility": "private"}
+        self.open.click(self._open, [language, self.model], [self.status, self.left, self.right], **private)
+        self.close.click(self._close, [language], [self.status], **private)
+        sampling = [self.system, self.temperature, self.top_p, self.most, self.seed]
+        sides = [self.left, self.right]
+        asked = [language, self.message, *sides, *sampling]
+        told = [self.status, *sides, self.message]
+        sent = gr.on([self.send.click, self.message.submit], self._send, asked, told, concurrency_limit=4, **private)
+        again = self.again.click(self._again, asked, told, concurrency_limit=4, **private)
+        self.end.click(None, None, None, cancels=[sent, again], **private)
+        self.clear.click(lambda: ([], []), None, sides, **private)
+        for side, which in ((self.left, 0), (self.right, 1)):
+            side.like(self._judged(which), [language, side, self.system], [self.status], **private)
+        for button, better in ((self.left_better, 0), (self.right_better, 1)):
+            button.click(self._better(better), [language, *sides, self.system], [self.status], **private)
+
+    def choices(self) -> list[str]:
+        """Return what can be talked to: finished runs, then models."""
+        places = self._ui.places
+        runs = [named(run.path, places.roots) for run in found.runs(places) if RunFolder(run.path).adapter.exists()]
+        return runs + [model.name for model in found.models(places)]
+
+    @property
+    def _open(self) -> Any:
+        @told_errors(3)
+        def handler(language: str, name: str) -> Iterator[Any]:
+            path = self._path(language, name)
+            yield pictures.told(say(language, "say.opening", name=name)), [], []
+            try:
+                opened = self._ui.talk.open(path)
+            except InputError as error:
+                raise InputError(say(language, "say.cannot_chat", name=name, error=error)) from None
+            alone = len(opened.names) < 2
+            yield (
+                pictures.told(say(language, "say.opened", name=name), "good"),
+                gr.update(value=[], label=opened.names[0]),
+                gr.update(value=[], visible=not alone, label=opened.names[-1]),
+            )  # fmt: skip
+
+        return handler
+
+    def _path(self, language: str, name: str) -> str:
+        if (name or "").strip():
+            try:
+                inside = self._ui.places.inside(name)
+            except InputError:
+                inside = None
+            if inside is not None and is_run(inside):
+                return str(inside)
+        return model_of(self._ui.places, language, name)
+
+    @property
+    def _close(self) -> Any:
+        @told_errors(1)
+        def handler(language: str) -> Any:
+            self._ui.talk.close()
+            return pictures.told(say(language, "say.closed"))
+
+        return handler
+
+    @property
+    def _send(self) -> Any:
+        @told_errors(4)
+        def handler(language: str, message: str, left: Messages, right: Messages, *sampling: Any) -> Iterator[Any]:
+            if not (message or "").strip():
+                raise InputError(say(language, "say.nothing"))
+            turn = {"role": "user", "content": message}
+            yield from self._answers(language, [*left, turn], [*right, turn], sampling)
+
+        return handler
+
+    @property
+    def _again(self) -> Any:
+        @told_errors(4)
+        def handler(language: str, _: str, left: Messages, right: Messages, *sampling: Any) -> Iterator[Any]:
+            left, right = (_until_asked(side) for side in (left, right))
+            if not left:
+                raise InputError(say(language, "say.nothing"))
+            yield from self._answers(language, left, right, sampling)
+
+        return handler
+
+    def _answers(self, language: str, left: Messages, right: Messages, sampling: Any) -> Iterator[Any]:
+        """Yield both sides as they grow."""
+        opened = self._ui.talk.now
+        if opened is None:
+            raise InputError(say(language, "say.not_open"))
+        system, temperature, top_p, most, seed = sampling
+        options = {"temperature": temperature, "top_p": top_p, "max_tokens": int(most or 256)}
+        if str(seed or "").strip():
+            if not str(seed).strip().isdigit():
+                raise InputError(f"{say(language, 'chat.seed.label')}: {seed!r}")
+            options["seed"] = int(str(seed).strip())
+        names = opened.names[:2]
+        sides = [left, right][: len(names)]
+        asked = [(name, plain(side, system)) for name, side in zip(names, sides, strict=True)]
+        for texts in self._ui.talk.side_by_side(asked, options):
+            grown = [[*side, {"role": "assistant", "content": text}] for side, text in zip(sides, texts, strict=True)]
+            yield "", grown[0], grown[1] if len(grown) > 1 else [], ""
+
+    def _judged(self, which: int) -> Any:
+        @told_errors(1)
+        def handler(language: str, side: Messages, system: str, data: gr.LikeData) -> Any:
+            at = data.index if isinstance(data.index, int) else data.index[0]
+            opened = self._name(language)
+            before = plain(side[:at], system)
+            file = keep_judged(self._ui.places.roots[0], opened[which], before, text_of(side[at]), bool(data.liked))
+            key = "say.kept_good" if data.liked else "say.kept_bad"
+            return pictures.told(say(language, key, file=self._ui.places.shown(file)), "good")
+
+        return handler
+
+    def _better(self, better: int) -> Any:
+        @told_errors(1)
+        def handler(language: str, left: Messages, right: Messages, system: str) -> Any:
+            opened = self._name(language)
+            sides = [left, right]
+            if not (left and right and left[-1]["role"] == right[-1]["role"] == "assistant"):
+                raise InputError(say(language, "say.no_pair"))
+            file = keep_pair(
+                self._ui.places.roots[0], opened[0], plain(sides[better][:-1], system), text_of(sides[better][-1]),
+                text_of(sides[1 - better][-1]),
+            )  # fmt: skip
+            return pictures.told(say(language, "say.kept_pair", file=self._ui.places.shown(file)), "good")
+
+        return handler
+
+    def _name(self, language: str) -> list[str]:
+        opened = self._ui.talk.now
+        if opened is None:
+            raise InputError(say(language, "say.not_open"))
+        names = [Path(name).name for name in opened.names]
+        return [*names, names[-1]]
+
+
+def plain(side: Messages, system: str | None) -> list[dict[str, str]]:
+    """Return a conversation as a model gets it."""
+    first = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
+    return first + [{"role": one["role"], "content": text_of(one)} for one in side]
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """Return the text of a message, as gradio hands it: a text, or parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
+    return str(content)
+
+
+def _until_asked(side: Messages) -> Messages:
+    """Return a conversation up to its last question."""
+    at = next((at for at in range(len(side) - 1, -1, -1) if side[at]["role"] == "user"), None)
+    return [] if at is None else side[: at + 1]

@@ -1,0 +1,122 @@
+"""Models and runs that are on this machine. Reads configurations, never weights; imports no torch."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.deploy.ui.places import Places
+from halfbyte.errors import InputError
+from halfbyte.runs.history import DEPTH, Run, find_runs, is_run, read_run
+
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+CACHE = Path("~/.cache/halfbyte")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model.
+
+    Attributes:
+        name: what it is called: a hub id, or where it lies.
+        path: what it is opened by.
+        family: its ``model_type``; ``gguf`` for such a file.
+        nbytes: of its weights.
+    """
+
+    name: str
+    path: str
+    family: str
+    nbytes: int
+
+
+def models(places: Places) -> list[FoundModel]:
+    """Return the models in the folders of the page, in halfbyte's cache and in that of the hub, by name."""
+    found = {model.path: model for model in (*_of_the_hub(), *_below(_caches(), places), *_below(places.roots, places))}
+    return sorted(found.values(), key=lambda model: model.name.lower())
+
+
+def model_paths(places: Places) -> list[Path]:
+    """Return where models lie that are outside of the page's folders."""
+    return [Path(model.path) for model in models(places) if Path(model.path).is_absolute()]
+
+
+def runs(places: Places, *, short: bool = True) -> list[Run]:
+    """Return the runs in the page's folders, the newest first; folders that cannot be read are passed."""
+    found: dict[Path, Run] = {}
+    for root in places.roots:
+        for path in find_runs(root):
+            try:
+                found[path] = read_run(path, short=short)
+            except InputError:
+                continue
+    return sorted(found.values(), key=lambda run: run.begun.timestamp() if run.begun else 0.0, reverse=True)
+
+
+def _caches() -> list[Path]:
+    return [CACHE.expanduser()]
+
+
+def _of_the_hub() -> Iterator[FoundModel]:
+    """Yield what the hub's cache holds, by hub ids."""
+    from huggingface_hub import constants
+
+    try:
+        folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    except OSError:
+        return
+    for folder in folders:
+        for snapshot in sorted((folder / "snapshots").glob("*")):
+            family = _family(snapshot)
+            if family and (size := _size(snapshot)):
+                name = "/".join(folder.name.split("--")[1:])
+                yield FoundModel(name, name, family, size)
+                break
+
+
+def _below(roots: Sequence[Path], places: Places, depth: int = DEPTH) -> Iterator[FoundModel]:
+    for root in roots:
+        yield from _within(root, places, depth)
+
+
+def _within(folder: Path, places: Places, depth: int) -> Iterator[FoundModel]:
+    if is_run(folder):
+        return
+    family = _family(folder)
+    if family:
+        if size := _size(folder):
+            yield FoundModel(_shown(folder, places), str(folder), family, size)
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.name.endswith(".gguf") and entry.is_file():
+            yield FoundModel(_shown(path, places), str(path), "gguf", entry.stat().st_size)
+        elif depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            yield from _within(path, places, depth - 1)
+
+
+def _family(folder: Path) -> str | None:
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(family)
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(WEIGHTS))
+    except OSError:
+        return 0
+
+
+def _shown(path: Path, places: Places) -> str:
+    home = CACHE.expanduser()
+    return str(path.relative_to(home)) if path.is_relative_to(home) else places.shown(path)

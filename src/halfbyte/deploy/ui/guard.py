@@ -1,0 +1,140 @@
+"""What stands before the page: who may ask, what a browser may load, and how large a request may be.
+
+A page on this machine is within reach of every other page that its user looks at. So requests must name a host that is
+this one's, and those that a browser sends from elsewhere (``Origin``, ``Sec-Fetch-Site``) are refused. Whoever is on
+another machine needs a password (HTTP's Basic, compared in constant time). Nothing is loaded from elsewhere, and no
+page may show this one in a frame: the policy (Content-Security-Policy) says so to the browser.
+"""
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from halfbyte.deploy.serve.options import is_loopback
+from halfbyte.errors import size_text
+
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+"""gradio's own page has scripts and styles in it, and compiles templates; all else must come from here."""
+HEADERS = (
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+SMALL = 8 << 20
+"""Bytes of a request that is no upload."""
+UPLOAD = "/gradio_api/upload"
+
+
+class Guard:
+    """An ASGI application around another.
+
+    Args:
+        app: the other one.
+        users: names and passwords; none: nobody is asked.
+        is_local: whether only this machine's own names are taken for the host.
+        max_upload: bytes of a file.
+    """
+
+    def __init__(self, app: ASGIApp, users: Mapping[str, str], is_local: bool, max_upload: int) -> None:
+        self._app, self._is_local, self._max_upload = app, is_local, max_upload
+        self._digests = [_digest(f"{name}:{password}".encode()) for name, password in users.items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in reversed(scope["headers"])}
+        refusal = self._refusal(scope, headers)
+        if refusal:
+            await _answer(send, *refusal)
+            return
+        most = self._max_upload + SMALL if scope["path"].rstrip("/").endswith(UPLOAD) else SMALL
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > most:
+            await _answer(send, 413, f"More than {size_text(most)} are not taken.")
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > most:  # of a length that nobody told
+                raise _TooLarge
+            return message
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = {name for name, _ in HEADERS}
+                kept = [pair for pair in message["headers"] if pair[0].lower() not in own]
+                message["headers"] = [*kept, *HEADERS]
+            await send(message)
+
+        try:
+            await self._app(scope, counted, sending)
+        except _TooLarge:
+            await _answer(send, 413, f"More than {size_text(most)} are not taken.")
+
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
+        host = headers.get(b"host", b"").decode("latin-1").strip().lower()
+        if self._is_local and not is_loopback(_name(host)):
+            return 403, "This page answers to localhost and 127.0.0.1 only."
+        origin = headers.get(b"origin")
+        if origin is not None and origin.decode("latin-1").lower().partition("://")[2] != host:
+            return 403, "Another page may not ask this one."
+        site = headers.get(b"sec-fetch-site", b"none")
+        if site not in (b"same-origin", b"none") and scope["method"] not in ("GET", "HEAD"):
+            return 403, "Another page may not ask this one."
+        if site == b"cross-site" and headers.get(b"sec-fetch-mode") != b"navigate":
+            return 403, "Another page may not ask this one."
+        if not self._digests:
+            return None
+        scheme, _, word = headers.get(b"authorization", b"").partition(b" ")
+        try:
+            given = _digest(base64.b64decode(word.strip(), validate=True))
+        except ValueError:
+            given = b""
+        found = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, however it goes
+        if scheme.lower() != b"basic" or not any(found):
+            return 401, "Name and password are needed."
+        return None
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+def _name(host: str) -> str:
+    name = host.partition("]")[0][1:] if host.startswith("[") else host.rpartition(":")[0] or host
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    body = text.encode()
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode()), *HEADERS]
+    if status == 401:
+        headers.append((b"www-authenticate", b'Basic realm="halfbyte", charset="UTF-8"'))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

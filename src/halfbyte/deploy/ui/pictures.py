@@ -1,0 +1,273 @@
+"""What the page draws: HTML and SVG as text, every text of a user's or of a file's escaped.
+
+Texts of data may be of any script: each stands in a ``dir="auto"`` of its own.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from halfbyte.deploy.ui.found import FoundModel
+from halfbyte.deploy.ui.jobs import Job
+from halfbyte.deploy.ui.texts import entry, say, texts_of
+from halfbyte.deploy.ui.worker import Columns, Foretold, Preview
+from halfbyte.errors import size_text
+from halfbyte.runs.history import Run
+from halfbyte.runs.report import curves, words
+from halfbyte.runs.report.axes import number
+
+SHOWN_SAMPLES = 6
+SHOWN_NOTES = 40
+
+
+def told(text: str, kind: str = "") -> str:
+    """Return a sentence as a box: ``bad``, ``good`` or plain."""
+    return f'<p class="hb-told {kind}" role="status">{escape(text)}</p>' if text else ""
+
+
+def machine(language: str, about: Mapping[str, Any], models: Sequence[FoundModel], hour: Mapping[str, float]) -> str:
+    """Return what this machine is, and what it has."""
+    t = entry(language, "machine")
+    facts = [
+        (t["processor"], f"{about['processor']}"),
+        (t["cores"], f"{about['cores']}"),
+        (t["memory"], f"{size_text(about['memory'])} ({size_text(about['free'])} {t['free']})"),
+        (t["kernels"], about["kernels"]),
+    ]
+    pairs = "".join(f"<div><dt>{_(name)}</dt><dd>{_(value)}</dd></div>" for name, value in facts)
+    html = f'<dl class="hb-facts">{pairs}</dl>'
+    if not models:
+        return html + told(t["none"])
+    rows = [(m.name, size_text(m.nbytes), f"{hour[m.path]:,.0f}" if m.path in hour else "") for m in models]
+    return html + f"<h3>{_(t['models'])}</h3>" + table((t["name"], t["size"], t["hour"]), rows, right=(1, 2))
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = (), raw: Sequence[int] = ()
+) -> str:
+    """Return a table.
+
+    Args:
+        head: of its columns.
+        rows: texts.
+        right: columns of numbers.
+        raw: columns that are HTML already.
+    """
+    names = "".join(f'<th scope="col"{_side(at, right)}>{_(name)}</th>' for at, name in enumerate(head))
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{_side(at, right)}>{cell if at in raw else f'<bdi>{_(cell)}</bdi>'}</td>"
+            for at, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    whole = f'<table class="hb-table"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="hb-scroll">{whole}</div>'
+
+
+def columns(language: str, found: Columns) -> str:
+    """Return the first rows of data."""
+    if not found.names:
+        return ""
+    heading = f"<h3>{_(say(language, 'data.columns'))}</h3>"
+    return heading + table(found.names, [[_cut(cell) for cell in row] for row in found.rows[:3]])
+
+
+def preview(language: str, found: Preview) -> str:
+    """Return what would be trained, with what is trained coloured."""
+    t = entry(language, "data")
+    html = told(say(language, "data.rows", rows=f"{found.rows:,}"))
+    if found.bad:
+        for kind, count, first in found.bad:
+            line = say(language, "data.bad", count=f"{count:,}", kind=kind)
+            where = f"<br><small>{_(say(language, 'data.first', first=first))}</small>" if first else ""
+            html += f'<p class="hb-told bad" dir="auto">{_(line)}{where}</p>'
+    else:
+        html += told(t["no_bad"], "good")
+    html += f'<p class="hb-dim">{_(t["trained"])}</p>'
+    names = {"": "", "chosen": t["chosen"], "rejected": t["rejected"], "good": t["good"], "bad": t["bad_answer"]}
+    for title, parts in found.samples[:SHOWN_SAMPLES]:
+        html += f'<section class="hb-sample"><h4><bdi>{_(title)}</bdi></h4>'
+        for name, spans in parts:
+            label = f'<span class="hb-dim">{_(names.get(name, name))}</span>' if name else ""
+            html += f'{label}<pre dir="auto">{"".join(_span(*span) for span in spans)}</pre>'
+        html += "</section>"
+    if found.hints:
+        items = "".join(f'<li dir="auto">{_(hint)}</li>' for hint in found.hints)
+        html += f"<details><summary>{_(t['hints'])}</summary><ul>{items}</ul></details>"
+    pairs = "".join(f"<tr><th scope='row'>{_(name)}</th><td>{_(value)}</td></tr>" for name, value in found.figures)
+    return html + f"<details><summary>{_(t['figures'])}</summary><table class='hb-table'>{pairs}</table></details>"
+
+
+def plan(language: str, found: Foretold) -> str:
+    """Return what a run takes: a bar of its memory by part, its time."""
+    if found.refusal:
+        return told(found.refusal, "bad")
+    t = entry(language, "plan")
+    room = max(found.free + found.imports, found.peak)
+    parts = [(name, size) for name, size in found.parts.items() if size >= room / 400]
+    x, bar, keys = 0.0, "", ""
+    for at, (name, size) in enumerate(parts):
+        style, width = curves.STYLES[at % len(curves.STYLES)], 100 * size / room
+        title = f"{t.get(name, name)}: {size_text(size)}"
+        bar += f'<rect class="{style}" x="{x:.3f}%" width="{width:.3f}%" height="100%"><title>{_(title)}</title></rect>'
+        keys += f'<li><span class="hb-key {style}"></span>{_(title)}</li>'
+        x += width
+    peak = say(language, "plan.peak", peak=size_text(found.peak), free=size_text(max(found.free, 0)))
+    picture = f'<svg class="hb-bar" role="img" aria-label="{_(peak)}">{bar}</svg>'
+    html = f'<p>{_(peak)}</p>{picture}<ul class="hb-keys">{keys}</ul>'
+    html += f"<p>{_(say(language, 'plan.step', step=words.duration(found.step)))}"
+    if found.steps is not None and found.seconds is not None:
+        whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
+        html += f". <strong>{_(whole)}</strong>"
+    html += "</p>"
+    if not found.measured:
+        html += f'<p class="hb-dim">{_(t["guess"])}</p>'
+    for flags, times in found.advice[:2]:
+        line = say(language, "plan.faster", flags=flags, times=f"{times:.2f}")
+        html += f'<p class="hb-dim">{_(line)}</p>'
+    return html
+
+
+def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[Job]) -> str:
+    """Return a table of runs, each a link to itself, and of jobs that wait for their turn."""
+    t = entry(language, "run")
+    rows = [
+        (_(job.title), _state(language, "waiting" if job.state == "waiting" else "starting"), "", "", "", "")
+        for job in waiting
+    ]
+    for name, run in found:
+        steps = f"{run.step:,}/{run.total_steps:,}" if run.total_steps else f"{run.step:,}"
+        last = run.kept.figures if run.kept else {}
+        loss = number(last["loss"]) if "loss" in last else "" if run.loss is None else number(run.loss)
+        link = f'<a href="?run={_quoted(name)}#runs" data-run="{_(name)}"><bdi>{_(name)}</bdi></a>'
+        model = f"<bdi>{_(words.model_name(run))}</bdi>"
+        rows.append((link, _state(language, run.state), steps, loss, model, words.moment(run.begun)))
+    if not rows:
+        return told(t["no_runs"])
+    head = (t["name"], t["state"], t["step"], texts_of(language)["drawn"]["Loss"], t["model"], t["begun"])
+    return table(head, rows, right=(2, 3), raw=range(6))
+
+
+def run(language: str, found: Run, job: Job | None, log: str) -> str:
+    """Return a run: how far it is, its curves, answers, notices and log."""
+    t = entry(language, "run")
+    html = f'<header class="hb-run"><h3><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h3>'
+    told_now = []
+    if found.total_steps:
+        share = found.step / found.total_steps
+        told_now.append(say(language, "run.steps", step=f"{found.step:,}", total=f"{found.total_steps:,}"))
+        html += f'<progress max="1" value="{share:.4f}" aria-label="{_(told_now[-1])}"></progress>'
+        if found.state == "running" and found.seconds and found.step:
+            first = next((s for s in found.steps if s.elapsed), None)
+            made = found.step - (first.step if first else 0)
+            spent = found.seconds - (first.elapsed if first else 0)
+            if made > 0:
+                left = spent / made * (found.total_steps - found.step)
+                told_now.append(say(language, "run.left", time=words.duration(left)))
+    if found.loss is not None:
+        told_now.append(say(language, "run.loss", loss=number(found.loss)))
+    if found.kept and "loss" in found.kept.figures:
+        told_now.append(say(language, "run.evaluation", loss=number(found.kept.figures["loss"])))
+    if found.steps:
+        told_now.append(say(language, "run.speed", speed=f"{found.steps[-1].tokens_per_second:,.0f}"))
+        if found.steps[-1].memory_bytes:
+            told_now.append(f"{t['memory']} {size_text(found.steps[-1].memory_bytes)}")
+    html += f"<p>{' · '.join(_(one) for one in told_now)}</p></header>"
+    if found.error:
+        html += told(found.error, "bad")
+    for trouble in (*found.troubles, *found.problems):
+        html += told(trouble, "look")
+    if found.steps:
+        html += charts(language, curves.drawings(found))
+    if found.samples:
+        html += f"<h4>{_(t['samples'])}</h4>"
+        for prompt, answers in list(found.samples.items())[:SHOWN_SAMPLES]:
+            html += f'<pre dir="auto" class="hb-prompt">{_(prompt)}</pre>'
+            for answer in answers[-2:]:
+                label = f'<span class="hb-dim">{_(t["step"])} {answer.step:,}</span>'
+                html += f'{label}<pre dir="auto">{_(answer.answer)}</pre>'
+    if found.notes:
+        items = "".join(f'<li dir="auto">{_(note)}</li>' for note in found.notes[-SHOWN_NOTES:])
+        html += f"<details><summary>{_(t['notes'])}</summary><ul>{items}</ul></details>"
+    if found.options:
+        pairs = [(name, words.value(value)) for name, value in found.options.items()]
+        html += f"<details><summary>{_(t['options'])}</summary>{table((t['name'], ''), pairs)}</details>"
+    if log:
+        is_open = " open" if job and job.state == "failed" else ""
+        html += f'<details{is_open}><summary>{_(t["log"])}</summary><pre dir="auto">{_(log)}</pre></details>'
+    return html
+
+
+def job(language: str, found: Job) -> str:
+    """Return a job that has no run yet, or is none."""
+    html = f'<header class="hb-run"><h3><bdi>{_(found.title)}</bdi> {_state(language, found.state)}</h3></header>'
+    return html + (f'<pre dir="auto">{_(found.log)}</pre>' if found.log else "")
+
+
+def compared(language: str, found: Sequence[tuple[str, Run]]) -> str:
+    """Return the curves of runs in one, and the options in which they differ."""
+    from halfbyte.runs.report.page import compared_options
+
+    html = charts(language, curves.compared(found))
+    rows = [(name, *values) for name, values in compared_options(found)]
+    head = (say(language, "run.differ"), *(name for name, _run in found))
+    return html + (table(head, rows) if rows else "")
+
+
+def charts(language: str, drawings: Sequence[curves.Drawing]) -> str:
+    """Return charts, their own words in the page's language."""
+    html = ""
+    for one in drawings:
+        size = "large" if one.large else "small"
+        html += f'<figure class="{size}"><figcaption>{_(one.heading)}</figcaption>{one.svg}{one.legend}</figure>'
+    for english, text in texts_of(language)["drawn"].items():
+        html = html.replace(f">{english}<", f">{_(text)}<")
+    return f'<div class="hb-charts">{html}</div>'
+
+
+def audit(language: str, ways: Sequence[Mapping[str, Any]], recommended: str) -> str:
+    """Return the table of an audit."""
+    t = entry(language, "audit")
+    rows = []
+    for way in ways:
+        kept = way["kept"]
+        bar = (
+            f'<span class="hb-share" style="--share:{max(0.0, min(kept, 1.0)):.3f}"></span>'
+            if math.isfinite(kept)
+            else ""
+        )
+        best = f" <strong>{_(t['recommended'])}</strong>" if way["name"] == recommended else ""
+        name = f"{_(way['name'])}{best}"
+        rows.append((name, str(way["bits"]), f"{bar}{kept:.1%}", f"{way['agreement']:.1%}"))
+    head = (t["way"], t["size"], t["kept"], t["agreement"])
+    return f'<p class="hb-dim">{_(t["explain"])}</p>' + table(head, rows, right=(1, 2, 3), raw=(0, 2))
+
+
+def _(text: Any) -> str:
+    return escape(str(text))
+
+
+def _side(at: int, right: Sequence[int]) -> str:
+    return ' class="right"' if at in right else ""
+
+
+def _span(style: str, text: str) -> str:
+    return f'<span class="hb-{style}">{_(text)}</span>' if style else _(text)
+
+
+def _cut(text: str, longest: int = 80) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _state(language: str, state: str) -> str:
+    return f'<span class="hb-state {_(state.replace(" ", "-"))}">{_(entry(language, "state")[state])}</span>'
+
+
+def _quoted(text: str) -> str:
+    from urllib.parse import quote
+
+    return quote(text, safe="")

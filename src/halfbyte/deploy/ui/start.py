@@ -1,0 +1,65 @@
+"""The first station: what is on this machine, and an example in one click."""
+
+from typing import Any
+
+import gradio as gr
+
+from halfbyte.deploy.ui import found, jobs, pictures, worker
+from halfbyte.deploy.ui.asking import Ui, status, told_errors
+from halfbyte.deploy.ui.texts import say
+from halfbyte.errors import InputError
+
+EXAMPLE = "quickstart"
+
+
+class Start:
+    """The station."""
+
+    def __init__(self, ui: Ui) -> None:
+        self._ui = ui
+        make = ui.texts.make
+        make(gr.Markdown, "start.heading")
+        self.status = status()
+        self.machine = gr.HTML("", padding=False)
+        with gr.Row():
+            self.look = make(gr.Button, "start.look", size="sm")
+            self.measure = make(gr.Button, "start.measure", size="sm")
+        make(gr.Markdown, "start.example_heading")
+        make(gr.Markdown, "start.example_about")
+        self.example = make(gr.Button, "start.example", variant="primary")
+
+    def wire(self, language: Any) -> None:
+        """Say what buttons do."""
+        private = {"api_visibility": "private"}
+        self.look.click(self.show, [language], [self.machine], show_progress="hidden", **private)
+        self.measure.click(self._measure, [language], [self.status, self.machine], **private)
+        self.example.click(self._example, [language], [self.status], **private)
+
+    def show(self, language: str) -> str:
+        """Return what is here."""
+        models = found.models(self._ui.places)
+        about = self._ui.planner.ask(worker.machine)
+        try:
+            hour = self._ui.planner.ask(worker.rows_an_hour, [model.path for model in models])
+        except InputError:
+            hour = {}
+        return pictures.machine(language, about, models, hour)
+
+    @property
+    def _measure(self) -> Any:
+        @told_errors(2)
+        def handler(language: str) -> Any:
+            self._ui.worker.ask(worker.measure)
+            return pictures.told(say(language, "say.measured"), "good"), self.show(language)
+
+        return handler
+
+    @property
+    def _example(self) -> Any:
+        @told_errors(1)
+        def handler(language: str) -> Any:
+            output = self._ui.places.runs / EXAMPLE
+            jobs.begin(self._ui.places.jobs, "example", EXAMPLE, ["example", str(output)], output)
+            return pictures.told(say(language, "say.example"), "good")
+
+        return handler

@@ -1,0 +1,179 @@
+"""The second station: a model, data, a goal, and what that takes; the rest is folded away."""
+
+from typing import Any
+
+import gradio as gr
+import yaml
+
+from halfbyte.deploy.ui import asked, found, jobs, pictures, worker
+from halfbyte.deploy.ui.asking import Ui, status, told_errors
+from halfbyte.deploy.ui.texts import say
+from halfbyte.errors import InputError
+from halfbyte.runs.config import TrainConfig
+from halfbyte.runs.folder import RunFolder
+
+FIELDS = (
+    "model", "files", "paste", "path", "prompt", "completion", "rejected", "label", "skip", "method", "task", "preset",
+    *asked.NUMBERS, "memory", "yaml",
+)  # fmt: skip
+COLUMNS = ("prompt", "completion", "rejected", "label")
+ENDINGS = [
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".md",
+    ".gz",
+    ".zst",
+    ".xz",
+    ".bz2",
+    ".zip",
+]
+
+
+class Train:
+    """The station."""
+
+    def __init__(self, ui: Ui) -> None:
+        self._ui = ui
+        make, start = ui.texts.make, asked.numbers_of("quick")
+        make(gr.Markdown, "train.model_heading")
+        self.model = make(gr.Dropdown, "train.model", choices=[], allow_custom_value=True, elem_id="hb-model")
+        make(gr.Markdown, "train.data_heading")
+        with gr.Row():
+            self.files = make(
+                gr.File, "train.files", file_count="multiple", type="filepath", elem_id="hb-files", height=140
+            )
+            self.paste = make(gr.Textbox, "train.paste", lines=4, max_lines=8, elem_id="hb-paste")
+        self.path = make(gr.Textbox, "train.path", elem_id="hb-path")
+        with make(gr.Accordion, "train.columns", open=False) as self.mapping, gr.Row():
+            self.prompt, self.completion, self.rejected, self.label = (
+                make(gr.Dropdown, f"train.{name}", choices=[], allow_custom_value=False, elem_id=f"hb-{name}")
+                for name in COLUMNS
+            )
+        self.look = make(gr.Button, "train.look", elem_id="hb-look")
+        self.data_status = status()
+        self.shown = gr.HTML("", elem_id="hb-preview", padding=False)
+        self.skip = make(gr.Checkbox, "train.skip", value=False, elem_id="hb-skip")
+        make(gr.Markdown, "train.goal_heading")
+        self.method = make(gr.Radio, "train.method", value="sft")
+        with gr.Row():
+            self.preset = make(gr.Radio, "train.preset", value="quick")
+            self.epochs = make(gr.Number, "train.epochs", value=start["epochs"], minimum=0.01)
+            self.max_length = make(gr.Number, "train.max_length", value=start["max_length"], precision=0, minimum=2)
+        with make(gr.Accordion, "train.more", open=False):
+            self.task = make(gr.Radio, "train.task", value="lm")
+            with gr.Row():
+                self.rank = make(gr.Number, "train.rank", value=start["rank"], precision=0, minimum=1)
+                self.learning_rate = make(gr.Number, "train.learning_rate", value=start["learning_rate"], minimum=0)
+                self.batch_size = make(gr.Number, "train.batch_size", value=start["batch_size"], precision=0, minimum=1)
+            with gr.Row():
+                self.eval_share = make(gr.Number, "train.eval_share", value=start["eval_share"], minimum=0, maximum=0.9)
+                self.memory = make(gr.Textbox, "train.memory")
+            self.yaml = make(gr.Textbox, "train.yaml", lines=3, elem_id="hb-yaml")
+        make(gr.Markdown, "train.plan_heading")
+        self.plan = gr.HTML(pictures.told(say(ui.texts.language, "plan.later")), elem_id="hb-plan", padding=False)
+        with make(gr.Accordion, "train.exact", open=False):
+            self.config = make(gr.Code, "train.config", language="yaml", interactive=False)
+            self.command = make(gr.Code, "train.command", language="shell", interactive=False)
+        with gr.Row(equal_height=True):
+            self.name = make(gr.Textbox, "train.name", elem_id="hb-name")
+            self.start = make(gr.Button, "train.start", variant="primary", elem_id="hb-start")
+        self.status = status()
+
+    @property
+    def fields(self) -> list[Any]:
+        """The components that a run's options are made of, in the order of :data:`FIELDS`."""
+        return [getattr(self, name) for name in FIELDS]
+
+    def wire(self, language: Any) -> None:
+        """Say what buttons do, and what follows from a change."""
+        private: dict[str, Any] = {"api_visibility": "private"}
+        quiet = private | {"show_progress": "hidden"}
+        self.preset.input(
+            lambda preset: list(asked.numbers_of(preset).values()),
+            [self.preset], [getattr(self, name) for name in asked.NUMBERS], **quiet,
+        )  # fmt: skip
+        columns = [getattr(self, name) for name in COLUMNS]
+        looked = [self.data_status, self.shown, self.mapping, *columns]
+        self.look.click(self._look, [language, *self.fields], looked, **private)
+        for component in (self.files.upload, self.path.submit):
+            component(self._look, [language, *self.fields], looked, **private)
+        live = [
+            self.model, self.files, self.path, self.skip, self.method, self.task, self.preset, self.epochs, self.shown,
+            self.max_length, self.rank, self.batch_size, self.eval_share, self.memory, self.yaml, self.learning_rate,
+            *columns,
+        ]  # fmt: skip
+        gr.on(
+            [component.change for component in live], self._foretell, [language, *self.fields, self.name],
+            [self.plan, self.config, self.command], trigger_mode="always_last", **quiet,
+        )  # fmt: skip
+        self.start.click(self._start, [language, self.name, *self.fields], [self.status], **private)
+
+    def known_models(self) -> list[tuple[str, str]]:
+        """Return what the page offers: names and paths."""
+        return [(model.name, model.name) for model in found.models(self._ui.places)]
+
+    def options(self, language: str, values: Any) -> dict[str, Any]:
+        """Return the options of a run, by what stands in the page."""
+        return asked.options_of(self._ui.places, language, dict(zip(FIELDS, values, strict=True)))
+
+    @property
+    def _look(self) -> Any:
+        @told_errors(3 + len(COLUMNS))
+        def handler(language: str, *values: Any) -> Any:
+            given = dict(zip(FIELDS, values, strict=True))
+            data = asked.data_of(self._ui.places, language, given)
+            columns = self._ui.worker.ask(worker.columns, data)
+            choices = ["", *columns.names]
+            mapping = [
+                gr.update(choices=choices, value=given[name] if given[name] in choices else "") for name in COLUMNS
+            ]
+            try:
+                seen = self._ui.worker.ask(worker.preview, self.options(language, values) | {"output": "runs/preview"})
+            except InputError as error:
+                told = pictures.told(self._ui.places.told(say(language, "say.error", error=error)), "bad")
+                return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
+            return ["", self._ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
+
+        return handler
+
+    def _foretell(self, language: str, *given: Any) -> Any:
+        *values, name = given
+        try:
+            options = self.options(language, values)
+            output = self._ui.places.runs / (name.strip() or "my-run")
+            config = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+            command = asked.command_of(options, output)
+        except (InputError, OSError):
+            return pictures.told(say(language, "plan.later")), "", ""
+        try:
+            told = self._ui.planner.ask(worker.plan, options | {"output": str(output)}, True)
+        except InputError as error:
+            return pictures.told(self._ui.places.told(str(error)), "bad"), config, command
+        return pictures.plan(language, told), config, command
+
+    @property
+    def _start(self) -> Any:
+        @told_errors(1)
+        def handler(language: str, name: str, *values: Any) -> Any:
+            if not (name or "").strip():
+                raise InputError(say(language, "say.no_name"))
+            output = self._ui.places.new_run(name)
+            options = self.options(language, values) | {"output": str(output)}
+            config = TrainConfig.from_yaml(None, options)
+            if RunFolder(output).begun or output.exists():
+                raise InputError(say(language, "say.exists", name=output.name))
+            before = [job for job in jobs.all_jobs(self._ui.places.jobs) if job.state in ("waiting", "running")]
+            jobs.begin(
+                self._ui.places.jobs, "train", output.name, ["train", "--config", "{folder}/config.yaml"],
+                config.output, files={"config.yaml": yaml.safe_dump(options, sort_keys=False, allow_unicode=True)},
+            )  # fmt: skip
+            key = "say.queued" if before else "say.started"
+            return pictures.told(say(language, key, name=output.name, before=len(before)), "good")
+
+        return handler

@@ -1,0 +1,160 @@
+"""What stands in the page becomes options of a run: those of the command line, and nothing outside of the folders."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.deploy.ui import asked, found
+from halfbyte.deploy.ui.found import FoundModel
+from halfbyte.deploy.ui.places import Outside, Places
+from halfbyte.errors import InputError
+from halfbyte.runs.config import TrainConfig
+
+GIVEN: dict[str, Any] = {
+    "model": "org/model",
+    "files": None,
+    "paste": "",
+    "path": "rows.jsonl",
+    "prompt": "",
+    "completion": "",
+    "rejected": "",
+    "label": "",
+    "skip": False,
+    "method": "sft",
+    "task": "lm",
+    "preset": "quick",
+    "epochs": 1,
+    "max_length": 256,
+    "rank": 16,
+    "learning_rate": 5e-4,
+    "batch_size": 16,
+    "eval_share": 0.1,
+    "memory": "",
+    "yaml": "",
+}
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "secret.jsonl").write_text('{"text": "b"}\n')
+    monkeypatch.setattr(found, "models", lambda _: [FoundModel("small", str(tmp_path / "cache" / "small"), "llama", 1)])
+    return Places([tmp_path / "root"])
+
+
+def options(places: Places, **changed: Any) -> dict[str, Any]:
+    return asked.options_of(places, "en", GIVEN | changed)
+
+
+def test_the_options_make_a_run_and_the_command_says_the_same(places: Places, tmp_path: Path) -> None:
+    made = options(
+        places, prompt="Frage", completion="Antwort", skip=True, memory="8GiB", yaml="lora_dropout: 0.05\nseed: 3"
+    )
+    config = TrainConfig.from_yaml(None, made | {"output": tmp_path / "run"})
+    assert config.columns == {"prompt": "Frage", "completion": "Antwort"} and config.skip_bad_rows == "all"
+    assert (config.lora_dropout, config.seed, config.memory, config.rank) == (0.05, 3, 8 * 2**30, 16)
+    words = shlex.split(asked.command_of(made, tmp_path / "run"))
+    assert words[:2] == ["halfbyte", "train"]
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    again = TrainConfig.from_yaml(None, {name[2:].replace("-", "_"): value for name, value in given.items()})
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("method", "columns"),
+    [
+        ("sft", {"prompt": "p", "completion": "a"}),
+        ("dpo", {"prompt": "p", "chosen": "a", "rejected": "r"}),
+        ("kto", {"prompt": "p", "completion": "a", "label": "l"}),
+        ("text", {"text": "p"}),
+    ],
+)
+def test_columns_have_the_names_of_the_goal(places: Places, method: str, columns: dict[str, str]) -> None:
+    chosen = {"prompt": "p", "completion": "a", "rejected": "r", "label": "l"}
+    kept = {name: chosen[name] for name in chosen if chosen[name] in columns.values()}
+    assert options(places, method=method, **kept)["columns"] == columns
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"path": "../secret.jsonl"},
+        {"path": "/etc/passwd"},
+        {"path": "~/x.jsonl"},
+        {"path": "runs/../../secret.jsonl@0.5"},
+        {"path": "/*"},
+        {"model": "../secret.jsonl"},
+        {"model": "/etc"},
+        {"yaml": "eval_data: /etc/passwd"},
+        {"yaml": "replay: ../secret.jsonl*0.1"},
+        {"yaml": "chat_template: ../secret.jsonl"},
+        {"yaml": "adapter: /root"},
+        {"yaml": "eval_data: [a.jsonl, ../secret.jsonl]"},
+        {"yaml": "eval_data: {path: ../secret.jsonl}"},
+        {"model": "..", "path": "rows.jsonl"},
+    ],
+)
+def test_nothing_outside_of_the_folders_is_read(places: Places, changed: dict[str, Any]) -> None:
+    with pytest.raises(Outside):
+        options(places, **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": ""}, "Choose a model"),
+        ({"path": ""}, "Give some data"),
+        ({"yaml": "a: [1"}, "line"),
+        ({"yaml": "- 1"}, "line 1"),
+        ({"yaml": "trust_remote_code: true"}, "cannot be set here"),
+        ({"yaml": "output: x"}, "cannot be set here"),
+        ({"path": "nothing here.jsonl"}, "There is no"),
+    ],
+)
+def test_what_lacks_or_is_wrong_is_said(places: Places, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        options(places, **changed)
+
+
+def test_models_are_those_that_were_found_hub_ids_and_folders_within(places: Places, tmp_path: Path) -> None:
+    assert options(places, model="small")["model"] == str(tmp_path / "cache" / "small")
+    assert options(places, model="org/model")["model"] == "org/model"
+    (places.roots[0] / "mine").mkdir()
+    assert options(places, model="mine")["model"] == str(places.roots[0] / "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [
+        ('{"a": 1}\n{"a": 2}', "jsonl"),
+        ('[{"a": 1}]', "jsonl"),
+        ('{\n "a": 1\n}', "json"),
+        ("a,b\n1,2", "csv"),
+        ("a\tb\n1\t2", "tsv"),
+        ("Once, upon a time", "txt"),
+        ("多行\n文本", "txt"),
+    ],
+)
+def test_what_is_pasted_is_kept_once_as_what_it_looks_like(places: Places, text: str, ending: str) -> None:
+    file = asked.pasted(places, text)
+    assert file.suffix == f".{ending}" and file.read_text().strip() == text and file.is_relative_to(places.roots[0])
+    assert asked.pasted(places, text) == file
+
+
+def test_a_file_that_is_sent_is_moved_to_a_name_that_leads_nowhere(places: Places, tmp_path: Path) -> None:
+    sent = tmp_path / "gradio" / "abc" / '<img src=x>"data".jsonl'
+    sent.parent.mkdir(parents=True)
+    sent.write_text("{}\n")
+    [kept] = options(places, path="", files=[str(sent)])["data"]
+    assert Path(kept).is_relative_to(places.uploads) and Path(kept).name == "img src=xdata.jsonl"
+    assert Path(kept).read_text() == "{}\n"
+    assert options(places, path="", files=[kept])["data"] == [kept]
+
+
+def test_recipes_say_their_numbers() -> None:
+    quick, paper = asked.numbers_of("quick"), asked.numbers_of("paper")
+    assert (quick["rank"], paper["rank"]) == (16, 64) and quick["learning_rate"] == 5e-4
+    assert quick.keys() == paper.keys() == set(asked.NUMBERS)

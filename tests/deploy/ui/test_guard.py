@@ -1,0 +1,114 @@
+"""Who may ask for the page, and what a browser may load with it."""
+
+import asyncio
+import base64
+from typing import Any
+
+import pytest
+
+from halfbyte.deploy.ui.guard import Guard
+
+HOST = (b"host", b"127.0.0.1:7860")
+
+
+def ask(
+    headers: list[tuple[bytes, bytes]], *, method: str = "GET", path: str = "/", body: bytes = b"", kind: str = "http",
+    **options: Any,
+) -> tuple[int, dict[bytes, bytes], bytes]:  # fmt: skip
+    """Return status, headers and body of the answer; the application behind reads the body and says how long it is."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        size = 0
+        while True:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if not message.get("more_body"):
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-frame-options", b"ALLOWALL")]})
+        await send({"type": "http.response.body", "body": str(size).encode()})
+
+    given = {"users": {}, "is_local": True, "max_upload": 1000} | options
+    guard, sent = Guard(app, **given), []
+    pieces = [body[at : at + 2**20] for at in range(0, len(body), 2**20)] or [b""]
+
+    async def receive() -> Any:
+        piece = pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "method": method, "path": path, "headers": headers}
+    asyncio.run(guard(scope, receive, send))
+    if kind == "websocket":
+        return 0, {}, b""
+    return sent[0]["status"], dict(sent[0]["headers"]), b"".join(one.get("body", b"") for one in sent[1:])
+
+
+@pytest.mark.parametrize("host", [b"127.0.0.1:7860", b"localhost:7860", b"[::1]:7860", b"127.0.0.1"])
+def test_this_machine_is_answered_under_its_own_names(host: bytes) -> None:
+    assert ask([(b"host", host)])[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host", [b"evil.example", b"evil.example:7860", b"127.0.0.1.evil.example:7860", b"", b"10.0.0.1:7860"]
+)
+def test_another_name_for_this_machine_is_not_answered(host: bytes) -> None:
+    assert ask([(b"host", host)])[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "method", "status"),
+    [
+        ([(b"origin", b"http://127.0.0.1:7860")], "POST", 200),
+        ([(b"origin", b"http://evil.example")], "POST", 403),
+        ([(b"origin", b"null")], "POST", 403),
+        ([(b"origin", b"http://127.0.0.1:9999")], "POST", 403),
+        ([(b"sec-fetch-site", b"cross-site")], "POST", 403),
+        ([(b"sec-fetch-site", b"same-site")], "POST", 403),
+        ([(b"sec-fetch-site", b"cross-site"), (b"sec-fetch-mode", b"no-cors")], "GET", 403),
+        ([(b"sec-fetch-site", b"cross-site"), (b"sec-fetch-mode", b"navigate")], "GET", 200),
+        ([(b"sec-fetch-site", b"same-origin")], "POST", 200),
+        ([], "POST", 200),
+    ],
+)
+def test_other_pages_may_not_ask(headers: list[tuple[bytes, bytes]], method: str, status: int) -> None:
+    assert ask([HOST, *headers], method=method)[0] == status
+
+
+def test_a_password_is_asked_for_and_compared() -> None:
+    users = {"users": {"halfbyte": "sesame", "zoë": "später"}, "is_local": False}
+
+    def basic(text: str) -> list[tuple[bytes, bytes]]:
+        return [(b"host", b"box:80"), (b"authorization", b"Basic " + base64.b64encode(text.encode()))]
+
+    status, headers, _ = ask([(b"host", b"box:80")], **users)
+    assert status == 401 and headers[b"www-authenticate"].startswith(b"Basic")
+    assert ask(basic("halfbyte:sesame"), **users)[0] == 200 and ask(basic("zoë:später"), **users)[0] == 200
+    for wrong in ("halfbyte:", "halfbyte:sesam", "zoë:sesame", "", ":"):
+        assert ask(basic(wrong), **users)[0] == 401
+    for header in (b"Basic", b"Basic !!!", b"Bearer c2VzYW1l", b"Basic c2Vz YW1l"):
+        assert ask([(b"host", b"box"), (b"authorization", header)], **users)[0] == 401
+
+
+def test_too_much_is_refused_told_or_not() -> None:
+    large = b"x" * (9 << 20)
+    assert ask([HOST, (b"content-length", str(len(large)).encode())], method="POST", body=large)[0] == 413
+    assert ask([HOST], method="POST", body=large)[0] == 413
+    assert ask([HOST, (b"content-length", b"-1")], method="POST")[0] == 413
+    upload = {"method": "POST", "path": "/gradio_api/upload", "max_upload": 2 << 20}
+    status, _, body = ask([HOST, (b"content-length", str(len(large)).encode())], body=large, **upload)
+    assert (status, body) == (200, str(len(large)).encode())
+    more = b"x" * (11 << 20)
+    assert ask([HOST, (b"content-length", str(len(more)).encode())], body=more, **upload)[0] == 413
+
+
+def test_a_browser_is_told_to_load_nothing_from_elsewhere_and_to_show_the_page_in_no_frame() -> None:
+    _, headers, _ = ask([HOST])
+    policy = headers[b"content-security-policy"].decode()
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "http" not in policy
+    assert headers[b"x-frame-options"] == b"DENY" and headers[b"x-content-type-options"] == b"nosniff"
+
+
+def test_there_are_no_websockets() -> None:
+    ask([HOST], kind="websocket")
