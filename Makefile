@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 # As in cli/__init__.py: torch's threads share the cores with whatever else runs.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup quickstart test test-slow check sanitize fuzz test-neon campaign soak bench docs clean
+.PHONY: setup quickstart test test-slow browser check sanitize fuzz test-neon campaign soak bench docs clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -35,8 +35,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --max
 test: check
 	$(PYTEST)
 
-test-slow: setup
+test-slow: setup browser
 	$(PYTEST) -m slow
+
+# For the tests of the web page, which are skipped where there is none.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-noto-cjk; } >/dev/null 2>&1 || \
+		echo "There is no browser, and none could be installed: apt-get install chromium"
 
 check: setup
 	$(BIN)/ruff check

@@ -51,11 +51,11 @@ def make_page(ui: Ui) -> Any:
         translated = ui.texts.components
 
         def speak(wanted: str) -> Any:
-            return [*ui.texts.updates(wanted), gr.update(choices=Ship.choices(wanted)), wanted, start.show(wanted)]
+            return [*ui.texts.updates(wanted), gr.update(choices=Ship.choices(wanted)), wanted]
 
-        spoken = [*translated, ship.way, kept, start.machine]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        language.input(speak, [language], spoken, js=SPEAK, **private)
+        shown = [start.show, [language], [start.machine]]
+        language.input(speak, [language], [*translated, ship.way, kept], js=SPEAK, **private).then(*shown, **private)
 
         def begin(remembered: str, request: gr.Request) -> Any:
             wanted = remembered if remembered in LANGUAGES else _first(ui, request)
@@ -64,11 +64,13 @@ def make_page(ui: Ui) -> Any:
             return [
                 wanted, gr.update(choices=models), gr.update(choices=chat.choices()), gr.update(choices=ship.runs()),
                 chosen or None, gr.update(selected="runs" if chosen else "start"), *ui.texts.updates(wanted),
-                gr.update(choices=Ship.choices(wanted)), start.show(wanted),
+                gr.update(choices=Ship.choices(wanted)),
             ]  # fmt: skip
 
-        opened = [language, train.model, chat.model, ship.run, runs.run, tabs, *translated, ship.way, start.machine]
-        page.load(begin, [kept], opened, **private).then(None, [language], None, js=SPEAK, **private)
+        opened = [language, train.model, chat.model, ship.run, runs.run, tabs, *translated, ship.way]
+        loaded = page.load(begin, [kept], opened, **private)
+        loaded.then(None, [language], None, js=SPEAK, **private)
+        loaded.then(*shown, **private)
         lists = [train.model, chat.model, ship.run]
 
         def choices() -> Any:

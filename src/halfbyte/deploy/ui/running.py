@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from halfbyte.runs.history import Run, is_run, read_run
 
 EVERY = 2.0
 """Seconds between two looks."""
+ENDING = 20.0
+"""Seconds that the process of a run may take to end after the run has."""
 IN_URL = """(name) => {
   const at = new URL(location);
   if (name) at.searchParams.set('run', name); else at.searchParams.delete('run');
@@ -144,6 +147,10 @@ class Runs:
             path = self.path_of(language, name)
             if is_run(path) and read_run(path, short=True).state == "running":
                 raise InputError(say(language, "say.is_running", name=name))
+            job = jobs.job_of(self._ui.places.jobs, path)
+            ends = time.monotonic() + ENDING
+            while job and job.state == "running" and time.monotonic() < ends:
+                time.sleep(0.1)
             jobs.begin(self._ui.places.jobs, "train", path.name, ["resume", str(path)], path)
             return pictures.told(say(language, "say.going_on", name=name), "good")
 

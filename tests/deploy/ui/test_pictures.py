@@ -1,0 +1,136 @@
+"""What the page draws holds every text, and none of it as HTML."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from halfbyte.deploy.ui import pictures
+from halfbyte.deploy.ui.found import FoundModel
+from halfbyte.deploy.ui.jobs import Job
+from halfbyte.deploy.ui.worker import Columns, Foretold, Preview
+from halfbyte.runs.events import Begin, Evaluation, Note, Sample, StepMetrics
+from halfbyte.runs.history import Run
+
+EVIL = """<script>alert(1)</script><img src=x onerror="alert('1')">"'&"""
+HARMLESS = {
+    "p",
+    "dl",
+    "div",
+    "dt",
+    "dd",
+    "h3",
+    "h4",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "bdi",
+    "section",
+    "pre",
+    "span",
+    "br",
+    "small",
+    "details",
+    "summary",
+    "ul",
+    "li",
+    "svg",
+    "rect",
+    "title",
+    "strong",
+    "a",
+    "header",
+    "progress",
+    "figure",
+    "figcaption",
+    "line",
+    "text",
+    "path",
+    "g",
+    "circle",
+    "polyline",
+}
+
+
+class Seen(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in HARMLESS, tag
+        for name, value in attrs:
+            assert not name.startswith("on") and name not in ("src", "srcdoc"), name
+            assert name != "href" or (value or "").startswith("?run="), value
+            self.text += value or ""
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def a_run() -> Run:
+    steps = [
+        StepMetrics(
+            step=i,
+            epoch=1,
+            loss=1 / i,
+            learning_rate=1e-3,
+            grad_norm=1,
+            trained_tokens=i,
+            tokens_per_second=9,
+            elapsed=i,
+        )
+        for i in range(1, 9)
+    ]
+    events = [
+        Begin(step=0, total_steps=16),
+        *steps,
+        Evaluation(step=4, figures={"loss": 0.5, EVIL: 1.0}),
+        Sample(step=4, prompt=EVIL, answer=EVIL),
+        Note(text=EVIL),
+        Note(text=f"trouble {EVIL}", trouble=True),
+    ]
+    return Run(Path("/runs") / EVIL.replace("/", ""), "running", {"model": EVIL, "method": EVIL}, events=events)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_text_of_a_file_is_html(language: str) -> None:
+    run, job = a_run(), Job(Path("/jobs/x"), "train", EVIL, (), Path("/x"), 0.0, {})
+    preview = Preview(
+        [(EVIL, EVIL)], [EVIL], [(EVIL, 2, EVIL)], [(EVIL, [("chosen", [("trained", EVIL), ("", EVIL)])])], 5
+    )
+    machine = {"processor": EVIL, "cores": 2, "memory": 2**30, "free": 2**29, "kernels": EVIL}
+    drawn = [
+        pictures.told(EVIL),
+        pictures.machine(language, machine, [FoundModel(EVIL, "/m", EVIL, 5)], {"/m": 7.0}),
+        pictures.columns(language, Columns([EVIL], [[EVIL]], [EVIL])),
+        pictures.preview(language, preview),
+        pictures.plan(language, Foretold(refusal=EVIL)),
+        pictures.runs(language, [(EVIL, run)], [job]),
+        pictures.run(language, run, job, EVIL),
+        pictures.compared(language, [(EVIL, run), ("b", run)]),
+        pictures.audit(language, [{"name": EVIL, "bits": 4, "kept": 0.5, "agreement": 0.9}], EVIL),
+    ]
+    for html in drawn:
+        assert "alert(1)" in Seen(html).text and "<script" not in html and "<img" not in html
+
+
+def test_a_run_tells_how_far_it_is_and_when_it_ends() -> None:
+    text = Seen(pictures.run("en", a_run(), None, "")).text
+    assert "Step 8 of 16" in text and "8.0 s left" in text and "9 trained tokens/s" in text
+    assert "第 8 步，共 16 步" in Seen(pictures.run("zh", a_run(), None, "")).text
+
+
+def test_memory_is_a_bar_of_its_parts() -> None:
+    found = Foretold(
+        {"base": 2**29, "kept": 2**28}, 3 * 2**28, 2**28, 2**30, 1.5, 10, 15.0, True, "", [("--rank 8", 1.25)]
+    )
+    html = pictures.plan("en", found)
+    assert html.count("<rect") == 2 and 'width="40.000%"' in html and 'width="20.000%"' in html
+    text = Seen(html).text
+    assert "768 MiB of 1.00 GiB" in text and "base model: 512 MiB" in text
+    assert "10 steps take 15.0 s" in text and "--rank 8 (1.25 times)" in text and "stated" not in text

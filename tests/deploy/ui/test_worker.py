@@ -1,0 +1,87 @@
+"""Previews and plans are those of the commands, in a process that may be lost."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.deploy.ui import found, worker
+from halfbyte.deploy.ui.places import Places
+from halfbyte.errors import InputError
+from halfbyte.plan.estimate import plan_run
+from halfbyte.runs.config import TrainConfig
+
+
+@pytest.fixture
+def options(tiny_model_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    rows = [json.dumps({"q": f"{i}?", "a": f"{i}."}) for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"q": "alone"}', "{"]) + "\n")
+    return {
+        "model": str(tiny_model_folder),
+        "data": [str(tmp_path / "rows.jsonl")],
+        "output": str(tmp_path / "run"),
+        "columns": {"prompt": "q", "completion": "a"},
+        "max_length": 64,
+    }
+
+
+def test_a_preview_shows_what_is_trained_and_what_cannot_be(options: dict[str, Any]) -> None:
+    seen = worker.preview(options)
+    assert seen.rows == 20 and {count for _, count, _ in seen.bad} == {1} and len(seen.bad) == 2
+    assert any("row 21" in first for _, _, first in seen.bad)
+    [(_, spans)] = seen.samples[0][1]
+    assert "".join(text for style, text in spans if style == "trained").startswith("0.")
+    assert "0?" in "".join(text for style, text in spans if style != "trained")
+    assert ("rows", "20") in seen.figures
+
+
+def test_columns_are_those_of_the_first_rows(options: dict[str, Any]) -> None:
+    seen = worker.columns(options["data"])
+    assert seen.names == ["q", "a"] and seen.rows[0] == ["0?", "0."] and "row 1" in seen.where[0]
+
+
+def test_a_plan_is_the_planners(options: dict[str, Any]) -> None:
+    told = worker.plan(options | {"data": ["-"]}, with_data=False)
+    plan = plan_run(TrainConfig.from_yaml(None, options | {"data": ["-"]}))
+    assert told.peak == plan.memory.peak == sum(told.parts.values()) and told.step == plan.step.seconds
+    refused = worker.plan(options | {"data": ["-"], "memory": 1}, with_data=False)
+    assert "needs" in refused.refusal and not refused.parts
+
+
+def test_what_is_wrong_comes_back_as_a_sentence_and_a_lost_process_too(options: dict[str, Any]) -> None:
+    asked = worker.Worker()
+    try:
+        with pytest.raises(InputError, match="unknown option 'rnk'"):
+            asked.ask(worker.plan, options | {"rnk": 3}, False)
+        with pytest.raises(InputError, match="not enough memory"):
+            asked.ask(os._exit, 9)
+        assert asked.ask(len, "again") == 5
+    finally:
+        asked.close()
+
+
+def test_models_and_runs_are_found(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "root" / "models").mkdir(parents=True)
+    (tmp_path / "root" / "models" / "tiny").symlink_to(tiny_model_folder)  # links are not followed
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for folder in (snapshot, tmp_path / "cache" / "mine", tmp_path / "root" / "theirs"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        (folder / "model.safetensors").write_bytes(b"12345")
+    (tmp_path / "root" / "a.gguf").write_bytes(b"123")
+    (tmp_path / "root" / "damaged").mkdir()
+    (tmp_path / "root" / "damaged" / "config.json").write_text("{")
+    places = Places([tmp_path / "root"])
+    seen = {model.name: (model.path, model.nbytes) for model in found.models(places)}
+    assert seen == {
+        "org/name": ("org/name", 5),
+        "mine": (str(tmp_path / "cache" / "mine"), 5),
+        "a.gguf": (str(tmp_path / "root" / "a.gguf"), 3),
+        "theirs": (str(tmp_path / "root" / "theirs"), 5),
+    }
+    assert found.runs(places) == []
