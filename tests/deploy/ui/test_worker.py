@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,21 @@ def test_what_is_wrong_comes_back_as_a_sentence_and_a_lost_process_too(options: 
         assert asked.ask(len, "again") == 5
     finally:
         asked.close()
+
+
+def test_a_worker_ends_with_who_asked_it_also_where_that_is_killed() -> None:
+    program = (
+        "from halfbyte.deploy.ui.worker import Worker; import os, time; print(Worker().ask(os.getpid), flush=True); "
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout
+        pid = int(asking.stdout.readline())
+        asking.kill()
+    ends = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:4]:
+        assert time.monotonic() < ends
+        time.sleep(0.1)
 
 
 def test_models_and_runs_are_found(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

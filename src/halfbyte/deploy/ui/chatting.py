@@ -78,11 +78,12 @@ class Talk:
             place = tempfile.TemporaryDirectory(prefix="halfbyte-ui-")
             key = secrets.token_hex(24)
             (Path(place.name) / "key").write_text(key)
-            words = ["serve", path, "--port", "0", "--api-key-file", f"{place.name}/key", "--access-log", "none"]
+            words = [sys.executable, "-m", "halfbyte.deploy.ui.attached", str(os.getpid()), "serve", path]
+            words += ["--port", "0", "--grace", "1", "--api-key-file", f"{place.name}/key", "--access-log", "none"]
+            environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "1000"}
             process = subprocess.Popen(
-                [sys.executable, "-m", "halfbyte", *words, "--grace", "1"], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
-                env=os.environ | {"NO_COLOR": "1", "COLUMNS": "1000"},
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                errors="replace", start_new_session=True, env=environment,
             )  # fmt: skip
             try:
                 port = _port_of(process)

@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from halfbyte.deploy.ui.attached import end_with
 from halfbyte.deploy.ui.jobs import USE
 from halfbyte.errors import InputError
 
@@ -46,7 +47,7 @@ class Worker:
         """
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
         try:
             return self._pool.submit(work, *arguments).result()
         except BrokenProcessPool:
@@ -60,7 +61,8 @@ class Worker:
             self._pool = None
 
 
-def _begin() -> None:
+def _begin(parent: int) -> None:
+    end_with(parent)
     with contextlib.suppress(OSError):
         os.nice(NICE)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
