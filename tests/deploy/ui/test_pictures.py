@@ -65,7 +65,7 @@ class Seen(HTMLParser):
         assert tag in HARMLESS, tag
         for name, value in attrs:
             assert not name.startswith("on") and name not in ("src", "srcdoc"), name
-            assert name != "href" or (value or "").startswith("?run="), value
+            assert name != "href" or (value or "").startswith(("?run=", "report?run=")), value
             self.text += value or ""
 
     def handle_data(self, data: str) -> None:
@@ -103,15 +103,15 @@ def test_no_text_of_a_file_is_html(language: str) -> None:
     preview = Preview(
         [(EVIL, EVIL)], [EVIL], [(EVIL, 2, EVIL)], [(EVIL, [("chosen", [("trained", EVIL), ("", EVIL)])])], 5
     )
-    machine = {"processor": EVIL, "cores": 2, "memory": 2**30, "free": 2**29, "kernels": EVIL}
+    machine = {"processor": EVIL, "cores": 2, "memory": 2**30, "free": 2**29, "kernels": EVIL, "measured": False}
     drawn = [
         pictures.told(EVIL),
-        pictures.machine(language, machine, [FoundModel(EVIL, "/m", EVIL, 5)], {"/m": 7.0}),
+        pictures.machine(language, machine, [FoundModel(EVIL, "/m", EVIL, 5)], {"/m": 7.0}, [(EVIL, run)]),
         pictures.columns(language, Columns([EVIL], [[EVIL]], [EVIL])),
         pictures.preview(language, preview),
         pictures.plan(language, Foretold(refusal=EVIL)),
         pictures.runs(language, [(EVIL, run)], [job]),
-        pictures.run(language, run, job, EVIL),
+        pictures.run(language, EVIL, run, job, EVIL),
         pictures.compared(language, [(EVIL, run), ("b", run)]),
         pictures.audit(language, [{"name": EVIL, "bits": 4, "kept": 0.5, "agreement": 0.9}], EVIL),
     ]
@@ -120,9 +120,9 @@ def test_no_text_of_a_file_is_html(language: str) -> None:
 
 
 def test_a_run_tells_how_far_it_is_and_when_it_ends() -> None:
-    text = Seen(pictures.run("en", a_run(), None, "")).text
+    text = Seen(pictures.run("en", "r", a_run(), None, "")).text
     assert "Step 8 of 16" in text and "8.0 s left" in text and "9 trained tokens/s" in text
-    assert "第 8 步，共 16 步" in Seen(pictures.run("zh", a_run(), None, "")).text
+    assert "第 8 步，共 16 步" in Seen(pictures.run("zh", "r", a_run(), None, "")).text
 
 
 def test_memory_is_a_bar_of_its_parts() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -178,9 +179,12 @@ def _kept(places: Places, file: Path) -> Path:
     target = places.uploads / digest / uploaded_name(file.name)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(file, part)
-        part.replace(target)
+        try:
+            os.link(file, target)
+        except OSError:  # another file system, or one without links
+            part = target.with_name(f".{target.name}.part")
+            shutil.copyfile(file, part)
+            part.replace(target)
     return target
 
 

@@ -55,7 +55,8 @@ def make_page(ui: Ui) -> Any:
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [start.show, [language], [start.machine]]
-        language.input(speak, [language], [*translated, ship.way, kept], js=SPEAK, **private).then(*shown, **private)
+        foretold = [train.foretell, [language, *train.fields, train.name], [train.plan, train.config, train.command]]
+        spoken = language.input(speak, [language], [*translated, ship.way, kept], js=SPEAK, **private)
 
         def begin(remembered: str, request: gr.Request) -> Any:
             wanted = remembered if remembered in LANGUAGES else _first(ui, request)
@@ -70,7 +71,9 @@ def make_page(ui: Ui) -> Any:
         opened = [language, train.model, chat.model, ship.run, runs.run, tabs, *translated, ship.way]
         loaded = page.load(begin, [kept], opened, **private)
         loaded.then(None, [language], None, js=SPEAK, **private)
-        loaded.then(*shown, **private)
+        for event in (spoken, loaded):
+            event.then(*foretold, **private)
+            event.then(*shown, **private)
         lists = [train.model, chat.model, ship.run]
 
         def choices() -> Any:

@@ -26,8 +26,14 @@ def told(text: str, kind: str = "") -> str:
     return f'<p class="hb-told {kind}" role="status">{escape(text)}</p>' if text else ""
 
 
-def machine(language: str, about: Mapping[str, Any], models: Sequence[FoundModel], hour: Mapping[str, float]) -> str:
-    """Return what this machine is, and what it has."""
+def machine(
+    language: str,
+    about: Mapping[str, Any],
+    models: Sequence[FoundModel],
+    hour: Mapping[str, float],
+    latest: Sequence[tuple[str, Run]] = (),
+) -> str:
+    """Return what this machine is, the models that it has, how much of them it trains in an hour, the latest runs."""
     t = entry(language, "machine")
     facts = [
         (t["processor"], f"{about['processor']}"),
@@ -37,10 +43,12 @@ def machine(language: str, about: Mapping[str, Any], models: Sequence[FoundModel
     ]
     pairs = "".join(f"<div><dt>{_(name)}</dt><dd>{_(value)}</dd></div>" for name, value in facts)
     html = f'<dl class="hb-facts">{pairs}</dl>'
-    if not models:
-        return html + told(t["none"])
+    html += f"<h3>{_(t['models'])}</h3>"
     rows = [(m.name, size_text(m.nbytes), f"{hour[m.path]:,.0f}" if m.path in hour else "") for m in models]
-    return html + f"<h3>{_(t['models'])}</h3>" + table((t["name"], t["size"], t["hour"]), rows, right=(1, 2))
+    html += table((t["name"], t["size"], t["hour"]), rows, right=(1, 2)) if models else told(t["none"])
+    if hour and not about["measured"]:
+        html += f'<p class="hb-dim">{_(t["guess"])}</p>'
+    return html + (f"<h3>{_(t['runs'])}</h3>{runs(language, latest, ())}" if latest else "")
 
 
 def table(
@@ -152,8 +160,16 @@ def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[Job]
     return table(head, rows, right=(2, 3), raw=range(6))
 
 
-def run(language: str, found: Run, job: Job | None, log: str) -> str:
-    """Return a run: how far it is, its curves, answers, notices and log."""
+def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
+    """Return a run: how far it is, its curves, answers, notices and log.
+
+    Args:
+        language: of the page.
+        name: what the page calls it.
+        found: the run.
+        job: that began it.
+        log: of the job.
+    """
     t = entry(language, "run")
     html = f'<header class="hb-run"><h3><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h3>'
     told_now = []
@@ -176,7 +192,8 @@ def run(language: str, found: Run, job: Job | None, log: str) -> str:
         told_now.append(say(language, "run.speed", speed=f"{found.steps[-1].tokens_per_second:,.0f}"))
         if found.steps[-1].memory_bytes:
             told_now.append(f"{t['memory']} {size_text(found.steps[-1].memory_bytes)}")
-    html += f"<p>{' · '.join(_(one) for one in told_now)}</p></header>"
+    link = f'<a href="report?run={_quoted(name)}" target="_blank" rel="noopener">{_(t["report"])}</a>'
+    html += f"<p>{' · '.join([*(_(one) for one in told_now), link])}</p></header>"
     if found.error:
         html += told(found.error, "bad")
     for trouble in (*found.troubles, *found.problems):

@@ -9,6 +9,7 @@ from halfbyte.errors import InputError
 RUNS = "runs"
 UPLOADS = ".halfbyte-ui/uploads"
 JOBS = ".halfbyte-ui/jobs"
+ARRIVING = ".halfbyte-ui/arriving"
 LONGEST = 100
 """Characters of a name that the page gives."""
 
@@ -27,6 +28,7 @@ class Places:
         runs: where runs go.
         uploads: where files go that a browser sends.
         jobs: where the page's jobs are.
+        arriving: where gradio keeps what is being sent, beside ``uploads`` so that nothing is copied.
     """
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
@@ -35,7 +37,7 @@ class Places:
             if root.exists() and not root.is_dir():
                 raise InputError(f"{root} is a file; name a folder (--root).")
         first = self.roots[0]
-        self.runs, self.uploads, self.jobs = first / RUNS, first / UPLOADS, first / JOBS
+        self.runs, self.uploads, self.jobs, self.arriving = (first / name for name in (RUNS, UPLOADS, JOBS, ARRIVING))
 
     def inside(self, name: str | Path, *, also: Iterable[Path] = ()) -> Path:
         """Return the path that ``name`` leads to, links followed, if it lies in one of the folders.

@@ -113,7 +113,7 @@ class Runs:
         job = jobs.job_of(self._ui.places.jobs, path)
         if not is_run(path):
             return pictures.job(language, job) if job else pictures.told(say(language, "run.none"), "bad")
-        return pictures.run(language, read_run(path), job, job.log if job else "")
+        return pictures.run(language, chosen, read_run(path), job, job.log if job else "")
 
     def path_of(self, language: str, name: str | None) -> Path:
         """Return the folder of a run.

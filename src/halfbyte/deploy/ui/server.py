@@ -34,7 +34,8 @@ def serve(options: UiOptions, ready: Callable[[str], None]) -> None:
     check_writable(places.roots[0])
     for variable in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "GRADIO_ALLOW_FLAGGING"):
         os.environ[variable] = "False"
-    with _bound(options) as listening, tempfile.TemporaryDirectory(prefix="halfbyte-ui-") as place:
+    places.arriving.mkdir(parents=True, exist_ok=True)
+    with _bound(options) as listening, tempfile.TemporaryDirectory(dir=places.arriving) as place:
         os.environ["GRADIO_TEMP_DIR"] = place
         import uvicorn
 
@@ -56,13 +57,15 @@ def make_app(options: UiOptions, places: Places, users: dict[str, str]) -> tuple
     """Return the application, and what it holds."""
     import fastapi
     import gradio as gr
-    from starlette.responses import PlainTextResponse, StreamingResponse
+    from starlette.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 
     from halfbyte.deploy.ui import jobs
     from halfbyte.deploy.ui.asking import Ui
     from halfbyte.deploy.ui.guard import Guard
     from halfbyte.deploy.ui.page import STYLE, make_page, theme
     from halfbyte.deploy.ui.texts import Translated
+    from halfbyte.runs.history import read_run
+    from halfbyte.runs.report.page import report_page
 
     language = "en" if options.language == "auto" else options.language
     ui = Ui(options, places, Translated(language))
@@ -76,6 +79,13 @@ def make_app(options: UiOptions, places: Places, users: dict[str, str]) -> tuple
             return PlainTextResponse("There is no such thing to download.", 404)
         headers = {"content-disposition": f"attachment; filename*=UTF-8''{_quoted(job.output.name)}.zip"}
         return StreamingResponse(zipped(job.output), media_type="application/zip", headers=headers)
+
+    @inner.get("/report")
+    def report(run: str) -> Any:
+        try:
+            return HTMLResponse(report_page(read_run(places.inside(run))))
+        except InputError:
+            return PlainTextResponse("There is no such run.", 404)
 
     page = make_page(ui)
     page.queue(default_concurrency_limit=8, max_size=64)

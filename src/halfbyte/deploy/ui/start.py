@@ -5,11 +5,13 @@ from typing import Any
 import gradio as gr
 
 from halfbyte.deploy.ui import found, jobs, pictures, worker
-from halfbyte.deploy.ui.asking import Ui, status, told_errors
+from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
 
 EXAMPLE = "quickstart"
+LATEST = 5
+"""Runs that are shown."""
 
 
 class Start:
@@ -43,7 +45,8 @@ class Start:
             hour = self._ui.planner.ask(worker.rows_an_hour, [model.path for model in models])
         except InputError:
             hour = {}
-        return pictures.machine(language, about, models, hour)
+        latest = [(named(run.path, self._ui.places.roots), run) for run in found.runs(self._ui.places)[:LATEST]]
+        return pictures.machine(language, about, models, hour, latest)
 
     @property
     def _measure(self) -> Any:

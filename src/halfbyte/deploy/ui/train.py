@@ -109,7 +109,7 @@ class Train:
             *columns,
         ]  # fmt: skip
         gr.on(
-            [component.change for component in live], self._foretell, [language, *self.fields, self.name],
+            [component.change for component in live], self.foretell, [language, *self.fields, self.name],
             [self.plan, self.config, self.command], trigger_mode="always_last", **quiet,
         )  # fmt: skip
         self.start.click(self._start, [language, self.name, *self.fields], [self.status], **private)
@@ -142,7 +142,8 @@ class Train:
 
         return handler
 
-    def _foretell(self, language: str, *given: Any) -> Any:
+    def foretell(self, language: str, *given: Any) -> Any:
+        """Return what a run takes, its configuration, and its command."""
         *values, name = given
         try:
             options = self.options(language, values)

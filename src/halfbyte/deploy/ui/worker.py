@@ -6,7 +6,6 @@ memory ends its worker alone. The worker is kept, since its libraries take secon
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import os
@@ -274,10 +273,10 @@ def rows_an_hour(models: list[str]) -> dict[str, float]:
     return found
 
 
-@functools.cache
 def machine() -> dict[str, Any]:
     """Return what this machine is."""
     from halfbyte.memory import free_memory, memory_limit
+    from halfbyte.plan import calibrate
     from halfbyte.runs.circumstances import kernels_in_force, processor
 
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -287,6 +286,7 @@ def machine() -> dict[str, Any]:
         "kernels": kernels_in_force(),
         "memory": min(memory_limit() or installed, installed),
         "free": free_memory(),
+        "measured": calibrate.known().is_measured,
     }
 
 
