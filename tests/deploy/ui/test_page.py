@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="there is no browser: apt-get install chromium"),
 ]
 NAME = "first \"run\" 'é' 🐣".replace('"', "")
-PATIENCE = 120
+PATIENCE = 300
 
 
 class Server:
