@@ -2,6 +2,7 @@
 runs the command line so."""
 
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -29,9 +30,7 @@ def end_with(pid: int) -> None:
 def main() -> None:
     """Run the command line."""
     end_with(int(sys.argv.pop(1)))
-    from halfbyte.__main__ import main as run
-
-    run()
+    runpy.run_module("halfbyte", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
