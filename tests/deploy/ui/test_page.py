@@ -73,6 +73,7 @@ def opened(context: Any, server: Server, query: str = "") -> Any:
     """Open the page; what its console says is kept, and what it asks of other hosts."""
     page = context.new_page()
     page.problems = problems = []
+    page.on("response", lambda got: problems.append(f"{got.status} {got.url}") if got.status >= 400 else None)
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on(
@@ -141,7 +142,7 @@ def test_from_a_dirty_file_to_a_model_that_is_downloaded(page: Any, server: Serv
     pick(page, "#hb-talk", f"runs/{NAME}")
     page.click("#hb-open")
     wait(page, ".hb-told", "is open")
-    fill(page, "#hb-message", "What is 3? <img src=x onerror=alert(1)>")
+    fill(page, "#hb-message", "What is 3? <b onclick=alert(1)>")
     page.click("#hb-send")
     wait(page, "#hb-left", r"What is 3")
     page.wait_for_selector("#hb-left .bot")
