@@ -30,7 +30,8 @@ from halfbyte.train import TrainConfig, fine_tune
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from halfbyte.example.reviews import read_snippets, split, write_chats
-from halfbyte.example.sources import MODEL, REVIEWS, cache_folder, convert, fetch
+from halfbyte.example.sources import MODEL, REVIEWS, convert, fetch
+from halfbyte.files import cache_folder
 
 MAX_LENGTH = 256
 KINDS: dict[str, dict[str, Any] | None] = {

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from halfbyte.example.sources import MODEL, cache_folder, convert, fetch
+from halfbyte.example.sources import MODEL, convert, fetch
+from halfbyte.files import cache_folder
 
 SIDES, METHODS = ("halfbyte", "trl", "trl, checkpointing"), ("dpo", "kto")
 ROWS, LENGTH = 16, 60

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from halfbyte.example.sources import MODEL, cache_folder, convert, fetch
+from halfbyte.example.sources import MODEL, convert, fetch
+from halfbyte.files import cache_folder
 
 WORDS = "a model that is trained by several processes reads the rows of its share and adds up what all of them found"
 WAYS = {  # processes, threads of each, rows a pass, passes a step

@@ -25,23 +25,22 @@ from rich.table import Table
 
 import halfbyte
 from halfbyte.cli.console import TerminalDisplay
+from halfbyte.example import HELD_OUT, MAX_LENGTH, SEED, TRAIN
 from halfbyte.example.reviews import Snippet, read_snippets, split, write_chats
-from halfbyte.example.sources import MODEL, REVIEWS, cache_folder, convert, fetch
-from halfbyte.files import append, write_text
+from halfbyte.example.sources import MODEL, REVIEWS, convert, fetch
+from halfbyte.files import append, cache_folder, write_text
 from halfbyte.quiet import quiet
 from halfbyte.runs.events import Sample, to_line
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.report.writer import write_report
 from halfbyte.train import TrainConfig
 
-SEED = 0
-MAX_LENGTH = 256
 SAMPLES = 3
 
 console = Console(highlight=False)
 
 
-def main(output: Path = Path("runs/quickstart"), train: int = 900, held_out: int = 500) -> None:
+def main(output: Path = Path("runs/quickstart"), train: int = TRAIN, held_out: int = HELD_OUT) -> None:
     """Run the quick start with so many snippets to train on and to measure with; leave the results in ``output``."""
     console.rule("1. A model and data")
     cache = cache_folder()

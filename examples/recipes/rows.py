@@ -151,7 +151,8 @@ def roleplay(draw: random.Random) -> tuple[list[Row], list[Row]]:
 
 def labelling(draw: random.Random) -> tuple[list[Row], list[Row]]:
     """Review snippets to a label in JSON: what people thought, and how clearly."""
-    from halfbyte.example.sources import REVIEWS, cache_folder, fetch
+    from halfbyte.example.sources import REVIEWS, fetch
+    from halfbyte.files import cache_folder
 
     rows = []
     for line in fetch(REVIEWS, cache_folder()).read_text(encoding="utf-8").splitlines():

@@ -73,7 +73,8 @@ def test_each_configuration_is_read(file: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MADE, "labelling"])
 def test_each_recipe_learns_in_a_few_steps(rows: ModuleType, name: str, tmp_path: Path) -> None:
-    from halfbyte.example.sources import MODEL, cache_folder, convert, fetch
+    from halfbyte.example.sources import MODEL, convert, fetch
+    from halfbyte.files import cache_folder
 
     base = convert(fetch(MODEL, cache_folder()), cache_folder() / "SmolLM2-135M-Instruct")
     train, held_out = rows.write(name, tmp_path)

@@ -10,7 +10,8 @@ import pytest
 
 from halfbyte import InputError
 from halfbyte.example import sources
-from halfbyte.example.sources import Source, cache_folder, extract, fetch
+from halfbyte.example.sources import Source, extract, fetch
+from halfbyte.files import cache_folder
 
 CONTENT = b"some weights\n" * 1000
 

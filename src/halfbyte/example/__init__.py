@@ -15,7 +15,8 @@ def prepared(output: Path) -> dict[str, Any]:
         InputError: they cannot be had.
     """
     from halfbyte.example.reviews import read_snippets, split, write_chats
-    from halfbyte.example.sources import MODEL, REVIEWS, cache_folder, convert, fetch
+    from halfbyte.example.sources import MODEL, REVIEWS, convert, fetch
+    from halfbyte.files import cache_folder
 
     cache = cache_folder()
     gguf, ratings = fetch(MODEL, cache), fetch(REVIEWS, cache)

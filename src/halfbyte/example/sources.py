@@ -10,7 +10,6 @@ named file is copied out of each archive; no name in an archive ever becomes a p
 or not at all, so what is there is never downloaded again.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -52,13 +51,6 @@ REVIEWS = Source(
         "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
     ),
 )
-
-
-def cache_folder() -> Path:
-    """Return ``$HALFBYTE_CACHE``, or else ``halfbyte`` in the user's cache folder."""
-    if folder := os.environ.get("HALFBYTE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
 
 
 def fetch(source: Source, cache: Path) -> Path:

@@ -81,7 +81,7 @@ def test_a_worker_ends_with_who_asked_it_also_where_that_is_killed() -> None:
 
 
 def test_models_and_runs_are_found(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(found, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "root" / "models").mkdir(parents=True)
     (tmp_path / "root" / "models" / "tiny").symlink_to(tiny_model_folder)  # links are not followed

@@ -20,7 +20,8 @@ from halfbyte.train.qlora.table import FLAGS
 from . import plain
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from halfbyte.example.sources import MODEL, cache_folder, convert, fetch
+from halfbyte.example.sources import MODEL, convert, fetch
+from halfbyte.files import cache_folder
 
 STEPS = 6
 PAIRS = [(f"Name a number above {i}.", "" if i % 2 else "Digits only.", f"{i * 7 + 1}") for i in range(40)]

@@ -9,10 +9,10 @@ from typing import Any
 
 from halfbyte.deploy.ui.places import Places
 from halfbyte.errors import InputError
+from halfbyte.files import cache_folder
 from halfbyte.runs.history import DEPTH, Run, find_runs, is_run, read_run
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-CACHE = Path("~/.cache/halfbyte")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class FoundModel:
 
 def models(places: Places) -> list[FoundModel]:
     """Return the models in the folders of the page, in halfbyte's cache and in that of the hub, by name."""
-    found = {model.path: model for model in (*_of_the_hub(), *_below(_caches(), places), *_below(places.roots, places))}
+    found = {
+        model.path: model
+        for model in (*_of_the_hub(), *_below([cache_folder()], places), *_below(places.roots, places))
+    }
     return sorted(found.values(), key=lambda model: model.name.lower())
 
 
@@ -53,10 +56,6 @@ def runs(places: Places, *, short: bool = True) -> list[Run]:
             except InputError:
                 continue
     return sorted(found.values(), key=lambda run: run.begun.timestamp() if run.begun else 0.0, reverse=True)
-
-
-def _caches() -> list[Path]:
-    return [CACHE.expanduser()]
 
 
 def _of_the_hub() -> Iterator[FoundModel]:
@@ -118,5 +117,5 @@ def _size(folder: Path) -> int:
 
 
 def _shown(path: Path, places: Places) -> str:
-    home = CACHE.expanduser()
+    home = cache_folder()
     return str(path.relative_to(home)) if path.is_relative_to(home) else places.shown(path)

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from halfbyte.errors import InputError
 from halfbyte.files import write_text
+from halfbyte.locks import is_locked
 
 ABOUT, LOG, LOCK, STOP, END = "job.json", "log.txt", "lock", "stop", "end.json"
 CARD = "README.md"
@@ -72,7 +73,7 @@ class Job:
         try:
             code = json.loads((self.folder / END).read_text(encoding="utf-8"))["code"]
         except (OSError, ValueError, KeyError):
-            if not is_held(self.folder / LOCK):
+            if not is_locked(self.folder / LOCK):
                 return "stopped" if (self.folder / STOP).exists() and not self.log else "broken off"
             return "running" if (self.folder / LOG).exists() else "waiting"
         return "done" if code == 0 else "stopped" if code == CANCELLED else "failed"
@@ -92,25 +93,8 @@ class Job:
         with contextlib.suppress(OSError, ValueError):
             (self.folder / STOP).touch()
             pid = int((self.folder / LOCK).read_text())
-            if is_held(self.folder / LOCK):
+            if is_locked(self.folder / LOCK):
                 os.kill(pid, signal.SIGTERM)
-
-
-def is_held(path: Path) -> bool:
-    """Tell whether a process holds the lock on ``path``."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
 
 
 def read_job(folder: Path) -> Job | None:

@@ -15,6 +15,7 @@ from halfbyte.deploy.ui import found, jobs, pictures
 from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
+from halfbyte.locks import is_locked
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.history import Run, is_run, read_run
 
@@ -202,7 +203,7 @@ class Runs:
 def _interrupt(path: Path) -> bool:
     """Ask the process of a run that nobody here began to stop; tell whether there is one."""
     lock = RunFolder(path).lock
-    if not jobs.is_held(lock):
+    if not is_locked(lock):
         return False
     try:
         os.kill(int(lock.read_text()), signal.SIGINT)

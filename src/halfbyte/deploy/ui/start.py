@@ -8,8 +8,9 @@ from halfbyte.deploy.ui import found, jobs, pictures, worker
 from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
+from halfbyte.runs.folder import RunFolder
 
-EXAMPLE = "quickstart"
+EXAMPLE = "example"
 LATEST = 5
 """Runs that are shown."""
 
@@ -62,6 +63,8 @@ class Start:
         @told_errors(1)
         def handler(language: str) -> Any:
             output = self._ui.places.runs / EXAMPLE
+            if RunFolder(output).begun:
+                raise InputError(say(language, "say.exists", name=EXAMPLE))
             jobs.begin(self._ui.places.jobs, "example", EXAMPLE, ["example", str(output)], output)
             return pictures.told(say(language, "say.example"), "good")
 
