@@ -119,6 +119,16 @@ def test_what_lacks_or_is_wrong_is_said(places: Places, changed: dict[str, Any],
         options(places, **changed)
 
 
+def test_what_lies_where_the_server_was_started_is_no_hub_id(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for changed in ({"model": "org/model"}, {"model": "small", "path": "org/model"}):
+        with pytest.raises(InputError, match="There is no"):
+            options(places, **changed)
+
+
 def test_models_are_those_that_were_found_hub_ids_and_folders_within(places: Places, tmp_path: Path) -> None:
     assert options(places, model="small")["model"] == str(tmp_path / "cache" / "small")
     assert options(places, model="org/model")["model"] == "org/model"

@@ -87,7 +87,8 @@ def model_of(places: Places, language: str, name: str | None) -> str:
     inside = _if_inside(places, text)
     if inside is not None and inside.exists():
         return str(inside)
-    if MODEL_ID.fullmatch(text) and ".." not in text:
+    is_name = MODEL_ID.fullmatch(text) and ".." not in text
+    if is_name and not Path(text).exists():  # or else it would be read as a path where the server was started
         return text
     places.inside(text)
     raise InputError(f"There is no model {text}.")
@@ -194,7 +195,8 @@ def _source(places: Places, word: str) -> str:
     inside = _if_inside(places, path)
     if inside is not None and (inside.exists() or any(sign in path for sign in "*?[")):
         return f"{inside}{at}{weight}" if path != word else str(inside)
-    if (HUB_ID.fullmatch(word) and ".." not in word) or re.fullmatch(r"[\w-]+", word):
+    is_name = (HUB_ID.fullmatch(word) and ".." not in word) or re.fullmatch(r"[\w-]+", word)
+    if is_name and not Path(path).exists():
         return word
     places.inside(path)
     raise InputError(f"There is no {path} in the folders of this page.")

@@ -41,11 +41,6 @@ def models(places: Places) -> list[FoundModel]:
     return sorted(found.values(), key=lambda model: model.name.lower())
 
 
-def model_paths(places: Places) -> list[Path]:
-    """Return where models lie that are outside of the page's folders."""
-    return [Path(model.path) for model in models(places) if Path(model.path).is_absolute()]
-
-
 def runs(places: Places, *, short: bool = True) -> list[Run]:
     """Return the runs in the page's folders, the newest first; folders that cannot be read are passed."""
     found: dict[Path, Run] = {}

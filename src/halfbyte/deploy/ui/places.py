@@ -1,7 +1,7 @@
 """The folders that the page may use: what a browser names is looked for in them, and nowhere else."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.errors import InputError
@@ -39,12 +39,11 @@ class Places:
         first = self.roots[0]
         self.runs, self.uploads, self.jobs, self.arriving = (first / name for name in (RUNS, UPLOADS, JOBS, ARRIVING))
 
-    def inside(self, name: str | Path, *, also: Iterable[Path] = ()) -> Path:
+    def inside(self, name: str | Path) -> Path:
         """Return the path that ``name`` leads to, links followed, if it lies in one of the folders.
 
         Args:
             name: absolute, or from one of the folders.
-            also: further paths that are allowed as they are: models found in a cache.
 
         Raises:
             Outside: it does not.
@@ -54,14 +53,13 @@ class Places:
             raise Outside("This is no path.")
         given = Path(text.strip()).expanduser()
         tried = [given] if given.is_absolute() else [root / given for root in self.roots]
-        allowed = [*self.roots, *(one.resolve() for one in also)]
         found = []
         for path in tried:
             try:
                 whole = path.resolve()
             except (OSError, RuntimeError, ValueError):
                 continue
-            if any(whole.is_relative_to(root) for root in allowed):
+            if any(whole.is_relative_to(root) for root in self.roots):
                 found.append(whole)
         if not found:
             raise Outside(f"{text} lies outside of the folders that this page may use (--root).")

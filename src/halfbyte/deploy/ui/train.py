@@ -17,22 +17,6 @@ FIELDS = (
     *asked.NUMBERS, "memory", "yaml",
 )  # fmt: skip
 COLUMNS = ("prompt", "completion", "rejected", "label")
-ENDINGS = [
-    ".json",
-    ".jsonl",
-    ".ndjson",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".arrow",
-    ".txt",
-    ".md",
-    ".gz",
-    ".zst",
-    ".xz",
-    ".bz2",
-    ".zip",
-]
 
 
 class Train:
