@@ -101,7 +101,6 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="of several processes the layers are not found in their files: no pager")
 def test_two_processes_page_what_they_share_and_leave_the_same(options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "little.py").write_text(LITTLE)
     adapters, losses = [], []

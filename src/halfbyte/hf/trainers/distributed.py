@@ -64,6 +64,8 @@ def join(use_cpu: bool = False, backend: str | None = None, timeout: float = 180
         if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own setting, which would leave cores idle
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // on_this_machine()))
+        # accelerate (1.15) would name it cpu:0, and who moves a model there copies what is mapped, in each process
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
         backend = backend or "gloo"
     waiting = datetime.timedelta(seconds=timeout)
     try:
