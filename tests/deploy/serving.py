@@ -16,9 +16,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from halfbyte.deploy.address import bound, url_of
 from halfbyte.deploy.serve.log import Log
 from halfbyte.deploy.serve.options import ServeOptions
-from halfbyte.deploy.serve.running import Server, bound, make_server, opened, url_of
+from halfbyte.deploy.serve.running import Server, make_server, opened
 from halfbyte.deploy.serve.service import Service
 
 POSITIONS = 1024
@@ -106,13 +107,16 @@ def running(model: Path, **given: Any) -> Iterator[Running]:
     """Serve a model meanwhile."""
     options = ServeOptions.from_yaml(None, {"port": 0, "memory": "200MB"} | given)
     written = io.StringIO()
-    with contextlib.closing(bound(options)) as listening, opened(str(model), options, Log(written)) as service:
+    with (
+        contextlib.closing(bound(options.host, options.port)) as listening,
+        opened(str(model), options, Log(written)) as service,
+    ):
         keys = options.keys()
         server = make_server(service, keys)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield Running(url_of(listening), service, server, written, keys[0] if keys else "")
+            yield Running(f"{url_of(listening)}/v1", service, server, written, keys[0] if keys else "")
         finally:
             server.should_exit = True
             thread.join()

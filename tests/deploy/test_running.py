@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import torch
-from serving import Running, bound, running
+from serving import Running, running
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+from halfbyte.deploy.address import bound
 from halfbyte.deploy.serve.log import Log
 from halfbyte.deploy.serve.options import ServeOptions
 from halfbyte.deploy.serve.running import opened
@@ -69,11 +70,11 @@ def test_a_host_that_others_reach_demands_a_key(tmp_path: Path) -> None:
 
 
 def test_a_port_in_use_is_told() -> None:
-    with bound(options(port=0)) as taken, pytest.raises(InputError, match="in use by another program"):
+    with bound("127.0.0.1", 0) as taken, pytest.raises(InputError, match="in use by another program"):
         taken.listen()
-        bound(options(port=taken.getsockname()[1]))
+        bound("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError, match="no address"):
-        bound(options(host="nowhere.invalid", api_key="a"))
+        bound("nowhere.invalid", 8000)
 
 
 def test_models_that_cannot_be_served_are_refused(

@@ -7,7 +7,6 @@ that says so. A second one ends them at once.
 import asyncio
 import contextlib
 import copy
-import errno
 import json
 import logging
 import socket
@@ -21,6 +20,7 @@ import uvicorn
 from peft import PeftModel
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from halfbyte.deploy.address import BACKLOG, bound, listen, url_of
 from halfbyte.deploy.serve.app import PATHS, make_app
 from halfbyte.deploy.serve.catalog import Catalog, Served
 from halfbyte.deploy.serve.embeddings import EmbedService
@@ -42,49 +42,10 @@ from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.heads import is_classifier
 from halfbyte.memory import free_memory
 
-BACKLOG = 512
 KEEP_ALIVE = 75
 """Seconds that a connection may wait for its next request."""
 AFTER_GRACE = 5
 """Seconds in which answers that were ended say so; one after a second signal."""
-
-
-def bound(options: ServeOptions) -> socket.socket:
-    """Return a socket for the address that the options say; it listens once the model is there.
-
-    Raises:
-        InputError: it cannot: the port is in use, or the address is none of this machine's.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            options.host.strip("[]"), options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError):
-        raise InputError(
-            f"There is no address {options.host}; give an address of this machine, as 127.0.0.1."
-        ) from None
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        listening.close()
-        raise _not_free(options, error) from None
-    return listening
-
-
-def _not_free(options: ServeOptions, error: OSError) -> InputError:
-    if error.errno == errno.EADDRINUSE:
-        return InputError(
-            f"Port {options.port} of {options.host} is in use by another program; take another one (--port)."
-        )
-    return InputError(f"Nobody can listen at {options.host}, port {options.port}: {error.strerror}.")
-
-
-def url_of(listening: socket.socket) -> str:
-    """Return where clients find the server."""
-    host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 @contextlib.contextmanager
@@ -266,12 +227,9 @@ def serve(model: str, options: ServeOptions, log_to: TextIO | None, ready: Calla
         if not Path(folder).expanduser().is_dir():
             raise InputError(f"There is no folder {folder} (--adapter-folder).")
     log = Log(log_to)
-    with contextlib.closing(bound(options)) as listening, opened(model, options, log) as service:
+    with contextlib.closing(bound(options.host, options.port)) as listening, opened(model, options, log) as service:
         server = make_server(service, keys)
-        try:
-            listening.listen(BACKLOG)
-        except OSError as error:
-            raise _not_free(options, error) from None
-        ready(url_of(listening), about(service))
+        listen(listening, options.host, options.port)
+        ready(f"{url_of(listening)}/v1", about(service))
         server.run(sockets=[listening])
         return not server.was_forced

@@ -3,13 +3,13 @@
 import contextlib
 import io
 import os
-import socket
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from halfbyte.deploy.address import bound, listen, url_of
 from halfbyte.deploy.serve.options import is_loopback
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Places
@@ -35,7 +35,10 @@ def serve(options: UiOptions, ready: Callable[[str], None]) -> None:
     for variable in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "GRADIO_ALLOW_FLAGGING"):
         os.environ[variable] = "False"
     places.arriving.mkdir(parents=True, exist_ok=True)
-    with _bound(options) as listening, tempfile.TemporaryDirectory(dir=places.arriving) as place:
+    with (
+        contextlib.closing(bound(options.host, options.port)) as listening,
+        tempfile.TemporaryDirectory(dir=places.arriving) as place,
+    ):
         os.environ["GRADIO_TEMP_DIR"] = place
         import uvicorn
 
@@ -45,9 +48,8 @@ def serve(options: UiOptions, ready: Callable[[str], None]) -> None:
                 app, ws="none", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=2
             )
             server = uvicorn.Server(config)
-            listening.listen(128)
-            host, port = listening.getsockname()[:2]
-            ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
+            listen(listening, options.host, options.port)
+            ready(f"{url_of(listening)}/")
             server.run(sockets=[listening])
         finally:
             ui.close()
@@ -139,27 +141,3 @@ def _quoted(name: str) -> str:
     from urllib.parse import quote
 
     return quote(name, safe="")
-
-
-@contextlib.contextmanager
-def _bound(options: UiOptions) -> Iterator[socket.socket]:
-    """Yield a socket at the page's address.
-
-    Raises:
-        InputError: it is not to be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            options.host.strip("[]"), options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError):
-        raise InputError(f"There is no address {options.host}; give one of this machine, as 127.0.0.1.") from None
-    with socket.socket(family, kind, protocol) as listening:
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-        except OSError as error:
-            raise InputError(
-                f"Nobody can listen at {options.host}, port {options.port}: {error.strerror}; take another --port."
-            ) from None
-        yield listening
