@@ -1,6 +1,7 @@
-"""Where a server listens: a socket, or a sentence that says why not. Imports no torch."""
+"""Where a server listens, a socket or a sentence that says why not, and who that reaches. Imports no torch."""
 
 import errno
+import ipaddress
 import socket
 
 from halfbyte.errors import InputError
@@ -50,6 +51,20 @@ def url_of(listening: socket.socket) -> str:
     """Return where clients find a server, without a path."""
     host, port = listening.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether ``host`` names this machine to itself alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def names_this_machine(host: bytes) -> bool:
+    """Tell whether a request's ``Host`` is a name that leads to this machine for itself alone."""
+    name = host.decode("latin-1").strip().lower()
+    return is_loopback(name.partition("]")[0][1:] if name.startswith("[") else name.partition(":")[0])
 
 
 def _not_free(host: str, port: int, error: OSError) -> InputError:

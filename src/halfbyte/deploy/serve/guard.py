@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from halfbyte.deploy.address import names_this_machine
 from halfbyte.deploy.serve.errors import FAILED, ApiError
 from halfbyte.deploy.serve.log import Log, Record
 from halfbyte.deploy.serve.metrics import Metrics
-from halfbyte.deploy.serve.options import is_loopback
 
 OPEN = "/health"
 """The path that needs no key."""
@@ -84,7 +84,7 @@ class Guard:
         headers: dict[bytes, bytes] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, value)
-        if self._checks_host and not _is_this_machine(headers.get(b"host", b"localhost")):
+        if self._checks_host and not names_this_machine(headers.get(b"host", b"localhost")):
             raise ApiError(
                 403, "Without a key this server answers to localhost and 127.0.0.1 only.", code="host_not_allowed"
             )
@@ -99,8 +99,3 @@ class Guard:
                 401, f"{what}; send it as Authorization: Bearer KEY.", code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
-
-
-def _is_this_machine(host: bytes) -> bool:
-    name = host.decode("latin-1").strip().lower()
-    return is_loopback(name.partition("]")[0][1:] if name.startswith("[") else name.partition(":")[0])

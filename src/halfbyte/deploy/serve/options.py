@@ -1,11 +1,11 @@
 """What ``halfbyte serve`` takes, and its limits; the flags are made of these fields. Imports no torch."""
 
-import ipaddress
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
+from halfbyte.deploy.address import is_loopback
 from halfbyte.errors import InputError
 from halfbyte.options import Options
 
@@ -119,11 +119,3 @@ class ServeOptions(Options):
                 raise InputError(f"Two adapters are named {name}; name one of them otherwise.")
             found[name] = Path(path).expanduser()
         return found
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether ``host`` names this machine to itself alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

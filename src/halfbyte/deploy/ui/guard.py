@@ -9,12 +9,11 @@ page may show this one in a frame: the policy (Content-Security-Policy) says so 
 import base64
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from halfbyte.deploy.serve.options import is_loopback
+from halfbyte.deploy.address import names_this_machine
 from halfbyte.errors import size_text
 
 POLICY = (
@@ -91,11 +90,14 @@ class Guard:
             await _answer(send, 413, f"More than {size_text(most)} are not taken.")
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
-        host = headers.get(b"host", b"").decode("latin-1").strip().lower()
-        if self._is_local and not is_loopback(_name(host)):
+        given = headers.get(b"host", b"")
+        if self._is_local and not names_this_machine(given):
             return 403, "This page answers to localhost and 127.0.0.1 only."
         origin = headers.get(b"origin")
-        if origin is not None and origin.decode("latin-1").lower().partition("://")[2] != host:
+        if (
+            origin is not None
+            and origin.decode("latin-1").lower().partition("://")[2] != given.decode("latin-1").strip().lower()
+        ):
             return 403, "Another page may not ask this one."
         site = headers.get(b"sec-fetch-site", b"none")
         if site not in (b"same-origin", b"none") and scope["method"] not in ("GET", "HEAD"):
@@ -106,10 +108,10 @@ class Guard:
             return None
         scheme, _, word = headers.get(b"authorization", b"").partition(b" ")
         try:
-            given = _digest(base64.b64decode(word.strip(), validate=True))
+            known = _digest(base64.b64decode(word.strip(), validate=True))
         except ValueError:
-            given = b""
-        found = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, however it goes
+            known = b""
+        found = [hmac.compare_digest(known, digest) for digest in self._digests]  # all of them, however it goes
         if scheme.lower() != b"basic" or not any(found):
             return 401, "Name and password are needed."
         return None
@@ -121,14 +123,6 @@ class _TooLarge(Exception):
 
 def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()
-
-
-def _name(host: str) -> str:
-    name = host.partition("]")[0][1:] if host.startswith("[") else host.rpartition(":")[0] or host
-    try:
-        return str(ipaddress.ip_address(name))
-    except ValueError:
-        return name
 
 
 async def _answer(send: Send, status: int, text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from halfbyte.deploy.serve.options import is_loopback
+from halfbyte.deploy.address import is_loopback
 from halfbyte.errors import InputError
 from halfbyte.options import Options
 

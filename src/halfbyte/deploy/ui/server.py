@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from halfbyte.deploy.address import bound, listen, url_of
-from halfbyte.deploy.serve.options import is_loopback
+from halfbyte.deploy.address import bound, is_loopback, listen, url_of
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Places
 from halfbyte.errors import InputError, check_writable
