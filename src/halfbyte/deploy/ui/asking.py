@@ -55,7 +55,7 @@ def reason(language: str, error: Exception) -> str:
 
 
 def told_errors(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator for handlers whose first input is the language, and whose first output has a sentence.
+    """Return a decorator for methods whose first input is the language, and whose first output has a sentence.
 
     What is wrong is said there, and all other outputs stay as they are. Errors that are nobody's but ours go on.
 
@@ -74,18 +74,18 @@ def told_errors(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., An
         if inspect.isgeneratorfunction(handler):
 
             @functools.wraps(handler)
-            def stream(language: str, *inputs: Any) -> Iterator[Any]:
+            def stream(station: Any, language: str, *inputs: Any) -> Iterator[Any]:
                 try:
-                    yield from handler(language, *inputs)
+                    yield from handler(station, language, *inputs)
                 except (InputError, OSError) as error:
                     yield failed(language, error)
 
             return stream
 
         @functools.wraps(handler)
-        def answer(language: str, *inputs: Any) -> Any:
+        def answer(station: Any, language: str, *inputs: Any) -> Any:
             try:
-                return handler(language, *inputs)
+                return handler(station, language, *inputs)
             except (InputError, OSError) as error:
                 return failed(language, error)
 

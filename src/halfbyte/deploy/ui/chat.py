@@ -65,9 +65,9 @@ class Chat:
         self.end.click(None, None, None, cancels=[sent, again], **private)
         self.clear.click(lambda: ([], []), None, sides, **private)
         for side, which in ((self.left, 0), (self.right, 1)):
-            side.like(self._judged(which), [language, side, self.system], [self.status], **private)
+            side.like(self._judged, [language, gr.State(which), side, self.system], [self.status], **private)
         for button, better in ((self.left_better, 0), (self.right_better, 1)):
-            button.click(self._better(better), [language, *sides, self.system], [self.status], **private)
+            button.click(self._better, [language, gr.State(better), *sides, self.system], [self.status], **private)
 
     def choices(self) -> list[str]:
         """Return what can be talked to: finished runs, then models."""
@@ -75,24 +75,20 @@ class Chat:
         runs = [named(run.path, places.roots) for run in found.runs(places) if RunFolder(run.path).adapter.exists()]
         return runs + [model.name for model in found.models(places)]
 
-    @property
-    def _open(self) -> Any:
-        @told_errors(3)
-        def handler(language: str, name: str) -> Iterator[Any]:
-            path = self._path(language, name)
-            yield pictures.told(say(language, "say.opening", name=name)), [], []
-            try:
-                opened = self._ui.talk.open(path)
-            except InputError as error:
-                raise InputError(say(language, "say.cannot_chat", name=name, error=error)) from None
-            alone = len(opened.names) < 2
-            yield (
-                pictures.told(say(language, "say.opened", name=name), "good"),
-                gr.update(value=[], label=opened.names[0]),
-                gr.update(value=[], visible=not alone, label=opened.names[-1]),
-            )  # fmt: skip
-
-        return handler
+    @told_errors(3)
+    def _open(self, language: str, name: str) -> Iterator[Any]:
+        path = self._path(language, name)
+        yield pictures.told(say(language, "say.opening", name=name)), [], []
+        try:
+            opened = self._ui.talk.open(path)
+        except InputError as error:
+            raise InputError(say(language, "say.cannot_chat", name=name, error=error)) from None
+        alone = len(opened.names) < 2
+        yield (
+            pictures.told(say(language, "say.opened", name=name), "good"),
+            gr.update(value=[], label=opened.names[0]),
+            gr.update(value=[], visible=not alone, label=opened.names[-1]),
+        )  # fmt: skip
 
     def _path(self, language: str, name: str) -> str:
         if (name or "").strip():
@@ -104,36 +100,24 @@ class Chat:
                 return str(inside)
         return model_of(self._ui.places, language, name)
 
-    @property
-    def _close(self) -> Any:
-        @told_errors(1)
-        def handler(language: str) -> Any:
-            self._ui.talk.close()
-            return pictures.told(say(language, "say.closed"))
+    @told_errors(1)
+    def _close(self, language: str) -> Any:
+        self._ui.talk.close()
+        return pictures.told(say(language, "say.closed"))
 
-        return handler
+    @told_errors(4)
+    def _send(self, language: str, message: str, left: Messages, right: Messages, *sampling: Any) -> Iterator[Any]:
+        if not (message or "").strip():
+            raise InputError(say(language, "say.nothing"))
+        turn = {"role": "user", "content": message}
+        yield from self._answers(language, [*left, turn], [*right, turn], sampling)
 
-    @property
-    def _send(self) -> Any:
-        @told_errors(4)
-        def handler(language: str, message: str, left: Messages, right: Messages, *sampling: Any) -> Iterator[Any]:
-            if not (message or "").strip():
-                raise InputError(say(language, "say.nothing"))
-            turn = {"role": "user", "content": message}
-            yield from self._answers(language, [*left, turn], [*right, turn], sampling)
-
-        return handler
-
-    @property
-    def _again(self) -> Any:
-        @told_errors(4)
-        def handler(language: str, _: str, left: Messages, right: Messages, *sampling: Any) -> Iterator[Any]:
-            left, right = (_until_asked(side) for side in (left, right))
-            if not left:
-                raise InputError(say(language, "say.nothing"))
-            yield from self._answers(language, left, right, sampling)
-
-        return handler
+    @told_errors(4)
+    def _again(self, language: str, _: str, left: Messages, right: Messages, *sampling: Any) -> Iterator[Any]:
+        left, right = (_until_asked(side) for side in (left, right))
+        if not left:
+            raise InputError(say(language, "say.nothing"))
+        yield from self._answers(language, left, right, sampling)
 
     def _answers(self, language: str, left: Messages, right: Messages, sampling: Any) -> Iterator[Any]:
         """Yield both sides as they grow."""
@@ -153,34 +137,25 @@ class Chat:
             grown = [[*side, {"role": "assistant", "content": text}] for side, text in zip(sides, texts, strict=True)]
             yield "", grown[0], grown[1] if len(grown) > 1 else [], ""
 
-    def _judged(self, which: int) -> Any:
-        @told_errors(1)
-        def handler(language: str, side: Messages, system: str, data: gr.LikeData) -> Any:
-            at = data.index if isinstance(data.index, int) else data.index[0]
-            opened = self._name(language)
-            before = plain(side[:at], system)
-            file = keep_judged(self._ui.places.roots[0], opened[which], before, text_of(side[at]), bool(data.liked))
-            key = "say.kept_good" if data.liked else "say.kept_bad"
-            return pictures.told(say(language, key, file=self._ui.places.shown(file)), "good")
+    @told_errors(1)
+    def _judged(self, language: str, which: int, side: Messages, system: str, data: gr.LikeData) -> Any:
+        at = data.index if isinstance(data.index, int) else data.index[0]
+        name, before = self._names(language)[which], plain(side[:at], system)
+        file = keep_judged(self._ui.places.roots[0], name, before, text_of(side[at]), bool(data.liked))
+        key = "say.kept_good" if data.liked else "say.kept_bad"
+        return pictures.told(say(language, key, file=self._ui.places.shown(file)), "good")
 
-        return handler
+    @told_errors(1)
+    def _better(self, language: str, better: int, left: Messages, right: Messages, system: str) -> Any:
+        name, sides = self._names(language)[0], [left, right]
+        if not (left and right and left[-1]["role"] == right[-1]["role"] == "assistant"):
+            raise InputError(say(language, "say.no_pair"))
+        chosen, rejected = sides[better], sides[1 - better]
+        before = plain(chosen[:-1], system)
+        file = keep_pair(self._ui.places.roots[0], name, before, text_of(chosen[-1]), text_of(rejected[-1]))
+        return pictures.told(say(language, "say.kept_pair", file=self._ui.places.shown(file)), "good")
 
-    def _better(self, better: int) -> Any:
-        @told_errors(1)
-        def handler(language: str, left: Messages, right: Messages, system: str) -> Any:
-            opened = self._name(language)
-            sides = [left, right]
-            if not (left and right and left[-1]["role"] == right[-1]["role"] == "assistant"):
-                raise InputError(say(language, "say.no_pair"))
-            file = keep_pair(
-                self._ui.places.roots[0], opened[0], plain(sides[better][:-1], system), text_of(sides[better][-1]),
-                text_of(sides[1 - better][-1]),
-            )  # fmt: skip
-            return pictures.told(say(language, "say.kept_pair", file=self._ui.places.shown(file)), "good")
-
-        return handler
-
-    def _name(self, language: str) -> list[str]:
+    def _names(self, language: str) -> list[str]:
         opened = self._ui.talk.now
         if opened is None:
             raise InputError(say(language, "say.not_open"))

@@ -127,35 +127,27 @@ class Runs:
             raise InputError(say(language, "run.none" if path else "run.choose"))
         return path
 
-    @property
-    def _stop(self) -> Any:
-        @told_errors(1)
-        def handler(language: str, name: str) -> Any:
-            path = self.path_of(language, name)
-            job = jobs.job_of(self._ui.places.jobs, path)
-            if job and job.state in ("waiting", "running"):
-                job.stop()
-            elif not _interrupt(path):
-                raise InputError(say(language, "say.not_running", name=name))
-            return pictures.told(say(language, "say.stopping", name=name), "good")
+    @told_errors(1)
+    def _stop(self, language: str, name: str) -> Any:
+        path = self.path_of(language, name)
+        job = jobs.job_of(self._ui.places.jobs, path)
+        if job and job.state in ("waiting", "running"):
+            job.stop()
+        elif not _interrupt(path):
+            raise InputError(say(language, "say.not_running", name=name))
+        return pictures.told(say(language, "say.stopping", name=name), "good")
 
-        return handler
-
-    @property
-    def _resume(self) -> Any:
-        @told_errors(1)
-        def handler(language: str, name: str) -> Any:
-            path = self.path_of(language, name)
-            if is_run(path) and read_run(path, short=True).state == "running":
-                raise InputError(say(language, "say.is_running", name=name))
-            job = jobs.job_of(self._ui.places.jobs, path)
-            ends = time.monotonic() + ENDING
-            while job and job.state == "running" and time.monotonic() < ends:
-                time.sleep(0.1)
-            jobs.begin(self._ui.places.jobs, "train", path.name, ["resume", str(path)], path)
-            return pictures.told(say(language, "say.going_on", name=name), "good")
-
-        return handler
+    @told_errors(1)
+    def _resume(self, language: str, name: str) -> Any:
+        path = self.path_of(language, name)
+        if is_run(path) and read_run(path, short=True).state == "running":
+            raise InputError(say(language, "say.is_running", name=name))
+        job = jobs.job_of(self._ui.places.jobs, path)
+        ends = time.monotonic() + ENDING
+        while job and job.state == "running" and time.monotonic() < ends:
+            time.sleep(0.1)
+        jobs.begin(self._ui.places.jobs, "train", path.name, ["resume", str(path)], path)
+        return pictures.told(say(language, "say.going_on", name=name), "good")
 
     @staticmethod
     def _copied(train: Any) -> list[Any]:
@@ -173,31 +165,23 @@ class Runs:
         )
         return [getattr(train, name) for name in names]
 
-    @property
-    def _copy(self) -> Any:
-        @told_errors(13)
-        def handler(language: str, name: str) -> Any:
-            run = read_run(self.path_of(language, name))
-            return [pictures.told(say(language, "say.copied"), "good"), gr.update(selected="train"), *_fields_of(run)]
+    @told_errors(13)
+    def _copy(self, language: str, name: str) -> Any:
+        run = read_run(self.path_of(language, name))
+        return [pictures.told(say(language, "say.copied"), "good"), gr.update(selected="train"), *_fields_of(run)]
 
-        return handler
-
-    @property
-    def _delete(self) -> Any:
-        @told_errors(3)
-        def handler(language: str, name: str) -> Any:
-            path = self.path_of(language, name)
-            job = jobs.job_of(self._ui.places.jobs, path)
-            is_going = job is not None and job.state in ("waiting", "running")
-            if is_going or (is_run(path) and read_run(path, short=True).state == "running"):
-                raise InputError(say(language, "say.is_running", name=name))
-            if is_run(path):
-                _remove(path)
-            if job:
-                shutil.rmtree(job.folder, ignore_errors=True)
-            return pictures.told(say(language, "say.deleted", name=name), "good"), gr.update(visible=False), None
-
-        return handler
+    @told_errors(3)
+    def _delete(self, language: str, name: str) -> Any:
+        path = self.path_of(language, name)
+        job = jobs.job_of(self._ui.places.jobs, path)
+        is_going = job is not None and job.state in ("waiting", "running")
+        if is_going or (is_run(path) and read_run(path, short=True).state == "running"):
+            raise InputError(say(language, "say.is_running", name=name))
+        if is_run(path):
+            _remove(path)
+        if job:
+            shutil.rmtree(job.folder, ignore_errors=True)
+        return pictures.told(say(language, "say.deleted", name=name), "good"), gr.update(visible=False), None
 
 
 def _interrupt(path: Path) -> bool:

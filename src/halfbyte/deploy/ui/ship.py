@@ -109,44 +109,32 @@ class Ship:
         except (InputError, OSError, ValueError, KeyError, TypeError):
             return pictures.told(say(language, "say.no_measure"))
 
-    @property
-    def _chosen(self) -> Any:
-        @told_errors(4)
-        def handler(language: str, name: str) -> Any:
-            path = self._path(language, name)
-            return self._table(language, name), RECOMMENDED, f"{path.name}-model", self._card_of(path)
-
-        return handler
+    @told_errors(4)
+    def _chosen(self, language: str, name: str) -> Any:
+        path = self._path(language, name)
+        return self._table(language, name), RECOMMENDED, f"{path.name}-model", self._card_of(path)
 
     def _card_of(self, path: Path) -> str:
         from halfbyte.deploy.ui.worker import card
 
         return str(self._ui.planner.ask(card, str(path)))
 
-    @property
-    def _measure(self) -> Any:
-        @told_errors(1)
-        def handler(language: str, name: str) -> Any:
-            path = self._path(language, name)
-            words = [word for way in MEASURED for word in ("--way", way)]
-            jobs.begin(self._ui.places.jobs, "audit", path.name, ["audit", str(path), *words], path / "audit")
-            return pictures.told(say(language, "say.making", name="audit"), "good")
+    @told_errors(1)
+    def _measure(self, language: str, name: str) -> Any:
+        path = self._path(language, name)
+        words = [word for way in MEASURED for word in ("--way", way)]
+        jobs.begin(self._ui.places.jobs, "audit", path.name, ["audit", str(path), *words], path / "audit")
+        return pictures.told(say(language, "say.making", name="audit"), "good")
 
-        return handler
-
-    @property
-    def _make(self) -> Any:
-        @told_errors(1)
-        def handler(language: str, name: str, way: str, called: str, card: str) -> Any:
-            path = self._path(language, name)
-            if way not in WAYS:
-                raise InputError(say(language, "say.choose_run"))
-            output = self._ui.places.roots[0] / MADE / safe_name(called or "")
-            if output.exists():
-                raise InputError(say(language, "say.exists", name=output.name))
-            command = [WAYS[way][1][0], str(path), str(output), *WAYS[way][1][1:]]
-            files = {jobs.CARD: card.strip() + "\n"} if (card or "").strip() else {}
-            jobs.begin(self._ui.places.jobs, "export", output.name, command, output, files=files)
-            return pictures.told(say(language, "say.making", name=output.name), "good")
-
-        return handler
+    @told_errors(1)
+    def _make(self, language: str, name: str, way: str, called: str, card: str) -> Any:
+        path = self._path(language, name)
+        if way not in WAYS:
+            raise InputError(say(language, "say.choose_run"))
+        output = self._ui.places.roots[0] / MADE / safe_name(called or "")
+        if output.exists():
+            raise InputError(say(language, "say.exists", name=output.name))
+        command = [WAYS[way][1][0], str(path), str(output), *WAYS[way][1][1:]]
+        files = {jobs.CARD: card.strip() + "\n"} if (card or "").strip() else {}
+        jobs.begin(self._ui.places.jobs, "export", output.name, command, output, files=files)
+        return pictures.told(say(language, "say.making", name=output.name), "good")

@@ -49,23 +49,15 @@ class Start:
         latest = [(named(run.path, self._ui.places.roots), run) for run in found.runs(self._ui.places)[:LATEST]]
         return pictures.machine(language, about, models, hour, latest)
 
-    @property
-    def _measure(self) -> Any:
-        @told_errors(2)
-        def handler(language: str) -> Any:
-            self._ui.worker.ask(worker.measure)
-            return pictures.told(say(language, "say.measured"), "good"), self.show(language)
+    @told_errors(2)
+    def _measure(self, language: str) -> Any:
+        self._ui.worker.ask(worker.measure)
+        return pictures.told(say(language, "say.measured"), "good"), self.show(language)
 
-        return handler
-
-    @property
-    def _example(self) -> Any:
-        @told_errors(1)
-        def handler(language: str) -> Any:
-            output = self._ui.places.runs / EXAMPLE
-            if RunFolder(output).begun:
-                raise InputError(say(language, "say.exists", name=EXAMPLE))
-            jobs.begin(self._ui.places.jobs, "example", EXAMPLE, ["example", str(output)], output)
-            return pictures.told(say(language, "say.example"), "good")
-
-        return handler
+    @told_errors(1)
+    def _example(self, language: str) -> Any:
+        output = self._ui.places.runs / EXAMPLE
+        if RunFolder(output).begun:
+            raise InputError(say(language, "say.exists", name=EXAMPLE))
+        jobs.begin(self._ui.places.jobs, "example", EXAMPLE, ["example", str(output)], output)
+        return pictures.told(say(language, "say.example"), "good")

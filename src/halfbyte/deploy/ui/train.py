@@ -106,25 +106,19 @@ class Train:
         """Return the options of a run, by what stands in the page."""
         return asked.options_of(self._ui.places, language, dict(zip(FIELDS, values, strict=True)))
 
-    @property
-    def _look(self) -> Any:
-        @told_errors(3 + len(COLUMNS))
-        def handler(language: str, *values: Any) -> Any:
-            given = dict(zip(FIELDS, values, strict=True))
-            data = asked.data_of(self._ui.places, language, given)
-            columns = self._ui.worker.ask(worker.columns, data)
-            choices = ["", *columns.names]
-            mapping = [
-                gr.update(choices=choices, value=given[name] if given[name] in choices else "") for name in COLUMNS
-            ]
-            try:
-                seen = self._ui.worker.ask(worker.preview, self.options(language, values) | {"output": "runs/preview"})
-            except InputError as error:
-                told = pictures.told(self._ui.places.told(say(language, "say.error", error=error)), "bad")
-                return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
-            return ["", self._ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
-
-        return handler
+    @told_errors(3 + len(COLUMNS))
+    def _look(self, language: str, *values: Any) -> Any:
+        given = dict(zip(FIELDS, values, strict=True))
+        data = asked.data_of(self._ui.places, language, given)
+        columns = self._ui.worker.ask(worker.columns, data)
+        choices = ["", *columns.names]
+        mapping = [gr.update(choices=choices, value=given[name] if given[name] in choices else "") for name in COLUMNS]
+        try:
+            seen = self._ui.worker.ask(worker.preview, self.options(language, values) | {"output": "runs/preview"})
+        except InputError as error:
+            told = pictures.told(self._ui.places.told(say(language, "say.error", error=error)), "bad")
+            return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
+        return ["", self._ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
 
     def foretell(self, language: str, *given: Any) -> Any:
         """Return what a run takes, its configuration, and its command."""
@@ -142,23 +136,19 @@ class Train:
             return pictures.told(self._ui.places.told(str(error)), "bad"), config, command
         return pictures.plan(language, told), config, command
 
-    @property
-    def _start(self) -> Any:
-        @told_errors(1)
-        def handler(language: str, name: str, *values: Any) -> Any:
-            if not (name or "").strip():
-                raise InputError(say(language, "say.no_name"))
-            output = self._ui.places.new_run(name)
-            options = self.options(language, values) | {"output": str(output)}
-            config = TrainConfig.from_yaml(None, options)
-            if RunFolder(output).begun or output.exists():
-                raise InputError(say(language, "say.exists", name=output.name))
-            before = [job for job in jobs.all_jobs(self._ui.places.jobs) if job.state in ("waiting", "running")]
-            jobs.begin(
-                self._ui.places.jobs, "train", output.name, ["train", "--config", "{folder}/config.yaml"],
-                config.output, files={"config.yaml": yaml.safe_dump(options, sort_keys=False, allow_unicode=True)},
-            )  # fmt: skip
-            key = "say.queued" if before else "say.started"
-            return pictures.told(say(language, key, name=output.name, before=len(before)), "good")
-
-        return handler
+    @told_errors(1)
+    def _start(self, language: str, name: str, *values: Any) -> Any:
+        if not (name or "").strip():
+            raise InputError(say(language, "say.no_name"))
+        output = self._ui.places.new_run(name)
+        options = self.options(language, values) | {"output": str(output)}
+        config = TrainConfig.from_yaml(None, options)
+        if RunFolder(output).begun or output.exists():
+            raise InputError(say(language, "say.exists", name=output.name))
+        before = [job for job in jobs.all_jobs(self._ui.places.jobs) if job.state in ("waiting", "running")]
+        jobs.begin(
+            self._ui.places.jobs, "train", output.name, ["train", "--config", "{folder}/config.yaml"],
+            config.output, files={"config.yaml": yaml.safe_dump(options, sort_keys=False, allow_unicode=True)},
+        )  # fmt: skip
+        key = "say.queued" if before else "say.started"
+        return pictures.told(say(language, key, name=output.name, before=len(before)), "good")
