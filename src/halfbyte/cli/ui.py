@@ -16,7 +16,8 @@ def ui(**options: Any) -> None:
 
     It listens on this machine alone. What it starts goes on when it ends.
     """
-    wanted = UiOptions.from_yaml(None, {name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    wanted = UiOptions.from_yaml(given.pop("config", None), given)
     if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise InputError(f"halfbyte ui needs {lacking[0]}: pip install 'halfbyte[ui]'.")
     from halfbyte.deploy.ui.server import serve
@@ -27,4 +28,4 @@ def ui(**options: Any) -> None:
     serve(wanted, ready)
 
 
-ui.__signature__ = flags_of(UiOptions, [*UiOptions.model_fields])  # type: ignore[attr-defined]
+ui.__signature__ = flags_of(UiOptions)  # type: ignore[attr-defined]

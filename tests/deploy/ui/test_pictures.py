@@ -8,7 +8,7 @@ import pytest
 from halfbyte.deploy.ui import pictures
 from halfbyte.deploy.ui.found import FoundModel
 from halfbyte.deploy.ui.jobs import Job
-from halfbyte.deploy.ui.worker import Columns, Foretold, Preview
+from halfbyte.deploy.ui.questions import Columns, Foretold, Preview
 from halfbyte.runs.events import Begin, Evaluation, Note, Sample, StepMetrics
 from halfbyte.runs.history import Run
 

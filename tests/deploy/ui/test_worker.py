@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.deploy.ui import found, worker
+from halfbyte.deploy.ui import found, questions, worker
 from halfbyte.deploy.ui.places import Places
 from halfbyte.errors import InputError
 from halfbyte.plan.estimate import plan_run
@@ -31,7 +31,7 @@ def options(tiny_model_folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_preview_shows_what_is_trained_and_what_cannot_be(options: dict[str, Any]) -> None:
-    seen = worker.preview(options)
+    seen = questions.preview(options)
     assert seen.rows == 20 and {count for _, count, _ in seen.bad} == {1} and len(seen.bad) == 2
     assert any("row 21" in first for _, _, first in seen.bad)
     [(_, spans)] = seen.samples[0][1]
@@ -41,15 +41,15 @@ def test_a_preview_shows_what_is_trained_and_what_cannot_be(options: dict[str, A
 
 
 def test_columns_are_those_of_the_first_rows(options: dict[str, Any]) -> None:
-    seen = worker.columns(options["data"])
+    seen = questions.columns(options["data"])
     assert seen.names == ["q", "a"] and seen.rows[0] == ["0?", "0."] and "row 1" in seen.where[0]
 
 
 def test_a_plan_is_the_planners(options: dict[str, Any]) -> None:
-    told = worker.plan(options | {"data": ["-"]}, with_data=False)
+    told = questions.plan(options | {"data": ["-"]}, with_data=False)
     plan = plan_run(TrainConfig.from_yaml(None, options | {"data": ["-"]}))
     assert told.peak == plan.memory.peak == sum(told.parts.values()) and told.step == plan.step.seconds
-    refused = worker.plan(options | {"data": ["-"], "memory": 1}, with_data=False)
+    refused = questions.plan(options | {"data": ["-"], "memory": 1}, with_data=False)
     assert "needs" in refused.refusal and not refused.parts
 
 
@@ -57,7 +57,7 @@ def test_what_is_wrong_comes_back_as_a_sentence_and_a_lost_process_too(options: 
     asked = worker.Worker()
     try:
         with pytest.raises(InputError, match="unknown option 'rnk'"):
-            asked.ask(worker.plan, options | {"rnk": 3}, False)
+            asked.ask(questions.plan, options | {"rnk": 3}, False)
         with pytest.raises(InputError, match="not enough memory"):
             asked.ask(os._exit, 9)
         assert asked.ask(len, "again") == 5

@@ -8,8 +8,8 @@ import gradio as gr
 
 from halfbyte.deploy.ui import found, pictures
 from halfbyte.deploy.ui.asked import model_of
-from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
 from halfbyte.deploy.ui.chatting import keep_judged, keep_pair
+from halfbyte.deploy.ui.station import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
 from halfbyte.runs.folder import RunFolder

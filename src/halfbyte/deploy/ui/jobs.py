@@ -8,8 +8,8 @@
     end.json    how it ended, and when
 
 Jobs run one after the other, in the order in which they were asked for; each waits for its turn by itself
-(:mod:`halfbyte.deploy.ui.job`), so that nobody has to be there who starts it. The lock is taken before the process
-begins and handed to it, so that there is no time in which a job looks as if it were dead.
+(:mod:`halfbyte.deploy.ui.job_process`), so that nobody has to be there who starts it. The lock is taken before the
+process begins and handed to it, so that there is no time in which a job looks as if it were dead.
 """
 
 import contextlib
@@ -164,7 +164,7 @@ def begin(
             fcntl.flock(handle, fcntl.LOCK_EX)
             write_text(folder / ABOUT, json.dumps(about | {"options": options}, indent=1) + "\n")
             process = subprocess.Popen(
-                [sys.executable, "-m", "halfbyte.deploy.ui.job", str(folder)],
+                [sys.executable, "-m", "halfbyte.deploy.ui.job_process", str(folder)],
                 pass_fds=[handle], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, close_fds=True,
             )  # fmt: skip

@@ -16,9 +16,10 @@ USER = "halfbyte"
 class UiOptions(Options):
     """Where the page is, for whom, and which folders it may use."""
 
-    root: list[str] = Field(
-        default=["."],
-        description="Folder that the page may read and write; runs are made in the first one's runs.",
+    root: list[str] | None = Field(
+        default=None,
+        description="Folder that the page may read and write, without it the working directory; runs are made in the "
+        "first one's runs.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen at; any but this machine's own needs a "
         "password.")  # fmt: skip

@@ -5,11 +5,11 @@ from typing import Any
 
 import gradio as gr
 
-from halfbyte.deploy.ui.asking import Ui
 from halfbyte.deploy.ui.chat import Chat
 from halfbyte.deploy.ui.running import Runs
 from halfbyte.deploy.ui.ship import Ship
 from halfbyte.deploy.ui.start import Start
+from halfbyte.deploy.ui.station import Ui
 from halfbyte.deploy.ui.texts import LANGUAGES, language_of
 from halfbyte.deploy.ui.train import Train
 

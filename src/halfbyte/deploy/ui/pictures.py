@@ -10,8 +10,8 @@ from typing import Any
 
 from halfbyte.deploy.ui.found import FoundModel
 from halfbyte.deploy.ui.jobs import Job
+from halfbyte.deploy.ui.questions import Columns, Foretold, Preview
 from halfbyte.deploy.ui.texts import entry, say, texts_of
-from halfbyte.deploy.ui.worker import Columns, Foretold, Preview
 from halfbyte.errors import size_text
 from halfbyte.runs.history import Run
 from halfbyte.runs.report import curves, words

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from halfbyte.deploy.ui import found, jobs, pictures
-from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
+from halfbyte.deploy.ui.station import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
 from halfbyte.locks import is_locked

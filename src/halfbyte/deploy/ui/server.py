@@ -29,7 +29,7 @@ def serve(options: UiOptions, ready: Callable[[str], None]) -> None:
         InputError: the port, a folder or the users will not do.
     """
     users = options.users()
-    places = Places(options.root)
+    places = Places(options.root or ["."])
     check_writable(places.roots[0])
     for variable in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "GRADIO_ALLOW_FLAGGING"):
         os.environ[variable] = "False"
@@ -61,9 +61,9 @@ def make_app(options: UiOptions, places: Places, users: dict[str, str]) -> tuple
     from starlette.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 
     from halfbyte.deploy.ui import jobs
-    from halfbyte.deploy.ui.asking import Ui
     from halfbyte.deploy.ui.guard import Guard
     from halfbyte.deploy.ui.page import STYLE, make_page, theme
+    from halfbyte.deploy.ui.station import Ui
     from halfbyte.deploy.ui.texts import Translated
     from halfbyte.runs.history import read_run
     from halfbyte.runs.report.page import report_page

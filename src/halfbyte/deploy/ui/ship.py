@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 
 from halfbyte.deploy.ui import found, jobs, pictures
-from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
 from halfbyte.deploy.ui.places import safe_name
+from halfbyte.deploy.ui.station import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import entry, say
 from halfbyte.errors import InputError
 from halfbyte.runs.folder import RunFolder
@@ -115,7 +115,7 @@ class Ship:
         return self._table(language, name), RECOMMENDED, f"{path.name}-model", self._card_of(path)
 
     def _card_of(self, path: Path) -> str:
-        from halfbyte.deploy.ui.worker import card
+        from halfbyte.deploy.ui.questions import card
 
         return str(self._ui.planner.ask(card, str(path)))
 

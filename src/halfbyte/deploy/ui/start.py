@@ -4,8 +4,8 @@ from typing import Any
 
 import gradio as gr
 
-from halfbyte.deploy.ui import found, jobs, pictures, worker
-from halfbyte.deploy.ui.asking import Ui, named, status, told_errors
+from halfbyte.deploy.ui import found, jobs, pictures, questions
+from halfbyte.deploy.ui.station import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
 from halfbyte.runs.folder import RunFolder
@@ -41,9 +41,9 @@ class Start:
     def show(self, language: str) -> str:
         """Return what is here."""
         models = found.models(self._ui.places)
-        about = self._ui.planner.ask(worker.machine)
+        about = self._ui.planner.ask(questions.machine)
         try:
-            hour = self._ui.planner.ask(worker.rows_an_hour, [model.path for model in models])
+            hour = self._ui.planner.ask(questions.rows_an_hour, [model.path for model in models])
         except InputError:
             hour = {}
         latest = [(named(run.path, self._ui.places.roots), run) for run in found.runs(self._ui.places)[:LATEST]]
@@ -51,7 +51,7 @@ class Start:
 
     @told_errors(2)
     def _measure(self, language: str) -> Any:
-        self._ui.worker.ask(worker.measure)
+        self._ui.worker.ask(questions.measure)
         return pictures.told(say(language, "say.measured"), "good"), self.show(language)
 
     @told_errors(1)

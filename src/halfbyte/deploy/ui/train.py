@@ -5,8 +5,8 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from halfbyte.deploy.ui import asked, found, jobs, pictures, worker
-from halfbyte.deploy.ui.asking import Ui, status, told_errors
+from halfbyte.deploy.ui import asked, found, jobs, pictures, questions
+from halfbyte.deploy.ui.station import Ui, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
 from halfbyte.runs.config import TrainConfig
@@ -110,11 +110,11 @@ class Train:
     def _look(self, language: str, *values: Any) -> Any:
         given = dict(zip(FIELDS, values, strict=True))
         data = asked.data_of(self._ui.places, language, given)
-        columns = self._ui.worker.ask(worker.columns, data)
+        columns = self._ui.worker.ask(questions.columns, data)
         choices = ["", *columns.names]
         mapping = [gr.update(choices=choices, value=given[name] if given[name] in choices else "") for name in COLUMNS]
         try:
-            seen = self._ui.worker.ask(worker.preview, self.options(language, values) | {"output": "runs/preview"})
+            seen = self._ui.worker.ask(questions.preview, self.options(language, values) | {"output": "runs/preview"})
         except InputError as error:
             told = pictures.told(self._ui.places.told(say(language, "say.error", error=error)), "bad")
             return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
@@ -131,7 +131,7 @@ class Train:
         except (InputError, OSError):
             return pictures.told(say(language, "plan.later")), "", ""
         try:
-            told = self._ui.planner.ask(worker.plan, options | {"output": str(output)}, True)
+            told = self._ui.planner.ask(questions.plan, options | {"output": str(output)}, True)
         except InputError as error:
             return pictures.told(self._ui.places.told(str(error)), "bad"), config, command
         return pictures.plan(language, told), config, command

@@ -1,6 +1,6 @@
 """The process of a job: it waits for its turn, runs the command, and writes down how that ended.
 
-    python -m halfbyte.deploy.ui.job FOLDER
+    python -m halfbyte.deploy.ui.job_process FOLDER
 
 It gets the lock of its folder from whoever starts it, and holds it as long as it lives.
 """
