@@ -22,7 +22,7 @@ from torch import Tensor
 
 GROUP_SIZE = 64
 SMALLEST = 1e-7
-AT_ONCE = 1 << 24
+AT_ONCE = 1 << 22
 """Values that are worked on at a time."""
 
 

@@ -17,8 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 BLOCK = 32
-ROWS = 4096
-"""Rows that are quantized at once."""
+AT_ONCE = 1 << 20
+"""Values that are quantized at once."""
 HALF = 65504.0
 """The largest fp16."""
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -34,8 +34,11 @@ def packed(x: Tensor, kind: str) -> Any:
         return x.to(FLOATS[kind]).contiguous().numpy()
     if kind == "bf16":
         return x.bfloat16().contiguous().view(torch.uint8).numpy()
-    parts = [_blocks(rows.float().reshape(-1, BLOCK), kind).view(len(rows), -1) for rows in torch.split(x, ROWS)]
-    return torch.cat(parts).numpy()
+    out = torch.empty(packed_shape(x.shape, kind), dtype=torch.uint8)
+    rows = max(1, AT_ONCE // x.shape[-1])
+    for part, values in zip(out.split(rows), x.split(rows), strict=True):
+        part.copy_(_blocks(values.float().reshape(-1, BLOCK), kind).view_as(part))
+    return out.numpy()
 
 
 def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:

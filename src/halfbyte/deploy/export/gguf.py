@@ -211,7 +211,8 @@ def _write(
         for done, entry in enumerate(entries, 1):
             x = entry.read()
             kind = kinds[entry.name]
-            if kind not in ("f32", "bf16") and float(x.abs().amax()) > HALF:
+            low, high = x.aminmax()
+            if kind not in ("f32", "bf16") and max(float(high), -float(low)) > HALF:
                 raise InputError(f"{entry.name} has values beyond fp16's {HALF:.0f}; export bf16 or f32.")
             writer.write_tensor_data(packed(x, kind))
             if progress:

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from halfbyte.choices import Onto
 from halfbyte.deploy.card import code, write_card
-from halfbyte.deploy.export.affine import GROUP_SIZE, Affine, dequantize, quantize
+from halfbyte.deploy.export.affine import AT_ONCE, GROUP_SIZE, Affine, dequantize, quantize
 from halfbyte.deploy.folders import write_model
 from halfbyte.deploy.merge import form_of
 from halfbyte.errors import InputError, named
@@ -83,9 +83,12 @@ class _Error:
     size: float = 0.0
     count: int = 0
 
-    def add(self, weight: Tensor, other: Tensor) -> None:
-        self.apart += float((other - weight.float()).square().sum())
-        self.size += float(weight.float().square().sum())
+    def add(self, weight: Tensor, made: Affine, bits: int) -> None:
+        rows = max(1, AT_ONCE // weight.shape[1])
+        for w, *parts in zip(*(x.split(rows) for x in (weight, *made)), strict=True):
+            w = w.float()
+            self.apart += float((dequantize(Affine(*parts), bits) - w).square().sum())
+            self.size += float(w.square().sum())
         self.count += 1
 
 
@@ -126,7 +129,7 @@ def write_mlx(
         if bits is None or name not in packed:
             return {target: x}
         made = quantize(x, bits)
-        error.add(x, dequantize(made, bits))
+        error.add(x, made, bits)
         stem = target.removesuffix("weight")
         return {target: made.codes, f"{stem}scales": made.scales, f"{stem}biases": made.biases}
 

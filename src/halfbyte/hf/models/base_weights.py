@@ -102,7 +102,8 @@ class BaseWeights:
     def read(self, target: str) -> Tensor:
         """Return a tensor by its name in the model: a weight that is quantized in fp32, another one as it lies there.
 
-        What stays dense was rounded to the compute dtype for training, and so it is for ``quantized``.
+        What stays dense was rounded to the compute dtype for training, and so it is for ``quantized``; what lies in
+        fewer bits has nothing to round, and stays as it lies.
         """
         weight = self.quantized(target)
         if weight is not None:
@@ -110,7 +111,8 @@ class BaseWeights:
             return dense.T.contiguous() if target.rpartition(".")[0] in self.transposed else dense
         x = self._checkpoint.read(self._name(target))
         if self.onto == "quantized" and x.is_floating_point():
-            return x.to(dense_dtype(self.model, target, self._form.compute_dtype))
+            dtype = dense_dtype(self.model, target, self._form.compute_dtype)
+            return x if torch.promote_types(x.dtype, dtype) == dtype else x.to(dtype)
         return x
 
     def quantized(self, target: str) -> QuantizedWeight | QuantizedInt8 | None:
