@@ -2,6 +2,7 @@
 
     python benchmarks/beyond.py OUT --shape 7b --memory none,4GiB,2GiB [--rows 8] [--tokens 256] [--rounds 1]
     python benchmarks/beyond.py OUT                    the table of what OUT has
+    python benchmarks/beyond.py OUT --picture FILE     and speed over what of the base stays in memory, as a picture
 
 Each run is ``halfbyte train`` in a process of its own, in a memory control group (version 1, so Linux and root) with
 that limit; before it the page cache is dropped. The model's weights are random bytes (:mod:`halfbyte.bench.shapes`),
@@ -30,6 +31,7 @@ from halfbyte.bench.shapes import write_4bit_model
 from halfbyte.runs.circumstances import kernels_in_force
 
 GROUPS = Path("/sys/fs/cgroup/memory")
+STAYS = re.compile(r"read from its file as it is used, (\S+ \S+) of it in memory at a time")
 WAITED = re.compile(r"(\S+ \S+) of the base were read .* at (\S+ \S+)/s; (\S+)% of the time")
 
 
@@ -69,13 +71,17 @@ def train(model: Path, place: Path, memory: str, options: argparse.Namespace) ->
     seconds = [after - before for before, after in itertools.pairwise(ends)]
     notes = [event["text"] for event in events if event.get("kind") == "note"]
     waited = next((found for note in notes if (found := WAITED.search(note))), None)
+    plan = next(note for note in notes if note.startswith("Activations"))
+    stays = STAYS.search(plan)
+    base = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     return {
         "seconds": statistics.median(seconds[1:] or seconds),
         "every": seconds,
         "losses": [step["loss"] for step in steps],
         "anonymous": peak,
         "most": most,
-        "plan": next(note for note in notes if note.startswith("Activations")),
+        "plan": plan,
+        "stays": TypeAdapter(ByteSize).validate_python(stays[1]) / base if stays else 1.0,
         "read": waited and waited[1],
         "waited": float(waited[3]) / 100 if waited else 0.0,
     }
@@ -83,7 +89,8 @@ def train(model: Path, place: Path, memory: str, options: argparse.Namespace) ->
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Return the runs as a table; of those of a shape that have the same work, how fast they are beside no limit."""
-    head = ["shape", "tokens a step", "limit", "s a step", "of no limit", "waited for the disk", "anonymous", "in all"]
+    head = ["shape", "tokens a step", "limit", "s a step", "of no limit", "of the base", "waited for the disk"]
+    head += ["anonymous", "in all"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     free = {(line["shape"], line["work"]): line["seconds"] for line in lines if line["memory"] == "none"}
     for line in lines:
@@ -92,10 +99,30 @@ def table(lines: list[dict[str, Any]]) -> str:
             continue
         least = free.get((line["shape"], line["work"]))
         cells = [line["shape"], line["work"], line["memory"], f"{line['seconds']:.1f}"]
-        cells += [f"{least / line['seconds']:.2f}" if least else "", f"{line['waited']:.1%}"]
+        stays = f"{line['stays']:.0%}" if "stays" in line else ""
+        cells += [f"{least / line['seconds']:.2f}" if least else "", stays, f"{line['waited']:.1%}"]
         cells += [f"{line[name] / 2**30:.2f} GiB" for name in ("anonymous", "most")]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def draw(lines: list[dict[str, Any]], file: Path) -> None:
+    """Draw how fast each shape's steps are, by that without a limit, over what of the base's file stays in memory."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    lines = [line for line in lines if "stays" in line]
+    for shape, work in dict.fromkeys((line["shape"], line["work"]) for line in lines):
+        ours = [line for line in lines if (line["shape"], line["work"]) == (shape, work)]
+        free = statistics.median(line["seconds"] for line in ours if line["memory"] == "none")
+        points = sorted((100 * line["stays"], free / line["seconds"]) for line in ours)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{shape}, steps of {work} tokens")
+    axes.set(xlabel="of the base in memory at a time, %", ylabel="speed, by that without a limit", xlim=(0, 102))
+    axes.set_ylim(0, 1.1)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file)
 
 
 def main() -> None:
@@ -110,6 +137,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--optimizer", default="paged_adamw_8bit")
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "beyond.jsonl"
@@ -133,6 +161,8 @@ def main() -> None:
                 done.append(found)
                 print(json.dumps(found), flush=True)
     print(table(done))
+    if options.picture:
+        draw(done, options.picture)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 import safetensors
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 import halfbyte
@@ -511,3 +512,19 @@ def test_the_program_is_named_as_it_was_started(run, monkeypatch, tiny_model_fol
     (tmp_path / "halfbyte").chmod(0o755)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "halfbyte")])
     assert console.command("chat") == "halfbyte chat"
+
+
+def test_without_a_terminal_progress_is_lines(monkeypatch, capsys):
+    monkeypatch.setattr(console, "notes", Console(file=sys.stderr))
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    with console.bar("Merging", "{task.description}") as progress:
+        task = progress.add_task("weights")
+        progress.update(task, completed=1, total=1272)
+        progress.update(task, completed=120)
+    assert re.fullmatch(
+        r"Merging weights: 1 of 1,272\nMerging weights: 120 of 1,272, .+ left\n", capsys.readouterr().err
+    )
+    monkeypatch.setattr(console, "EVERY", 60.0)
+    with console.bar("Merging") as progress:
+        progress.update(progress.add_task(""), completed=1, total=2)
+    assert capsys.readouterr().err == ""

@@ -4,19 +4,31 @@ import contextlib
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
 
 from halfbyte.cli.live import StepView
 from halfbyte.runs import events
-from halfbyte.runs.report.words import figure
+from halfbyte.runs.report.words import duration, figure
 
 INTERRUPTED = 130
+EVERY = 15.0
+"""Seconds between two lines about how far something is, where no bar can be drawn."""
 TABLE_WIDTH = 160
 """Characters, where standard output is not a terminal."""
 
@@ -56,13 +68,30 @@ def status(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bar(*columns: str) -> Iterator[Progress]:
-    """Show a progress bar with these columns before it, in a terminal; add tasks to what is yielded."""
+    """Show a progress bar with these columns before it, or lines without a terminal; add tasks to what is yielded."""
     texts = [TextColumn(column) for column in columns]
-    with Progress(
-        *texts, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=notes, transient=True,
-        disable=not notes.is_terminal,
-    ) as progress:  # fmt: skip
+    made = [*texts, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*made, console=notes, transient=True) if notes.is_terminal else _Lines(*columns) as progress:
         yield progress
+
+
+class _Lines(Progress):
+    """How far something is, a line now and then."""
+
+    def __init__(self, *columns: str) -> None:
+        super().__init__(disable=True)
+        self._words = " ".join(columns)
+        self._said = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Note how far a task is, and say it if that was not said lately."""
+        super().update(task_id, **changes)
+        task = self._tasks[task_id]
+        if task.total and time.monotonic() - self._said >= EVERY:
+            self._said = time.monotonic()
+            left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
+            what = self._words.format(task=task).strip()
+            notes.print(f"{what}: {task.completed:,.0f} of {task.total:,.0f}{left}", markup=False)
 
 
 class TerminalDisplay:

@@ -1,5 +1,6 @@
 """What the page draws holds every text, and none of it as HTML."""
 
+import fcntl
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,45 +15,10 @@ from halfbyte.runs.history import Run
 
 EVIL = """<script>alert(1)</script><img src=x onerror="alert('1')">"'&"""
 HARMLESS = {
-    "p",
-    "dl",
-    "div",
-    "dt",
-    "dd",
-    "h3",
-    "h4",
-    "table",
-    "thead",
-    "tbody",
-    "tr",
-    "th",
-    "td",
-    "bdi",
-    "section",
-    "pre",
-    "span",
-    "br",
-    "small",
-    "details",
-    "summary",
-    "ul",
-    "li",
-    "svg",
-    "rect",
-    "title",
-    "strong",
-    "a",
-    "header",
-    "progress",
-    "figure",
-    "figcaption",
-    "line",
-    "text",
-    "path",
-    "g",
-    "circle",
-    "polyline",
-}
+    "p", "dl", "div", "dt", "dd", "h3", "h4", "table", "thead", "tbody", "tr", "th", "td", "bdi", "section",
+    "pre", "span", "br", "small", "details", "summary", "ul", "li", "svg", "rect", "title", "strong", "a",
+    "header", "progress", "figure", "figcaption", "line", "text", "path", "g", "circle", "polyline",
+}  # fmt: skip
 
 
 class Seen(HTMLParser):
@@ -73,19 +39,8 @@ class Seen(HTMLParser):
 
 
 def a_run() -> Run:
-    steps = [
-        StepMetrics(
-            step=i,
-            epoch=1,
-            loss=1 / i,
-            learning_rate=1e-3,
-            grad_norm=1,
-            trained_tokens=i,
-            tokens_per_second=9,
-            elapsed=i,
-        )
-        for i in range(1, 9)
-    ]
+    numbers = {"epoch": 1, "learning_rate": 1e-3, "grad_norm": 1, "tokens_per_second": 9}
+    steps = [StepMetrics(step=i, loss=1 / i, trained_tokens=i, elapsed=i, **numbers) for i in range(1, 9)]
     events = [
         Begin(step=0, total_steps=16),
         *steps,
@@ -134,3 +89,14 @@ def test_memory_is_a_bar_of_its_parts() -> None:
     text = Seen(html).text
     assert "768 MiB of 1.00 GiB" in text and "base model: 512 MiB" in text
     assert "10 steps take 15.0 s" in text and "--rank 8 (1.25 times)" in text and "stated" not in text
+
+
+def test_a_job_tells_how_far_it_is_as_long_as_it_runs(tmp_path: Path) -> None:
+    said = "Merging: 10 of 1,272, 8.2 s left\nMerging: 120 of 1,272, 7.1 s left\n"
+    (tmp_path / "log.txt").write_text(said)
+    job = Job(tmp_path, "export", "my-model", ("halfbyte",), tmp_path, 0.0, {})
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        html = pictures.job("en", job)
+        assert '<progress max="1272" value="120" aria-label="Merging: 120 of 1,272, 7.1 s left">' in html
+    assert "<progress" not in pictures.job("en", job)

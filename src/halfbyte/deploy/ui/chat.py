@@ -9,6 +9,7 @@ import gradio as gr
 from halfbyte.deploy.ui import found, pictures
 from halfbyte.deploy.ui.asked import model_of
 from halfbyte.deploy.ui.chatting import keep_judged, keep_pair
+from halfbyte.deploy.ui.library import said
 from halfbyte.deploy.ui.station import Ui, named, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
@@ -82,7 +83,7 @@ class Chat:
         try:
             opened = self._ui.talk.open(path)
         except InputError as error:
-            raise InputError(say(language, "say.cannot_chat", name=name, error=error)) from None
+            raise InputError(say(language, "say.cannot_chat", name=name, error=said(language, str(error)))) from None
         alone = len(opened.names) < 2
         yield (
             pictures.told(say(language, "say.opened", name=name), "good"),

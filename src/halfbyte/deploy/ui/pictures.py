@@ -4,12 +4,14 @@ Texts of data may be of any script: each stands in a ``dir="auto"`` of its own.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from halfbyte.deploy.ui.found import FoundModel
 from halfbyte.deploy.ui.jobs import Job
+from halfbyte.deploy.ui.library import said
 from halfbyte.deploy.ui.questions import Columns, Foretold, Preview
 from halfbyte.deploy.ui.texts import entry, say, texts_of
 from halfbyte.errors import size_text
@@ -17,6 +19,8 @@ from halfbyte.runs.history import Run
 from halfbyte.runs.report import curves, words
 from halfbyte.runs.report.axes import number
 
+FAR = re.compile(r"^(.*: ([\d,]+) of ([\d,]+)\b.*)$", re.MULTILINE)
+"""What a command says of how far it is (``halfbyte.cli.console.bar``)."""
 SHOWN_SAMPLES = 6
 SHOWN_NOTES = 40
 
@@ -90,8 +94,8 @@ def preview(language: str, found: Preview) -> str:
     html = told(say(language, "data.rows", rows=f"{found.rows:,}"))
     if found.bad:
         for kind, count, first in found.bad:
-            line = say(language, "data.bad", count=f"{count:,}", kind=kind)
-            where = f"<br><small>{_(say(language, 'data.first', first=first))}</small>" if first else ""
+            line = say(language, "data.bad", count=f"{count:,}", kind=said(language, kind))
+            where = f"<br><small>{_(say(language, 'data.first', first=said(language, first)))}</small>" if first else ""
             html += f'<p class="hb-told bad" dir="auto">{_(line)}{where}</p>'
     else:
         html += told(t["no_bad"], "good")
@@ -104,16 +108,19 @@ def preview(language: str, found: Preview) -> str:
             html += f'{label}<pre dir="auto">{"".join(_span(*span) for span in spans)}</pre>'
         html += "</section>"
     if found.hints:
-        items = "".join(f'<li dir="auto">{_(hint)}</li>' for hint in found.hints)
+        items = "".join(f'<li dir="auto">{_(said(language, hint))}</li>' for hint in found.hints)
         html += f"<details><summary>{_(t['hints'])}</summary><ul>{items}</ul></details>"
-    pairs = "".join(f"<tr><th scope='row'>{_(name)}</th><td>{_(value)}</td></tr>" for name, value in found.figures)
+    pairs = "".join(
+        f"<tr><th scope='row'>{_(said(language, name))}</th><td>{_(said(language, value))}</td></tr>"
+        for name, value in found.figures
+    )
     return html + f"<details><summary>{_(t['figures'])}</summary><table class='hb-table'>{pairs}</table></details>"
 
 
 def plan(language: str, found: Foretold) -> str:
     """Return what a run takes: a bar of its memory by part, its time."""
     if found.refusal:
-        return told(found.refusal, "bad")
+        return told(said(language, found.refusal), "bad")
     t = entry(language, "plan")
     room = max(found.free + found.imports, found.peak)
     parts = [(name, size) for name, size in found.parts.items() if size >= room / 400]
@@ -195,9 +202,9 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
     link = f'<a href="report?run={_quoted(name)}" target="_blank" rel="noopener">{_(t["report"])}</a>'
     html += f"<p>{' · '.join([*(_(one) for one in told_now), link])}</p></header>"
     if found.error:
-        html += told(found.error, "bad")
+        html += told(said(language, found.error), "bad")
     for trouble in (*found.troubles, *found.problems):
-        html += told(trouble, "look")
+        html += told(said(language, trouble), "look")
     if found.steps:
         html += charts(language, curves.drawings(found))
     if found.samples:
@@ -208,7 +215,7 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
                 label = f'<span class="hb-dim">{_(t["step"])} {answer.step:,}</span>'
                 html += f'{label}<pre dir="auto">{_(answer.answer)}</pre>'
     if found.notes:
-        items = "".join(f'<li dir="auto">{_(note)}</li>' for note in found.notes[-SHOWN_NOTES:])
+        items = "".join(f'<li dir="auto">{_(said(language, note))}</li>' for note in found.notes[-SHOWN_NOTES:])
         html += f"<details><summary>{_(t['notes'])}</summary><ul>{items}</ul></details>"
     if found.options:
         pairs = [(name, words.value(value)) for name, value in found.options.items()]
@@ -220,8 +227,14 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
 
 
 def job(language: str, found: Job) -> str:
-    """Return a job that has no run yet, or is none."""
-    html = f'<header class="hb-run"><h3><bdi>{_(found.title)}</bdi> {_state(language, found.state)}</h3></header>'
+    """Return a job that has no run yet, or is none; how far it is, if it has said that."""
+    html = f'<header class="hb-run"><h3><bdi>{_(found.title)}</bdi> {_state(language, found.state)}</h3>'
+    said_last = FAR.findall(found.log) if found.state == "running" else []
+    if said_last:
+        line, *numbers = said_last[-1]
+        done, total = (int(number.replace(",", "")) for number in numbers)
+        html += f'<progress max="{total}" value="{done}" aria-label="{_(line)}"></progress>'
+    html += "</header>"
     return html + (f'<pre dir="auto">{_(found.log)}</pre>' if found.log else "")
 
 

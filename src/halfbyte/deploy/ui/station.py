@@ -11,6 +11,7 @@ import gradio as gr
 
 from halfbyte.deploy.ui import pictures
 from halfbyte.deploy.ui.chatting import Talk
+from halfbyte.deploy.ui.library import said
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Outside, Places
 from halfbyte.deploy.ui.texts import Translated, say
@@ -46,12 +47,12 @@ class Ui:
 
 
 def reason(language: str, error: Exception) -> str:
-    """Return what went wrong, in the page's language as far as the page itself says it."""
+    """Return what went wrong, in the page's language."""
     if isinstance(error, Outside):
         return say(language, "say.outside")
     if disk_full(error):
         return say(language, "say.disk_full", error=error)
-    return say(language, "say.error", error=error) if isinstance(error, InputError) else ""
+    return say(language, "say.error", error=said(language, str(error))) if isinstance(error, InputError) else ""
 
 
 def told_errors(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -6,7 +6,8 @@ import gradio as gr
 import yaml
 
 from halfbyte.deploy.ui import asked, found, jobs, pictures, questions
-from halfbyte.deploy.ui.station import Ui, status, told_errors
+from halfbyte.deploy.ui.library import said
+from halfbyte.deploy.ui.station import Ui, reason, status, told_errors
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
 from halfbyte.runs.config import TrainConfig
@@ -116,7 +117,7 @@ class Train:
         try:
             seen = self._ui.worker.ask(questions.preview, self.options(language, values) | {"output": "runs/preview"})
         except InputError as error:
-            told = pictures.told(self._ui.places.told(say(language, "say.error", error=error)), "bad")
+            told = pictures.told(self._ui.places.told(reason(language, error)), "bad")
             return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
         return ["", self._ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
 
@@ -133,7 +134,7 @@ class Train:
         try:
             told = self._ui.planner.ask(questions.plan, options | {"output": str(output)}, True)
         except InputError as error:
-            return pictures.told(self._ui.places.told(str(error)), "bad"), config, command
+            return pictures.told(self._ui.places.told(said(language, str(error))), "bad"), config, command
         return pictures.plan(language, told), config, command
 
     @told_errors(1)

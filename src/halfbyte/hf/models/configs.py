@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.models.foreign.gguf import open_gguf
+from halfbyte.hf.models.foreign.gguf import header_of, keep_header, open_gguf
 from halfbyte.hf.models.hub import ADAPTER as ADAPTER
 from halfbyte.hf.models.hub import Place, locate
 
@@ -48,15 +48,20 @@ def model_class(config: Any) -> Any:
 def config_at(place: Place, trust_remote_code: bool) -> Any:
     """Read the configuration of the model in ``place``; as :func:`read_config`."""
     file = place.gguf or Path(place.path) / CONFIG
+    source, options, is_kept = place.path, place.options, False
     if place.gguf:
-        open_gguf(place.gguf)
+        is_kept = (header_of(place.gguf) / CONFIG).is_file()
+        if is_kept:
+            source, options = str(header_of(place.gguf)), {}
+        else:
+            open_gguf(place.gguf)
     elif place.is_folder:
         if not file.is_file():
             raise InputError(f"The folder {place.path} holds neither {CONFIG} nor {ADAPTER}: there is no model in it.")
         if not json_of(file).get("model_type"):
             raise InputError(f"{file} has no model_type, which says what it describes; add the family's, as llama.")
     try:
-        config = AutoConfig.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, StrictDataclassError) as error:
         # Nothing but the file's values is at work here, unless code of its own is.
         say_remote_code(place.path, error)
@@ -65,6 +70,10 @@ def config_at(place: Place, trust_remote_code: bool) -> Any:
         text = error.args[0] if isinstance(error, KeyError) else error
         raise InputError(sentence(f"{file if place.is_folder else place.path} cannot be used: {text}")) from error
     _check_choices(config, file if place.is_folder else place.path)
+    if is_kept:
+        config.name_or_path = place.path
+    elif place.gguf:
+        keep_header(place.gguf, config)
     return config
 
 

@@ -26,6 +26,7 @@ from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import ADAPTER, config_at, json_of, model_class, say_remote_code, sentence
 from halfbyte.hf.models.converted import converted, is_too_large, shared
+from halfbyte.hf.models.foreign.gguf import tokenizer_source
 from halfbyte.hf.models.foreign.packed import packing_of
 from halfbyte.hf.models.heads import adapter_classes, adapter_task, check_task, hold_in_fp32, set_classes
 from halfbyte.hf.models.hub import Place, locate
@@ -227,8 +228,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     folder = Path(place.path)
     if (folder / ADAPTER).is_file() and not (folder / "tokenizer_config.json").is_file():
         place = base_of_adapter(place)
+    source, options = tokenizer_source(place.gguf) if place.gguf else (place.path, place.options)
     try:
-        return AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.options)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         say_remote_code(place.path, error)
         if place.is_folder and not place.gguf and not any((Path(place.path) / name).is_file() for name in TOKENIZERS):

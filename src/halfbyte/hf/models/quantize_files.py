@@ -32,7 +32,7 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
 from halfbyte.hf.models.fingerprint import Fingerprint, Row, Rows, dense_digests, times
-from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
+from halfbyte.hf.models.foreign.gguf import GgufCheckpoint, tokenizer_source
 from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, Packing, packing_of
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
@@ -306,7 +306,8 @@ def copy_others(place: Place, source: Path, folder: Path, but: Sequence[str] = (
         but: files that are left out.
     """
     if place.gguf:
-        AutoTokenizer.from_pretrained(source, gguf_file=place.gguf.name).save_pretrained(folder)
+        path, options = tokenizer_source(place.gguf)
+        AutoTokenizer.from_pretrained(path, **options).save_pretrained(folder)
         return
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith((*LEFT_OUT, *but)) and not file.name.startswith("."):

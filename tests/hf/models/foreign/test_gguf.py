@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import halfbyte
 from halfbyte.choices import Onto
@@ -19,6 +19,7 @@ from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
 from halfbyte.hf.models import base_files, shards
 from halfbyte.hf.models.check import check_finite
+from halfbyte.hf.models.configs import read_config
 from halfbyte.hf.models.foreign.gguf import open_gguf
 from halfbyte.runs.circumstances import fingerprint
 
@@ -232,3 +233,29 @@ def test_the_error_of_a_copy_that_was_interrupted_is_of_all_its_files(
     assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 2
     assert copy.error == pytest.approx(whole.error, rel=1e-12) and 0.05 < copy.error < 0.15
     assert (copy.values, copy.packed) == (whole.values, whole.packed)
+
+
+def test_configuration_and_tokenizer_are_read_from_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    file = write(tmp_path / "model.gguf")
+    fresh = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    config = read_config(file).to_dict()
+
+    def no_file(*_: object) -> None:
+        raise AssertionError("the file is read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gguf.GGUFReader.__init__", no_file)
+        assert read_config(file).to_dict() == config
+        kept = halfbyte.load_tokenizer(file)
+    text = 'the "end"</s> of ! it'
+    assert kept(text) == fresh(text)
+    assert kept.special_tokens_map == fresh.special_tokens_map
+    assert kept.chat_template == fresh.chat_template
+
+    file.unlink()
+    write(file, kind="F16", more=np.zeros(32, np.float32))
+    with monkeypatch.context() as patched:
+        patched.setattr("gguf.GGUFReader.__init__", no_file)
+        with pytest.raises(AssertionError, match="read again"):
+            read_config(file)

@@ -8,7 +8,9 @@ whose loader would expand the whole model first. Read from its private module ar
 Left out: mixtures of experts, whose tensors it puts together from several, and architectures of its newer loader.
 """
 
+import contextlib
 import functools
+import hashlib
 import logging
 import re
 from pathlib import Path
@@ -16,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from halfbyte import __version__
 from halfbyte.errors import InputError
+from halfbyte.files import cache_folder, stamp, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +70,29 @@ def _opened(file: Path, *_: int) -> Any:
             if kind.name not in PLAIN:
                 raise
     return reader
+
+
+def header_of(file: Path) -> Path:
+    """Return the folder in the cache that has configuration and tokenizer of a GGUF file, once :func:`keep_header` has
+    made it: to read them anew takes transformers three passes over a vocabulary, of seconds each."""
+    digest = hashlib.sha256(f"{__version__} {transformers.__version__} {stamp(file)}".encode()).hexdigest()
+    return cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
+
+
+def keep_header(file: Path, config: PreTrainedConfig) -> None:
+    """Keep a GGUF file's configuration and tokenizer, as far as they can be kept."""
+    with contextlib.suppress(OSError), whole_folder(header_of(file)) as folder:
+        config.save_pretrained(folder)
+        with contextlib.suppress(Exception):  # transformers' of any kind; who wants the tokenizer is told
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def tokenizer_source(file: Path) -> tuple[str, dict[str, str]]:
+    """Return where a GGUF file's tokenizer is opened, and with which options."""
+    kept = header_of(file)
+    if (kept / "tokenizer_config.json").is_file():
+        return str(kept), {}
+    return str(file.parent), {"gguf_file": file.name}
 
 
 class GgufCheckpoint:

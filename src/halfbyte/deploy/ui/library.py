@@ -1,0 +1,85 @@
+"""What the library says, in the page's language.
+
+The library's own sentences are English. ``texts/library.LANGUAGE.yaml`` has them by their form in the source, ``{}``
+where a value stands, each with the sentence of that language, ``{0}``, ``{1}`` … where the values stand in it. What is
+said is looked up by its form; a text of several sentences piece by piece. What no form fits stays as it is.
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+FOLDER = Path(__file__).parent / "texts"
+END = re.compile(r"(?<=[.!?:;)])\s+|\n+")
+"""Between two sentences."""
+
+
+class Form(NamedTuple):
+    """A sentence with places for values."""
+
+    pattern: re.Pattern[str]
+    text: str
+
+
+@functools.lru_cache(maxsize=1024)
+def said(language: str, text: str) -> str:
+    """Return what the library says in a language.
+
+    Args:
+        language: of the page.
+        text: English, one sentence or several.
+    """
+    forms = forms_of(language)
+    if not forms or not text.strip():
+        return text
+    whole = _whole(forms, text)
+    return _piecewise(forms, text) if whole is None else whole
+
+
+@functools.cache
+def sentences_of(language: str) -> dict[str, str]:
+    """Return the sentences of a language by their English forms; none of English."""
+    file = FOLDER / f"library.{language}.yaml"
+    if not file.is_file():
+        return {}
+    found: dict[str, str] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found
+
+
+@functools.cache
+def forms_of(language: str) -> list[Form]:
+    """Return the forms of a language, those with the most words of their own first."""
+    found = sorted(sentences_of(language).items(), key=lambda pair: -len(pair[0].replace("{}", "")))
+    return [Form(re.compile("(.+?)".join(map(re.escape, form.split("{}"))), re.DOTALL), text) for form, text in found]
+
+
+def _whole(forms: list[Form], text: str) -> str | None:
+    """Return a text that one form fits as a whole, or None."""
+    for form in forms:
+        if match := form.pattern.fullmatch(text):
+            return _put(forms, form, match)
+    return None
+
+
+def _piecewise(forms: list[Form], text: str) -> str:
+    """Return a text whose sentences each have a form, as far as they do."""
+    made, place = "", 0
+    ends = [match.start() for match in END.finditer(text)] + [len(text)]
+    while place < len(text):
+        begins = [end for end in ends if end > place]
+        found = next(
+            ((end, told) for end in reversed(begins) if (told := _whole(forms, text[place:end])) is not None), None
+        )
+        end, told = found or (begins[0], text[place : begins[0]])
+        gap = END.match(text, end)
+        place = gap.end() if gap else end
+        made += told + text[end:place]
+    return made
+
+
+def _put(forms: list[Form], form: Form, match: re.Match[str]) -> str:
+    values = [whole if (whole := _whole(forms, value)) is not None else value for value in match.groups()]
+    return form.text.format(*values)

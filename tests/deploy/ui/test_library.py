@@ -1,0 +1,73 @@
+"""The library's sentences in the page's languages: none is unknown to the source, and none that a page shows lacks."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import halfbyte
+from halfbyte.deploy.ui import library
+from halfbyte.deploy.ui.texts import LANGUAGES
+
+SOURCE = Path(halfbyte.__file__).parent
+SHOWN = (
+    "data", "plan", "evaluate", "example", "errors.py", "files.py", "hf/layers/activations.py", "hf/models", "train",
+    "runs/config", "deploy/merge.py", "deploy/audit.py", "deploy/export", "deploy/folders.py", "deploy/ui",
+)  # fmt: skip
+"""What runs behind a page."""
+NOT_SHOWN = ("plan/doctor", "plan/gpus.py", "train/qlora", "train/ray")
+WORDS = re.compile(r"[A-Za-z]{3,}.*[A-Za-z]{3,}", re.DOTALL)
+
+
+def form(node: ast.expr) -> str | None:
+    """Return a string of the source with ``{}`` for each value in it."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        sides = form(node.left), form(node.right)
+        return None if sides == (None, None) else "".join(side or "{}" for side in sides)
+    return None
+
+
+def strings() -> Iterator[str]:
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.expr) and (text := form(node)) is not None:
+                yield text
+
+
+def errors() -> Iterator[str]:
+    """Yield the sentences of the errors that a page may show."""
+    for file in sorted(SOURCE.rglob("*.py")):
+        path = file.relative_to(SOURCE).as_posix()
+        if not path.startswith(SHOWN) or path.startswith(NOT_SHOWN):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "InputError":
+                text = form(node.args[0]) if node.args else None
+                if text and WORDS.search(text.replace("{}", "")):
+                    yield text
+
+
+OTHERS = [language for language in LANGUAGES if language != "en"]
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_every_form_is_one_of_the_source(language: str) -> None:
+    assert set(library.sentences_of(language)) <= set(strings())
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_every_error_that_a_page_may_show_has_a_form(language: str) -> None:
+    assert sorted(set(errors()) - set(library.sentences_of(language))) == []
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_every_value_has_its_place(language: str) -> None:
+    for english, text in library.sentences_of(language).items():
+        places = {int(number) for number in re.findall(r"\{(\d+)\}", text)}
+        assert places == set(range(english.count("{}"))), english
