@@ -92,6 +92,13 @@ def test_columns_have_the_names_of_the_goal(places: Places, method: str, columns
         {"yaml": "replay: ../secret.jsonl*0.1"},
         {"yaml": "chat_template: ../secret.jsonl"},
         {"yaml": "adapter: /root"},
+        {"yaml": "replay: ' /etc/passwd*0.5'"},
+        {"yaml": "replay: ../secret.jsonl*0.5"},
+        {"yaml": "forgetting_data: ' ../secret.jsonl'"},
+        {"yaml": "sample_prompts: ~/secret.txt"},
+        {"files": ["/etc/passwd"]},
+        {"files": ["../secret.jsonl"]},
+        {"model": ".halfbyte-ui/uploads/0123"},
         {"yaml": "eval_data: [a.jsonl, ../secret.jsonl]"},
         {"yaml": "eval_data: {path: ../secret.jsonl}"},
         {"model": "..", "path": "rows.jsonl"},
@@ -129,6 +136,25 @@ def test_what_lies_where_the_server_was_started_is_no_hub_id(
             options(places, **changed)
 
 
+def test_files_among_the_options_are_those_of_the_folders_wherever_the_server_was_started(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = places.roots[0]
+    (root / "more").mkdir()
+    (root / "more" / "rows.jsonl").write_text('{"text": "c"}\n')
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "rows.jsonl").write_text('{"text": "secret"}\n')
+    made = options(places, yaml="replay: ' more/rows.jsonl*0.5'\nforgetting_data: more/rows.jsonl\nnew_tokens: a,b")
+    file = root / "more" / "rows.jsonl"
+    assert (made["replay"], made["forgetting_data"], made["new_tokens"]) == (f"{file}*0.5", str(file), "a,b")
+    (root / "more" / "rows.jsonl").unlink()
+    for word in ("replay: more/rows.jsonl*0.5", "forgetting_data: more/rows.jsonl"):
+        with pytest.raises(InputError):
+            options(places, yaml=word)
+    assert options(places, yaml="adapter: more")["adapter"] == str(root / "more")
+
+
 def test_models_are_those_that_were_found_hub_ids_and_folders_within(places: Places, tmp_path: Path) -> None:
     assert options(places, model="small")["model"] == str(tmp_path / "cache" / "small")
     assert options(places, model="org/model")["model"] == "org/model"
@@ -155,7 +181,7 @@ def test_what_is_pasted_is_kept_once_as_what_it_looks_like(places: Places, text:
 
 
 def test_a_file_that_is_sent_is_moved_to_a_name_that_leads_nowhere(places: Places, tmp_path: Path) -> None:
-    sent = tmp_path / "gradio" / "abc" / '<img src=x>"data".jsonl'
+    sent = places.arriving / "gradio" / "abc" / '<img src=x>"data".jsonl'
     sent.parent.mkdir(parents=True)
     sent.write_text("{}\n")
     [kept] = options(places, path="", files=[str(sent)])["data"]

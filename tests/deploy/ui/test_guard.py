@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ def ask(
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-frame-options", b"ALLOWALL")]})
         await send({"type": "http.response.body", "body": str(size).encode()})
 
-    given = {"users": {}, "is_local": True, "max_upload": 1000} | options
+    given = {"users": {}, "is_local": True, "max_upload": 1000, "arriving": Path("/arriving")} | options
     guard, sent = Guard(app, **given), []
     pieces = [body[at : at + 2**20] for at in range(0, len(body), 2**20)] or [b""]
 
@@ -101,6 +103,40 @@ def test_too_much_is_refused_told_or_not() -> None:
     assert (status, body) == (200, str(len(large)).encode())
     more = b"x" * (11 << 20)
     assert ask([HOST, (b"content-length", str(len(more)).encode())], body=more, **upload)[0] == 413
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "/arriving/../etc/passwd",
+        "../arriving/x",
+        "x",
+        "http://evil.example/x.html",
+        "",
+        7,
+        ["/arriving/x"],
+    ],
+)
+def test_a_request_names_no_file_but_those_that_were_sent(path: Any) -> None:
+    def status(body: Any) -> int:
+        return ask([HOST], method="POST", path="/gradio_api/queue/join", body=json.dumps(body).encode())[0]
+
+    own = {"path": "/arriving/tmp/0/rows.jsonl", "meta": {"_type": "gradio.FileData"}}
+    assert status({"data": ["en", [own], "a path"]}) == 200
+    assert status({"data": ["en", [own, {"path": path}]]}) == 403
+    assert status({"data": [{"role": "user", "content": [{"type": "file", "file": {"path": path}}]}]}) == 403
+
+
+def test_a_request_has_one_reading() -> None:
+    post = {"method": "POST", "path": "/gradio_api/queue/join"}
+    twice = b'{"data": [{"path": "/etc/passwd", "path": "/arriving/x"}]}'
+    escaped = b'{"data": [{"p\\u0061th": "/etc/passwd"}]}'
+    for body in (twice, escaped, b'{"data": [', b"[" * 100_000, b"path=/etc/passwd"):
+        assert ask([HOST], body=body, **post)[0] == 403
+    body = json.dumps({"data": ["x" * 3_000_000]}).encode()
+    assert ask([HOST], body=body, **post)[::2] == (200, str(len(body)).encode())
+    assert ask([HOST], **post)[0] == 200
 
 
 def test_a_browser_is_told_to_load_nothing_from_elsewhere_and_to_show_the_page_in_no_frame() -> None:

@@ -49,6 +49,19 @@ def test_what_lies_elsewhere_is_refused(places: Places, name: str, tmp_path: Pat
     assert "secret" not in str(refused.value) or name in str(refused.value)
 
 
+def test_what_a_browser_sent_is_data_and_nothing_else(places: Places) -> None:
+    for folder in (places.uploads / "0123", places.jobs / "one", places.arriving):
+        folder.mkdir(parents=True)
+    (places.roots[0] / "link").symlink_to(places.own)
+    sent = places.uploads / "0123" / "config.yaml"
+    for name in (sent, ".halfbyte-ui/uploads/0123", "link/uploads/0123", places.jobs / "one", ".halfbyte-ui"):
+        with pytest.raises(Outside):
+            places.inside(name)
+    assert places.inside(sent, sent=True) == sent
+    with pytest.raises(Outside):
+        places.inside(places.jobs / "one", sent=True)
+
+
 @pytest.mark.parametrize("name", ["a", "My run 1", "电影评论", "naïve-é", "x_y.z"])
 def test_names_that_can_be_folders(name: str) -> None:
     assert safe_name(f" {name} ") == name

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from halfbyte.errors import InputError
 from halfbyte.files import write_text
 from halfbyte.runs.config import PRESETS, TrainConfig
 
+FILES = {"adapter", "chat_template", "forgetting_data", "new_tokens", "sample_prompts"}
+"""Options that may name a file or a folder, or something else; ``replay`` names data."""
 REFUSED = {"trust_remote_code", "output", "model", "data", "resume", "overwrite", "ray", "report_to", "processes"}
 """Options that have a place of their own in the page, or that nobody should set from one."""
 NUMBERS = ("epochs", "max_length", "rank", "learning_rate", "batch_size", "eval_share")
@@ -141,11 +143,18 @@ def further(places: Places, language: str, text: str) -> dict[str, Any]:
         raise InputError(say(language, "say.bad_option", line=mark.line + 1 if mark else 1)) from None
     if not isinstance(found_, dict):
         raise InputError(say(language, "say.bad_option", line=1))
-    for name, value in found_.items():
+    options = {str(name): value for name, value in found_.items()}
+    for name, value in options.items():
         if name in REFUSED:
             raise InputError(f"{name} cannot be set here.")
-        _check_paths(places, value)
-    return {str(name): value for name, value in found_.items()}
+        if name == "replay" and isinstance(value, str):
+            file, star, share = value.strip().rpartition("*")
+            options[name] = f"{_source(places, file)}{star}{share}" if star else value
+        elif name in FILES and isinstance(value, str):
+            options[name] = _file(places, value)
+        elif name not in FILES:
+            _check_paths(places, value)
+    return options
 
 
 def command_of(options: Mapping[str, Any], output: Path) -> str:
@@ -174,9 +183,12 @@ def _columns(given: Mapping[str, Any]) -> dict[str, str]:
 
 def _kept(places: Places, file: Path) -> Path:
     """Move a file that was sent to where it stays, under a name that leads nowhere; return it."""
-    if file.resolve().is_relative_to(places.uploads.resolve()):
+    file = file.resolve()
+    if file.is_relative_to(places.uploads):
         return file
-    digest = hashlib.sha256(str(file.parent.name).encode()).hexdigest()[:8]  # gradio's folder is named by its content
+    if not file.is_relative_to(places.arriving):  # a request that no page makes
+        raise Outside(str(file))
+    digest = hashlib.sha256(str(file.parent.name).encode()).hexdigest()[:16]  # gradio's folder is named by its content
     target = places.uploads / digest / uploaded_name(file.name)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,39 +204,49 @@ def _kept(places: Places, file: Path) -> Path:
 def _source(places: Places, word: str) -> str:
     name, at, weight = word.rpartition("@")
     path = name if at and re.fullmatch(r"[\d.]+|\w+", weight) else word
-    inside = _if_inside(places, path)
+    inside = _if_inside(places, path, sent=True)
     if inside is not None and (inside.exists() or any(sign in path for sign in "*?[")):
         return f"{inside}{at}{weight}" if path != word else str(inside)
     is_name = (HUB_ID.fullmatch(word) and ".." not in word) or re.fullmatch(r"[\w-]+", word)
     if is_name and not Path(path).exists():
         return word
-    places.inside(path)
+    places.inside(path, sent=True)
     raise InputError(f"There is no {path} in the folders of this page.")
 
 
-def _if_inside(places: Places, path: str) -> Path | None:
-    try:
-        return places.inside(path)
-    except Outside:
-        return None
+def _file(places: Places, value: str) -> str:
+    """Return a value that may be a path as the run is to read it.
+
+    Raises:
+        Outside: it is one, and leads out of the page's folders.
+    """
+    inside = _if_inside(places, value)
+    if inside is not None and inside.exists():
+        return str(inside)
+    path = Path(value.strip()).expanduser()
+    if path.is_absolute() or ".." in path.parts or os.path.exists(path):
+        raise Outside(value)
+    return value
 
 
 def _check_paths(places: Places, value: Any) -> None:
-    """Refuse values that lead out of the page's folders.
+    """Refuse values that lead out of the page's folders, also where no option reads such.
 
     Raises:
         Outside: one does.
     """
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        for one in value:
+    if isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
             _check_paths(places, one)
     elif isinstance(value, str):
-        path = value.rpartition("*")[0] if re.search(r"\*[\d.]+$", value) else value
-        looks_so = path.startswith(("/", "~", ".")) or ".." in path or Path(path).exists()
-        if looks_so and _if_inside(places, path) is None:
-            raise Outside(path)
+        _file(places, value)
+
+
+def _if_inside(places: Places, path: str, *, sent: bool = False) -> Path | None:
+    try:
+        return places.inside(path, sent=sent)
+    except Outside:
+        return None
 
 
 def _is_json(text: str) -> bool:

@@ -4,12 +4,18 @@ A page on this machine is within reach of every other page that its user looks a
 this one's, and those that a browser sends from elsewhere (``Origin``, ``Sec-Fetch-Site``) are refused. Whoever is on
 another machine needs a password (HTTP's Basic, compared in constant time). Nothing is loaded from elsewhere, and no
 page may show this one in a frame: the policy (Content-Security-Policy) says so to the browser.
+
+gradio opens whatever file a request calls its own, and fetches addresses: so a request may name no file but those that
+were sent here.
 """
 
 import base64
 import hashlib
 import hmac
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,10 +49,12 @@ class Guard:
         users: names and passwords; none: nobody is asked.
         is_local: whether only this machine's own names are taken for the host.
         max_upload: bytes of a file.
+        arriving: the folder of files that are sent here.
     """
 
-    def __init__(self, app: ASGIApp, users: Mapping[str, str], is_local: bool, max_upload: int) -> None:
+    def __init__(self, app: ASGIApp, users: Mapping[str, str], is_local: bool, max_upload: int, arriving: Path) -> None:
         self._app, self._is_local, self._max_upload = app, is_local, max_upload
+        self._arriving = arriving.resolve()
         self._digests = [_digest(f"{name}:{password}".encode()) for name, password in users.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,7 +70,8 @@ class Guard:
         if refusal:
             await _answer(send, *refusal)
             return
-        most = self._max_upload + SMALL if scope["path"].rstrip("/").endswith(UPLOAD) else SMALL
+        is_upload = scope["path"].rstrip("/").endswith(UPLOAD)
+        most = self._max_upload + SMALL if is_upload else SMALL
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > most:
             await _answer(send, 413, f"More than {size_text(most)} are not taken.")
@@ -85,9 +94,36 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, counted, sending)
+            receiving = counted
+            if scope["method"] not in ("GET", "HEAD") and not is_upload:
+                body = await _body(counted)
+                if not self._names_own_files(body):
+                    await _answer(send, 403, "A request may name no other files than those that were sent here.")
+                    return
+                receiving = _again(body, counted)
+            await self._app(scope, receiving, sending)
         except _TooLarge:
             await _answer(send, 413, f"More than {size_text(most)} are not taken.")
+
+    def _names_own_files(self, body: bytes) -> bool:
+        """Tell whether all that a request calls the path of a file was sent here."""
+        named: list[Any] = []
+
+        def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            named.extend(value for key, value in pairs if key == "path" and value is not None)
+            return dict(pairs)
+
+        try:
+            json.loads(body, object_pairs_hook=note)
+        except (ValueError, RecursionError):
+            return not body  # the page sends JSON
+        return all(isinstance(value, str) and self._is_own(value) for value in named)
+
+    def _is_own(self, path: str) -> bool:
+        try:
+            return Path(path).is_absolute() and Path(path).resolve().is_relative_to(self._arriving)
+        except (OSError, RuntimeError, ValueError):
+            return False
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
         given = headers.get(b"host", b"")
@@ -119,6 +155,25 @@ class Guard:
 
 class _TooLarge(Exception):
     pass
+
+
+async def _body(receive: Receive) -> bytes:
+    body, is_more = b"", True
+    while is_more:
+        message = await receive()
+        body += message.get("body", b"")
+        is_more = message["type"] == "http.request" and message.get("more_body", False)
+    return body
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Return what hands out a body that was read, and then goes on."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def handing() -> Message:
+        return left.pop() if left else await receive()
+
+    return handing
 
 
 def _digest(text: bytes) -> bytes:

@@ -7,9 +7,8 @@ from pathlib import Path
 from halfbyte.errors import InputError
 
 RUNS = "runs"
-UPLOADS = ".halfbyte-ui/uploads"
-JOBS = ".halfbyte-ui/jobs"
-ARRIVING = ".halfbyte-ui/arriving"
+OWN = ".halfbyte-ui"
+UPLOADS, JOBS, ARRIVING = f"{OWN}/uploads", f"{OWN}/jobs", f"{OWN}/arriving"
 LONGEST = 100
 """Characters of a name that the page gives."""
 
@@ -25,6 +24,7 @@ class Places:
         roots: that may be read and written; they are made if they are not there.
 
     Attributes:
+        own: what the page keeps for itself.
         runs: where runs go.
         uploads: where files go that a browser sends.
         jobs: where the page's jobs are.
@@ -37,16 +37,19 @@ class Places:
             if root.exists() and not root.is_dir():
                 raise InputError(f"{root} is a file; name a folder (--root).")
         first = self.roots[0]
+        self.own = first / OWN
         self.runs, self.uploads, self.jobs, self.arriving = (first / name for name in (RUNS, UPLOADS, JOBS, ARRIVING))
 
-    def inside(self, name: str | Path) -> Path:
+    def inside(self, name: str | Path, *, sent: bool = False) -> Path:
         """Return the path that ``name`` leads to, links followed, if it lies in one of the folders.
 
         Args:
             name: absolute, or from one of the folders.
+            sent: whether it may be a file that a browser sent. Of such a browser decides what is in it: they are data,
+                never a model or a run.
 
         Raises:
-            Outside: it does not.
+            Outside: it does not, or in that of the page itself.
         """
         text = str(name)
         if "\0" in text or not text.strip():
@@ -59,7 +62,8 @@ class Places:
                 whole = path.resolve()
             except (OSError, RuntimeError, ValueError):
                 continue
-            if any(whole.is_relative_to(root) for root in self.roots):
+            is_own = whole.is_relative_to(self.own) and not (sent and whole.is_relative_to(self.uploads))
+            if any(whole.is_relative_to(root) for root in self.roots) and not is_own:
                 found.append(whole)
         if not found:
             raise Outside(f"{text} lies outside of the folders that this page may use (--root).")
@@ -74,7 +78,7 @@ class Places:
 
     def told(self, text: str) -> str:
         """Return a sentence as the page says it: files that were sent to it are called as they were called."""
-        return re.sub(rf"{re.escape(str(self.uploads))}/([0-9a-f]{{8}}/)?", "", text)
+        return re.sub(rf"{re.escape(str(self.uploads))}/([0-9a-f]{{16}}/)?", "", text)
 
     def new_run(self, name: str) -> Path:
         """Return the folder of a run that is to be called ``name``.

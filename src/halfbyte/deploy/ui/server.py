@@ -95,7 +95,7 @@ def make_app(options: UiOptions, places: Places, users: dict[str, str]) -> tuple
         max_file_size=int(options.max_upload), allowed_paths=[], enable_monitoring=False, ssr_mode=False, pwa=False,
         mcp_server=False, run_history=False,
     )  # fmt: skip
-    return Guard(mounted, users, is_loopback(options.host), int(options.max_upload)), ui
+    return Guard(mounted, users, is_loopback(options.host), int(options.max_upload), places.arriving), ui
 
 
 def zipped(folder: Path) -> Iterator[bytes]:
