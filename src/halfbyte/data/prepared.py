@@ -257,9 +257,11 @@ class _Maker:
             if options.replay:
                 self._replay(replay.parse(options.replay), train, skipped)
         examples = train.counts.examples + (evaluation.counts.examples if evaluation is not train else 0)
-        for table, what in ((train, "train on"), (evaluation, "evaluate on")):
+        for table, what in ((train, "train"), (evaluation, "evaluate")):
             if not table.counts.examples and (examples or self.left_out):
-                raise InputError(f"There is nothing to {what}{self._why_nothing()}")
+                if why := self._why_nothing():
+                    raise InputError(f"There is nothing to {what} on:\n{why}")
+                raise InputError(f"There is nothing to {what} on; name more data, or another eval_share.")
         about = {
             "examples": examples,
             "bad": dataclasses.asdict(self.bad),
@@ -290,7 +292,7 @@ class _Maker:
 
     def _why_nothing(self) -> str:
         reasons = [*self._left_out_told(), *([self.bad.told()] if self.bad.total else [])]
-        return ":\n" + "\n".join(reasons) if reasons else "; name more data, or another eval_share."
+        return "\n".join(reasons)
 
     def _table(self, name: str) -> Table:
         folder = self.folder / name

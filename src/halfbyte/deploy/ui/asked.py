@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from halfbyte.data.sources import HUB_ID
+from halfbyte.data.sources import HUB_ID, inputs_of, resolve
 from halfbyte.deploy.ui import found
 from halfbyte.deploy.ui.places import Outside, Places, uploaded_name
 from halfbyte.deploy.ui.texts import say
@@ -27,6 +27,16 @@ REFUSED = {"trust_remote_code", "output", "model", "data", "resume", "overwrite"
 NUMBERS = ("epochs", "max_length", "rank", "learning_rate", "batch_size", "eval_share")
 ANSWERS = {"sft": "completion", "dpo": "chosen", "orpo": "chosen", "kto": "completion", "text": "text"}
 MODEL_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines make what has no end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 def numbers_of(preset: str) -> dict[str, Any]:
@@ -90,7 +100,7 @@ def model_of(places: Places, language: str, name: str | None) -> str:
     if inside is not None and inside.exists():
         return str(inside)
     is_name = MODEL_ID.fullmatch(text) and ".." not in text
-    if is_name and not Path(text).exists():  # or else it would be read as a path where the server was started
+    if is_name and not _is_there(places, text):
         return text
     places.inside(text)
     raise InputError(f"There is no model {text}.")
@@ -137,7 +147,7 @@ def further(places: Places, language: str, text: str) -> dict[str, Any]:
     if not text.strip():
         return {}
     try:
-        found_ = yaml.safe_load(text)
+        found_ = yaml.load(text, _Plain)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(say(language, "say.bad_option", line=mark.line + 1 if mark else 1)) from None
@@ -206,9 +216,12 @@ def _source(places: Places, word: str) -> str:
     path = name if at and re.fullmatch(r"[\d.]+|\w+", weight) else word
     inside = _if_inside(places, path, sent=True)
     if inside is not None and (inside.exists() or any(sign in path for sign in "*?[")):
-        return f"{inside}{at}{weight}" if path != word else str(inside)
+        source = f"{inside}{at}{weight}" if path != word else str(inside)
+        for file in inputs_of(resolve(source)):  # links lead anywhere
+            places.inside(file, sent=True)
+        return source
     is_name = (HUB_ID.fullmatch(word) and ".." not in word) or re.fullmatch(r"[\w-]+", word)
-    if is_name and not Path(path).exists():
+    if is_name and not _is_there(places, path):
         return word
     places.inside(path, sent=True)
     raise InputError(f"There is no {path} in the folders of this page.")
@@ -240,6 +253,11 @@ def _check_paths(places: Places, value: Any) -> None:
             _check_paths(places, one)
     elif isinstance(value, str):
         _file(places, value)
+
+
+def _is_there(places: Places, path: str) -> bool:
+    """Tell whether what could be a name is a path in one of the folders, or where the server was started."""
+    return any(os.path.lexists(folder / path) for folder in (Path(), *places.roots))
 
 
 def _if_inside(places: Places, path: str, *, sent: bool = False) -> Path | None:

@@ -1,5 +1,6 @@
 """The station where a model is talked to: with its adapter and without it, side by side; judgements become data."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Chat:
     """The station."""
 
     def __init__(self, ui: Ui) -> None:
-        self._ui = ui
+        self.ui = ui
         make = ui.texts.make
         with gr.Row(equal_height=True):
             self.model = make(
@@ -72,16 +73,18 @@ class Chat:
 
     def choices(self) -> list[str]:
         """Return what can be talked to: finished runs, then models."""
-        places = self._ui.places
+        places = self.ui.places
         runs = [named(run.path, places.roots) for run in found.runs(places) if RunFolder(run.path).adapter.exists()]
-        return runs + [model.name for model in found.models(places)]
+        return runs + [model.name for model in found.models(places) if model.writes]
 
     @told_errors(3)
     def _open(self, language: str, name: str) -> Iterator[Any]:
         path = self._path(language, name)
+        if any(model.path == path and not model.writes for model in found.models(self.ui.places)):
+            raise InputError(say(language, "say.cannot_chat", name=name, error=say(language, "say.no_chat")))
         yield pictures.told(say(language, "say.opening", name=name)), [], []
         try:
-            opened = self._ui.talk.open(path)
+            opened = self.ui.talk.open(path)
         except InputError as error:
             raise InputError(say(language, "say.cannot_chat", name=name, error=said(language, str(error)))) from None
         alone = len(opened.names) < 2
@@ -94,16 +97,16 @@ class Chat:
     def _path(self, language: str, name: str) -> str:
         if (name or "").strip():
             try:
-                inside = self._ui.places.inside(name)
+                inside = self.ui.places.inside(name)
             except InputError:
                 inside = None
             if inside is not None and is_run(inside):
                 return str(inside)
-        return model_of(self._ui.places, language, name)
+        return model_of(self.ui.places, language, name)
 
     @told_errors(1)
     def _close(self, language: str) -> Any:
-        self._ui.talk.close()
+        self.ui.talk.close()
         return pictures.told(say(language, "say.closed"))
 
     @told_errors(4)
@@ -122,19 +125,19 @@ class Chat:
 
     def _answers(self, language: str, left: Messages, right: Messages, sampling: Any) -> Iterator[Any]:
         """Yield both sides as they grow."""
-        opened = self._ui.talk.now
+        opened = self.ui.talk.now
         if opened is None:
             raise InputError(say(language, "say.not_open"))
         system, temperature, top_p, most, seed = sampling
         options = {"temperature": temperature, "top_p": top_p, "max_tokens": int(most or 256)}
         if str(seed or "").strip():
-            if not str(seed).strip().isdigit():
+            if not re.fullmatch(r"[0-9]+", str(seed).strip()):
                 raise InputError(f"{say(language, 'chat.seed.label')}: {seed!r}")
             options["seed"] = int(str(seed).strip())
         names = opened.names[:2]
         sides = [left, right][: len(names)]
         asked = [(name, plain(side, system)) for name, side in zip(names, sides, strict=True)]
-        for texts in self._ui.talk.side_by_side(asked, options):
+        for texts in self.ui.talk.side_by_side(asked, options):
             grown = [[*side, {"role": "assistant", "content": text}] for side, text in zip(sides, texts, strict=True)]
             yield "", grown[0], grown[1] if len(grown) > 1 else [], ""
 
@@ -142,9 +145,9 @@ class Chat:
     def _judged(self, language: str, which: int, side: Messages, system: str, data: gr.LikeData) -> Any:
         at = data.index if isinstance(data.index, int) else data.index[0]
         name, before = self._names(language)[which], plain(side[:at], system)
-        file = keep_judged(self._ui.places.roots[0], name, before, text_of(side[at]), bool(data.liked))
+        file = keep_judged(self.ui.places.roots[0], name, before, text_of(side[at]), bool(data.liked))
         key = "say.kept_good" if data.liked else "say.kept_bad"
-        return pictures.told(say(language, key, file=self._ui.places.shown(file)), "good")
+        return pictures.told(say(language, key, file=self.ui.places.shown(file)), "good")
 
     @told_errors(1)
     def _better(self, language: str, better: int, left: Messages, right: Messages, system: str) -> Any:
@@ -153,11 +156,11 @@ class Chat:
             raise InputError(say(language, "say.no_pair"))
         chosen, rejected = sides[better], sides[1 - better]
         before = plain(chosen[:-1], system)
-        file = keep_pair(self._ui.places.roots[0], name, before, text_of(chosen[-1]), text_of(rejected[-1]))
-        return pictures.told(say(language, "say.kept_pair", file=self._ui.places.shown(file)), "good")
+        file = keep_pair(self.ui.places.roots[0], name, before, text_of(chosen[-1]), text_of(rejected[-1]))
+        return pictures.told(say(language, "say.kept_pair", file=self.ui.places.shown(file)), "good")
 
     def _names(self, language: str) -> list[str]:
-        opened = self._ui.talk.now
+        opened = self.ui.talk.now
         if opened is None:
             raise InputError(say(language, "say.not_open"))
         names = [Path(name).name for name in opened.names]

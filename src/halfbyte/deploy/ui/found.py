@@ -12,6 +12,8 @@ from halfbyte.errors import InputError
 from halfbyte.files import cache_folder
 from halfbyte.runs.history import DEPTH, Run, find_runs, is_run, read_run
 
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the architectures of models that write text end, or those that may."""
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -23,6 +25,7 @@ class FoundModel:
         name: what it is called: a hub id, or where it lies.
         path: what it is opened by.
         family: its ``model_type``; ``gguf`` for such a file.
+        writes: whether it writes text, by its architecture.
         nbytes: of its weights.
     """
 
@@ -30,6 +33,7 @@ class FoundModel:
     path: str
     family: str
     nbytes: int
+    writes: bool = True
 
 
 def models(places: Places) -> list[FoundModel]:
@@ -63,10 +67,10 @@ def _of_the_hub() -> Iterator[FoundModel]:
         return
     for folder in folders:
         for snapshot in sorted((folder / "snapshots").glob("*")):
-            family = _family(snapshot)
-            if family and (size := _size(snapshot)):
+            about = _about(snapshot)
+            if about and (size := _size(snapshot)):
                 name = "/".join(folder.name.split("--")[1:])
-                yield FoundModel(name, name, family, size)
+                yield FoundModel(name, name, about[0], size, about[1])
                 break
 
 
@@ -78,10 +82,10 @@ def _below(roots: Sequence[Path], places: Places, depth: int = DEPTH) -> Iterato
 def _within(folder: Path, places: Places, depth: int) -> Iterator[FoundModel]:
     if is_run(folder):
         return
-    family = _family(folder)
-    if family:
+    about = _about(folder)
+    if about:
         if size := _size(folder):
-            yield FoundModel(_shown(folder, places), str(folder), family, size)
+            yield FoundModel(_shown(folder, places), str(folder), about[0], size, about[1])
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -95,13 +99,14 @@ def _within(folder: Path, places: Places, depth: int) -> Iterator[FoundModel]:
             yield from _within(path, places, depth - 1)
 
 
-def _family(folder: Path) -> str | None:
+def _about(folder: Path) -> tuple[str, bool] | None:
+    """Return a model's family and whether it writes text; None if there is none."""
     try:
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        family = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        family, kinds = config["model_type"], config.get("architectures") or []
+        return str(family), not kinds or any(str(kind).endswith(WRITERS) for kind in kinds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return str(family)
 
 
 def _size(folder: Path) -> int:

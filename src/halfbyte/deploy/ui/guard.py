@@ -6,13 +6,16 @@ another machine needs a password (HTTP's Basic, compared in constant time). Noth
 page may show this one in a frame: the policy (Content-Security-Policy) says so to the browser.
 
 gradio opens whatever file a request calls its own, and fetches addresses: so a request may name no file but those that
-were sent here.
+were sent here, and from elsewhere a link may lead to the page itself, but to nothing behind it.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,11 @@ HEADERS = (
 )
 SMALL = 8 << 20
 """Bytes of a request that is no upload."""
-UPLOAD = "/gradio_api/upload"
+ROOM = 16 << 20
+"""Bytes of the disk that an upload leaves to others."""
+UPLOAD, FILE = "/gradio_api/upload", "/file="
+PAUSE = 1.0
+"""Seconds that a wrong password costs."""
 
 
 class Guard:
@@ -55,6 +62,7 @@ class Guard:
     def __init__(self, app: ASGIApp, users: Mapping[str, str], is_local: bool, max_upload: int, arriving: Path) -> None:
         self._app, self._is_local, self._max_upload = app, is_local, max_upload
         self._arriving = arriving.resolve()
+        self._guessing = asyncio.Lock()
         self._digests = [_digest(f"{name}:{password}".encode()) for name, password in users.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,6 +76,9 @@ class Guard:
         headers = {name.lower(): value for name, value in reversed(scope["headers"])}
         refusal = self._refusal(scope, headers)
         if refusal:
+            if refusal[0] == 401 and b"authorization" in headers:
+                async with self._guessing:  # one guess a second, however many ask
+                    await asyncio.sleep(PAUSE)
             await _answer(send, *refusal)
             return
         is_upload = scope["path"].rstrip("/").endswith(UPLOAD)
@@ -75,6 +86,9 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > most:
             await _answer(send, 413, f"More than {size_text(most)} are not taken.")
+            return
+        if is_upload and int(length) > self._room():
+            await _answer(send, 507, "The disk is full: there is no room for this file. Free some space.")
             return
         taken = 0
 
@@ -119,6 +133,12 @@ class Guard:
             return not body  # the page sends JSON
         return all(isinstance(value, str) and self._is_own(value) for value in named)
 
+    def _room(self) -> float:
+        try:
+            return shutil.disk_usage(self._arriving).free - ROOM
+        except OSError:
+            return math.inf
+
     def _is_own(self, path: str) -> bool:
         try:
             return Path(path).is_absolute() and Path(path).resolve().is_relative_to(self._arriving)
@@ -135,10 +155,16 @@ class Guard:
             and origin.decode("latin-1").lower().partition("://")[2] != given.decode("latin-1").strip().lower()
         ):
             return 403, "Another page may not ask this one."
+        path = scope["path"]
+        if "/proxy=" in path or path.endswith("/openapi.json"):
+            return 404, "There is nothing here."
+        _, mark, file = path.partition(FILE)
+        if mark and not self._is_own(file):
+            return 403, "There is no such file among those that were sent here."
         site = headers.get(b"sec-fetch-site", b"none")
         if site not in (b"same-origin", b"none") and scope["method"] not in ("GET", "HEAD"):
             return 403, "Another page may not ask this one."
-        if site == b"cross-site" and headers.get(b"sec-fetch-mode") != b"navigate":
+        if site not in (b"same-origin", b"none") and (path != "/" or headers.get(b"sec-fetch-mode") != b"navigate"):
             return 403, "Another page may not ask this one."
         if not self._digests:
             return None

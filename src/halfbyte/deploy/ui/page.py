@@ -22,7 +22,11 @@ SPEAK = "(language) => { document.documentElement.lang = language === 'zh' ? 'zh
 
 def theme() -> Any:
     """Return how the page looks; no font is loaded from elsewhere."""
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO)
+    contrast = {"block_info_text_color": "*neutral_600", "input_placeholder_color": "*neutral_500"}
+    dark = {"block_info_text_color_dark": "*neutral_300", "input_placeholder_color_dark": "*neutral_400"}
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO).set(
+        **contrast, **dark
+    )
 
 
 def make_page(ui: Ui) -> Any:

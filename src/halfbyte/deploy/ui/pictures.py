@@ -6,19 +6,20 @@ Texts of data may be of any script: each stands in a ``dir="auto"`` of its own.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 from halfbyte.deploy.ui.found import FoundModel
 from halfbyte.deploy.ui.jobs import Job
 from halfbyte.deploy.ui.library import said
 from halfbyte.deploy.ui.questions import Columns, Foretold, Preview
-from halfbyte.deploy.ui.texts import entry, say, texts_of
+from halfbyte.deploy.ui.texts import entry, say
 from halfbyte.errors import size_text
 from halfbyte.runs.history import Run
 from halfbyte.runs.report import curves, words
 from halfbyte.runs.report.axes import number
 
+TEXT = re.compile(r">([^<>]+)<")
 FAR = re.compile(r"^(.*: ([\d,]+) of ([\d,]+)\b.*)$", re.MULTILINE)
 """What a command says of how far it is (``halfbyte.cli.console.bar``)."""
 SHOWN_SAMPLES = 6
@@ -134,7 +135,8 @@ def plan(language: str, found: Foretold) -> str:
     peak = say(language, "plan.peak", peak=size_text(found.peak), free=size_text(max(found.free, 0)))
     picture = f'<svg class="hb-bar" role="img" aria-label="{_(peak)}">{bar}</svg>'
     html = f'<p>{_(peak)}</p>{picture}<ul class="hb-keys">{keys}</ul>'
-    html += f"<p>{_(say(language, 'plan.step', step=words.duration(found.step)))}"
+    step = words.duration(found.step) if found.step >= 0.1 else "< 0.1 s"
+    html += f"<p>{_(say(language, 'plan.step', step=step))}"
     if found.steps is not None and found.seconds is not None:
         whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
         html += f". <strong>{_(whole)}</strong>"
@@ -163,7 +165,7 @@ def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[Job]
         rows.append((link, _state(language, run.state), steps, loss, model, words.moment(run.begun)))
     if not rows:
         return told(t["no_runs"])
-    head = (t["name"], t["state"], t["step"], texts_of(language)["drawn"]["Loss"], t["model"], t["begun"])
+    head = (t["name"], t["state"], t["step"], said(language, "Loss"), t["model"], t["begun"])
     return table(head, rows, right=(2, 3), raw=range(6))
 
 
@@ -254,8 +256,7 @@ def charts(language: str, drawings: Sequence[curves.Drawing]) -> str:
     for one in drawings:
         size = "large" if one.large else "small"
         html += f'<figure class="{size}"><figcaption>{_(one.heading)}</figcaption>{one.svg}{one.legend}</figure>'
-    for english, text in texts_of(language)["drawn"].items():
-        html = html.replace(f">{english}<", f">{_(text)}<")
+    html = TEXT.sub(lambda found: f">{_(said(language, unescape(found[1])))}<", html)
     return f'<div class="hb-charts">{html}</div>'
 
 
@@ -271,8 +272,8 @@ def audit(language: str, ways: Sequence[Mapping[str, Any]], recommended: str) ->
             else ""
         )
         best = f" <strong>{_(t['recommended'])}</strong>" if way["name"] == recommended else ""
-        name = f"{_(way['name'])}{best}"
-        rows.append((name, str(way["bits"]), f"{bar}{kept:.1%}", f"{way['agreement']:.1%}"))
+        name = f"{_(t['names'].get(way['name'], way['name']))}{best}"
+        rows.append((name, str(way["bits"]), f"{kept:.1%}{bar}", f"{way['agreement']:.1%}"))
     head = (t["way"], t["size"], t["kept"], t["agreement"])
     return f'<p class="hb-dim">{_(t["explain"])}</p>' + table(head, rows, right=(1, 2, 3), raw=(0, 2))
 

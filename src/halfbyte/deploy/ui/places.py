@@ -1,5 +1,6 @@
 """The folders that the page may use: what a browser names is looked for in them, and nowhere else."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ class Places:
                 found.append(whole)
         if not found:
             raise Outside(f"{text} lies outside of the folders that this page may use (--root).")
-        return next((path for path in found if path.exists()), found[0])
+        return next((path for path in found if os.path.exists(path)), found[0])
 
     def shown(self, path: Path) -> str:
         """Return how a path is shown: from the folder that it lies in, if there is only one."""

@@ -19,6 +19,10 @@ from halfbyte.locks import is_locked
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.history import Run, is_run, read_run
 
+TRAINING = ("train", "example")
+"""The kinds of jobs that become runs."""
+COPIED = ("method", "task", "preset", "epochs", "max_length", "rank", "learning_rate", "batch_size", "eval_share")
+"""Options with a field of their own, beside model and data, which a duplicate gets."""
 EVERY = 2.0
 """Seconds between two looks."""
 ENDING = 20.0
@@ -35,7 +39,7 @@ class Runs:
     """The station."""
 
     def __init__(self, ui: Ui) -> None:
-        self._ui = ui
+        self.ui = ui
         make = ui.texts.make
         self.timer = gr.Timer(EVERY)
         self.filter = make(gr.Textbox, "runs.filter", elem_id="hb-filter")
@@ -67,10 +71,14 @@ class Runs:
             trigger_mode="always_last", **quiet,
         )  # fmt: skip
         self.run.change(None, [self.run], None, js=IN_URL)
+        self.run.input(lambda: "", None, [self.status], **quiet)
         self.stop.click(self._stop, [language, self.run], [self.status], **private)
         self.resume.click(self._resume, [language, self.run], [self.status], **private)
         self.copy.click(
-            self._copy, [language, self.run], [self.status, tabs, train.yaml, *self._copied(train)], **private
+            self._copy,
+            [language, self.run],
+            [self.status, tabs, train.files, train.yaml, *self._copied(train)],
+            **private,
         )
         self.delete.click(lambda: gr.update(visible=True), None, [self.question], **quiet)
         self.keep.click(lambda: gr.update(visible=False), None, [self.question], **quiet)
@@ -78,7 +86,7 @@ class Runs:
 
     def show(self, language: str, word: str, chosen: str | None, beside: list[str] | None, seen: str) -> Any:
         """Return the table, the choices, and what is chosen; what is shown already is left alone."""
-        places = self._ui.places
+        places = self.ui.places
         runs = [(named(run.path, places.roots), run) for run in found.runs(places)]
         word = (word or "").strip().lower()
         matching = [
@@ -87,7 +95,7 @@ class Runs:
         ]  # fmt: skip
         waiting = [
             job for job in jobs.all_jobs(places.jobs)
-            if job.kind in ("train", "example") and job.state in ("waiting", "running") and not is_run(job.output)
+            if job.kind in TRAINING and job.state in ("waiting", "running") and not is_run(job.output)
         ]  # fmt: skip
         names = [name for name, _ in runs] + [named(job.output, places.roots) for job in waiting]
         table = pictures.runs(language, matching, waiting)
@@ -103,15 +111,15 @@ class Runs:
             several = []
             for name in beside:
                 with contextlib.suppress(InputError):
-                    several.append((name, read_run(self._ui.places.inside(name))))
+                    several.append((name, read_run(self.ui.places.inside(name))))
             return pictures.compared(language, several)
         if not chosen:
             return pictures.told(say(language, "run.choose"))
         try:
-            path = self._ui.places.inside(chosen)
+            path = self.ui.places.inside(chosen)
         except InputError:
             return pictures.told(say(language, "run.none"), "bad")
-        job = jobs.job_of(self._ui.places.jobs, path)
+        job = jobs.job_of(self.ui.places.jobs, path)
         if not is_run(path):
             return pictures.job(language, job) if job else pictures.told(say(language, "run.none"), "bad")
         return pictures.run(language, chosen, read_run(path), job, job.log if job else "")
@@ -122,15 +130,16 @@ class Runs:
         Raises:
             InputError: there is none of that name.
         """
-        path = self._ui.places.inside(name or " ") if (name or "").strip() else None
-        if path is None or not (is_run(path) or jobs.job_of(self._ui.places.jobs, path)):
+        path = self.ui.places.inside(name or " ") if (name or "").strip() else None
+        job = path and jobs.job_of(self.ui.places.jobs, path)
+        if path is None or not (is_run(path) or (job and job.kind in TRAINING)):
             raise InputError(say(language, "run.none" if path else "run.choose"))
         return path
 
     @told_errors(1)
     def _stop(self, language: str, name: str) -> Any:
         path = self.path_of(language, name)
-        job = jobs.job_of(self._ui.places.jobs, path)
+        job = jobs.job_of(self.ui.places.jobs, path)
         if job and job.state in ("waiting", "running"):
             job.stop()
         elif not _interrupt(path):
@@ -142,38 +151,28 @@ class Runs:
         path = self.path_of(language, name)
         if is_run(path) and read_run(path, short=True).state == "running":
             raise InputError(say(language, "say.is_running", name=name))
-        job = jobs.job_of(self._ui.places.jobs, path)
+        if is_run(path) and read_run(path, short=True).state == "finished":
+            raise InputError(say(language, "say.is_finished", name=name))
+        job = jobs.job_of(self.ui.places.jobs, path)
         ends = time.monotonic() + ENDING
         while job and job.state == "running" and time.monotonic() < ends:
             time.sleep(0.1)
-        jobs.begin(self._ui.places.jobs, "train", path.name, ["resume", str(path)], path)
+        jobs.begin(self.ui.places.jobs, "train", path.name, ["resume", str(path)], path)
         return pictures.told(say(language, "say.going_on", name=name), "good")
 
     @staticmethod
     def _copied(train: Any) -> list[Any]:
-        names = (
-            "model",
-            "path",
-            "method",
-            "task",
-            "preset",
-            "epochs",
-            "max_length",
-            "rank",
-            "learning_rate",
-            "batch_size",
-        )
-        return [getattr(train, name) for name in names]
+        return [train.model, train.path, *(getattr(train, name) for name in COPIED)]
 
-    @told_errors(13)
+    @told_errors(15)
     def _copy(self, language: str, name: str) -> Any:
         run = read_run(self.path_of(language, name))
-        return [pictures.told(say(language, "say.copied"), "good"), gr.update(selected="train"), *_fields_of(run)]
+        return [pictures.told(say(language, "say.copied"), "good"), gr.update(selected="train"), None, *_fields_of(run)]
 
     @told_errors(3)
     def _delete(self, language: str, name: str) -> Any:
         path = self.path_of(language, name)
-        job = jobs.job_of(self._ui.places.jobs, path)
+        job = jobs.job_of(self.ui.places.jobs, path)
         is_going = job is not None and job.state in ("waiting", "running")
         if is_going or (is_run(path) and read_run(path, short=True).state == "running"):
             raise InputError(say(language, "say.is_running", name=name))
@@ -218,8 +217,7 @@ def _fields_of(run: Run) -> list[Any]:
     data = options.get("data")
     words = data if isinstance(data, list) else [data]
     paths = "\n".join(word if isinstance(word, str) else str(word.get("path", "")) for word in words if word)
-    values = [options.get(name, defaults[name].default) for name in
-              ("method", "task", "preset", "epochs", "max_length", "rank", "learning_rate", "batch_size")]  # fmt: skip
+    values = [options.get(name, defaults[name].default) for name in COPIED]
     text = yaml.safe_dump(others, sort_keys=False, allow_unicode=True) if others else ""
     preset = values[2] if values[2] in ("quick", "paper") else "paper"
     return [text, options.get("model", ""), paths, values[0], values[1], preset, *values[3:]]

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import os
-import tempfile
+import secrets
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from halfbyte.deploy.address import bound, is_loopback, listen, url_of
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Places
 from halfbyte.errors import InputError, check_writable
+from halfbyte.locks import is_locked, lock
 
 PIECE = 1 << 20
 """Bytes of a file that are read for a download at a time."""
@@ -33,12 +35,8 @@ def serve(options: UiOptions, ready: Callable[[str], None]) -> None:
     check_writable(places.roots[0])
     for variable in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "GRADIO_ALLOW_FLAGGING"):
         os.environ[variable] = "False"
-    places.arriving.mkdir(parents=True, exist_ok=True)
-    with (
-        contextlib.closing(bound(options.host, options.port)) as listening,
-        tempfile.TemporaryDirectory(dir=places.arriving) as place,
-    ):
-        os.environ["GRADIO_TEMP_DIR"] = place
+    with contextlib.closing(bound(options.host, options.port)) as listening, _folder(places.arriving) as place:
+        os.environ["GRADIO_TEMP_DIR"] = str(place)
         import uvicorn
 
         app, ui = make_app(options, places, users)
@@ -96,6 +94,22 @@ def make_app(options: UiOptions, places: Places, users: dict[str, str]) -> tuple
         mcp_server=False, run_history=False,
     )  # fmt: skip
     return Guard(mounted, users, is_loopback(options.host), int(options.max_upload), places.arriving), ui
+
+
+@contextlib.contextmanager
+def _folder(home: Path) -> Iterator[Path]:
+    """Yield a folder for what is being sent; those of servers that were killed are removed."""
+    home.mkdir(parents=True, exist_ok=True)
+    for old in home.iterdir():
+        if old.is_dir() and not is_locked(old.with_suffix(".lock")):
+            shutil.rmtree(old, ignore_errors=True)
+    name = secrets.token_hex(6)
+    with lock(home / f"{name}.lock"):
+        (home / name).mkdir()
+        try:
+            yield home / name
+        finally:
+            shutil.rmtree(home / name, ignore_errors=True)
 
 
 def zipped(folder: Path) -> Iterator[bytes]:

@@ -34,7 +34,7 @@ class Ship:
     """The station."""
 
     def __init__(self, ui: Ui) -> None:
-        self._ui = ui
+        self.ui = ui
         make = ui.texts.make
         with gr.Row(equal_height=True):
             self.run = make(gr.Dropdown, "ship.run", choices=[], allow_custom_value=True, elem_id="hb-ship", scale=3)
@@ -54,7 +54,8 @@ class Ship:
         """Say what buttons do."""
         private: dict[str, Any] = {"api_visibility": "private"}
         quiet = private | {"show_progress": "hidden"}
-        self.run.change(self._chosen, [language, self.run], [self.audit, self.way, self.name, self.card], **quiet)
+        chosen = [self.audit, self.way, self.name, self.card, self.status]
+        self.run.change(self._chosen, [language, self.run], chosen, **quiet)
         self.measure.click(self._measure, [language, self.run], [self.status], **private)
         self.make.click(
             self._make, [language, self.run, self.way, self.name, self.card], [self.status], **private
@@ -70,13 +71,13 @@ class Ship:
 
     def runs(self) -> list[str]:
         """Return the runs that have left an adapter."""
-        places = self._ui.places
+        places = self.ui.places
         return [named(run.path, places.roots) for run in found.runs(places) if RunFolder(run.path).adapter.exists()]
 
     def show(self, language: str, name: str | None) -> Any:
         """Return the audit's table, and the jobs that make something."""
         html = ""
-        for job in jobs.all_jobs(self._ui.places.jobs)[::-1]:
+        for job in jobs.all_jobs(self.ui.places.jobs)[::-1]:
             if job.kind not in ("export", "audit"):
                 continue
             html += pictures.job(language, job)
@@ -88,7 +89,7 @@ class Ship:
         return self._table(language, name), html
 
     def _path(self, language: str, name: str | None) -> Path:
-        path = self._ui.places.inside(name) if name and name.strip() else None
+        path = self.ui.places.inside(name) if name and name.strip() else None
         if path is None or not is_run(path) or not RunFolder(path).adapter.exists():
             raise InputError(say(language, "say.choose_run"))
         return path
@@ -109,32 +110,32 @@ class Ship:
         except (InputError, OSError, ValueError, KeyError, TypeError):
             return pictures.told(say(language, "say.no_measure"))
 
-    @told_errors(4)
+    @told_errors(5)
     def _chosen(self, language: str, name: str) -> Any:
         path = self._path(language, name)
-        return self._table(language, name), RECOMMENDED, f"{path.name}-model", self._card_of(path)
+        return self._table(language, name), RECOMMENDED, f"{path.name}-model", self._card_of(path), ""
 
     def _card_of(self, path: Path) -> str:
         from halfbyte.deploy.ui.questions import card
 
-        return str(self._ui.planner.ask(card, str(path)))
+        return str(self.ui.planner.ask(card, str(path)))
 
     @told_errors(1)
     def _measure(self, language: str, name: str) -> Any:
         path = self._path(language, name)
         words = [word for way in MEASURED for word in ("--way", way)]
-        jobs.begin(self._ui.places.jobs, "audit", path.name, ["audit", str(path), *words], path / "audit")
-        return pictures.told(say(language, "say.making", name="audit"), "good")
+        jobs.begin(self.ui.places.jobs, "audit", path.name, ["audit", str(path), *words], path / "audit")
+        return pictures.told(say(language, "say.measuring", name=path.name), "good")
 
     @told_errors(1)
     def _make(self, language: str, name: str, way: str, called: str, card: str) -> Any:
         path = self._path(language, name)
         if way not in WAYS:
             raise InputError(say(language, "say.choose_run"))
-        output = self._ui.places.roots[0] / MADE / safe_name(called or "")
+        output = self.ui.places.roots[0] / MADE / safe_name(called or "")
         if output.exists():
             raise InputError(say(language, "say.exists", name=output.name))
         command = [WAYS[way][1][0], str(path), str(output), *WAYS[way][1][1:]]
         files = {jobs.CARD: card.strip() + "\n"} if (card or "").strip() else {}
-        jobs.begin(self._ui.places.jobs, "export", output.name, command, output, files=files)
+        jobs.begin(self.ui.places.jobs, "export", output.name, command, output, files=files)
         return pictures.told(say(language, "say.making", name=output.name), "good")

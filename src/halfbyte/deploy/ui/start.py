@@ -19,7 +19,7 @@ class Start:
     """The station."""
 
     def __init__(self, ui: Ui) -> None:
-        self._ui = ui
+        self.ui = ui
         make = ui.texts.make
         make(gr.Markdown, "start.heading")
         self.status = status()
@@ -40,24 +40,24 @@ class Start:
 
     def show(self, language: str) -> str:
         """Return what is here."""
-        models = found.models(self._ui.places)
-        about = self._ui.planner.ask(questions.machine)
+        models = found.models(self.ui.places)
+        about = self.ui.planner.ask(questions.machine)
         try:
-            hour = self._ui.planner.ask(questions.rows_an_hour, [model.path for model in models])
+            hour = self.ui.planner.ask(questions.rows_an_hour, [model.path for model in models])
         except InputError:
             hour = {}
-        latest = [(named(run.path, self._ui.places.roots), run) for run in found.runs(self._ui.places)[:LATEST]]
+        latest = [(named(run.path, self.ui.places.roots), run) for run in found.runs(self.ui.places)[:LATEST]]
         return pictures.machine(language, about, models, hour, latest)
 
     @told_errors(2)
     def _measure(self, language: str) -> Any:
-        self._ui.worker.ask(questions.measure)
+        self.ui.worker.ask(questions.measure)
         return pictures.told(say(language, "say.measured"), "good"), self.show(language)
 
     @told_errors(1)
     def _example(self, language: str) -> Any:
-        output = self._ui.places.runs / EXAMPLE
+        output = self.ui.places.runs / EXAMPLE
         if RunFolder(output).begun:
             raise InputError(say(language, "say.exists", name=EXAMPLE))
-        jobs.begin(self._ui.places.jobs, "example", EXAMPLE, ["example", str(output)], output)
+        jobs.begin(self.ui.places.jobs, "example", EXAMPLE, ["example", str(output)], output)
         return pictures.told(say(language, "say.example"), "good")

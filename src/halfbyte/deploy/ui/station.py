@@ -65,11 +65,11 @@ def told_errors(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., An
     """
 
     def wrapped(handler: Callable[..., Any]) -> Callable[..., Any]:
-        def failed(language: str, error: Exception) -> Any:
+        def failed(station: Any, language: str, error: Exception) -> Any:
             text = reason(language, error)
             if not text:
                 raise error
-            told = pictures.told(text, "bad")
+            told = pictures.told(station.ui.places.told(text), "bad")
             return told if outputs == 1 else [told, *[gr.skip()] * (outputs - 1)]
 
         if inspect.isgeneratorfunction(handler):
@@ -79,7 +79,7 @@ def told_errors(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., An
                 try:
                     yield from handler(station, language, *inputs)
                 except (InputError, OSError) as error:
-                    yield failed(language, error)
+                    yield failed(station, language, error)
 
             return stream
 
@@ -88,7 +88,7 @@ def told_errors(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., An
             try:
                 return handler(station, language, *inputs)
             except (InputError, OSError) as error:
-                return failed(language, error)
+                return failed(station, language, error)
 
         return answer
 
@@ -101,8 +101,9 @@ def status() -> Any:
 
 
 def named(path: Path, roots: list[Path]) -> str:
-    """Return what a run is called in the page: its folder from a root."""
+    """Return what a run is called in the page: its folder from a root, if that leads to no other one."""
     for root in roots:
         if path.is_relative_to(root):
-            return str(path.relative_to(root))
+            name = path.relative_to(root)
+            return str(name) if next((one for one in roots if (one / name).exists()), root) == root else str(path)
     return str(path)

@@ -6,9 +6,8 @@ import gradio as gr
 import yaml
 
 from halfbyte.deploy.ui import asked, found, jobs, pictures, questions
-from halfbyte.deploy.ui.library import said
 from halfbyte.deploy.ui.station import Ui, reason, status, told_errors
-from halfbyte.deploy.ui.texts import say
+from halfbyte.deploy.ui.texts import entry, say
 from halfbyte.errors import InputError
 from halfbyte.runs.config import TrainConfig
 from halfbyte.runs.folder import RunFolder
@@ -17,6 +16,8 @@ FIELDS = (
     "model", "files", "paste", "path", "prompt", "completion", "rejected", "label", "skip", "method", "task", "preset",
     *asked.NUMBERS, "memory", "yaml",
 )  # fmt: skip
+UNCLEAR = "which is which (--columns"
+"""What is said of columns that nobody knows has this in it."""
 COLUMNS = ("prompt", "completion", "rejected", "label")
 
 
@@ -24,7 +25,7 @@ class Train:
     """The station."""
 
     def __init__(self, ui: Ui) -> None:
-        self._ui = ui
+        self.ui = ui
         make, start = ui.texts.make, asked.numbers_of("quick")
         make(gr.Markdown, "train.model_heading")
         self.model = make(gr.Dropdown, "train.model", choices=[], allow_custom_value=True, elem_id="hb-model")
@@ -101,55 +102,61 @@ class Train:
 
     def known_models(self) -> list[tuple[str, str]]:
         """Return what the page offers: names and paths."""
-        return [(model.name, model.name) for model in found.models(self._ui.places)]
+        return [(model.name, model.name) for model in found.models(self.ui.places)]
 
     def options(self, language: str, values: Any) -> dict[str, Any]:
         """Return the options of a run, by what stands in the page."""
-        return asked.options_of(self._ui.places, language, dict(zip(FIELDS, values, strict=True)))
+        return asked.options_of(self.ui.places, language, dict(zip(FIELDS, values, strict=True)))
 
     @told_errors(3 + len(COLUMNS))
     def _look(self, language: str, *values: Any) -> Any:
         given = dict(zip(FIELDS, values, strict=True))
-        data = asked.data_of(self._ui.places, language, given)
-        columns = self._ui.worker.ask(questions.columns, data)
+        data = asked.data_of(self.ui.places, language, given)
+        columns = self.ui.worker.ask(questions.columns, data)
         choices = ["", *columns.names]
         mapping = [gr.update(choices=choices, value=given[name] if given[name] in choices else "") for name in COLUMNS]
         try:
-            seen = self._ui.worker.ask(questions.preview, self.options(language, values) | {"output": "runs/preview"})
+            seen = self.ui.worker.ask(questions.preview, self.options(language, values) | {"output": "runs/preview"})
         except InputError as error:
-            told = pictures.told(self._ui.places.told(reason(language, error)), "bad")
+            text = _which_columns(language) if UNCLEAR in str(error) else reason(language, error)
+            told = pictures.told(self.ui.places.told(text), "bad")
             return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
-        return ["", self._ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
+        return ["", self.ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
 
     def foretell(self, language: str, *given: Any) -> Any:
         """Return what a run takes, its configuration, and its command."""
         *values, name = given
         try:
             options = self.options(language, values)
-            output = self._ui.places.runs / (name.strip() or "my-run")
+            output = self.ui.places.runs / (name.strip() or "my-run")
             config = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
             command = asked.command_of(options, output)
         except (InputError, OSError):
             return pictures.told(say(language, "plan.later")), "", ""
         try:
-            told = self._ui.planner.ask(questions.plan, options | {"output": str(output)}, True)
+            told = self.ui.planner.ask(questions.plan, options | {"output": str(output)}, True)
         except InputError as error:
-            return pictures.told(self._ui.places.told(said(language, str(error))), "bad"), config, command
+            text = say(language, "plan.later") if UNCLEAR in str(error) else reason(language, error)
+            return pictures.told(self.ui.places.told(text), "bad"), config, command
         return pictures.plan(language, told), config, command
 
     @told_errors(1)
     def _start(self, language: str, name: str, *values: Any) -> Any:
         if not (name or "").strip():
             raise InputError(say(language, "say.no_name"))
-        output = self._ui.places.new_run(name)
+        output = self.ui.places.new_run(name)
         options = self.options(language, values) | {"output": str(output)}
         config = TrainConfig.from_yaml(None, options)
         if RunFolder(output).begun or output.exists():
             raise InputError(say(language, "say.exists", name=output.name))
-        before = [job for job in jobs.all_jobs(self._ui.places.jobs) if job.state in ("waiting", "running")]
+        before = [job for job in jobs.all_jobs(self.ui.places.jobs) if job.state in ("waiting", "running")]
         jobs.begin(
-            self._ui.places.jobs, "train", output.name, ["train", "--config", "{folder}/config.yaml"],
+            self.ui.places.jobs, "train", output.name, ["train", "--config", "{folder}/config.yaml"],
             config.output, files={"config.yaml": yaml.safe_dump(options, sort_keys=False, allow_unicode=True)},
         )  # fmt: skip
         key = "say.queued" if before else "say.started"
         return pictures.told(say(language, key, name=output.name, before=len(before)), "good")
+
+
+def _which_columns(language: str) -> str:
+    return say(language, "say.which_columns", label=entry(language, "train.columns")["label"])
