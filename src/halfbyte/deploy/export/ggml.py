@@ -36,7 +36,7 @@ def packed(x: Tensor, kind: str) -> Any:
         return x.bfloat16().contiguous().view(torch.uint8).numpy()
     out = torch.empty(packed_shape(x.shape, kind), dtype=torch.uint8)
     rows = max(1, AT_ONCE // x.shape[-1])
-    for part, values in zip(out.split(rows), x.split(rows), strict=True):
+    for part, values in zip(torch.split(out, rows), torch.split(x, rows), strict=True):
         part.copy_(_blocks(values.float().reshape(-1, BLOCK), kind).view_as(part))
     return out.numpy()
 

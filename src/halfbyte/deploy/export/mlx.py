@@ -85,7 +85,7 @@ class _Error:
 
     def add(self, weight: Tensor, made: Affine, bits: int) -> None:
         rows = max(1, AT_ONCE // weight.shape[1])
-        for w, *parts in zip(*(x.split(rows) for x in (weight, *made)), strict=True):
+        for w, *parts in zip(*(torch.split(x, rows) for x in (weight, *made)), strict=True):
             w = w.float()
             self.apart += float((dequantize(Affine(*parts), bits) - w).square().sum())
             self.size += float(w.square().sum())

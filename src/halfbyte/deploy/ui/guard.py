@@ -108,7 +108,7 @@ class Guard:
             await send(message)
 
         try:
-            receiving = counted
+            receiving: Receive = counted
             if scope["method"] not in ("GET", "HEAD") and not is_upload:
                 body = await _body(counted)
                 if not self._names_own_files(body):
