@@ -114,6 +114,7 @@ def test_nothing_outside_of_the_folders_is_read(places: Places, changed: dict[st
     [
         ({"model": ""}, "Choose a model"),
         ({"path": ""}, "Give some data"),
+        ({"yaml": "a: &a [*a]"}, "line 1"),
         ({"yaml": "a: [1"}, "line"),
         ({"yaml": "- 1"}, "line 1"),
         ({"yaml": "trust_remote_code: true"}, "cannot be set here"),
@@ -153,6 +154,23 @@ def test_files_among_the_options_are_those_of_the_folders_wherever_the_server_wa
         with pytest.raises(InputError):
             options(places, yaml=word)
     assert options(places, yaml="adapter: more")["adapter"] == str(root / "more")
+
+
+def test_links_within_the_folders_lead_nowhere_else(places: Places, tmp_path: Path) -> None:
+    root = places.roots[0]
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "rows.jsonl").write_text('{"text": "secret"}\n')
+    (root / "linked").mkdir()
+    (root / "linked" / "link").symlink_to(tmp_path / "outside")
+    (root / "linked" / "own.jsonl").symlink_to(root / "rows.jsonl")
+    for path in ("linked/link", "linked/ln*/*.jsonl", "linked/link/rows.jsonl", "*/link/*.jsonl"):
+        with pytest.raises(InputError):
+            options(places, path=path)
+    assert options(places, path="linked/own.jsonl")["data"] == [str(root / "rows.jsonl")]
+    (root / "linked" / "rows.jsonl").symlink_to(tmp_path / "outside" / "rows.jsonl")
+    for path in ("linked", "linked/*.jsonl", "**/*.jsonl"):
+        with pytest.raises(Outside):
+            options(places, path=path)
 
 
 def test_models_are_those_that_were_found_hub_ids_and_folders_within(places: Places, tmp_path: Path) -> None:

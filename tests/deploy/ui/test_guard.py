@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halfbyte.deploy.ui import guard
 from halfbyte.deploy.ui.guard import Guard
 
 HOST = (b"host", b"127.0.0.1:7860")
@@ -30,7 +32,7 @@ def ask(
         await send({"type": "http.response.body", "body": str(size).encode()})
 
     given = {"users": {}, "is_local": True, "max_upload": 1000, "arriving": Path("/arriving")} | options
-    guard, sent = Guard(app, **given), []
+    guarded, sent = Guard(app, **given), []
     pieces = [body[at : at + 2**20] for at in range(0, len(body), 2**20)] or [b""]
 
     async def receive() -> Any:
@@ -41,7 +43,7 @@ def ask(
         sent.append(message)
 
     scope = {"type": kind, "method": method, "path": path, "headers": headers}
-    asyncio.run(guard(scope, receive, send))
+    asyncio.run(guarded(scope, receive, send))
     if kind == "websocket":
         return 0, {}, b""
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(one.get("body", b"") for one in sent[1:])
@@ -78,7 +80,13 @@ def test_other_pages_may_not_ask(headers: list[tuple[bytes, bytes]], method: str
     assert ask([HOST, *headers], method=method)[0] == status
 
 
-def test_a_password_is_asked_for_and_compared() -> None:
+def test_a_password_is_asked_for_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     users = {"users": {"halfbyte": "sesame", "zoë": "später"}, "is_local": False}
 
     def basic(text: str) -> list[tuple[bytes, bytes]]:
@@ -91,6 +99,7 @@ def test_a_password_is_asked_for_and_compared() -> None:
         assert ask(basic(wrong), **users)[0] == 401
     for header in (b"Basic", b"Basic !!!", b"Bearer c2VzYW1l", b"Basic c2Vz YW1l"):
         assert ask([(b"host", b"box"), (b"authorization", header)], **users)[0] == 401
+    assert slept == [guard.PAUSE] * 9  # each that was wrong, none that was right or missing
 
 
 def test_too_much_is_refused_told_or_not() -> None:
@@ -126,6 +135,35 @@ def test_a_request_names_no_file_but_those_that_were_sent(path: Any) -> None:
     assert status({"data": ["en", [own], "a path"]}) == 200
     assert status({"data": ["en", [own, {"path": path}]]}) == 403
     assert status({"data": [{"role": "user", "content": [{"type": "file", "file": {"path": path}}]}]}) == 403
+
+
+def test_of_files_those_that_were_sent_are_given_and_nothing_is_fetched() -> None:
+    def status(path: str) -> int:
+        return ask([HOST], path=path)[0]
+
+    assert status("/gradio_api/file=/arriving/tmp/x.jsonl") == 200
+    for path in ("http://evil.example/x.png", "/etc/passwd", "/arriving/../etc/passwd", "x", "//evil.example/x"):
+        assert status(f"/gradio_api/file={path}") == 403
+        assert status(f"/file={path}") == 403
+    assert status("/gradio_api/proxy=http://evil.example/") == 404
+    assert status("/openapi.json") == 404
+
+
+def test_a_link_from_elsewhere_leads_to_the_page_alone() -> None:
+    linked = [HOST, (b"sec-fetch-site", b"cross-site"), (b"sec-fetch-mode", b"navigate")]
+    assert ask(linked, path="/")[0] == 200
+    for path in ("/gradio_api/file=/arriving/x", "/report", "/download/x", "/gradio_api/queue/data"):
+        assert ask(linked, path=path)[0] == 403
+
+
+def test_a_file_for_which_there_is_no_room_is_refused_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=guard.ROOM + 1000))
+    upload = {"method": "POST", "path": "/gradio_api/upload", "max_upload": 2 << 20, "arriving": tmp_path}
+    for size, status in ((1000, 200), (1001, 507)):
+        assert ask([HOST, (b"content-length", str(size).encode())], body=b"x" * size, **upload)[0] == status
 
 
 def test_a_request_has_one_reading() -> None:

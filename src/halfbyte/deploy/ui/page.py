@@ -17,7 +17,12 @@ STYLE = Path(__file__).parent / "style.css"
 STATIONS = ("start", "train", "chat", "runs", "ship")
 FONTS = ["system-ui", "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 MONO = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
-SPEAK = "(language) => { document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en'; return language; }"
+SPEAK = """(language) => {
+  document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en';
+  for (const later of [100, 1000]) setTimeout(() => window.dispatchEvent(new Event('resize')), later);
+  return language;
+}"""
+"""Tells the browser the language; tabs look anew how many of them have room."""
 
 
 def theme() -> Any:
