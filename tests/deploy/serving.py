@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halfbyte.deploy.address import bound, url_of
+from halfbyte.deploy.address import bound, listen, url_of
 from halfbyte.deploy.serve.log import Log
 from halfbyte.deploy.serve.options import ServeOptions
 from halfbyte.deploy.serve.running import Server, make_server, opened
@@ -113,6 +113,7 @@ def running(model: Path, **given: Any) -> Iterator[Running]:
     ):
         keys = options.keys()
         server = make_server(service, keys)
+        listen(listening, options.host, options.port)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
