@@ -53,7 +53,7 @@ def write(folder: Path, rows: int, tokenizer: PreTrainedTokenizerBase) -> Path:
     [
         ("hf", "bf16", 0.5),  # mapped; what the disk's cache gives back is not counted
         ("mlx", "4bit", 2.0),  # codes and what rounding some rows takes: 0.6 alone, 1.4 was seen beside other work
-        ("gguf", "q4_0", 1.6),  # in fp32, and codes
+        ("gguf", "q4_0", 1.75),  # in fp32, and codes
     ],
 )
 def test_the_largest_tensor_is_not_there_several_times(
