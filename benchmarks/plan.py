@@ -264,17 +264,9 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned(options: dict[str, Any]) -> dict[str, Any]:
-    """What the planner says in a process of its own, as ``halfbyte train`` asks it: what this one has imported and
-    written has no part in it."""
-    command = [sys.executable, __file__, "--foretell", json.dumps(options)]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return found
-
-
-def foretell(options: dict[str, Any]) -> dict[str, Any]:
-    """What the planner says here: it loads no weight."""
+    """What the planner says, in this process: it loads no weight."""
     from halfbyte.plan.estimate import plan_run
-    from halfbyte.train import TrainConfig
+    from halfbyte.runs.config import TrainConfig
 
     plan = plan_run(TrainConfig(**options), length=options["max_length"])
     return {
@@ -323,13 +315,9 @@ def main() -> None:
     parser.add_argument("--replan", action="store_true", help="foretell what was measured again, with today's formulas")
     parser.add_argument("--models", type=Path, help="where models are written, and stay; else they are removed")
     parser.add_argument("--child")
-    parser.add_argument("--foretell")
     given = parser.parse_args()
     if given.child:
         child(json.loads(given.child))
-        return
-    if given.foretell:
-        print(json.dumps(foretell(json.loads(given.foretell))))
         return
     file = given.out / "plan.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

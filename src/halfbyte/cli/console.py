@@ -20,7 +20,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-)  # fmt: skip
+)
 
 from halfbyte.cli.live import StepView
 from halfbyte.runs import events

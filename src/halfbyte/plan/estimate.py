@@ -23,7 +23,7 @@ from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.plan import calibrate
 from halfbyte.plan.costs import layer_costs
 from halfbyte.plan.machine import Machine
-from halfbyte.plan.memory import Base, Memory, adapter_sizes, base_bytes, bytes_to_come, memory_of, resident_state
+from halfbyte.plan.memory import Base, Memory, adapter_sizes, base_bytes, memory_of, resident_state
 from halfbyte.plan.ranks import adapter_parameters, adapter_tensors, ranks_of
 from halfbyte.plan.rows import RowFacts, full_rows, packing_of, steps_of, work_of
 from halfbyte.plan.shape import Shape, shape_of
@@ -185,7 +185,7 @@ def plan_run(
         sequences: that go through the model for a row.
         packs: whether the rows of a step may be packed.
         reference: whether each pass is one of the untrained model too.
-        free: bytes that training may take beyond what the run's process has, the base's anonymous ones included; None:
+        free: bytes that training may take beyond what the process has now, the base's anonymous ones included; None:
             as the run would find.
 
     Raises:
@@ -193,8 +193,6 @@ def plan_run(
         InputError: the options say something else than the model has.
     """
     model = model or look_at(config)
-    if free is None:
-        free = free_for(config) - bytes_to_come(model.shape, rows_read=facts is not None)
     facts = facts or full_rows(length or config.max_length)
     machine = machine or calibrate.known()
     if config.batch_size == "auto":
@@ -204,6 +202,8 @@ def plan_run(
     itemsize, dropout = ITEMSIZE[config.compute_dtype], config.lora_dropout > 0
     base = model.base(itemsize, facts.distinct)
     together = config.gradient_accumulation_steps if layer_by_layer(config) else 1
+    if free is None:
+        free = free_for(config)
     free -= base.anonymous + 4 * trained
 
     state = resident_state(adapter_sizes(model.shape, ranks), config.optimizer)

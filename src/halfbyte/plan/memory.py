@@ -157,14 +157,6 @@ def state_bytes(sizes: Sequence[int], optimizer: str) -> int:
     )
 
 
-def bytes_to_come(shape: Shape, rows_read: bool) -> int:
-    """Return what a run will have taken, when it looks what is free, beyond the process that plans it.
-
-    Modules of layers, and tokenizer and tables where ``rows_read`` does not say that they are here already.
-    """
-    return PER_LAYER * shape.layers + (0 if rows_read else PROCESS)
-
-
 def resident_state(sizes: Sequence[int], optimizer: str) -> int:
     """Return what of an optimizer's state is memory: all of it, or nothing where it is paged to a file."""
     return 0 if optimizer.startswith("paged") else state_bytes(sizes, optimizer)

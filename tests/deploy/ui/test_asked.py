@@ -156,6 +156,11 @@ def test_files_among_the_options_are_those_of_the_folders_wherever_the_server_wa
     assert options(places, yaml="adapter: more")["adapter"] == str(root / "more")
 
 
+def test_a_long_prompt_is_no_path(places: Places) -> None:
+    prompt = "Say something long. " * 50
+    assert options(places, yaml=f"sample_prompts: '{prompt}'")["sample_prompts"] == prompt
+
+
 def test_links_within_the_folders_lead_nowhere_else(places: Places, tmp_path: Path) -> None:
     root = places.roots[0]
     (tmp_path / "outside").mkdir()

@@ -10,6 +10,7 @@ import pytest
 import halfbyte
 from halfbyte.deploy.ui import library
 from halfbyte.deploy.ui.texts import LANGUAGES
+from halfbyte.deploy.ui.train import UNCLEAR
 
 SOURCE = Path(halfbyte.__file__).parent
 SHOWN = (
@@ -64,6 +65,47 @@ def test_every_form_is_one_of_the_source(language: str) -> None:
 @pytest.mark.parametrize("language", OTHERS)
 def test_every_error_that_a_page_may_show_has_a_form(language: str) -> None:
     assert sorted(set(errors()) - set(library.sentences_of(language))) == []
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("rows.jsonl holds no rows.", "rows.jsonl 里没有任何行。"),
+        ("/a b/run is a file; name a folder.", "/a b/run 是文件；请指定文件夹。"),
+        (
+            "There is nothing to evaluate on; name more data, or another eval_share.",
+            "没有可用于评估的行；请提供更多数据，或换一个 eval_share。",
+        ),
+        ("There is nothing to train on:\nx: y", "没有可用于训练的行：\nx: y"),
+        ("Evaluation: perplexity", "评估：困惑度"),
+        ("mean of 5 steps", "5 步平均"),
+        ("Nobody has ever said this.", "Nobody has ever said this."),
+        (
+            "Nobody has ever said this. a is a file; name a folder.",
+            "Nobody has ever said this. a 是文件；请指定文件夹。",
+        ),
+        ("还没有可用的模型。", "还没有可用的模型。"),
+        ("", ""),
+    ],
+)
+def test_a_sentence_is_recognised_by_its_form(english: str, chinese: str) -> None:
+    assert library.said("zh", english) == chinese
+    assert library.said("en", english) == english
+
+
+def test_what_the_page_recognises_is_what_the_library_says() -> None:
+    assert any(UNCLEAR in text for text in strings())
+
+
+def test_a_text_of_many_sentences_takes_no_time_that_somebody_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: how often a form is tried as a whole."""
+    tried = []
+    whole = library._whole
+    monkeypatch.setattr(library, "_whole", lambda forms, text: tried.append(text) or whole(forms, text))
+    for count in (50, 100):
+        tried.clear()
+        library._piecewise(library.forms_of("zh"), "Nobody says this. " * count)
+        assert len(tried) <= library.SPAN * (count + 1)
 
 
 @pytest.mark.parametrize("language", OTHERS)

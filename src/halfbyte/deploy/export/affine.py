@@ -22,7 +22,7 @@ from torch import Tensor
 
 GROUP_SIZE = 64
 SMALLEST = 1e-7
-AT_ONCE = 1 << 22
+AT_ONCE = 1 << 20
 """Values that are worked on at a time."""
 
 
@@ -49,9 +49,16 @@ def quantize(weight: Tensor, bits: int = 4, group_size: int = GROUP_SIZE) -> Aff
         raise ValueError(f"{bits} bits; 4 or 8")
     if weight.ndim != 2 or weight.shape[1] % group_size:
         raise ValueError(f"a weight {list(weight.shape)} has no groups of {group_size}")
-    rows = max(1, AT_ONCE // weight.shape[1])
-    parts = [_quantize(part, bits, group_size) for part in torch.split(weight, rows)]
-    return Affine(*(torch.cat(same) for same in zip(*parts, strict=True)))
+    rows, columns = weight.shape
+    made = Affine(
+        torch.empty(rows, columns * bits // 32, dtype=torch.uint32),
+        *(torch.empty(rows, columns // group_size, dtype=weight.dtype) for _ in range(2)),
+    )
+    at_once = max(1, AT_ONCE // columns)
+    for w, *parts in zip(*(torch.split(x, at_once) for x in (weight, *made)), strict=True):
+        for part, found in zip(parts, _quantize(w, bits, group_size), strict=True):
+            part.copy_(found)
+    return made
 
 
 def _quantize(weight: Tensor, bits: int, group_size: int) -> Affine:

@@ -211,8 +211,7 @@ def _write(
         for done, entry in enumerate(entries, 1):
             x = entry.read()
             kind = kinds[entry.name]
-            low, high = x.aminmax()
-            if kind not in ("f32", "bf16") and max(float(high), -float(low)) > HALF:
+            if kind not in ("f32", "bf16") and max(abs(float(end)) for end in x.aminmax()) > HALF:
                 raise InputError(f"{entry.name} has values beyond fp16's {HALF:.0f}; export bf16 or f32.")
             writer.write_tensor_data(packed(x, kind))
             if progress:

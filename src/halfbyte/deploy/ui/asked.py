@@ -97,7 +97,7 @@ def model_of(places: Places, language: str, name: str | None) -> str:
     if text in known or text in known.values():
         return known.get(text, text)
     inside = _if_inside(places, text)
-    if inside is not None and inside.exists():
+    if inside is not None and os.path.exists(inside):
         return str(inside)
     is_name = MODEL_ID.fullmatch(text) and ".." not in text
     if is_name and not _is_there(places, text):
@@ -215,7 +215,7 @@ def _source(places: Places, word: str) -> str:
     name, at, weight = word.rpartition("@")
     path = name if at and re.fullmatch(r"[\d.]+|\w+", weight) else word
     inside = _if_inside(places, path, sent=True)
-    if inside is not None and (inside.exists() or any(sign in path for sign in "*?[")):
+    if inside is not None and (os.path.exists(inside) or any(sign in path for sign in "*?[")):
         source = f"{inside}{at}{weight}" if path != word else str(inside)
         for file in inputs_of(resolve(source)):  # links lead anywhere
             places.inside(file, sent=True)
@@ -234,7 +234,7 @@ def _file(places: Places, value: str) -> str:
         Outside: it is one, and leads out of the page's folders.
     """
     inside = _if_inside(places, value)
-    if inside is not None and inside.exists():
+    if inside is not None and os.path.exists(inside):
         return str(inside)
     path = Path(value.strip()).expanduser()
     if path.is_absolute() or ".." in path.parts or os.path.exists(path):

@@ -13,13 +13,24 @@ from typing import NamedTuple
 import yaml
 
 FOLDER = Path(__file__).parent / "texts"
-END = re.compile(r"(?<=[.!?:;)])\s+|\n+")
-"""Between two sentences."""
+END = re.compile(r"(?<=[.!?:;)])\s+|\n+|(?=; )|(?<=\))(?=[:,] )")
+"""Between two sentences, or before a clause that has a form of its own."""
+
+
+SPAN = 4
+"""Pieces that one form may take together."""
 
 
 class Form(NamedTuple):
-    """A sentence with places for values."""
+    """A sentence with places for values.
 
+    Attributes:
+        words: the longest of it that is no value, which is looked for first.
+        pattern: all of it.
+        text: in the other language.
+    """
+
+    words: str
     pattern: re.Pattern[str]
     text: str
 
@@ -53,13 +64,17 @@ def sentences_of(language: str) -> dict[str, str]:
 def forms_of(language: str) -> list[Form]:
     """Return the forms of a language, those with the most words of their own first."""
     found = sorted(sentences_of(language).items(), key=lambda pair: -len(pair[0].replace("{}", "")))
-    return [Form(re.compile("(.+?)".join(map(re.escape, form.split("{}"))), re.DOTALL), text) for form, text in found]
+    parts = [(form.split("{}"), text) for form, text in found]
+    return [
+        Form(max(words, key=len), re.compile("(.*?)".join(map(re.escape, words)), re.DOTALL), text)
+        for words, text in parts
+    ]
 
 
 def _whole(forms: list[Form], text: str) -> str | None:
     """Return a text that one form fits as a whole, or None."""
     for form in forms:
-        if match := form.pattern.fullmatch(text):
+        if form.words in text and (match := form.pattern.fullmatch(text)):
             return _put(forms, form, match)
     return None
 
@@ -69,7 +84,7 @@ def _piecewise(forms: list[Form], text: str) -> str:
     made, place = "", 0
     ends = [match.start() for match in END.finditer(text)] + [len(text)]
     while place < len(text):
-        begins = [end for end in ends if end > place]
+        begins = [end for end in ends if end > place][:SPAN]
         found = next(
             ((end, told) for end in reversed(begins) if (told := _whole(forms, text[place:end])) is not None), None
         )

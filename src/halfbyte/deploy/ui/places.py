@@ -46,8 +46,7 @@ class Places:
 
         Args:
             name: absolute, or from one of the folders.
-            sent: whether it may be a file that a browser sent. Of such a browser decides what is in it: they are data,
-                never a model or a run.
+            sent: whether it may be a file that a browser sent; such are data, never a model or a run.
 
         Raises:
             Outside: it does not, or in that of the page itself.
