@@ -32,6 +32,8 @@ from halfbyte.cli import (
     classify,
     convert,
     data,
+    evaluate,
+    evaluate_judge,
     example,
     export,
     generate,
@@ -64,6 +66,10 @@ app = typer.Typer(
 )
 benchmarks = typer.Typer(help="Measure speed on this machine.")
 adapters = typer.Typer(help="Look at adapters, and make adapters of adapters.")
+evaluations = typer.Typer(
+    cls=evaluate.EvaluateGroup,
+    help="Measure a model or a run (evaluate MODEL --tasks ...), or have answers judged in pairs.",
+)
 shown_runs = typer.Typer(cls=runs.RunsGroup, help="List runs (runs FOLDER), or put some beside each other.")
 
 app.command(cls=DataCommand)(train.train)
@@ -80,6 +86,10 @@ app.command()(runs.report)
 app.command()(chat.chat)
 app.command()(generate.generate)
 app.command()(classify.classify)
+app.add_typer(evaluations, name="evaluate")
+evaluations.command()(evaluate.model)
+evaluations.command()(evaluate_judge.judge)
+evaluations.command()(evaluate_judge.elo)
 app.command()(serve.serve)
 app.command()(ui.ui)
 app.command()(models.quantize)

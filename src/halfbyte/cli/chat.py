@@ -30,7 +30,7 @@ from halfbyte.cli.options import (
     TopK,
     TopP,
 )
-from halfbyte.cli.talk import adapter_of, engine_over, opened, sampling_of, say_template, system_text
+from halfbyte.cli.talk import adapter_of, opened, sampling_of, say_template, system_text
 from halfbyte.errors import DecodingError, InputError, counted
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def chat(
         from halfbyte.files import cache_folder
         from halfbyte.generate import check_generates
         from halfbyte.generate.dialogue import Dialogue
+        from halfbyte.generate.engines import engine_over
 
         check_generates(loaded)
         if loaded.config.is_encoder_decoder:

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from halfbyte.cli.live import StepView
 from halfbyte.runs import events
@@ -67,12 +70,49 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bar(*columns: str) -> Iterator[Progress]:
-    """Show a progress bar with these columns before it, or lines without a terminal; add tasks to what is yielded."""
+def bar(*columns: str, tells_rate: bool = False) -> Iterator[Progress]:
+    """Show a progress bar with these columns before it, or lines without a terminal; add tasks to what is yielded.
+
+    Args:
+        *columns: texts.
+        tells_rate: say how many are done in a second.
+    """
     texts = [TextColumn(column) for column in columns]
-    made = [*texts, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    rates = [_Rate()] if tells_rate else []
+    made = [*texts, BarColumn(), MofNCompleteColumn(), *rates, TimeRemainingColumn()]
     with Progress(*made, console=notes, transient=True) if notes.is_terminal else _Lines(*columns) as progress:
+        if isinstance(progress, _Lines):
+            progress.tells_rate = tells_rate
         yield progress
+
+
+def stages(progress: Progress) -> Callable[[str, int, int], None]:
+    """Return what shows in a bar how far each of several things is that are done one after the other.
+
+    It is told what is being done, how many of it are done and how many there are, 0 where that is not known.
+    """
+    under_way: list[tuple[str, TaskID]] = []
+
+    def tell(what: str, done: int, total: int) -> None:
+        if not under_way or under_way[0][0] != what:
+            for _, task in under_way:
+                progress.remove_task(task)
+            under_way[:] = [(what, progress.add_task(what, total=total or None))]
+        progress.update(under_way[0][1], completed=done, total=total or None)
+
+    return tell
+
+
+class _Rate(ProgressColumn):
+    """How many are done in a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return it, as the last ones went."""
+        return Text(_rate(task))
+
+
+def _rate(task: Task) -> str:
+    return f"{task.speed:.3g}/s" if task.speed else ""
 
 
 class _Lines(Progress):
@@ -80,6 +120,7 @@ class _Lines(Progress):
 
     def __init__(self, *columns: str) -> None:
         super().__init__(disable=True)
+        self.tells_rate = False
         self._words = " ".join(columns)
         self._said = time.monotonic()
 
@@ -90,8 +131,9 @@ class _Lines(Progress):
         if task.total and time.monotonic() - self._said >= EVERY:
             self._said = time.monotonic()
             left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
+            rate = f", {_rate(task)}" if self.tells_rate and task.speed else ""
             what = self._words.format(task=task).strip()
-            notes.print(f"{what}: {task.completed:,.0f} of {task.total:,.0f}{left}", markup=False)
+            notes.print(f"{what}: {task.completed:,.0f} of {task.total:,.0f}{rate}{left}", markup=False)
 
 
 class TerminalDisplay:

@@ -26,7 +26,7 @@ from halfbyte.cli.options import (
     TopK,
     TopP,
 )
-from halfbyte.cli.talk import adapter_of, engine_over, opened, read_text, sampling_of, say_template, system_text
+from halfbyte.cli.talk import adapter_of, opened, read_text, sampling_of, say_template, system_text
 from halfbyte.errors import DecodingError, InputError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def generate(
         loaded, tokenizer = stack.enter_context(opened(model, seed, trust_remote_code, device))
         from halfbyte.evaluate.answered import TOGETHER
         from halfbyte.generate import check_generates
+        from halfbyte.generate.engines import engine_over
 
         check_generates(loaded)
         if not raw:
@@ -125,7 +126,7 @@ def _answer(engine: "Engine", model: Any, text: str, settings: Settings) -> None
         opening = [] if settings.system is None else [{"role": "system", "content": settings.system}]
         prompt = [*opening, {"role": "user", "content": text}]
     try:
-        for piece in engine.submit(settings.request(engine, model, prompt)):
+        for piece in engine.submit(settings.asking.request(engine.tokenizer, model, prompt)):
             typer.echo(piece.text, nl=False)
     except DecodingError as error:
         typer.echo()

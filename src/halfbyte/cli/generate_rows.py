@@ -4,7 +4,7 @@ import dataclasses
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from halfbyte.data.bad_rows import Skip
     from halfbyte.data.examples import BadRow
     from halfbyte.data.prompts import Asked
-    from halfbyte.generate.answers import Request
+    from halfbyte.evaluate.asking import Asking
     from halfbyte.generate.constraint import Constraint
     from halfbyte.generate.engine import Engine
     from halfbyte.generate.sampling import Sampling
@@ -67,48 +67,12 @@ class Settings:
         sampling = {**vars(self.sampling), "logit_bias": dict(self.sampling.logit_bias)}
         return settings_of(about | {"model": model_path(self.model), "sampling": sampling})
 
-    def request(self, engine: "Engine", model: Any, prompt: Any) -> "Request":
-        """Return the request of one prompt: a text to go on with, or turns.
+    @property
+    def asking(self) -> "Asking":
+        """How rows are put to the model."""
+        from halfbyte.evaluate.asking import Asking
 
-        Raises:
-            InputError: it cannot be written.
-        """
-        from halfbyte.generate.conversation import encode, encode_source
-
-        tokenizer = engine.tokenizer
-        if model.config.is_encoder_decoder:
-            return self._request(engine, encode_source(prompt, tokenizer))
-        return self._request(engine, encode(prompt, tokenizer, thinking=self.thinking))
-
-    def requests(self, engine: "Engine", model: Any) -> "Callable[[Asked], Request]":
-        """Return what makes a request of a row; the chat template is learnt once."""
-        from halfbyte.data.examples import BadRow
-        from halfbyte.generate.conversation import encode, encode_source, encoder_of
-
-        tokenizer, reads_apart = engine.tokenizer, model.config.is_encoder_decoder
-        bare = self.raw or (not tokenizer.chat_template and self.system is None)
-        encoded = None if reads_apart else encoder_of(tokenizer, thinking=self.thinking)
-
-        def request(asked: "Asked") -> "Request":
-            if encoded is None:
-                return self._request(engine, encode_source(self._turns(asked), tokenizer))
-            if bare and isinstance(asked.prompt, str):
-                return self._request(engine, encode(asked.prompt, tokenizer))
-            if self.raw:
-                raise BadRow(asked.where, "no text", "is a conversation, but --raw goes on with texts; leave it out.")
-            return self._request(engine, encoded(self._turns(asked), asked.tools))
-
-        return request
-
-    def _turns(self, asked: "Asked") -> list[dict[str, Any]]:
-        has_own = any(turn["role"] == "system" for turn in asked.turns)
-        own = [] if self.system is None or has_own else [{"role": "system", "content": self.system}]
-        return [*own, *asked.turns]
-
-    def _request(self, engine: "Engine", ids: list[int]) -> "Request":
-        from halfbyte.generate.answers import Request
-
-        return Request(tuple(ids), self.sampling, self.adapter, self.constraint)
+        return Asking(self.sampling, self.adapter, self.constraint, self.system, self.raw, self.thinking)
 
 
 def answer_file(engine: "Engine", model: Any, prompts: str, out: Path | None, settings: Settings, skip: str) -> None:
@@ -126,7 +90,7 @@ def answer_file(engine: "Engine", model: Any, prompts: str, out: Path | None, se
             raise InputError(f"{out} is the file of prompts itself; name another file with --out.")
         writable(out)
         file = AnswersFile(out, settings.digest)
-    jobs, bad, count = jobs_of(_rows(prompts), settings.requests(engine, model), engine)
+    jobs, bad, count = jobs_of(_rows(prompts), settings.asking.requests(engine.tokenizer, model), engine)
     skipped: Skip = "all" if skip == "all" else skip in ("yes", "true")
     bad.check(count, skipped, "answer", "answered")
     if bad.total:

@@ -1,4 +1,4 @@
-"""What ``chat``, ``generate`` and ``classify`` share: a model opened, the engine over it, how answers are drawn."""
+"""What ``chat``, ``generate`` and ``classify`` share: a model opened, how answers are drawn."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from halfbyte.errors import InputError
 from halfbyte.quiet import quiet
 
 if TYPE_CHECKING:
-    from halfbyte.generate.engine import Engine
     from halfbyte.generate.sampling import Sampling
 
 
@@ -67,33 +66,6 @@ def named_adapters(words: list[str]) -> dict[str, str]:
             raise InputError(f"Two adapters are called {name!r}; give each a name of its own.")
         found[name] = path
     return found
-
-
-@contextlib.contextmanager
-def engine_over(
-    model: Any,
-    tokenizer: Any,
-    *,
-    kv: choices.KvType | None = None,
-    head: choices.HeadType | None = None,
-    keep_decoded: bool = False,
-    most_waiting: int = 64,
-) -> Iterator["Engine"]:
-    """Yield an engine over a model, with half of the memory that is free for keys and values; closed at the end."""
-    from halfbyte.generate.conversation import stop_tokens
-    from halfbyte.generate.decoders import decoder_for
-    from halfbyte.generate.engine import Engine
-    from halfbyte.memory import free_memory
-
-    decoder = decoder_for(model, cache=kv, head=head, keep_decoded=keep_decoded)
-    with Engine(
-        decoder,
-        tokenizer,
-        stops=stop_tokens(model, tokenizer),
-        memory=max(free_memory() // 2, decoder.bytes_of(2)),
-        most_waiting=most_waiting,
-    ) as engine:
-        yield engine
 
 
 def adapter_of(model: Any) -> str | None:

@@ -67,7 +67,7 @@ def _loaded(repository: str, config: str | None) -> Any:
             reason = reason_without(lambda api: api.dataset_info(repository, timeout=PATIENCE), "data set")
         options: dict[str, Any] = {"data_files": config} if config and "." in config else {"name": config}
         try:
-            with _offline(reason is not None):  # what was downloaded before is opened without the hub
+            with offline_if(reason is not None):  # what was downloaded before is opened without the hub
                 _opened[repository, config] = datasets.load_dataset(repository, **options)
         except ValueError as error:
             if "BuilderConfig" not in str(error):
@@ -87,7 +87,7 @@ def _loaded(repository: str, config: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
+def offline_if(wanted: bool) -> Iterator[None]:
     """Have the libraries look into their cache alone: they would go on asking for half a minute."""
     import datasets
     from huggingface_hub import constants

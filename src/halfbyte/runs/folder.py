@@ -14,6 +14,7 @@
     loss.png
     report.html                   a page of all this to read and to send (``runs/report/``)
     tensorboard/, wandb/          with report_to tensorboard or wandb
+    evaluate/                     what ``halfbyte evaluate`` has measured, a folder each time
     summary.json                  what the run came to; written last, so a folder that has it holds a finished run
 
 Whoever wants to see, continue, stop or compare a run does it through this class, also from another process.
@@ -74,6 +75,7 @@ class RunFolder:
         self.report = path / "report.html"
         self.tensorboard = path / "tensorboard"
         self.wandb = path / "wandb"
+        self.evaluations = path / "evaluate"
         self.lock = path / ".lock"
         self.summary = path / "summary.json"
 
@@ -212,12 +214,13 @@ class RunFolder:
             rows_a_pass: the batch size, which ``auto`` does not say.
             inputs: digests of what it is made from, for :meth:`compare_inputs`.
         """
+        of_a_run = self.about.exists()
         # a configuration beside run.json is that of a classifier's adapter
         beside = [self.curve, self.report, *(self.path / name for name in OF_THE_BASE)]
-        for file in [*([self.model_config] if self.about.exists() else []), *self._own_files, *beside]:
+        for file in [*([self.model_config] if of_a_run else []), *self._own_files, *beside]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for folder in (self.tensorboard, self.wandb):
+        for folder in (self.tensorboard, self.wandb, *([self.evaluations] if of_a_run else [])):
             shutil.rmtree(folder, ignore_errors=True)
         about = {
             "version": VERSION,

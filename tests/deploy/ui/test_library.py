@@ -18,7 +18,10 @@ SHOWN = (
     "runs/config", "deploy/merge.py", "deploy/audit.py", "deploy/export", "deploy/folders.py", "deploy/ui",
 )  # fmt: skip
 """What runs behind a page."""
-NOT_SHOWN = ("plan/doctor", "plan/gpus.py", "train/qlora", "train/ray")
+NOT_SHOWN = (
+    "plan/doctor", "plan/gpus.py", "train/qlora", "train/ray", "evaluate/tasks", "evaluate/judge", "evaluate/parts.py",
+    "evaluate/mmlu.py", "evaluate/perplexity.py", "evaluate/references.py",
+)  # fmt: skip
 WORDS = re.compile(r"[A-Za-z]{3,}.*[A-Za-z]{3,}", re.DOTALL)
 
 
