@@ -269,7 +269,10 @@ def test_what_is_wrong_is_one_sentence_and_leaves_nothing(files: Path, run: Call
                 [questions, long, f"few={files / 'few.jsonl'}", *rest],
                 "has no answer to 2 questions of 3 (the first: 12)",
             ),
-            ([questions, long, f"odd={files / 'odd.jsonl'}", *rest], "holds no answer; it needs a text in one of the columns generated,"),
+            (
+                [questions, long, f"odd={files / 'odd.jsonl'}", *rest],
+                "holds no answer; it needs a text in one of the columns generated,",
+            ),
             ([questions, long, f"no={files / 'no.jsonl'}", *rest], "no.jsonl"),
             ([questions, long, f"no={files / 'nowhere'}", *rest], "There is no folder"),
             ([files / "none.jsonl", long, short, *rest], "none.jsonl"),

@@ -96,7 +96,8 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 
 def theirs(model: Any, tokenizer: Any, loaded: Any, **options: Any) -> tuple[Any, Any]:
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=LENGTH)
+    # with its cache of logits, windows of two texts that begin alike get the scores of one of them
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=LENGTH, logits_cache=False)
     return measure(lm, loaded, **options)
 
 
@@ -138,7 +139,7 @@ def test_solved_examples_are_the_same_for_everybody(
         one, samples = measure(lm, loaded, limit=4)
         again, same = measure(lm, loaded, limit=4)
         other, their_samples = theirs(dense[None], tokenizer, load([task], shots=shots, num_fewshot=count), limit=4)
-        assert (samples["letters"] == same["letters"] and one == again) or one[0].estimate == again[0].estimate
+        assert samples["letters"] == same["letters"] and one[0].estimate == again[0].estimate
         assert one[0].count == 4
         for row, their in zip(samples["letters"], their_samples["letters"], strict=True):
             assert row["arguments"] == their["arguments"]

@@ -64,10 +64,10 @@ def load(words: Sequence[str], *, shots: str | None = None, num_fewshot: int | N
     for name in dict.fromkeys(names):
         path = absolute(name)
         if name in files:
-            items.append(_made(name, lambda name=name: ConfigurableTask(config=task_of(name, shots)), None))
+            items.append(_made(name, functools.partial(_of_rows, name, shots), None))
         elif path.suffix in YAML and path.is_file():
             alone = TaskManager(include_defaults=False)
-            items += _flat(_made(name, lambda path=path, alone=alone: alone.load([str(path)]), None))
+            items += _flat(_made(name, functools.partial(alone.load, [str(path)]), None))
         elif path.suffix in YAML or kind_of(path) is not None or path.exists():
             raise InputError(f"There is no file {name}{_near(path)} of a task; name one that is there.")
         else:
@@ -89,6 +89,10 @@ def begin(loaded: Loaded) -> None:
     torch.manual_seed(SEEDS["others"])
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=SEEDS["others"])
+
+
+def _of_rows(name: str, shots: str | None) -> Task:
+    return ConfigurableTask(config=task_of(name, shots))
 
 
 @contextlib.contextmanager
