@@ -94,7 +94,7 @@ def model(
 ) -> None:
     """Measure a model, or a run: its base and its adapter beside each other, with standard errors.
 
-    ``halfbyte evaluate MODEL`` is the same.
+    evaluate MODEL is the same as evaluate model MODEL.
     """
     skip: Any = "all" if skip_bad_rows == "all" else skip_bad_rows in ("yes", "true")
     with quiet(), bar("{task.description}", tells_rate=True) as progress:

@@ -4,6 +4,7 @@ Inputs are read and tasks loaded before the model is opened; what is kept appear
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from halfbyte.data.bad_rows import Skip
 from halfbyte.data.forms import sides as sequences_of
 from halfbyte.data.sources import read_source, resolve
 from halfbyte.errors import InputError, check_writable
-from halfbyte.evaluate.contamination import N, overlaps
+from halfbyte.evaluate.contamination import N, Training, overlaps
 from halfbyte.evaluate.estimates import difference
 from halfbyte.evaluate.parts import (
     MmluPart,
@@ -147,7 +148,9 @@ def evaluate(
         report.notes += part.notes
         if training:
             progress("looking for overlaps", 0, 0)
-            report.overlaps += list(_overlaps(part, values, training(opened.tokenizer), wanted.ngram))
+            report.overlaps += list(
+                _overlaps(part, values, functools.partial(training, opened.tokenizer), wanted.ngram)
+            )
     if folder:
         _keep(folder, report, parts)
     return report, folder
@@ -312,9 +315,7 @@ def _decoded(rows: Any, tokenizer: Any) -> Iterator[tuple[str, str]]:
                 yield where, str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _overlaps(
-    part: Part, values: Mapping[str, Values], training: Iterator[tuple[str, str]], ngram: int
-) -> Iterator[Overlap]:
+def _overlaps(part: Part, values: Mapping[str, Values], training: Training, ngram: int) -> Iterator[Overlap]:
     """Yield what of a part's rows was trained on, and its metrics without them."""
     texts = part.texts()
     placed = [pair for own in texts.values() for pair in own]

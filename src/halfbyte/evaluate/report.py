@@ -11,7 +11,7 @@ from rich.table import Table
 from halfbyte.evaluate.contamination import COMMON
 from halfbyte.evaluate.estimates import Estimate
 from halfbyte.files import write_text
-from halfbyte.runs.report.words import figure
+from halfbyte.runs.report.words import FIGURES
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 MOST_DIGITS = 6
@@ -131,7 +131,7 @@ class EvaluationReport(BaseModel):
         table = Table(
             title="Rows that overlap with the training data",
             caption=f"{words} words in a row, or all of a shorter text, in at most {COMMON} different rows that were "
-            "trained on. covered: of their words.",
+            "trained on; words of a template apart. covered: of their words.",
         )
         for column, justify in (("", "left"), ("rows", "right"), ("overlap", "right"), ("covered", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -155,6 +155,6 @@ class EvaluationReport(BaseModel):
         for one in measured:
             figures = [one.figures[side].shown() if side in one.figures else "" for side in self.sides]
             apart = [one.difference.shown("+") if one.difference else ""] if differ else []
-            name = figure(one.metric) + ARROWS[one.higher_is_better]
+            name = FIGURES.get(one.metric, one.metric) + ARROWS[one.higher_is_better]
             table.add_row(one.task, name, f"{one.count:,}", *figures, *apart)
         return table

@@ -50,8 +50,8 @@ class Rated(BaseModel):
     name: str
     rating: float
     order: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class Scored(BaseModel):
@@ -93,7 +93,9 @@ class Summary(BaseModel):
         write_text(file, self.model_dump_json(indent=1) + "\n")
 
     def tables(self) -> list[Table]:
-        """Return all of it for the terminal."""
+        """Return all of it for the terminal; nothing where no reply holds a verdict."""
+        if self.unreadable == self.judgements:
+            return []
         return [self._scores()] if self.scale == "scores" else [self._ratings(), self._pairs()]
 
     @property
@@ -112,14 +114,15 @@ class Summary(BaseModel):
     def _ratings(self) -> Table:
         table = Table(
             title="Elo ratings",
-            caption=f"From 1000 with K = 32: means over {self.orders:,} orders of the games, ± 95 % of that mean; the "
-            "interval is of 95 % when the questions are drawn anew.",
+            caption=f"From 1000 with K = 32: means over {self.orders:,} orders of the games, and 95 % of that mean; "
+            "interval: 95 % had other questions been asked.",
         )
         table.add_column("")
         for column in ("rating", "order", "interval"):
             table.add_column(column, justify="right")
         for one in self.ratings:
-            table.add_row(one.name, f"{one.rating:.0f}", f"± {one.order:.1f}", f"{one.low:.0f} to {one.high:.0f}")
+            interval = "" if one.low is None else f"{one.low:.0f} to {one.high:.0f}"
+            table.add_row(one.name, f"{one.rating:.0f}", f"± {one.order:.1f}", interval)
         return table
 
     def _pairs(self) -> Table:
