@@ -87,8 +87,10 @@ def judge(
         print_table(table)
     for note in report.notes:
         typer.echo(note)
-    typer.echo(f"{counted(report.judgements, 'judgement')} in {shown(folder)}. Ratings of several such files together:")
-    typer.echo(f"  {command('evaluate', 'elo', shown(folder / 'judgements.jsonl'))}")
+    typer.echo(f"{counted(report.judgements, 'judgement')} in {shown(folder)}.")
+    if report.ratings:
+        typer.echo("Ratings of several such files together:")
+        typer.echo(f"  {command('evaluate', 'elo', shown(folder / 'judgements.jsonl'))}")
 
 
 def elo(

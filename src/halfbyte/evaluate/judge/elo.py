@@ -86,11 +86,13 @@ def _question_errors(games: Sequence[Game], players: int, table: Ints, each: int
     draws = rng.integers(count, size=(DRAWS, count))
 
     def rows(start: int, end: int) -> Ints:
-        return table[draws[np.arange(start, end) // each]].reshape(end - start, -1)
+        own: Ints = table[draws[np.arange(start, end) // each]].reshape(end - start, -1)
+        return own
 
     played = ratings(games, players, rows, DRAWS * each, rng).reshape(DRAWS, each, players)
     variance = played.mean(1).var(0, ddof=1) - played.var(1, ddof=1).mean(0) / each
-    return np.sqrt(np.maximum(variance, 0) * count / (count - 1))
+    errors: Floats = np.sqrt(np.maximum(variance, 0) * count / (count - 1))
+    return errors
 
 
 def ratings(
