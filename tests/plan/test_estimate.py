@@ -60,10 +60,12 @@ def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(tmp_path: P
     loaded = hf.load(tmp_path / "b")
     found = look_at(config_of(model=str(tmp_path / "b")))
     assert found.mapped_linears and found.mapped_dense
-    found_all, found_least = found.pageable(2)
+    found_all, found_least, found_beside = found.pageable(2)
     pages = 3 * 4096  # of each unit, which are whole ones
     assert 0 <= paging.mapped_bytes(loaded) - found_all <= (SIZES["num_hidden_layers"] + 1) * pages
     assert 0 <= paging.least_bytes(loaded) - found_least <= 2 * pages
+    assert found_beside == (loaded.get_input_embeddings().weight.nbytes if tied else 0)
+    assert 0 <= paging.beside_bytes(loaded) - found_beside <= pages
     held = {id(p): p.nbytes for p in loaded.parameters()}
     statistics = [m.quantized_weight.statistics for m in loaded.modules() if isinstance(m, Linear4bit)]
     constants = sum(s.absmax.nbytes + s.nested.absmax.nbytes for s in statistics)

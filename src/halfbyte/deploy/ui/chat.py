@@ -39,7 +39,7 @@ class Chat:
             self.top_p = make(gr.Slider, "chat.top_p", value=1, minimum=0.01, maximum=1, step=0.01)
             self.most = make(gr.Number, "chat.most", value=256, precision=0, minimum=1)
             self.seed = make(gr.Textbox, "chat.seed", max_length=12)
-        look = {"height": 420, "allow_tags": False, "buttons": ["copy"], "render_markdown": True, "sanitize_html": True}
+        look = {"height": 420, "allow_tags": False, "buttons": ["copy"], "render_markdown": False}  # as it was written
         with gr.Row():
             self.left = make(gr.Chatbot, "chat.left", elem_id="hb-left", **look)
             self.right = make(gr.Chatbot, "chat.right", elem_id="hb-right", **look)

@@ -5,7 +5,7 @@ Texts of data may be of any script: each stands in a ``dir="auto"`` of its own.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape, unescape
 from typing import Any
 
@@ -19,7 +19,8 @@ from halfbyte.runs.history import Run
 from halfbyte.runs.report import curves, words
 from halfbyte.runs.report.axes import number
 
-TEXT = re.compile(r">([^<>]+)<")
+TEXT = re.compile(r'(>|aria-label=")([^<>"]+)(?=[<"])')
+"""What of SVG is read, by eyes or by a screen reader."""
 FAR = re.compile(r"^(.*: ([\d,]+) of ([\d,]+)\b.*)$", re.MULTILINE)
 """What a command says of how far it is (``halfbyte.cli.console.bar``)."""
 SHOWN_SAMPLES = 6
@@ -244,19 +245,24 @@ def compared(language: str, found: Sequence[tuple[str, Run]]) -> str:
     """Return the curves of runs in one, and the options in which they differ."""
     from halfbyte.runs.report.page import compared_options
 
-    html = charts(language, curves.compared(found))
+    html = charts(language, curves.compared(found), {name for name, _run in found})
     rows = [(name, *values) for name, values in compared_options(found)]
     head = (say(language, "run.differ"), *(name for name, _run in found))
     return html + (table(head, rows) if rows else "")
 
 
-def charts(language: str, drawings: Sequence[curves.Drawing]) -> str:
-    """Return charts, their own words in the page's language."""
+def charts(language: str, drawings: Sequence[curves.Drawing], names: Collection[str] = ()) -> str:
+    """Return charts, their own words in the page's language, but ``names`` of runs as they are."""
     html = ""
     for one in drawings:
         size = "large" if one.large else "small"
         html += f'<figure class="{size}"><figcaption>{_(one.heading)}</figcaption>{one.svg}{one.legend}</figure>'
-    html = TEXT.sub(lambda found: f">{_(said(language, unescape(found[1])))}<", html)
+
+    def translated(found: re.Match[str]) -> str:
+        text = unescape(found[2])
+        return f"{found[1]}{_(text if text in names else said(language, text))}"
+
+    html = TEXT.sub(translated, html)
     return f'<div class="hb-charts">{html}</div>'
 
 
