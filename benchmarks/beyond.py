@@ -123,7 +123,10 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     lines = [line for line in lines if "base" in line]
     for shape, work in dict.fromkeys((line["shape"], line["work"]) for line in lines):
         ours = [line for line in lines if (line["shape"], line["work"]) == (shape, work)]
-        free = statistics.median(line["seconds"] for line in ours if line["memory"] == "none")
+        unlimited = [line["seconds"] for line in ours if line["memory"] == "none"]
+        if not unlimited:
+            continue
+        free = statistics.median(unlimited)
         points = sorted((100 * left(line), free / line["seconds"]) for line in ours)
         axes.plot(*zip(*points, strict=True), "o-", label=f"{shape}, steps of {work} tokens")
     axes.set(xlabel="memory left for the base, % of its file", ylabel="speed, by that without a limit", xlim=(0, 102))
