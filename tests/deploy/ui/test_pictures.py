@@ -16,7 +16,7 @@ from halfbyte.runs.history import Run
 
 EVIL = """<script>alert(1)</script><img src=x onerror="alert('1')">"'&"""
 HARMLESS = {
-    "p", "dl", "div", "dt", "dd", "h3", "h4", "table", "thead", "tbody", "tr", "th", "td", "bdi", "section",
+    "p", "dl", "div", "dt", "dd", "h2", "h3", "table", "thead", "tbody", "tr", "th", "td", "bdi", "section",
     "pre", "span", "br", "small", "details", "summary", "ul", "li", "svg", "rect", "title", "strong", "a",
     "header", "progress", "figure", "figcaption", "line", "text", "path", "g", "circle", "polyline",
 }  # fmt: skip

@@ -49,12 +49,12 @@ def machine(
     ]
     pairs = "".join(f"<div><dt>{_(name)}</dt><dd>{_(value)}</dd></div>" for name, value in facts)
     html = f'<dl class="hb-facts">{pairs}</dl>'
-    html += f"<h3>{_(t['models'])}</h3>"
+    html += f"<h2>{_(t['models'])}</h2>"
     rows = [(m.name, size_text(m.nbytes), f"{hour[m.path]:,.0f}" if m.path in hour else "") for m in models]
     html += table((t["name"], t["size"], t["hour"]), rows, right=(1, 2)) if models else told(t["none"])
     if hour and not about["measured"]:
         html += f'<p class="hb-dim">{_(t["guess"])}</p>'
-    return html + (f"<h3>{_(t['runs'])}</h3>{runs(language, latest, ())}" if latest else "")
+    return html + (f"<h2>{_(t['runs'])}</h2>{runs(language, latest, ())}" if latest else "")
 
 
 def table(
@@ -86,7 +86,7 @@ def columns(language: str, found: Columns) -> str:
     """Return the first rows of data."""
     if not found.names:
         return ""
-    heading = f"<h3>{_(say(language, 'data.columns'))}</h3>"
+    heading = f"<h2>{_(say(language, 'data.columns'))}</h2>"
     return heading + table(found.names, [[_cut(cell) for cell in row] for row in found.rows[:3]])
 
 
@@ -104,7 +104,7 @@ def preview(language: str, found: Preview) -> str:
     html += f'<p class="hb-dim">{_(t["trained"])}</p>'
     names = {"": "", "chosen": t["chosen"], "rejected": t["rejected"], "good": t["good"], "bad": t["bad_answer"]}
     for title, parts in found.samples[:SHOWN_SAMPLES]:
-        html += f'<section class="hb-sample"><h4><bdi>{_(title)}</bdi></h4>'
+        html += f'<section class="hb-sample"><h3><bdi>{_(title)}</bdi></h3>'
         for name, spans in parts:
             label = f'<span class="hb-dim">{_(names.get(name, name))}</span>' if name else ""
             html += f'{label}<pre dir="auto">{"".join(_span(*span) for span in spans)}</pre>'
@@ -181,7 +181,7 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
         log: of the job.
     """
     t = entry(language, "run")
-    html = f'<header class="hb-run"><h3><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h3>'
+    html = f'<header class="hb-run"><h2><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h2>'
     told_now = []
     if found.total_steps:
         share = found.step / found.total_steps
@@ -211,7 +211,7 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
     if found.steps:
         html += charts(language, curves.drawings(found))
     if found.samples:
-        html += f"<h4>{_(t['samples'])}</h4>"
+        html += f"<h3>{_(t['samples'])}</h3>"
         for prompt, answers in list(found.samples.items())[:SHOWN_SAMPLES]:
             html += f'<pre dir="auto" class="hb-prompt">{_(prompt)}</pre>'
             for answer in answers[-2:]:
@@ -231,7 +231,7 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
 
 def job(language: str, found: Job) -> str:
     """Return a job that has no run yet, or is none; how far it is, if it has said that."""
-    html = f'<header class="hb-run"><h3><bdi>{_(found.title)}</bdi> {_state(language, found.state)}</h3>'
+    html = f'<header class="hb-run"><h2><bdi>{_(found.title)}</bdi> {_state(language, found.state)}</h2>'
     said_last = FAR.findall(found.log) if found.state == "running" else []
     if said_last:
         line, *numbers = said_last[-1]
