@@ -281,8 +281,11 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(page: Any) -> Non
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector("#hb-start")
-    here = "const e = document.activeElement, l = e.closest('label') || e, s = getComputedStyle;"
-    seen = f"() => {{ {here} return [e.id, [e, l].some(x => s(x).outlineStyle != 'none' || s(x).boxShadow != 'none')] }}"
+    seen = """() => {
+      const one = document.activeElement, around = one.closest('label') || one;
+      const styles = [one, around].map(x => getComputedStyle(x));
+      return [one.id, styles.some(x => x.outlineStyle != 'none' || x.boxShadow != 'none')];
+    }"""
     reached = set()
     for _ in range(80):
         page.keyboard.press("Tab")
