@@ -93,7 +93,10 @@ def columns(language: str, found: Columns) -> str:
 def preview(language: str, found: Preview) -> str:
     """Return what would be trained, with what is trained coloured."""
     t = entry(language, "data")
-    html = told(say(language, "data.rows", rows=f"{found.rows:,}"))
+    if found.of:
+        html = told(say(language, "data.part", rows=f"{found.rows:,}", size=size_text(found.of)))
+    else:
+        html = told(say(language, "data.rows", rows=f"{found.rows:,}"))
     if found.bad:
         for kind, count, first in found.bad:
             line = say(language, "data.bad", count=f"{count:,}", kind=said(language, kind))
@@ -142,6 +145,8 @@ def plan(language: str, found: Foretold) -> str:
         whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
         html += f". <strong>{_(whole)}</strong>"
     html += "</p>"
+    if found.of:
+        html += f'<p class="hb-dim">{_(t["part"])}</p>'
     if not found.measured:
         html += f'<p class="hb-dim">{_(t["guess"])}</p>'
     for flags, times in found.advice[:2]:
