@@ -146,6 +146,20 @@ def test_faster_options_are_faster(model: Model) -> None:
     assert all(way.plan.step.seconds < plan.step.seconds for way in found)
 
 
+def test_where_evaluations_take_most_of_the_time_fewer_are_advised(model: Model) -> None:
+    config = config_of(batch_size=1, max_length=64, eval_share=0.1, rank=8, lora_dropout=0.0)
+    facts = RowFacts(np.full(20_000, 64), 20_000, 20_000 * 30, evaluated=2_000 * 64)
+    options = {"model": model, "facts": facts, "free": 8 * GIB, "packs": False}
+    plan = plan_run(config, **options)
+    assert plan.evaluations > 0.2 * plan.seconds
+    [fewer] = [way for way in advice.faster(plan, **options) if "eval" in way.flags]
+    assert fewer.flags == f"--eval-steps {plan.steps // 10}"
+    assert fewer.plan.step == plan.step and fewer.plan.evaluations < plan.evaluations / 5
+    assert fewer.gain(plan) == pytest.approx(plan.seconds / fewer.plan.seconds)
+    small = plan_run(config.model_copy(update={"eval_steps": plan.steps // 2}), **options)
+    assert not [way for way in advice.faster(small, **options) if "eval" in way.flags]
+
+
 def test_a_plan_in_words_has_its_numbers(model: Model) -> None:
     plan = plan_run(config_of(max_steps=10), facts=full_rows(64), model=model, free=8 * GIB)
     text = "\n".join(words.lines(plan))

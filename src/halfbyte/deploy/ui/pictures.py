@@ -144,6 +144,8 @@ def plan(language: str, found: Foretold) -> str:
     if found.steps is not None and found.seconds is not None:
         whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
         html += f". <strong>{_(whole)}</strong>"
+        if found.evaluations:
+            html += f"{_(say(language, 'plan.evaluations', seconds=words.duration(found.evaluations)))}"
     html += "</p>"
     if found.of:
         html += f'<p class="hb-dim">{_(t["part"])}</p>'

@@ -70,6 +70,7 @@ class Foretold:
         peak, imports, free: bytes: of the step, of a process as such, and what may be taken.
         step: seconds of one.
         steps, seconds: of the whole run; None where nobody knows.
+        evaluations: seconds of them.
         measured: whether the machine's own rates are behind it.
         policy: what becomes of activations and of the base.
         advice: options that make it faster, and how many times.
@@ -89,6 +90,7 @@ class Foretold:
     advice: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     refusal: str = ""
     of: int = 0
+    evaluations: float = 0.0
 
 
 def columns(data: list[str]) -> Columns:
@@ -236,7 +238,7 @@ def plan(options: dict[str, Any], with_data: bool) -> Foretold:
         except DoesNotFitError as error:
             return Foretold(refusal=str(advice.refusal(config, error, **given)))
         faster = advice.faster(found, **given)
-    told = [(one.flags, found.step.seconds / one.plan.step.seconds) for one in faster]
+    told = [(one.flags, one.gain(found)) for one in faster]
     return Foretold(
         {name: size for name, size in found.memory.parts().items() if size},
         found.memory.peak,
@@ -249,6 +251,7 @@ def plan(options: dict[str, Any], with_data: bool) -> Foretold:
         str(found.policy),
         told,
         of=size if share < 1 else 0,
+        evaluations=found.evaluations,
     )
 
 
