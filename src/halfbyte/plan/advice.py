@@ -86,8 +86,10 @@ def that_fit(config: TrainConfig, **options: Any) -> list[Advice]:
 
 
 def faster(plan: Plan, **options: Any) -> list[Advice]:
-    """Return options with which a run takes less time and still fits, the fastest first; they change what is learnt
-    where they say so: rank and dropout do, the others do not; where much of the time goes to evaluations, fewer of them.
+    """Return options with which a run takes less time and still fits, the fastest first.
+
+    Another rank or dropout changes what is learnt, the others do not. Where much of the time goes to evaluations, fewer
+    of them are among them.
     """
     config = plan.config
     candidates: list[tuple[str, TrainConfig]] = []
