@@ -68,7 +68,7 @@ FORMS = {
     "granite": Form("granite", paired=True, frequencies=True, biases=ALL),
 }
 """By transformers' ``model_type``."""
-OF_27B = {"gemma2": 46, "gemma3": 62}
+OF_27B = {"gemma2": 46, "gemma3_text": 62}
 """Layers of the models whose queries llama.cpp scales by the width of the model over the heads."""
 
 
@@ -157,6 +157,13 @@ def head_size(text: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
+def scaled_by(text: Any) -> int:
+    """Return whose root llama.cpp divides the queries of a Gemma by (``query_pre_attn_scalar``)."""
+    if text.num_hidden_layers == OF_27B.get(text.model_type):
+        return int(text.hidden_size // text.num_attention_heads)
+    return head_size(text)
+
+
 def _problems(text: Any, form: Form) -> Sequence[str]:
     found = []
     size = head_size(text)
@@ -169,7 +176,7 @@ def _problems(text: Any, form: Form) -> Sequence[str]:
     if getattr(text, "use_bidirectional_attention", None):
         found.append("it sees what follows (use_bidirectional_attention)")
     if form.arch in ("gemma2", "gemma3"):
-        taken = text.hidden_size // text.num_attention_heads if layers == OF_27B[form.arch] else size
+        taken = scaled_by(text)
         if not math.isclose(text.query_pre_attn_scalar, taken):
             found.append(f"its query_pre_attn_scalar is {text.query_pre_attn_scalar}, and {taken} is taken")
     if form.arch == "gemma2" and None in (text.attn_logit_softcapping, text.final_logit_softcapping):
