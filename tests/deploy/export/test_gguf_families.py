@@ -215,7 +215,7 @@ def test_our_reader_gives_the_file_s_values_back_bit_for_bit(
 def test_what_transformers_does_not_read_of_a_file_is_as_the_model_has_it(
     name: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wide heads of Qwen 3, and by what Gemma's queries are scaled, which is 256 for transformers whatever the model."""
+    """Wide heads of Qwen 3, and by what Gemma's queries are scaled, which transformers takes to be 256."""
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     model = save(name, tmp_path / "model", tiny_model_folder)
     copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f32")
