@@ -23,8 +23,9 @@ from halfbyte.hf import HalfbyteConfig
 from halfbyte.hf.layers.families import FAMILIES
 from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
-from halfbyte.hf.models.gguf_form.family import FORMS, scaled_by
+from halfbyte.hf.models.gguf_form.family import FORMS
 from halfbyte.hf.models.gguf_form.splits import WAYS
+from halfbyte.hf.models.gguf_scale import scaled_by
 from halfbyte.hf.models.hub import locate
 
 F32, F16, TABLE = 1e-4, 3e-2, 3e-3

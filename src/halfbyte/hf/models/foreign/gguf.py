@@ -28,7 +28,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from halfbyte import __version__
 from halfbyte.errors import InputError
 from halfbyte.files import cache_folder, stamp, whole_folder
-from halfbyte.hf.models.gguf_form.family import scaled_by
+from halfbyte.hf.models.gguf_scale import scaled_by
 
 logger = logging.getLogger(__name__)
 

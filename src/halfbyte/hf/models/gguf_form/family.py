@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from halfbyte.errors import InputError
+from halfbyte.hf.models.gguf_scale import head_size, scaled_by
 
 SWIGLU = ("silu", "swish")
 GEGLU = ("gelu_pytorch_tanh", "gelu_new")
@@ -68,8 +69,6 @@ FORMS = {
     "granite": Form("granite", paired=True, frequencies=True, biases=ALL),
 }
 """By transformers' ``model_type``."""
-OF_27B = {"gemma2": 46, "gemma3_text": 62}
-"""Layers of the models whose queries llama.cpp scales by the width of the model over the heads."""
 
 
 def form_of(config: Any, architecture: str) -> Form:
@@ -150,18 +149,6 @@ def metadata(writer: Any, config: Any, form: Form, rows: int) -> None:
             writer.add_sliding_window(text.sliding_window)
         if period != 1 or form.arch == "gemma2":
             writer.add_sliding_window_pattern(period)
-
-
-def head_size(text: Any) -> int:
-    """Return the width of a head."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-def scaled_by(text: Any) -> int:
-    """Return whose root llama.cpp divides the queries of a Gemma by (``query_pre_attn_scalar``)."""
-    if text.num_hidden_layers == OF_27B.get(text.model_type):
-        return int(text.hidden_size // text.num_attention_heads)
-    return head_size(text)
 
 
 def _problems(text: Any, form: Form) -> Sequence[str]:
