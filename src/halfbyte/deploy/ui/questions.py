@@ -164,7 +164,8 @@ def _head(source: Any, most: int) -> tuple[int, float]:
         nonlocal told
         told = row, here
 
-    for rows, (_, row) in enumerate(read_source(source, far), start=1):
+    once = source.model_copy(update={"weight": 1.0})
+    for rows, (_, row) in enumerate(read_source(once, far), start=1):
         held += len(str(row))
         if max(told[1], held) > most:
             return rows, rows * told[1] / told[0] if told[1] else held
