@@ -52,6 +52,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python docs/update_help.py --check
 	$(BIN)/python docs/update_stub.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Without Python: see tests/native/check.cpp. About 30 seconds a tier.
 sanitize:
@@ -88,6 +89,7 @@ bench: setup
 docs: setup
 	$(BIN)/python docs/update_help.py
 	$(BIN)/python docs/update_stub.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build

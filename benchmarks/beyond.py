@@ -2,7 +2,7 @@
 
     python benchmarks/beyond.py OUT --shape 7b --memory none,4GiB,2GiB [--rows 8] [--tokens 256] [--rounds 1]
     python benchmarks/beyond.py OUT                    the table of what OUT has
-    python benchmarks/beyond.py OUT --picture FILE     and speed over what of the base stays in memory, as a picture
+    python benchmarks/beyond.py OUT --picture FILE     and speed over the memory left for the base, as a picture
 
 Each run is ``halfbyte train`` in a process of its own, in a memory control group (version 1, so Linux and root) with
 that limit; before it the page cache is dropped. The model's weights are random bytes (:mod:`halfbyte.bench.shapes`),
@@ -81,6 +81,7 @@ def train(model: Path, place: Path, memory: str, options: argparse.Namespace) ->
         "anonymous": peak,
         "most": most,
         "plan": plan,
+        "base": base,
         "stays": TypeAdapter(ByteSize).validate_python(stays[1]) / base if stays else 1.0,
         "read": waited and waited[1],
         "waited": float(waited[3]) / 100 if waited else 0.0,
@@ -89,7 +90,7 @@ def train(model: Path, place: Path, memory: str, options: argparse.Namespace) ->
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Return the runs as a table; of those of a shape that have the same work, how fast they are beside no limit."""
-    head = ["shape", "tokens a step", "limit", "s a step", "of no limit", "of the base", "waited for the disk"]
+    head = ["shape", "tokens a step", "limit", "s a step", "of no limit", "left for the base", "waited for the disk"]
     head += ["anonymous", "in all"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     free = {(line["shape"], line["work"]): line["seconds"] for line in lines if line["memory"] == "none"}
@@ -99,26 +100,36 @@ def table(lines: list[dict[str, Any]]) -> str:
             continue
         least = free.get((line["shape"], line["work"]))
         cells = [line["shape"], line["work"], line["memory"], f"{line['seconds']:.1f}"]
-        stays = f"{line['stays']:.0%}" if "stays" in line else ""
+        stays = f"{left(line):.0%}" if "base" in line else ""
         cells += [f"{least / line['seconds']:.2f}" if least else "", stays, f"{line['waited']:.1%}"]
         cells += [f"{line[name] / 2**30:.2f} GiB" for name in ("anonymous", "most")]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 
 
+def left(line: dict[str, Any]) -> float:
+    """Return what a limit left for the base beside what the process allocated at its peak, as a share of its file."""
+    if line["memory"] == "none":
+        return 1.0
+    return float(min(1.0, (TypeAdapter(ByteSize).validate_python(line["memory"]) - line["anonymous"]) / line["base"]))
+
+
 def draw(lines: list[dict[str, Any]], file: Path) -> None:
-    """Draw how fast each shape's steps are, by that without a limit, over what of the base's file stays in memory."""
+    """Draw how fast each shape's steps are, by that without a limit, over the memory that was left for the base."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    lines = [line for line in lines if "stays" in line]
+    lines = [line for line in lines if "base" in line]
     for shape, work in dict.fromkeys((line["shape"], line["work"]) for line in lines):
         ours = [line for line in lines if (line["shape"], line["work"]) == (shape, work)]
-        free = statistics.median(line["seconds"] for line in ours if line["memory"] == "none")
-        points = sorted((100 * line["stays"], free / line["seconds"]) for line in ours)
+        unlimited = [line["seconds"] for line in ours if line["memory"] == "none"]
+        if not unlimited:
+            continue
+        free = statistics.median(unlimited)
+        points = sorted((100 * left(line), free / line["seconds"]) for line in ours)
         axes.plot(*zip(*points, strict=True), "o-", label=f"{shape}, steps of {work} tokens")
-    axes.set(xlabel="of the base in memory at a time, %", ylabel="speed, by that without a limit", xlim=(0, 102))
+    axes.set(xlabel="memory left for the base, % of its file", ylabel="speed, by that without a limit", xlim=(0, 102))
     axes.set_ylim(0, 1.1)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -54,6 +54,15 @@ def test_paths_are_absolute_so_that_a_run_goes_on_from_anywhere(folder: Path, mo
     assert resolve(found) == found
 
 
+def test_of_a_source_the_first_rows_alone_can_be_taken(folder: Path) -> None:
+    assert texts({"path": "a.jsonl", "max_rows": 2}) == ["a0", "a1"]
+    assert texts({"path": "*.jsonl", "max_rows": 4}) == [*A, "b0"]
+    assert texts({"path": "a.jsonl", "max_rows": 2, "weight": 2}) == ["a0", "a0", "a1", "a1"]
+    assert texts({"path": "a.jsonl", "max_rows": 10**9}) == A
+    with pytest.raises(InputError, match="max_rows 0 of this source is wrong"):
+        resolve({"path": "a.jsonl", "max_rows": 0})
+
+
 @pytest.mark.parametrize("weight", [0.3, 1, 2, 2.5])
 def test_a_weight_is_how_often_a_row_is_taken(folder: Path, weight: float) -> None:
     (folder / "many.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(2000)))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import halfbyte
 from halfbyte import cli
 from halfbyte.deploy.adapters import combine, convert, diff, info, truncate
 from halfbyte.errors import InputError
@@ -192,7 +193,44 @@ def test_what_cannot_be_combined_is_told(tiny_model_folder: Path, tmp_path: Path
     with pytest.raises(InputError, match="density is 2"):
         combine({str(one): 1, str(adapter(tmp_path / "same", tiny_model_folder)): 1}, tmp_path / "out",
                 method="ties", density=2)  # fmt: skip
+    same = {str(one): 1, str(tmp_path / "same"): 1}
+    for options, message in (
+        ({"rank": 2}, "--rank says nothing of cat"),
+        ({"method": "svd", "density": 0.5}, "--density says nothing of svd"),
+        ({"method": "svd", "rank": 0}, "A rank is 1 or more, not 0"),
+        ({"method": "svd", "rank": -2}, "A rank is 1 or more, not -2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            combine(same, tmp_path / "out", **options)
+    with pytest.raises(InputError, match="One adapter is named twice"):
+        combine({str(one): 1, f"{one}/": 1}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora_alpha", float("nan"), "says lora_alpha nan; it must be a finite number"),
+        ("lora_alpha", "much", "says lora_alpha 'much'; it must be a finite number"),
+        ("alpha_pattern", {"q_proj": None, "k_proj": "x"}, "says k_proj 'x'; it must be a finite number"),
+        ("r", 2.5, "says r 2.5; it must be a whole number of 1 or more"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_told(
+    key: str, value: Any, message: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    one = adapter(tmp_path / "one", tiny_model_folder)
+    config = json.loads((one / "adapter_config.json").read_text()) | {key: value}
+    (one / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        truncate(one, tmp_path / "out", rank=1)
+    with pytest.raises(InputError, match=message):
+        halfbyte.hf.load(one)
+    weights = load_file(one / "adapter_model.safetensors")
+    (one / "adapter_config.json").write_text(json.dumps(config | {"r": 4, "lora_alpha": 8, "alpha_pattern": {}}))
+    save_file({name: x for name, x in weights.items() if "lora_A" not in name}, one / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lora_B.weight and lacks its lora_A; copy it again"):
+        truncate(one, tmp_path / "out", rank=1)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,6 +1,7 @@
 """An audit's figures are those of the files that merging writes, computed here anew with transformers alone."""
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 import halfbyte
 from halfbyte.cli import app
+from halfbyte.deploy import audit as auditing
 from halfbyte.deploy.audit import WAYS, audit, in_fp32
 from halfbyte.deploy.audit_report import AuditReport, Measured
 from halfbyte.deploy.export.llama_library import library
@@ -168,6 +171,33 @@ def test_a_way_that_is_not_possible_is_left_out_with_its_sentence(
     assert all("lies in 4 bits itself" in sentence for sentence in found.left_out.values())
     found = audit(tmp_path / "alone", data=data, ways=["original-bf16"], original=tiny_model_folder)
     assert not found.left_out and len(found.ways) == 3
+
+
+def test_what_cannot_be_opened_again_is_left_out_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers opens no GGUF of OLMo 2, which llama.cpp computes."""
+    opened = auditing._opened
+
+    def fails(folder: Path, *others: Any) -> Any:
+        if list(folder.glob("*.gguf")):
+            raise InputError("It is not supported yet.")
+        return opened(folder, *others)
+
+    monkeypatch.setattr(auditing, "_opened", fails)
+    found = audit(run, positions=50)
+    assert found.left_out["gguf-q8_0"] == found.left_out["gguf-q4_0"] == "It is not supported yet."
+    assert "bf16" in {way.name for way in found.ways}
+
+
+def test_an_adapter_with_a_value_that_is_none_is_refused_at_once(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "adapter_model.safetensors")
+    first = next(iter(weights))
+    weights[first] = torch.full_like(weights[first], float("nan"))
+    save_file(weights, tmp_path / "nan" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lora_A.* holds nan"):
+        audit(tmp_path / "nan")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,12 @@ def test_what_cannot_be_merged_is_told_and_nothing_is_left(
         merge(adapter, tmp_path / "full", overwrite=True)
     with pytest.raises(InputError, match="holds the adapter or the base itself"):
         merge(adapter, tiny_model_folder, overwrite=True)
+    shutil.copytree(adapter, tmp_path / "classifier")
+    (tmp_path / "classifier" / "config.json").write_text("{}")  # as a classifier's run has it
+    with pytest.raises(InputError, match="holds no model that could be overwritten"):
+        merge(adapter, tmp_path / "classifier", overwrite=True)
+    with pytest.raises(InputError, match="A name is empty"):
+        merge("", out)
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
         with pytest.raises(InputError, match=r"The merged model takes .*, and .* are free in .*; free some space"):

@@ -426,7 +426,15 @@ def test_what_cannot_be_pushed_is_told(run: Path, tmp_path: Path, hub: Hub, half
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"")
+    cut, damaged = (shutil.copytree(run, tmp_path / name) for name in ("cut", "damaged"))
+    whole = (run / "adapter_model.safetensors").read_bytes()
+    (cut / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    weights = load_file(run / "adapter_model.safetensors")
+    first = next(iter(weights))
+    save_file(weights | {first: torch.full_like(weights[first], float("inf"))}, damaged / "adapter_model.safetensors")
     cases = [
+        ([cut, "me/mine"], r"adapter_model.safetensors is damaged \(.*\); copy it again"),
+        ([damaged, "me/mine"], r"lora_A.* holds inf"),
         ([tmp_path / "none", "me/mine"], "is not there"),
         ([run / "adapter_config.json", "me/mine"], "is a file; give the folder"),
         ([tmp_path / "empty", "me/mine"], "holds no adapter .*, no model .* and no GGUF file"),

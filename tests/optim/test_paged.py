@@ -65,6 +65,18 @@ def test_paged_training_is_bitwise_unpaged_training(bits: int, dtype: torch.dtyp
     assert all(torch.equal(a, b) for a, b in zip(plain, mapped, strict=True))
 
 
+def test_without_posix_fallocate_zeros_reserve_the_disk(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    size = 3 * MIB + 17
+    with paged.reserve(disk, size) as mapped:
+        assert mapped[:] == bytes(size)
+        links = {link: os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+        (file,) = (link for link, target in links.items() if target.startswith(f"{disk}/"))
+        assert file.stat().st_size == size and 512 * file.stat().st_blocks >= size
+    for plain, own in zip(tensors(stepped(None, 8)), tensors(stepped(disk, 8)), strict=True):
+        assert torch.equal(plain, own)
+
+
 def test_the_state_of_many_tensors_is_one_unnamed_file_that_goes_with_the_optimizer(disk: Path) -> None:
     optimizer = stepped(disk, 8, sizes=(4096, 100) * 200)
     assert optimizer.page_dir == disk

@@ -60,10 +60,12 @@ def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(tmp_path: P
     loaded = hf.load(tmp_path / "b")
     found = look_at(config_of(model=str(tmp_path / "b")))
     assert found.mapped_linears and found.mapped_dense
-    found_all, found_least = found.pageable(2)
+    found_all, found_least, found_beside = found.pageable(2)
     pages = 3 * 4096  # of each unit, which are whole ones
     assert 0 <= paging.mapped_bytes(loaded) - found_all <= (SIZES["num_hidden_layers"] + 1) * pages
     assert 0 <= paging.least_bytes(loaded) - found_least <= 2 * pages
+    assert found_beside == (loaded.get_input_embeddings().weight.nbytes if tied else 0)
+    assert 0 <= paging.beside_bytes(loaded) - found_beside <= pages
     held = {id(p): p.nbytes for p in loaded.parameters()}
     statistics = [m.quantized_weight.statistics for m in loaded.modules() if isinstance(m, Linear4bit)]
     constants = sum(s.absmax.nbytes + s.nested.absmax.nbytes for s in statistics)
@@ -142,6 +144,20 @@ def test_faster_options_are_faster(model: Model) -> None:
     found = advice.faster(plan, model=model, free=8 * GIB)
     assert {"--lora-dropout 0", "--rank 16"} <= {way.flags for way in found}
     assert all(way.plan.step.seconds < plan.step.seconds for way in found)
+
+
+def test_where_evaluations_take_most_of_the_time_fewer_are_advised(model: Model) -> None:
+    config = config_of(batch_size=1, max_length=64, eval_share=0.1, rank=8, lora_dropout=0.0)
+    facts = RowFacts(np.full(20_000, 64), 20_000, 20_000 * 30, evaluated=2_000 * 64)
+    options = {"model": model, "facts": facts, "free": 8 * GIB, "packs": False}
+    plan = plan_run(config, **options)
+    assert plan.evaluations > 0.2 * plan.seconds
+    [fewer] = [way for way in advice.faster(plan, **options) if "eval" in way.flags]
+    assert fewer.flags == f"--eval-steps {plan.steps // 10}"
+    assert fewer.plan.step == plan.step and fewer.plan.evaluations < plan.evaluations / 5
+    assert fewer.gain(plan) == pytest.approx(plan.seconds / fewer.plan.seconds)
+    small = plan_run(config.model_copy(update={"eval_steps": plan.steps // 2}), **options)
+    assert not [way for way in advice.faster(small, **options) if "eval" in way.flags]
 
 
 def test_a_plan_in_words_has_its_numbers(model: Model) -> None:

@@ -8,7 +8,7 @@
 
 A weight is how often a row is taken: of 0.3 that is three rows of ten, drawn with a seed; of 2.5 each row twice and
 half of them a third time. That holds for every few rows; which of them is drawn. A source may have options of its
-own, in YAML.
+own, in YAML, ``max_rows`` among them: its first rows alone are read.
 """
 
 import difflib
@@ -42,6 +42,7 @@ class Source(BaseModel):
 
     path: str
     weight: float = Field(default=1.0, gt=0, le=1000)
+    max_rows: int | None = Field(default=None, ge=1)
     config: str | None = None
     split: str | None = None
     format: str | None = None
@@ -175,6 +176,8 @@ def read_source(
         rows = hub.read_saved(Path(source.path), source.split)
     else:
         rows = _files(source, progress, said, source.encoding or encoding, source.split_text or split_text)
+    if source.max_rows is not None:
+        rows = itertools.islice(rows, source.max_rows)
     if source.weight != 1:
         rows = gathered(rows)  # a tree of messages is taken as one
     read = taken = 0

@@ -29,6 +29,7 @@ from halfbyte.hf.models.low_rank import LowRankAdapter, Part, read_low_rank, sav
 from halfbyte.hf.models.merging import Merged
 from halfbyte.hf.models.weighted import weighted
 
+NO_DENSITY = ("cat", "svd", "linear")
 ENERGY = 0.99
 """The part of the energy by which ranks are judged."""
 
@@ -245,6 +246,13 @@ def combine(
         InputError: fewer than two, or they differ in what they are or in their base; or the folder is there already.
     """
     output = _free(output)
+    for name, value, is_its in (("rank", rank, method == "svd"), ("density", density, method not in NO_DENSITY)):
+        if value is not None and not is_its:
+            raise InputError(f"--{name} says nothing of {method}; leave it out, or take another method.")
+    if rank is not None and rank < 1:
+        raise InputError(f"A rank is 1 or more, not {rank}.")
+    if len({str(Path(path).expanduser().resolve()) for path in adapters}) < len(adapters):
+        raise InputError("One adapter is named twice; name it once, with the sum of the weights.")
     if len(adapters) < 2:
         raise InputError("Combining takes two adapters or more, as NAME=WEIGHT or NAME.")
     read = [read_low_rank(path) for path in adapters]

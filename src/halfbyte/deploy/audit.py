@@ -24,6 +24,7 @@ from halfbyte.errors import InputError, nearest
 from halfbyte.evaluate.fidelity import Figures, Reference, Row, rows_of
 from halfbyte.evaluate.texts import general_texts
 from halfbyte.files import absolute, scratch
+from halfbyte.hf.models.check import check_finite
 from halfbyte.hf.models.configs import ADAPTER, json_of
 from halfbyte.hf.models.dense import Plain
 from halfbyte.hf.models.heads import adapter_task
@@ -186,6 +187,9 @@ def audit(
     task = adapter_task(json_of(adapter / ADAPTER))
     progress("base and adapter", 0, len(names) + 2)
     whole = in_fp32(hf.load(adapter, device="cpu", trust_remote_code=trust_remote_code))
+    for name, x in whole.named_parameters():
+        if x.is_floating_point():
+            check_finite(name.removeprefix("base_model.model."), x)
     compared = _Compared(
         Reference(whole, rows, task, positions),
         Reference(whole, _general(adapter, trust_remote_code), task, ELSEWHERE) if task == "lm" else None,
@@ -207,16 +211,18 @@ def audit(
         progress(name, number, len(names) + 2)
         way = known[name]
         with scratch((absolute(work) if work else adapter) / name) as folder:
+            made = folder / "model"
             try:
-                way.write(given, folder / "model")
+                way.write(given, made)
+                opened = _opened(made, task, trust_remote_code)
             except InputError as error:
                 if ways:
                     raise
                 left_out[name] = str(error)
                 continue
-            made = folder / "model"
             size = sum(file.stat().st_size for file in (*made.glob("*.safetensors"), *made.glob("*.gguf")))
-            figures = compared.of(_opened(made, task, trust_remote_code))
+            figures = compared.of(opened)
+            del opened
         found.append(_measured(name, way.about, figures, trained, without, size, way.bits))
     (ours, general) = without
     return AuditReport(

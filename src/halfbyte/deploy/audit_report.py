@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pydantic import BaseModel, Field
 from rich.table import Table
 
@@ -120,6 +121,7 @@ class AuditReport(BaseModel):
         axes.axhline(1, color="gray", linewidth=1)
         axes.text(1, 1.1, "as far as without the adapter", color="gray", fontsize=8)
         axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("distance of its outputs from base + adapter,\nby that of the base")
         axes.set_title(f"{self.run}: what is lost where")
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

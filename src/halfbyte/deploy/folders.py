@@ -14,6 +14,9 @@ from halfbyte.hf.models.dense import Written, copy_beside, sources
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
 
+TRAINED = ("adapter_config.json", "run.json", "checkpoints")
+"""What a folder has that was trained, and is never replaced."""
+
 
 def free_folder(output: str | Path, overwrite: bool, holds: str = "config.json") -> Path:
     """Return the folder ``output`` as an absolute path, if a model may be written there.
@@ -32,7 +35,7 @@ def free_folder(output: str | Path, overwrite: bool, holds: str = "config.json")
         raise InputError(f"{output} is a file; name a folder.")
     if output.exists() and not overwrite:
         raise InputError(f"{output} is there already; choose another folder or overwrite it (--overwrite).")
-    if output.exists() and not any(output.glob(holds)):
+    if output.exists() and (not any(output.glob(holds)) or any((output / name).exists() for name in TRAINED)):
         raise InputError(f"{output} holds no model that could be overwritten; choose another folder.")
     check_writable(output)
     return output

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
 
 from halfbyte.deploy.adapter_card import adapter_card
 from halfbyte.deploy.card import CARD, LICENCES, at_hub, last, licence_of
@@ -30,6 +31,7 @@ from halfbyte.errors import InputError, named
 from halfbyte.hf.models.adapter_files import BESIDE
 from halfbyte.hf.models.adapter_files import FILES as ADAPTER_FILES
 from halfbyte.hf.models.base_format import FILE as BASE_FORMAT
+from halfbyte.hf.models.check import check_finite
 from halfbyte.hf.models.checkpoint import INDEX, SAFETENSORS, weight_files
 from halfbyte.hf.models.configs import ADAPTER, CONFIG, json_of
 from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
@@ -133,6 +135,8 @@ def parcel(folder: Path, repo_id: str, *, base: str | None = None, card: Path | 
     if kind != "adapter":
         uploads = _named_at_hub(uploads, folder, repo_id, base)
     uploads += [Upload(name, folder / name) for name in weights]
+    for name in weights:
+        _check_whole(folder / name, values=kind == "adapter")
     for upload in uploads:
         _check_names_nothing(upload, secret)
     going = {upload.name for upload in uploads}
@@ -169,6 +173,18 @@ def _content(folder: Path) -> tuple[Kind, list[str], list[str]]:
         )
     names = sorted(name for name in there - set(weights) if any(fnmatch(name, pattern) for pattern in wanted))
     return kind, names, weights
+
+
+def _check_whole(file: Path, values: bool) -> None:
+    """Check that a file of weights is as long as its header says, and that the values of a small one are finite."""
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys() if values else ():
+                check_finite(f"{file.name}: {name}", opened.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged ({error}); copy it again, or make it anew.") from error
 
 
 def _with_card(uploads: list[Upload], text: bytes, note: str) -> list[Upload]:

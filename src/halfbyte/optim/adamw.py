@@ -75,7 +75,10 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: contiguous fp32, bf16 or fp16 parameters, or groups of them as in any torch optimizer.
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; each group may have its own.
+        lr: as in ``torch.optim.AdamW``, with the next three; each group may have its own.
+        betas: of the two moments.
+        eps: added to the root of the second.
+        weight_decay: decoupled.
         state_bits: 32 or 8.
         paged: whether the state may be evicted: by the operating system from a mapped file, or on a CUDA device, with
             bitsandbytes, by its driver from managed memory (:mod:`halfbyte.optim.paged`).

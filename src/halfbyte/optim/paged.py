@@ -9,13 +9,14 @@ On a CUDA device it is the paper's way: managed memory, as bitsandbytes allocate
 CPU's way.
 
 - The file has no name (it is gone when its last tensor is, or the process, however that ends).
-- Its blocks are reserved beforehand with ``posix_fallocate``: a full disk is an error at once, not a bus fault later.
-  (A copy-on-write file system, such as btrfs, may still need new blocks to rewrite old ones.)
+- Its blocks are reserved beforehand with ``posix_fallocate``, or by writing zeros where there is none (macOS): a full
+  disk is an error at once, not a bus fault later. (A copy-on-write file system, such as btrfs, may still need new
+  blocks to rewrite old ones.)
 - It never lies in a tmpfs, whose pages are memory.
 - One file holds many tensors, each aligned to a cache line.
 
 Left out: moving pages ahead of use. A step walks through the state once, front to back, as the kernel's read-ahead
-expects. Left out too: systems without ``posix_fallocate`` (macOS, Windows).
+expects.
 """
 
 import collections
@@ -35,6 +36,7 @@ from halfbyte.errors import InputError
 from halfbyte.kernels import bitsandbytes
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+ZEROS = bytes(2**20)
 ALIGNMENT = 64
 
 
@@ -42,10 +44,8 @@ def choose_folder(page_dir: Path | None) -> Path:
     """Return the first that lies on a disk of ``page_dir`` (if given), the temporary folder and ``/var/tmp``.
 
     Raises:
-        InputError: ``page_dir`` is not a folder, all of them lie in memory, or this system cannot reserve disk space.
+        InputError: ``page_dir`` is not a folder, or all of them lie in memory.
     """
-    if not hasattr(os, "posix_fallocate"):
-        raise InputError("Paged optimizer state needs posix_fallocate, which this system lacks; use paged=False.")
     if page_dir is not None and not page_dir.is_dir():
         raise InputError(f"The folder for paged optimizer state, {page_dir}, does not exist; create it first.")
     folders = [*([page_dir] if page_dir else []), Path(tempfile.gettempdir()), Path("/var/tmp")]
@@ -124,7 +124,12 @@ def reserve(folder: Path, size: int) -> mmap.mmap:
         if size > free:  # asked first, since posix_fallocate fills the disk before it fails
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, len(ZEROS)):
+                    file.write(ZEROS[: size - start])
+                file.flush()
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise InputError(

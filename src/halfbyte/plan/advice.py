@@ -11,8 +11,10 @@ from halfbyte.runs.config import TrainConfig
 
 MOST_ROWS = 4096
 SHOWN = 4
-WORTH = 0.97
-"""A run that takes so much of the time is worth being told."""
+WORTH = 1.03
+"""What is so many times as fast is worth being told."""
+EVALUATED, EVALUATIONS = 0.2, 10
+"""Share of a run's time from which evaluations are worth being fewer, and how many are enough."""
 
 Foretell = Callable[[TrainConfig], Plan]
 
@@ -28,6 +30,13 @@ class Advice:
 
     flags: str
     plan: Plan
+
+    def gain(self, over: Plan) -> float:
+        """Return how many times as fast a run is: the whole of it, or a step where nobody knows how many there are."""
+        mine, other = self.plan, over
+        if mine.seconds is not None and other.seconds is not None:
+            return other.seconds / mine.seconds
+        return other.step.seconds / mine.step.seconds
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,11 @@ def that_fit(config: TrainConfig, **options: Any) -> list[Advice]:
 
 
 def faster(plan: Plan, **options: Any) -> list[Advice]:
-    """Return options with which a run takes less time and still fits, the fastest first; they change what is learnt
-    where they say so: rank and dropout do, the others do not."""
+    """Return options with which a run takes less time and still fits, the fastest first.
+
+    Another rank or dropout changes what is learnt, the others do not. Where much of the time goes to evaluations, fewer
+    of them are among them.
+    """
     config = plan.config
     candidates: list[tuple[str, TrainConfig]] = []
     for size in _divisors(config.rows_a_step):
@@ -90,6 +102,10 @@ def faster(plan: Plan, **options: Any) -> list[Advice]:
         candidates.append(("--lora-dropout 0", config.model_copy(update={"lora_dropout": 0.0})))
     if config.rank > 16 and not config.adapter:
         candidates.append(("--rank 16", config.model_copy(update={"rank": 16})))
+    if plan.seconds and plan.evaluations > EVALUATED * plan.seconds and not config.keep_best:
+        fewer = max((plan.steps or 0) // EVALUATIONS, 1)
+        if fewer > (config.eval_steps or config.save_steps):
+            candidates.append((f"--eval-steps {fewer}", config.model_copy(update={"eval_steps": fewer})))
     found = []
     if again and config.memory is not None:
         whole = _whole(config, options)
@@ -100,10 +116,10 @@ def faster(plan: Plan, **options: Any) -> list[Advice]:
             found.append(Advice(flags, plan_run(tried, **options)))
         except DoesNotFitError:
             continue
-    better = [advice for advice in found if advice.plan.step.seconds < WORTH * plan.step.seconds]
-    best_batch = min((a for a in better if "batch-size" in a.flags), key=lambda a: a.plan.step.seconds, default=None)
+    better = [advice for advice in found if advice.gain(plan) > WORTH]
+    best_batch = max((a for a in better if "batch-size" in a.flags), key=lambda a: a.gain(plan), default=None)
     chosen = [a for a in better if "batch-size" not in a.flags or a is best_batch]
-    return sorted(chosen, key=lambda advice: advice.plan.step.seconds)[:SHOWN]
+    return sorted(chosen, key=lambda advice: -advice.gain(plan))[:SHOWN]
 
 
 def refusal(config: TrainConfig, error: InputError, **options: Any) -> InputError:

@@ -82,8 +82,9 @@ class Model:
         quantized = base_bytes(shape, self.quant_type, self.blocksize, self.double_quant, itemsize)[0]
         layer = quantized // shape.layers * self.mapped_linears
         layer += itemsize * (shape.norm_weights - shape.hidden + shape.biases) // shape.layers * self.mapped_dense
-        head = 0 if shape.tied else itemsize * shape.vocabulary * shape.hidden * self.mapped_dense
-        return activations.Base(shape.layers * layer + head, layer + max(layer, head))
+        head = itemsize * shape.vocabulary * shape.hidden * self.mapped_dense
+        own = 0 if shape.tied else head
+        return activations.Base(shape.layers * layer + own, layer + max(layer, own), head - own)
 
     def paged(self, resident: int, itemsize: int, distinct: int | None) -> Base:
         """Return what is in memory of a base of which ``resident`` bytes of layers and head are."""

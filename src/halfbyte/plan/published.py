@@ -98,7 +98,7 @@ CHECK_POINTS = (
     CheckPoint("litgpt on A100, 13B", "13B", 1024, 8, KEEPING, 22.55 * GB, ATTENTION, _LITGPT),
     CheckPoint(
         "torchtune on RTX 4090, 8B", "8B", 4096, 8, OURS, 7.4 * GIB + CONTEXT, ATTENTION,
-        "torch's own count, to which the context is added here",
+        "torch's own count, to which CUDA's context is added here",
     ),
     CheckPoint("the paper: 33B on 24 GB", "33B", 512, 64, OURS, 24 * GB, note="what the card holds, optimizer paged"),
     CheckPoint("the paper: 65B on 48 GB", "65B", 512, 64, OURS, 48 * GB, note="what the card holds, optimizer paged"),

@@ -1,6 +1,6 @@
 """What a plan knows of the rows: their number and lengths, from the data, or from the options where there is none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,15 @@ class RowFacts:
     def squares(self) -> float:
         """Σ length² of all ``lengths``."""
         return float((np.asarray(self.lengths, dtype=np.float64) ** 2).sum())
+
+    def times(self, factor: float) -> "RowFacts":
+        """Return so many times as many rows, of these lengths over and over: these are a part of the data."""
+        if factor == 1 or self.count is None:
+            return self
+        count = round(factor * self.count)
+        trained, evaluated = round(factor * self.trained), round(factor * self.evaluated)
+        lengths = np.resize(self.lengths, count)
+        return replace(self, lengths=lengths, count=count, trained=trained, evaluated=evaluated)
 
 
 def full_rows(length: int) -> RowFacts:

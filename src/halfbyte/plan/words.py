@@ -118,9 +118,8 @@ def advice_lines(found: Sequence[Advice], plan: Plan) -> list[str]:
     """Return options that make a run faster, with what they would come to."""
     told = []
     for advice in found:
-        gain = plan.step.seconds / advice.plan.step.seconds
         told.append(
-            f"  {advice.flags:50} {gain:.2f} times as fast, {size_text(advice.plan.memory.peak)}: "
+            f"  {advice.flags:50} {advice.gain(plan):.2f} times as fast, {size_text(advice.plan.memory.peak)}: "
             f"{duration(advice.plan.step.seconds)} a step"
         )
     return ["Faster, with options to add (another rank or dropout learns otherwise):", *told] if told else []

@@ -101,7 +101,8 @@ def plan_activations(
     sharing = distributed.on_this_machine()  # of one copy in the page cache
     base = activations.Base()
     if not config.fsdp:  # a base that is divided is memory of the processes
-        base = activations.Base(paging.mapped_bytes(model) // sharing, paging.least_bytes(model) // sharing)
+        sizes = paging.mapped_bytes(model), paging.least_bytes(model), paging.beside_bytes(model)
+        base = activations.Base(*(size // sharing for size in sizes))
     passes = config.gradient_accumulation_steps if _goes_together(config) else 1
     state = resident_state([p.numel() for p in model.parameters() if p.requires_grad], config.optimizer)
     parts = (part for layer in activations.recomputable_layers(model) for part in layer.modules())

@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quantize
 from llama import CACHE, library_folder, opened
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import halfbyte
 from halfbyte.choices import GGUF_TYPES
@@ -26,8 +26,11 @@ from halfbyte.deploy.export.modelfile import turns_of
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig, quantize_checkpoint
+from halfbyte.hf.models.base_files import Source, fingerprint
 from halfbyte.hf.models.dense import dense_model
+from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
+from halfbyte.hf.models.hub import locate
 
 IDS = list(range(40, 80))
 
@@ -273,6 +276,28 @@ def test_what_a_lora_file_has_no_words_for_is_refused(
     with pytest.raises(InputError, match=message):
         export_lora_gguf(tmp_path / "adapter", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_a_lora_file_is_of_the_base_that_it_was_trained_on_and_replaces_no_adapter(base: Path, tmp_path: Path) -> None:
+    folder = adapter(base, tmp_path / "adapter")
+    other = widened(base, tmp_path / "other", 2 * AutoConfig.from_pretrained(base).hidden_size)
+    with pytest.raises(InputError, match=r"do not fit: .* is \[.*\] in the model"):
+        export_lora_gguf(folder, tmp_path / "lora", base=other)
+    trained = fingerprint(Source(locate(base)), [HalfbyteConfig()])
+    assert trained is not None
+    trained.called(str(base)).save(folder)
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name] + 1}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="not what it was when the adapter"):
+        export_lora_gguf(folder, tmp_path / "lora")
+    (folder / FINGERPRINT).unlink()
+    shutil.copytree(folder, tmp_path / "own")
+    (tmp_path / "own" / "x.gguf").write_text("")
+    for read in (tmp_path / "own", folder):
+        with pytest.raises(InputError, match="holds no model that could be overwritten"):
+            export_lora_gguf(read, tmp_path / "own", overwrite=True)
+    assert (tmp_path / "own" / "adapter_model.safetensors").is_file() and not (tmp_path / "lora").exists()
 
 
 CHATML = (

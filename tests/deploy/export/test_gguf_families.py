@@ -21,9 +21,12 @@ from halfbyte.deploy.export.gguf import export_gguf
 from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig
 from halfbyte.hf.layers.families import FAMILIES
+from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
 from halfbyte.hf.models.gguf_form.family import FORMS
 from halfbyte.hf.models.gguf_form.splits import WAYS
+from halfbyte.hf.models.gguf_scale import scaled_by
+from halfbyte.hf.models.hub import locate
 
 F32, F16, TABLE = 1e-4, 3e-2, 3e-3
 """Bounds of the largest difference over the logits' standard deviation; with GELU, which llama.cpp has in a table."""
@@ -205,6 +208,36 @@ def test_our_reader_gives_the_file_s_values_back_bit_for_bit(
         if x.ndim == 1 and name.startswith("gemma"):
             wanted = (x + 1) - 1  # as the file's fp32 has it
         assert torch.equal(read.read(key), wanted), key
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (family, _) in MODELS.items() if family in ("Qwen3", "Gemma2", "Gemma3")]
+)
+def test_what_transformers_does_not_read_of_a_file_is_as_the_model_has_it(
+    name: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide heads of Qwen 3, and by what Gemma's queries are scaled, which transformers takes to be 256."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    model = save(name, tmp_path / "model", tiny_model_folder)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f32")
+    for _ in range(2):  # the second time it is what was kept
+        text = config_at(locate(copy.file), False).get_text_config()
+        for key in ("head_dim", "query_pre_attn_scalar"):
+            assert getattr(text, key, None) == getattr(model.config.get_text_config(), key, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "width", "heads", "size", "scalar"),
+    [("gemma2", 46, 4608, 32, 128, 144), ("gemma3_text", 62, 5376, 32, 128, 168), ("gemma2", 26, 2304, 8, 256, 256)],
+)
+def test_queries_are_scaled_as_googles_configurations_say(
+    family: str, layers: int, width: int, heads: int, size: int, scalar: int
+) -> None:
+    """Gemma 2 27B, Gemma 3 27B, Gemma 2 2B."""
+    config = transformers.AutoConfig.for_model(
+        family, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, head_dim=size
+    )
+    assert scaled_by(config) == scalar
 
 
 @pytest.mark.filterwarnings("ignore:.*rounded a second time")

@@ -83,6 +83,14 @@ def test_every_error_that_a_page_may_show_has_a_form(language: str) -> None:
         ("Evaluation: perplexity", "评估：困惑度"),
         ("mean of 5 steps", "5 步平均"),
         ("Nobody has ever said this.", "Nobody has ever said this."),
+        ("unknown option --foo (did you mean 'food'?).", "未知的选项 --foo（是不是 'food'？）。"),
+        ("Columns not used: a, b (is a its b?).", "未使用的列：a, b（a 是不是它的 b？）。"),
+        (
+            "A step needs 3 GiB of memory even with every activation recomputed, but 2 GiB may be used: lower "
+            "max_length, or raise memory by 1 GiB.",
+            "即使所有激活值都重新计算，一步也需要 3 GiB 内存，但只能使用 2 GiB："
+            "请降低 max_length，或把 memory 增加 1 GiB。",
+        ),
         (
             "Nobody has ever said this. a is a file; name a folder.",
             "Nobody has ever said this. a 是文件；请指定文件夹。",

@@ -1,6 +1,7 @@
 """What the page draws holds every text, and none of it as HTML."""
 
 import fcntl
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from halfbyte.runs.history import Run
 
 EVIL = """<script>alert(1)</script><img src=x onerror="alert('1')">"'&"""
 HARMLESS = {
-    "p", "dl", "div", "dt", "dd", "h3", "h4", "table", "thead", "tbody", "tr", "th", "td", "bdi", "section",
+    "p", "dl", "div", "dt", "dd", "h2", "h3", "table", "thead", "tbody", "tr", "th", "td", "bdi", "section",
     "pre", "span", "br", "small", "details", "summary", "ul", "li", "svg", "rect", "title", "strong", "a",
     "header", "progress", "figure", "figcaption", "line", "text", "path", "g", "circle", "polyline",
 }  # fmt: skip
@@ -100,3 +101,14 @@ def test_a_job_tells_how_far_it_is_as_long_as_it_runs(tmp_path: Path) -> None:
         html = pictures.job("en", job)
         assert '<progress max="1272" value="120" aria-label="Merging: 120 of 1,272, 7.1 s left">' in html
     assert "<progress" not in pictures.job("en", job)
+
+
+def test_charts_speak_the_language_but_runs_keep_their_names() -> None:
+    run = a_run()
+    run.events[-1:] = [Evaluation(step=8, figures={"loss": 0.4, "token_accuracy": 0.5, "perplexity": 1.5})]
+    compared = pictures.compared("zh", [("evaluation", run), ("loss", run)])
+    assert ">evaluation<" in compared and ">loss<" in compared and "评估：词元准确率" in compared
+    run.evaluations[0].figures.pop(EVIL)
+    charts = pictures.charts("zh", pictures.curves.drawings(run))
+    words = {word for text in re.findall(r'>([^<>]+)<|aria-label="([^"]+)"', charts) for word in text if word}
+    assert {word for word in words if re.search("[a-z]{3}", word)} == set()

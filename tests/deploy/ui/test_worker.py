@@ -40,6 +40,25 @@ def test_a_preview_shows_what_is_trained_and_what_cannot_be(options: dict[str, A
     assert ("rows", "20") in seen.figures
 
 
+def test_of_much_data_the_first_rows_are_looked_at(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan then is that of all rows, as far as the first are like the others; these are alike."""
+    file = tmp_path / "many.jsonl"
+    file.write_text("\n".join(json.dumps({"q": f"{i:06}" * 25, "a": f"{i:06}."}) for i in range(10_000)) + "\n")
+    size = file.stat().st_size
+    options |= {"data": [f"{file}@2", options["data"][0]], "max_length": 256}
+    whole = questions.plan(options, with_data=True)
+    assert questions.preview(options).of == whole.of == 0
+    monkeypatch.setattr(questions, "LARGE", size // 4)
+    seen = questions.preview(options)
+    assert size < seen.of < size + 2000 and 2 * 10_000 // 16 < seen.rows < 2 * 10_000 // 4
+    assert len(seen.bad) == 2  # those of the small file, which is read to its end
+    told = questions.plan(options, with_data=True)
+    assert told.of == seen.of and told.steps == pytest.approx(whole.steps, rel=0.05)
+    assert told.seconds == pytest.approx(whole.seconds, rel=0.05)
+
+
 def test_columns_are_those_of_the_first_rows(options: dict[str, Any]) -> None:
     seen = questions.columns(options["data"])
     assert seen.names == ["q", "a"] and seen.rows[0] == ["0?", "0."] and "row 1" in seen.where[0]

@@ -140,10 +140,12 @@ def test_measuring_holds_one_layer_at_a_time(tiny_model_folder: Path) -> None:
     assert gone == [True]
 
 
-def paged_policy(free: int, forward: float, reading: float, draws: int | None = 0) -> activations.Policy:
+def paged_policy(
+    free: int, forward: float, reading: float, draws: int | None = 0, beside: int = 0
+) -> activations.Policy:
     """Return what is chosen for 8 micro-batches over 10 layers of 100 MB each, of which 100 MB are kept for each."""
     layers = [activations.Costs(100 * 10**6, 10**6, draws)] * 10
-    base, pace = activations.Base(10**9, 2 * 10**8), activations.Pace(forward, reading)
+    base, pace = activations.Base(10**9, 2 * 10**8, beside), activations.Pace(forward, reading)
     return activations.decide(layers, 0, activations.WORKSPACE + free, 1, base=base, passes=8, state=0, pace=pace)
 
 
@@ -164,6 +166,14 @@ def test_a_base_that_would_fit_with_all_recomputed_is_paged_where_that_is_faster
     paged = paged_policy(room, forward=10.0, reading=1.0)
     assert paged.paged is not None and paged.recomputed == 0
     assert paged_policy(2500 * 10**6, forward=10.0, reading=1.0).paged is None
+
+
+def test_an_embedding_that_is_the_head_too_is_counted_beside_what_is_paged() -> None:
+    """Without that a base with 300 MB of it was taken to fit into 2,300 MB, and thrashed."""
+    room = 2300 * 10**6
+    assert paged_policy(room, forward=10.0, reading=1.0).paged is None
+    paged = paged_policy(room, forward=10.0, reading=1.0, beside=300 * 10**6)
+    assert paged.paged == room - 1200 * 10**6 - 300 * 10**6 - activations.CACHED
 
 
 def test_a_policy_never_takes_more_than_there_is() -> None:

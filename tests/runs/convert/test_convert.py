@@ -127,7 +127,7 @@ def test_llama_factorys_qlora_example_becomes_this_run():
         "model": "Qwen/Qwen3-4B-Instruct-2507",
         "trust_remote_code": True,
         "method": "sft",
-        "data": ["data/identity.json", "data/alpaca_en_demo.json"],
+        "data": [{"path": f"data/{name}.json", "max_rows": 1000} for name in ("identity", "alpaca_en_demo")],
         "output": "saves/qwen3-4b/lora/sft",
         "max_length": 2048,
         "rank": 8,
@@ -149,7 +149,7 @@ def test_llama_factorys_qlora_example_becomes_this_run():
         "seed": 42,
         "group_by_length": False,
     }
-    assert set(made.lacking) == {"max_samples", "dataset: identity", "dataset: alpaca_en_demo"}
+    assert set(made.lacking) == {"dataset: identity", "dataset: alpaca_en_demo"}
 
 
 def test_llama_factorys_version_1_is_read_too():
@@ -186,8 +186,8 @@ def test_data_sets_of_llama_factory_are_looked_up(tmp_path: Path):
     )
     made = changed(LLAMA_FACTORY / "train_qlora_qwen3_lora_sft_otfq.yaml", tmp_path)
     assert made.values["data"] == [
-        {"path": "data/who.json", "format": "alpaca"},
-        {"path": "llamafactory/alpaca_en", "config": "one", "split": "test", "format": "messages"},
+        {"path": "data/who.json", "format": "alpaca", "max_rows": 1000},
+        {"path": "llamafactory/alpaca_en", "config": "one", "split": "test", "format": "messages", "max_rows": 1000},
     ]
     assert "dataset: alpaca_en_demo.images" in made.lacking
 

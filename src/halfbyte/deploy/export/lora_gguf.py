@@ -13,24 +13,27 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
+import torch
 from torch import Tensor
 
 from halfbyte.choices import GgufAdapterType
 from halfbyte.deploy.card import write_card
 from halfbyte.deploy.export.ggml import HALF, kind_of, packed, packed_bytes
 from halfbyte.deploy.export.gguf import FILES, HEADER
-from halfbyte.deploy.folders import free_folder
+from halfbyte.deploy.folders import check_apart, free_folder
 from halfbyte.errors import InputError, check_room, named
 from halfbyte.files import whole_folder
+from halfbyte.hf.models.base_files import Source, check_base
 from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.gguf_form.family import form_of
 from halfbyte.hf.models.gguf_form.tensors import HEAD, Names, plain_target
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.loader import base_of_adapter
 from halfbyte.hf.models.low_rank import LowRankAdapter, Part, read_low_rank
-from halfbyte.hf.models.quantize_files import on_disk
+from halfbyte.hf.models.quantize_files import on_disk, skeleton_of
 
 OF_BASE = ".base_layer.weight"
 """What PEFT writes beside an adapter of the embedding or the head: the base's own."""
@@ -98,7 +101,10 @@ def export_lora_gguf(
     place = base_of_adapter(locate(adapter)) if base is None else locate(base)
     config = config_at(place, trust_remote_code)
     _check_kind(read, adapter, config.get_text_config().vocab_size)
+    check_apart(output, [read.folder, *([Path(place.path)] if place.is_folder else [])])
+    check_base(read.folder, Source(place, trust_remote_code))
     form = form_of(config, model_class(config).__name__)
+    _check_shapes(read, adapter, config, trust_remote_code)
     names = Names(form, config.get_text_config())
     tied = config.get_text_config().tie_word_embeddings
     parts = {_target(name, names, tied): (name, part) for name, part in read.parts.items()}
@@ -153,6 +159,17 @@ def _check_kind(read: LowRankAdapter, adapter: str | Path, rows: int) -> None:
             f"{adapter} has more than what LoRA adds to matrices ({named(sorted(more))}: biases, modules that were "
             f"saved whole or new tokens), which GGUF has no words for; {merged}."
         )
+
+
+def _check_shapes(read: LowRankAdapter, adapter: str | Path, config: Any, trust_remote_code: bool) -> None:
+    weights = skeleton_of(config, torch.bfloat16, trust_remote_code).state_dict()
+    for name, part in read.parts.items():
+        shape, wanted = (len(part.b), part.a.shape[1]), tuple(getattr(weights.get(f"{name}.weight"), "shape", ()))
+        if wanted and shape != wanted:
+            raise InputError(
+                f"{adapter} and its base do not fit: {name} is {list(wanted)} in the model, and what the adapter adds "
+                f"is {list(shape)}."
+            )
 
 
 def _target(module: str, names: Names, tied: bool) -> str:

@@ -44,7 +44,9 @@ class ServeOptions(Options):
         gt=0,
         description="For keys and values, as 2GB; without it half of what is free after loading.",
     )
-    max_waiting: int = Field(default=64, ge=1, description="Answers that may wait for memory or a row; more get 429.")
+    max_waiting: int = Field(
+        default=64, ge=1, description="Answers that may wait for memory or a place in the batch; more get 429."
+    )
     max_body: ByteSize = Field(default=ByteSize(4 << 20), gt=0, description="Greatest body of a request.")
     max_prompt_tokens: int | None = Field(
         default=None, ge=1, description="Longest prompt; without it what the model attends to."

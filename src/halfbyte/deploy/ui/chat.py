@@ -18,6 +18,11 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.history import is_run
 
 Messages = list[dict[str, Any]]
+TAG = re.compile(r"<[a-zA-Z/!?]")
+CODE = re.compile(r"(`{3,}).*?(?:\1|\Z)|(`+)[^`].*?\2", re.DOTALL)
+LONG = 7
+"""Backticks of a block in which a text is shown; few answers have as many."""
+BLOCK = re.compile(r"(`{7,})text\n(.*)\n\1", re.DOTALL)
 
 
 class Chat:
@@ -113,7 +118,7 @@ class Chat:
     def _send(self, language: str, message: str, left: Messages, right: Messages, *sampling: Any) -> Iterator[Any]:
         if not (message or "").strip():
             raise InputError(say(language, "say.nothing"))
-        turn = {"role": "user", "content": message}
+        turn = {"role": "user", "content": shown(message)}
         yield from self._answers(language, [*left, turn], [*right, turn], sampling)
 
     @told_errors(4)
@@ -138,7 +143,8 @@ class Chat:
         sides = [left, right][: len(names)]
         asked = [(name, plain(side, system)) for name, side in zip(names, sides, strict=True)]
         for texts in self.ui.talk.side_by_side(asked, options):
-            grown = [[*side, {"role": "assistant", "content": text}] for side, text in zip(sides, texts, strict=True)]
+            answers = [{"role": "assistant", "content": shown(text)} for text in texts]
+            grown = [[*side, answer] for side, answer in zip(sides, answers, strict=True)]
             yield "", grown[0], grown[1] if len(grown) > 1 else [], ""
 
     @told_errors(1)
@@ -173,12 +179,21 @@ def plain(side: Messages, system: str | None) -> list[dict[str, str]]:
     return first + [{"role": one["role"], "content": text_of(one)} for one in side]
 
 
+def shown(text: str) -> str:
+    """Return a text as it is shown: one with tags of HTML, which would be left out, as a block of code."""
+    if not TAG.search(CODE.sub("", text)):
+        return text
+    fence = "`" * max(LONG, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
 def text_of(message: dict[str, Any]) -> str:
-    """Return the text of a message, as gradio hands it: a text, or parts."""
+    """Return the text of a message, as gradio hands it: a text, or parts; without what :func:`shown` put around it."""
     content = message["content"]
     if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
-    return str(content)
+        content = "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
+    block = BLOCK.fullmatch(str(content))
+    return block[2] if block else str(content)
 
 
 def _until_asked(side: Messages) -> Messages:

@@ -2,7 +2,8 @@
 
 The library's own sentences are English. ``texts/library.LANGUAGE.yaml`` has them by their form in the source, ``{}``
 where a value stands, each with the sentence of that language, ``{0}``, ``{1}`` … where the values stand in it. What is
-said is looked up by its form; a text of several sentences piece by piece. What no form fits stays as it is.
+said is looked up by its form, the values in it too; a text of several sentences piece by piece. What no form fits stays
+as it is.
 """
 
 import functools
@@ -13,10 +14,8 @@ from typing import NamedTuple
 import yaml
 
 FOLDER = Path(__file__).parent / "texts"
-END = re.compile(r"(?<=[.!?:;)])\s+|\n+|(?=; )|(?<=\))(?=[:,] )")
+END = re.compile(r"(?<=[.!?:;)])\s+|\n+|(?=; )|(?= \()|(?<=\))(?=[:,] )")
 """Between two sentences, or before a clause that has a form of its own."""
-
-
 SPAN = 4
 """Pieces that one form may take together."""
 
@@ -96,5 +95,9 @@ def _piecewise(forms: list[Form], text: str) -> str:
 
 
 def _put(forms: list[Form], form: Form, match: re.Match[str]) -> str:
-    values = [whole if (whole := _whole(forms, value)) is not None else value for value in match.groups()]
+    """Return a form's text with the values that ``match`` found, which may hold sentences themselves."""
+    values = []
+    for value in match.groups():
+        whole = _whole(forms, value)
+        values.append(whole if whole is not None else _piecewise(forms, value) if END.search(value) else value)
     return form.text.format(*values)

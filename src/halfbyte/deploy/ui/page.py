@@ -27,7 +27,12 @@ SPEAK = """(language) => {
 
 def theme() -> Any:
     """Return how the page looks; no font is loaded from elsewhere."""
-    contrast = {"block_info_text_color": "*neutral_600", "input_placeholder_color": "*neutral_500"}
+    contrast = {
+        "block_info_text_color": "*neutral_600", "input_placeholder_color": "*neutral_500",
+        "body_text_color_subdued": "*neutral_500", "color_accent": "*primary_600",
+        "button_primary_background_fill": "*primary_600", "button_primary_background_fill_hover": "*primary_700",
+        "button_cancel_background_fill": "#dc2626", "button_cancel_background_fill_hover": "#b91c1c",
+    }  # fmt: skip
     dark = {"block_info_text_color_dark": "*neutral_300", "input_placeholder_color_dark": "*neutral_400"}
     return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO).set(
         **contrast, **dark

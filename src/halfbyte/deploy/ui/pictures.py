@@ -5,7 +5,7 @@ Texts of data may be of any script: each stands in a ``dir="auto"`` of its own.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape, unescape
 from typing import Any
 
@@ -19,7 +19,8 @@ from halfbyte.runs.history import Run
 from halfbyte.runs.report import curves, words
 from halfbyte.runs.report.axes import number
 
-TEXT = re.compile(r">([^<>]+)<")
+TEXT = re.compile(r'(>|aria-label=")([^<>"]+)(?=[<"])')
+"""What of SVG is read, by eyes or by a screen reader."""
 FAR = re.compile(r"^(.*: ([\d,]+) of ([\d,]+)\b.*)$", re.MULTILINE)
 """What a command says of how far it is (``halfbyte.cli.console.bar``)."""
 SHOWN_SAMPLES = 6
@@ -48,12 +49,12 @@ def machine(
     ]
     pairs = "".join(f"<div><dt>{_(name)}</dt><dd>{_(value)}</dd></div>" for name, value in facts)
     html = f'<dl class="hb-facts">{pairs}</dl>'
-    html += f"<h3>{_(t['models'])}</h3>"
+    html += f"<h2>{_(t['models'])}</h2>"
     rows = [(m.name, size_text(m.nbytes), f"{hour[m.path]:,.0f}" if m.path in hour else "") for m in models]
     html += table((t["name"], t["size"], t["hour"]), rows, right=(1, 2)) if models else told(t["none"])
     if hour and not about["measured"]:
         html += f'<p class="hb-dim">{_(t["guess"])}</p>'
-    return html + (f"<h3>{_(t['runs'])}</h3>{runs(language, latest, ())}" if latest else "")
+    return html + (f"<h2>{_(t['runs'])}</h2>{runs(language, latest, ())}" if latest else "")
 
 
 def table(
@@ -85,14 +86,17 @@ def columns(language: str, found: Columns) -> str:
     """Return the first rows of data."""
     if not found.names:
         return ""
-    heading = f"<h3>{_(say(language, 'data.columns'))}</h3>"
+    heading = f"<h2>{_(say(language, 'data.columns'))}</h2>"
     return heading + table(found.names, [[_cut(cell) for cell in row] for row in found.rows[:3]])
 
 
 def preview(language: str, found: Preview) -> str:
     """Return what would be trained, with what is trained coloured."""
     t = entry(language, "data")
-    html = told(say(language, "data.rows", rows=f"{found.rows:,}"))
+    if found.of:
+        html = told(say(language, "data.part", rows=f"{found.rows:,}", size=size_text(found.of)))
+    else:
+        html = told(say(language, "data.rows", rows=f"{found.rows:,}"))
     if found.bad:
         for kind, count, first in found.bad:
             line = say(language, "data.bad", count=f"{count:,}", kind=said(language, kind))
@@ -103,7 +107,7 @@ def preview(language: str, found: Preview) -> str:
     html += f'<p class="hb-dim">{_(t["trained"])}</p>'
     names = {"": "", "chosen": t["chosen"], "rejected": t["rejected"], "good": t["good"], "bad": t["bad_answer"]}
     for title, parts in found.samples[:SHOWN_SAMPLES]:
-        html += f'<section class="hb-sample"><h4><bdi>{_(title)}</bdi></h4>'
+        html += f'<section class="hb-sample"><h3><bdi>{_(title)}</bdi></h3>'
         for name, spans in parts:
             label = f'<span class="hb-dim">{_(names.get(name, name))}</span>' if name else ""
             html += f'{label}<pre dir="auto">{"".join(_span(*span) for span in spans)}</pre>'
@@ -140,7 +144,11 @@ def plan(language: str, found: Foretold) -> str:
     if found.steps is not None and found.seconds is not None:
         whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
         html += f". <strong>{_(whole)}</strong>"
+        if found.evaluations:
+            html += f"{_(say(language, 'plan.evaluations', seconds=words.duration(found.evaluations)))}"
     html += "</p>"
+    if found.of:
+        html += f'<p class="hb-dim">{_(t["part"])}</p>'
     if not found.measured:
         html += f'<p class="hb-dim">{_(t["guess"])}</p>'
     for flags, times in found.advice[:2]:
@@ -180,7 +188,7 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
         log: of the job.
     """
     t = entry(language, "run")
-    html = f'<header class="hb-run"><h3><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h3>'
+    html = f'<header class="hb-run"><h2><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h2>'
     told_now = []
     if found.total_steps:
         share = found.step / found.total_steps
@@ -210,7 +218,7 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
     if found.steps:
         html += charts(language, curves.drawings(found))
     if found.samples:
-        html += f"<h4>{_(t['samples'])}</h4>"
+        html += f"<h3>{_(t['samples'])}</h3>"
         for prompt, answers in list(found.samples.items())[:SHOWN_SAMPLES]:
             html += f'<pre dir="auto" class="hb-prompt">{_(prompt)}</pre>'
             for answer in answers[-2:]:
@@ -230,7 +238,7 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
 
 def job(language: str, found: Job) -> str:
     """Return a job that has no run yet, or is none; how far it is, if it has said that."""
-    html = f'<header class="hb-run"><h3><bdi>{_(found.title)}</bdi> {_state(language, found.state)}</h3>'
+    html = f'<header class="hb-run"><h2><bdi>{_(found.title)}</bdi> {_state(language, found.state)}</h2>'
     said_last = FAR.findall(found.log) if found.state == "running" else []
     if said_last:
         line, *numbers = said_last[-1]
@@ -244,19 +252,24 @@ def compared(language: str, found: Sequence[tuple[str, Run]]) -> str:
     """Return the curves of runs in one, and the options in which they differ."""
     from halfbyte.runs.report.page import compared_options
 
-    html = charts(language, curves.compared(found))
+    html = charts(language, curves.compared(found), {name for name, _run in found})
     rows = [(name, *values) for name, values in compared_options(found)]
     head = (say(language, "run.differ"), *(name for name, _run in found))
     return html + (table(head, rows) if rows else "")
 
 
-def charts(language: str, drawings: Sequence[curves.Drawing]) -> str:
-    """Return charts, their own words in the page's language."""
+def charts(language: str, drawings: Sequence[curves.Drawing], names: Collection[str] = ()) -> str:
+    """Return charts, their own words in the page's language, but ``names`` of runs as they are."""
     html = ""
     for one in drawings:
         size = "large" if one.large else "small"
         html += f'<figure class="{size}"><figcaption>{_(one.heading)}</figcaption>{one.svg}{one.legend}</figure>'
-    html = TEXT.sub(lambda found: f">{_(said(language, unescape(found[1])))}<", html)
+
+    def translated(found: re.Match[str]) -> str:
+        text = unescape(found[2])
+        return f"{found[1]}{_(text if text in names else said(language, text))}"
+
+    html = TEXT.sub(translated, html)
     return f'<div class="hb-charts">{html}</div>'
 
 

@@ -18,6 +18,8 @@ SEEN = 50
 """Rows that are looked at for their columns."""
 LONGEST = 200
 """Characters of a cell that is shown."""
+LARGE = 2**24
+"""Bytes of data beyond which its first rows alone are looked at, about so much of them."""
 HOUR = 3600.0
 HOUR_LENGTH = 256
 """Tokens of a row of which it is said how many can be trained in an hour."""
@@ -48,6 +50,7 @@ class Preview:
         bad: kinds of rows that cannot be trained on, how many, and the first of them.
         samples: of rows: a title, and parts of a name and pairs of a style and a text.
         rows: that are trained on.
+        of: bytes of the data, if only its first rows were looked at; else nothing.
     """
 
     figures: list[tuple[str, str]]
@@ -55,6 +58,7 @@ class Preview:
     bad: list[tuple[str, int, str]]
     samples: list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]
     rows: int
+    of: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +70,11 @@ class Foretold:
         peak, imports, free: bytes: of the step, of a process as such, and what may be taken.
         step: seconds of one.
         steps, seconds: of the whole run; None where nobody knows.
+        evaluations: seconds of them.
         measured: whether the machine's own rates are behind it.
         policy: what becomes of activations and of the base.
         advice: options that make it faster, and how many times.
+        of: bytes of the data, if the number of its rows is a guess by the first ones; else nothing.
         refusal: why it cannot be, with what could; then all else is nothing.
     """
 
@@ -83,6 +89,8 @@ class Foretold:
     policy: str = ""
     advice: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     refusal: str = ""
+    of: int = 0
+    evaluations: float = 0.0
 
 
 def columns(data: list[str]) -> Columns:
@@ -116,6 +124,7 @@ def preview(options: dict[str, Any]) -> Preview:
     from halfbyte.train.rows import opened_tokenizer, prepared
 
     config = TrainConfig.from_yaml(None, options | {"skip_bad_rows": "all"})
+    config, share, size = _first_rows(config)
     said: list[str] = []
     with quiet():
         tokenizer, _ = opened_tokenizer(config, said.append)
@@ -123,8 +132,44 @@ def preview(options: dict[str, Any]) -> Preview:
         said += rows.said
         bad = [(kind, count, rows.bad.first.get(kind, "")) for kind, count in rows.bad.counts.items()]
         if config.task != "lm":
-            return _of_task(rows, tokenizer, said, bad)
-        return _of_language(config, rows, tokenizer, said, bad)
+            found = _of_task(rows, tokenizer, said, bad)
+        else:
+            found = _of_language(config, rows, tokenizer, said, bad)
+    return dataclasses.replace(found, of=size if share < 1 else 0)
+
+
+def _first_rows(config: Any) -> tuple[Any, float, int]:
+    """Return options that name the first rows of data that is large, what share of its bytes they are, and its bytes.
+
+    Nobody wants to wait for half a gigabyte of tokens before the first row is seen; training reads it all.
+    """
+    from halfbyte.data.sources import inputs_of
+
+    size = sum(file.stat().st_size for file in inputs_of(config.data))
+    if size <= LARGE:
+        return config, 1.0, size
+    heads = [_head(source, LARGE // len(config.data)) for source in config.data]
+    first = [s.model_copy(update={"max_rows": rows}) for s, (rows, _) in zip(config.data, heads, strict=True)]
+    return config.model_copy(update={"data": first}), min(sum(read for _, read in heads) / size, 1.0), size
+
+
+def _head(source: Any, most: int) -> tuple[int, float]:
+    """Return how many of a source's rows come before about ``most`` bytes of it, and how many bytes that are."""
+    from halfbyte.data.sources import inputs_of, read_source
+
+    held = rows = 0
+    told = (0, 0)  # rows, and bytes of the file up to them
+
+    def far(row: int, here: int, _: int) -> None:
+        nonlocal told
+        told = row, here
+
+    once = source.model_copy(update={"weight": 1.0})
+    for rows, (_, row) in enumerate(read_source(once, far), start=1):
+        held += len(str(row))
+        if max(told[1], held) > most:
+            return rows, rows * told[1] / told[0] if told[1] else held
+    return rows, sum(file.stat().st_size for file in inputs_of([source]))
 
 
 def _of_language(config: Any, rows: Any, tokenizer: Any, said: list[str], bad: list[tuple[str, int, str]]) -> Preview:
@@ -182,19 +227,19 @@ def plan(options: dict[str, Any], with_data: bool) -> Foretold:
     from halfbyte.train.rows import opened_tokenizer, prepared
 
     config = TrainConfig.from_yaml(None, options)
-    method = method_of(config)
+    method, size, share = method_of(config), 0, 1.0
     with quiet():
         given: dict[str, Any] = {"model": look_at(config), "machine": calibrate.known(), **of_method(config, method)}
         if with_data:
-            skipping = config.model_copy(update={"skip_bad_rows": "all"})
+            skipping, share, size = _first_rows(config.model_copy(update={"skip_bad_rows": "all"}))
             tokenizer, _ = opened_tokenizer(skipping, lambda _: None)
-            given["facts"] = facts_of(prepared(skipping, method, tokenizer))
+            given["facts"] = facts_of(prepared(skipping, method, tokenizer)).times(1 / share)
         try:
             found = plan_run(config, **given)
         except DoesNotFitError as error:
             return Foretold(refusal=str(advice.refusal(config, error, **given)))
         faster = advice.faster(found, **given)
-    told = [(one.flags, found.step.seconds / one.plan.step.seconds) for one in faster]
+    told = [(one.flags, one.gain(found)) for one in faster]
     return Foretold(
         {name: size for name, size in found.memory.parts().items() if size},
         found.memory.peak,
@@ -206,6 +251,8 @@ def plan(options: dict[str, Any], with_data: bool) -> Foretold:
         found.machine.is_measured,
         str(found.policy),
         told,
+        of=size if share < 1 else 0,
+        evaluations=found.evaluations,
     )
 
 

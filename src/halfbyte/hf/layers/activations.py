@@ -75,10 +75,12 @@ class Base(NamedTuple):
     Attributes:
         all: of its layers and its head.
         least: of them in memory at a time (:mod:`halfbyte.hf.models.paging`).
+        beside: of an embedding that is the head too, which every pass reads and the system keeps or drops.
     """
 
     all: int = 0
     least: int = 0
+    beside: int = 0
 
 
 class Pace(NamedTuple):
@@ -326,10 +328,10 @@ def decide(
         return Policy(0, recomputed, len(layers) - recomputed, _needed(layers, fixed, 0, recomputed), free)
 
     def paged(policy: Policy, together: bool = False) -> Policy:
-        left = min(max(policy.free - policy.bytes - CACHED, 0), base.all - base.least)
+        left = min(max(policy.free - policy.bytes - base.beside - CACHED, 0), base.all - base.least)
         return replace(policy, paged=base.least + left, bytes=policy.bytes + left, together=together)
 
-    ways: list[Callable[[], Policy]] = [lambda: chosen(layers, fixed + base.all)]
+    ways: list[Callable[[], Policy]] = [lambda: chosen(layers, fixed + base.all + base.beside)]
     if base.all > base.least:
         ways.append(lambda: paged(chosen(layers, fixed + base.least)))
         if passes > 1 and recompute is not False and all(layer.draws is not None for layer in layers):

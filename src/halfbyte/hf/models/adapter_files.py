@@ -7,6 +7,7 @@ embeddings have more rows than the base's (tokens were added before training) ha
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,
@@ -102,6 +104,26 @@ def put_adapter(
     return adapted if trained else adapted.eval()
 
 
+def check_numbers(config: PeftConfig, folder: Path) -> None:
+    """Check the numbers that LoRA's file of settings says: ranks, and what scales go by.
+
+    Raises:
+        InputError: one is none.
+    """
+    if not isinstance(config, LoraConfig):
+        return
+    for name, is_rank in (("r", True), ("lora_alpha", False)):
+        patterns = getattr(config, {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[name], None)
+        given = {name: getattr(config, name, None), **(patterns if isinstance(patterns, dict) else {})}
+        for what, value in given.items():
+            if value is None or isinstance(value, list):  # AdaLoRA's patterns say which ranks are left
+                continue
+            kind = int if is_rank else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or is_rank > value:
+                wanted = "a whole number of 1 or more" if is_rank else "a finite number"
+                raise InputError(f"{folder / 'adapter_config.json'} says {what} {value!r}; it must be {wanted}.")
+
+
 def drop_adapter(model: PeftModel, name: str) -> PreTrainedModel | PeftModel:
     """Take an adapter off a model, and return the model: without PEFT's wrapper where it was the last one."""
     if set(model.peft_config) == {name} and not model.peft_config[name].is_prompt_learning:
@@ -184,6 +206,7 @@ def _read(model: PreTrainedModel | PeftModel, folder: Path) -> tuple[PeftConfig,
         raise InputError(
             f"{folder / 'adapter_config.json'} names no kind of adapter (peft_type): it is not a PEFT adapter."
         )
+    check_numbers(config, folder)
     # PEFT saves an embedding that was resized and is trained as a whole twice
     twice = [name for name in weights if name.replace(".modules_to_save.", ".") in weights.keys() - {name}]
     return config, {name: tensor for name, tensor in weights.items() if name not in twice}

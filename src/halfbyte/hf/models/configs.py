@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.models.foreign.gguf import header_of, keep_header, open_gguf
+from halfbyte.hf.models.foreign.gguf import complete, header_of, keep_header, open_gguf
 from halfbyte.hf.models.hub import ADAPTER as ADAPTER
 from halfbyte.hf.models.hub import Place, locate
 
@@ -73,6 +73,7 @@ def config_at(place: Place, trust_remote_code: bool) -> Any:
     if is_kept:
         config.name_or_path = place.path
     elif place.gguf:
+        complete(config, place.gguf)
         keep_header(place.gguf, config)
     return config
 

@@ -45,6 +45,8 @@ def locate(path: str | Path) -> Place:
         InputError: there is no such folder, and the hub has no such model or cannot be reached.
     """
     text = str(path)
+    if not text.strip():
+        raise InputError(f"A name is empty; {GIVE}.")
     try:
         folder = Path(text).expanduser()
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
-from halfbyte.hf.models.adapter_files import BESIDE
+from halfbyte.hf.models.adapter_files import BESIDE, check_numbers
 from halfbyte.hf.models.base_format import FILE as BASE_FORMAT
 from halfbyte.hf.models.check import check_finite
 from halfbyte.hf.models.configs import ADAPTER, sentence
@@ -110,6 +110,7 @@ def read_low_rank(path: str | Path) -> LowRankAdapter:
     if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise InputError(f"The adapter {folder} is of the kind {kind}; this is for LoRA.")
+    check_numbers(config, folder)
     read = LowRankAdapter(folder, config)
     for form, (first, second) in enumerate(FORMS):
         for key in [key for key in weights if key.endswith(first)]:
@@ -121,6 +122,10 @@ def read_low_rank(path: str | Path) -> LowRankAdapter:
             for one, x in ((key, a), (other, b)):
                 check_finite(one, x)
             read.parts[name] = Part(a, b, scaling_of(config, name, len(a)), form)
+    alone = [(key, other) for key in weights for other, end in FORMS if key.endswith(end)]
+    if alone:
+        key, other = alone[0]
+        raise InputError(f"The adapter {folder} has {key} and lacks its {other.split('.')[1]}; copy it again.")
     if not read.parts:
         raise InputError(f"The adapter {folder} has no LoRA matrices; copy it again.")
     read.others = weights

@@ -40,9 +40,8 @@ def units_of(model: nn.Module) -> list[Unit]:
     """
     layers = recomputable_layers(model)
     units = [_unit(_tensors(layer)) for layer in layers]
-    base: Any = base_of(model)
-    head, embedding = (getattr(base, f"get_{side}put_embeddings", lambda: None)() for side in ("out", "in"))
-    if layers and isinstance(head, nn.Module) and _weight(head) is not _weight(embedding):
+    head, tied = _head(model)
+    if layers and head is not None and not tied:
         units.append(_unit(_tensors(head)))
     return units
 
@@ -57,8 +56,19 @@ def least_bytes(model: nn.Module) -> int:
     return least_of(units_of(model)) if mapped.available() else 0
 
 
-def _weight(module: Any) -> Any:
-    return getattr(module, "weight", None)
+def beside_bytes(model: nn.Module) -> int:
+    """Return the bytes of a head that is the embedding too, as far as they are views of files."""
+    head, tied = _head(model)
+    return _unit(_tensors(head)).nbytes if head is not None and tied and mapped.available() else 0
+
+
+def _head(model: nn.Module) -> tuple[nn.Module | None, bool]:
+    """Return the head, if there is one, and whether it is the embedding too."""
+    base: Any = base_of(model)
+    head, embedding = (getattr(base, f"get_{side}put_embeddings", lambda: None)() for side in ("out", "in"))
+    if not isinstance(head, nn.Module):
+        return None, False
+    return head, getattr(head, "weight", None) is getattr(embedding, "weight", None)
 
 
 def _unit(tensors: list[Tensor]) -> Unit:
@@ -116,8 +126,11 @@ def attach_if_needed(model: nn.Module) -> None:
     Raises:
         InputError: there is not even room for two layers.
     """
-    room = int(SHARE * free_memory())
-    if mapped_bytes(model) > room and attach(model, room):
+    room, beside = int(SHARE * free_memory()), beside_bytes(model)
+    if mapped_bytes(model) + beside <= room:
+        return
+    room = max(room - beside, min(room, least_bytes(model)))
+    if attach(model, room):
         logger.info("The base is read from its file as it is used, %s of it in memory at a time.", size_text(room))
 
 

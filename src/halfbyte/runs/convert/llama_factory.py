@@ -62,7 +62,6 @@ KEYS: dict[str, To | Drop | Lack] = COMMON | {
     "adapter_name_or_path": To("adapter"),
     "add_tokens": To("new_tokens", lambda names: _list(names)),
     "resize_vocab": Drop("embeddings grow with new_tokens"),
-    "max_samples": Lack("write a smaller file, or a weight behind the data's name, such as @0.3"),
     "train_on_prompt": Lack("format: text trains whole texts"),
     "packing": Drop("a step has batch_size rows, laid side by side where that pays; nothing joins them before"),
     "neat_packing": Drop("a step has batch_size rows, laid side by side where that pays; nothing joins them before"),
@@ -96,7 +95,7 @@ DEFAULTS: dict[str, Any] = {
 TOGETHER = frozenset({
     "stage", "finetuning_type", "quantization_bit", "quantization_method", "quantization_type", "lora_alpha", "dataset",
     "eval_dataset", "dataset_dir", "val_size", "bf16", "pure_bf16", "fp16", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "pref_loss",
+    "warmup_steps", "pref_loss", "max_samples",
 })  # fmt: skip
 
 
@@ -115,9 +114,13 @@ def _finish(given: dict[str, Any], made: Converted) -> None:
     if not given.get("dataset"):
         raise InputError(f"{name} names no dataset.")
     made.values["data"] = _sources(given["dataset"], folder, "dataset", made)
+    if most := given.get("max_samples"):
+        made.values["data"] = _shortened(made.values["data"], most)
     share = given.get("val_size") or 0
     if given.get("eval_dataset"):
         made.values["eval_data"] = _sources(given["eval_dataset"], folder, "eval_dataset", made)
+        if most:
+            made.values["eval_data"] = _shortened(made.values["eval_data"], most)
     elif 0 < share < 1:
         made.set("eval_share", share, "val_size", share)
     elif share:
@@ -156,6 +159,13 @@ def _sources(names: Any, folder: Path, key: str, made: Converted) -> Any:
             continue
         found.append(_source(name, entry, folder, key, made))
     return found[0] if len(found) == 1 else found
+
+
+def _shortened(sources: Any, most: Any) -> Any:
+    """Return sources of which the first ``most`` rows are read, each."""
+    if isinstance(sources, list):
+        return [_shortened(source, most) for source in sources]
+    return (sources if isinstance(sources, dict) else {"path": sources}) | {"max_rows": int(most)}
 
 
 def _source(name: str, entry: Mapping[str, Any], folder: Path, key: str, made: Converted) -> Any:

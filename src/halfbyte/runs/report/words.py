@@ -12,7 +12,8 @@ from halfbyte.runs.report.axes import number
 
 FIGURES = {
     "loss": "loss", "accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "rouge_l": "ROUGE-L",
-    "exact_match": "exact match", "rewards/accuracies": "accuracy of the rewards", "rewards/margins": "reward margin",
+    "exact_match": "exact match", "token_accuracy": "token accuracy",
+    "rewards/accuracies": "accuracy of the rewards", "rewards/margins": "reward margin",
 }  # fmt: skip
 """What figures are called; others by their own names."""
 STATES = {

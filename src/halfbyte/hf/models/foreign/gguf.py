@@ -28,11 +28,14 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from halfbyte import __version__
 from halfbyte.errors import InputError
 from halfbyte.files import cache_folder, stamp, whole_folder
+from halfbyte.hf.models.gguf_scale import scaled_by
 
 logger = logging.getLogger(__name__)
 
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 PLAIN = ("F32", "F16", "BF16")
+HEADER = 2
+"""Counts up when what is kept of a file's description changes."""
 
 
 def open_gguf(file: Path) -> Any:
@@ -72,10 +75,21 @@ def _opened(file: Path, *_: int) -> Any:
     return reader
 
 
+def complete(config: PreTrainedConfig, file: Path) -> None:
+    """Set what transformers (5.23) does not read of a GGUF file's description: the width of a head, and by what Gemma's
+    queries are scaled, which the file does not say and llama.cpp knows."""
+    fields, text = open_gguf(file).fields, config.get_text_config()
+    width = fields.get(f"{fields['general.architecture'].contents()}.attention.key_length")
+    if width is not None and hasattr(text, "head_dim"):
+        text.head_dim = int(width.contents())
+    if hasattr(text, "query_pre_attn_scalar"):
+        text.query_pre_attn_scalar = scaled_by(text)
+
+
 def header_of(file: Path) -> Path:
     """Return the folder in the cache that has configuration and tokenizer of a GGUF file, once :func:`keep_header` has
     made it: to read them anew takes transformers three passes over a vocabulary, of seconds each."""
-    digest = hashlib.sha256(f"{__version__} {transformers.__version__} {stamp(file)}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{HEADER} {__version__} {transformers.__version__} {stamp(file)}".encode()).hexdigest()
     return cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
 
 

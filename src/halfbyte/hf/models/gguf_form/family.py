@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from halfbyte.errors import InputError
+from halfbyte.hf.models.gguf_scale import head_size, scaled_by
 
 SWIGLU = ("silu", "swish")
 GEGLU = ("gelu_pytorch_tanh", "gelu_new")
@@ -68,8 +69,6 @@ FORMS = {
     "granite": Form("granite", paired=True, frequencies=True, biases=ALL),
 }
 """By transformers' ``model_type``."""
-OF_27B = {"gemma2": 46, "gemma3": 62}
-"""Layers of the models whose queries llama.cpp scales by the width of the model over the heads."""
 
 
 def form_of(config: Any, architecture: str) -> Form:
@@ -152,11 +151,6 @@ def metadata(writer: Any, config: Any, form: Form, rows: int) -> None:
             writer.add_sliding_window_pattern(period)
 
 
-def head_size(text: Any) -> int:
-    """Return the width of a head."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
 def _problems(text: Any, form: Form) -> Sequence[str]:
     found = []
     size = head_size(text)
@@ -169,7 +163,7 @@ def _problems(text: Any, form: Form) -> Sequence[str]:
     if getattr(text, "use_bidirectional_attention", None):
         found.append("it sees what follows (use_bidirectional_attention)")
     if form.arch in ("gemma2", "gemma3"):
-        taken = text.hidden_size // text.num_attention_heads if layers == OF_27B[form.arch] else size
+        taken = scaled_by(text)
         if not math.isclose(text.query_pre_attn_scalar, taken):
             found.append(f"its query_pre_attn_scalar is {text.query_pre_attn_scalar}, and {taken} is taken")
     if form.arch == "gemma2" and None in (text.attn_logit_softcapping, text.final_logit_softcapping):

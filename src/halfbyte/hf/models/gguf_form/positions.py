@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import InputError
-from halfbyte.hf.models.gguf_form.family import Form, head_size
+from halfbyte.hf.models.gguf_form.family import Form
+from halfbyte.hf.models.gguf_scale import head_size
 
 FACTORS = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
