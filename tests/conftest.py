@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -20,6 +21,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+hypothesis.settings.register_profile("halfbyte", deadline=None)
+hypothesis.settings.load_profile("halfbyte")
+"""No test is about time: machines are busy."""
 
 
 def pytest_collection_finish() -> None:

@@ -47,7 +47,7 @@ def places(tokens: Any, text: str) -> list[tuple[int | None, int]]:
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.Lowercase()])
 @pytest.mark.parametrize("prefix", [False, True])
 @given(text=TEXT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_lengths_of_tokens_give_the_places_that_the_tokenizer_gives(normalizer: Any, prefix: bool, text: str) -> None:
     tokenizer = byte_level(normalizer, prefix)
     text = text + "<|im_end|>" + text
@@ -148,7 +148,7 @@ def rows_of(examples: list[Example], tokenizer: Any) -> list[dict[str, list[int]
 
 
 @given(contents=st.lists(st.text("ab é日\n\t.", min_size=1, max_size=8), min_size=4, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_slow_tokenizers_give_the_rows_of_fast_ones(contents: list[str]) -> None:
     slow, fast = slow_and_fast()
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]

@@ -294,7 +294,7 @@ VALUES = st.recursive(
 ROWS = st.dictionaries(st.sampled_from(NAMES_OF_COLUMNS), VALUES, max_size=5) | VALUES
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(ROWS, max_size=3),
     st.none() | st.sampled_from([*FORMATS]),

@@ -46,7 +46,6 @@ def rows_of(path: Path) -> list[Any]:
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5))
-@settings(deadline=None)
 def test_every_kind_of_file_gives_back_the_rows_written_to_it(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
 ) -> None:
@@ -89,7 +88,7 @@ def test_every_kind_of_file_gives_back_the_rows_written_to_it(
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
 @given(rows=st.lists(VALUES, min_size=1, max_size=6), indent=st.none() | st.integers(0, 2), escaped=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_json_read_in_pieces_is_what_json_reads_at_once(
     tmp_path_factory: pytest.TempPathFactory, piece: int, rows: list[Any], indent: int | None, escaped: bool
 ) -> None:
@@ -104,7 +103,7 @@ def test_json_read_in_pieces_is_what_json_reads_at_once(
 @given(
     rows=st.lists(VALUES, min_size=1, max_size=4), at=st.integers(0, 300), character=st.sampled_from('[]{}:,"\\\nx1e ')
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_broken_json_is_refused_where_json_refuses_it(
     tmp_path_factory: pytest.TempPathFactory, piece: int, rows: list[Any], at: int, character: str
 ) -> None:

@@ -34,7 +34,7 @@ CELLS = st.text(st.sampled_from("ab ,;\t|\"'\n\\é世"), max_size=12)
     ends=st.sampled_from(["\n", "\r\n"]),
     quoting=st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_csv_writes_is_read(
     tmp_path_factory: pytest.TempPathFactory, delimiter: str, rows: list[tuple[str, ...]], ends: str, quoting: Any
 ) -> None:

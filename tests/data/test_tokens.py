@@ -200,7 +200,7 @@ CONTENT = st.text(ALPHABET, min_size=1, max_size=8)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(contents=st.lists(CONTENT, min_size=2, max_size=6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_content_is_trained_to_the_character(contents: list[str], kind: str) -> None:
     tokenizer = tokenizer_with(CHATML, kind)
     messages = conversation(*contents)
@@ -211,7 +211,7 @@ def test_any_content_is_trained_to_the_character(contents: list[str], kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(prompt=CONTENT, completion=CONTENT)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_without_a_template_a_completion_follows_the_prompt_as_it_is_in_use(
     prompt: str, completion: str, kind: str
 ) -> None:

@@ -102,7 +102,7 @@ CONTENT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map("".join)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(contents=st.lists(CONTENT, min_size=2, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_texts_have_the_tokens_that_they_have_where_nothing_in_them_is_a_control_token(
     kind: str, contents: list[str]
 ) -> None:
@@ -113,7 +113,7 @@ def test_texts_have_the_tokens_that_they_have_where_nothing_in_them_is_a_control
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(prompt=CONTENT, completion=CONTENT)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_so_have_texts_without_a_template(kind: str, prompt: str, completion: str) -> None:
     tokenizer, twin = tokenizer_with(kind), tokenizer_with(kind, OTHER_NAMES)
     for example in (Completion("row 1", prompt, completion), Text("row 1", prompt + completion)):

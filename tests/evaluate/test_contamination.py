@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.evaluate.contamination import COMMON, Training, overlaps
@@ -25,7 +25,6 @@ def all_grams(text: str, length: int) -> set[tuple[str, ...]]:
     return {tuple(words[place : place + length]) for place in range(len(words) - length + 1)}
 
 
-@settings(deadline=None)
 @given(st.lists(WORDS, max_size=6), st.lists(WORDS, max_size=8), st.integers(1, 4))
 def test_a_text_overlaps_if_one_of_its_n_grams_is_trained(texts: list[str], training: list[str], n: int) -> None:
     found = overlaps(texts, placed(training), n)

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.data.examples import BadRow
@@ -40,14 +40,12 @@ def test_words_are_runs_of_letters_or_characters_of_scripts_without_blanks(text:
     assert words_of(text) == words
 
 
-@settings(deadline=None)
 @given(ASCII)
 def test_words_of_ascii_are_those_of_rouge_score(text: str) -> None:
     tokenize = pytest.importorskip("rouge_score.tokenize").tokenize
     assert words_of(text) == tokenize(text, None)
 
 
-@settings(deadline=None)
 @given(ENGLISH, ENGLISH)
 def test_rouge_l_of_english_is_that_of_rouge_score(answer: str, reference: str) -> None:
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
@@ -61,7 +59,6 @@ def test_chinese_has_a_rouge_l_where_rouge_score_finds_nothing() -> None:
     assert exact_match("北京。", "北京") and not exact_match("北京", "南京")
 
 
-@settings(deadline=None)
 @given(ENGLISH, ENGLISH)
 def test_f1_counts_shared_words(answer: str, reference: str) -> None:
     one, other = Counter(words_of(answer)), Counter(words_of(reference))
@@ -70,7 +67,6 @@ def test_f1_counts_shared_words(answer: str, reference: str) -> None:
     assert f1(answer, reference) == pytest.approx(2 * precision * recall / (precision + recall) if shared else 0)
 
 
-@settings(deadline=None)
 @given(ASCII)
 def test_texts_are_compared_as_super_naturalinstructions_does(text: str) -> None:
     theirs = "".join(character for character in text.lower() if character not in set(string.punctuation))

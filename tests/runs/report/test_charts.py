@@ -85,7 +85,7 @@ def test_where_few_values_would_flatten_the_others_the_axis_is_logarithmic_and_s
 finite = some.floats(min_value=-1e300, max_value=1e300)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(some.lists(some.one_of(finite, some.floats()), min_size=1, max_size=40))
 def test_any_numbers_make_a_drawing_within_its_borders(values: list[float]) -> None:
     svg = drawn([(step, value) for step, value in enumerate(values)])
