@@ -97,6 +97,7 @@ def test_train_has_a_flag_with_help_and_default_for_each_option(run, flag):
 BAD = {
     "unknown command": (["trian"], r"No such command 'trian'.* 'train'"),
     "unknown flag": (["train", "--learning-rat", "1"], r"No such option: --learning-rat .*--learning-rate"),
+    "argument given as an option": (["merge", "{tmp}", "--output", "{tmp}/o"], r"OUTPUT .* halfbyte merge RUN OUTPUT"),
     "flag of another type": (["train", "--rank", "many"], r"'--rank'"),
     "flag out of bounds": (["train", "--model", "m", "--data", "d", "--output", "o", "--rank", "0"], r"'rank'.* 0 "),
     "unknown choice": (["quantize", "m", "o", "--quant-type", "nf5"], r"'nf5' is not one of nf4, fp4.*mean 'nf4'"),

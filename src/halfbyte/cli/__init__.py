@@ -139,7 +139,7 @@ def _outcome() -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except (InputError, typer.TyperException) as error:
-        code = fail(_told(error.format_message()) if isinstance(error, typer.TyperException) else str(error))
+        code = fail(_told(error) if isinstance(error, typer.TyperException) else str(error))
     except BrokenPipeError:
         # Nobody reads any more; what the interpreter would still write at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -165,8 +165,15 @@ def _run() -> int:
     return 0
 
 
-def _told(text: str) -> str:
-    """Return what typer (0.29) says of a wrong word, with the nearest of those that there are."""
+def _told(error: typer.TyperException) -> str:
+    """Return what typer (0.29) says, with what it does not: that an option is an argument, the nearest of its words."""
+    text: str = error.format_message()
+    if context := getattr(error, "ctx", None):
+        arguments = [one.name for one in context.command.params if one.param_type_name == "argument"]
+        name = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+        if name in arguments:
+            usage = " ".join([context.command_path, *(argument.upper() for argument in arguments)])
+            return f"{name.upper()} is no option but an argument: {usage}."
     found = re.fullmatch(r"Invalid value for '(--\S+)': Value error, '(.*)' is not one of (.*)\.", text, re.DOTALL)
     if not found:
         return text
