@@ -23,7 +23,7 @@ from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.plan import calibrate
 from halfbyte.plan.costs import layer_costs
 from halfbyte.plan.machine import Machine
-from halfbyte.plan.memory import Base, Memory, adapter_sizes, base_bytes, memory_of, resident_state
+from halfbyte.plan.memory import Base, Memory, adapter_sizes, base_bytes, memory_of, objects, resident_state
 from halfbyte.plan.ranks import adapter_parameters, adapter_tensors, ranks_of
 from halfbyte.plan.rows import RowFacts, full_rows, packing_of, steps_of, work_of
 from halfbyte.plan.shape import Shape, shape_of
@@ -204,7 +204,7 @@ def plan_run(
     base = model.base(itemsize, facts.distinct)
     together = config.gradient_accumulation_steps if layer_by_layer(config) else 1
     if free is None:
-        free = free_for(config)
+        free = free_for(config) - objects(model.shape)
     free -= base.anonymous + 4 * trained
 
     state = resident_state(adapter_sizes(model.shape, ranks), config.optimizer)
