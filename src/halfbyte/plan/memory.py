@@ -8,8 +8,7 @@ killed). Paged optimizer state lies in a file too and is told apart, among what 
                 for each value of embeddings, head, norms, biases; of untied embeddings the rows that the data has
     adapter     4 bytes a parameter, and 4 of its gradient; the optimizer's state where it is not paged
     kept        what layers keep (:mod:`halfbyte.plan.costs`) in the blocks of the pool (:mod:`halfbyte.kernels.pool`),
-                which rounds each large tensor up to an eighth of a power of two; of recomputed layers their inputs,
-                which are torch's own tensors
+                which rounds each large tensor up to an eighth of a power of two; of recomputed layers their inputs
     work        the larger of a layer's backward and the output head, beyond what is kept
     process     what the run takes whatever its size: tokenizer, tables, the trainer's objects, gaps in the heap, and
                 what the pool may hold unused
@@ -243,7 +242,7 @@ def memory_of(
     parameters = sum(sizes)
     layers = [pooled_layer(shape, ranks[i], tokens, i == 0, shape.rotated[i], itemsize) for i in range(shape.layers)]
     again = policy.offloaded + policy.recomputed
-    inputs = together * policy.recomputed * tokens * shape.hidden * itemsize
+    inputs = together * policy.recomputed * pooled(tokens * shape.hidden * itemsize)
     kept = sum(layers[again:])
     layer, head = at_work(shape, tokens, trained, itemsize, dropout)
     end = kept + max(head, layer)
