@@ -1,9 +1,9 @@
-"""What all experiments share: raw results that are kept line by line, the machine, means with intervals, the command line.
+"""What all experiments share: raw results that are kept line by line, means with intervals, the command line.
 
-An experiment is a list of trials. A trial is named by a few values (its key), and gives a few others (what was measured).
-:class:`Book` keeps them as JSON lines, ``results/NAME/raw.jsonl``; a trial that is there is not done again, so a run that
-was ended goes on. Tables and pictures are made of these lines alone, and can be made again by anybody from what is
-committed.
+An experiment is a list of trials. A trial is named by a few values (its key), and gives others (what was measured).
+:class:`Book` keeps them as JSON lines, ``results/NAME/raw.jsonl``; a trial that is there is not done again, so a run
+that was ended goes on. Tables and pictures are made of these lines alone, and can be made again by anybody from what
+is committed.
 
     python experiments/NAME.py              do what is missing, then make the tables and pictures
     python experiments/NAME.py --only WORD  trials that have this word in their key
@@ -56,7 +56,8 @@ class Book:
         began, used = time.perf_counter(), time.process_time()
         found = measure()
         seconds = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - used}
-        line = dict(key) | dict(found) | seconds | {"machine": f"{processor()}, {os.cpu_count()} cores, {kernels_in_force()}"}
+        machine = f"{processor()}, {os.cpu_count()} cores, {kernels_in_force()}"
+        line = dict(key) | dict(found) | seconds | {"machine": machine}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "raw.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
