@@ -3,9 +3,10 @@
     python experiments/small_t5.py    make it, if it is not there, in the cache folder
 
 4 + 4 layers of width 256 (T5 1.0: ReLU, tied embeddings), a byte-level BPE of 6,144 tokens of its own, 9 million
-parameters. Two tasks in turns, as T5 was trained on several at once (arXiv 1910.10683): spans of a description are
-masked and have to be written (15 % of its tokens, 3 a span), and the synopsis of a description has to be written. Only
-of sections that are no languages' libraries: :data:`texts.LIBRARIES` it has never read.
+parameters. Several tasks in turns, as T5 was trained (arXiv 1910.10683): spans of a description are masked and have to
+be written (15 % of its tokens, 3 a span), the synopsis of a description has to be written (every other step), and a
+synopsis has to be repeated, which soon teaches it to look at what it copies. Only of sections that are no languages'
+libraries: :data:`texts.LIBRARIES` it has never read.
 """
 
 import random
@@ -21,8 +22,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from halfbyte.files import whole_folder
 
 VOCABULARY, SENTINELS = 6144, 24
-STEPS, ROWS, RATE = 1000, 32, 2e-3
-READ, WRITTEN = 64, 24
+STEPS, ROWS, RATE = 1200, 32, 2e-3
+READ, WRITTEN = 48, 24
 """Tokens of a source and of a target, at most."""
 PAD, END = "<pad>", "</s>"
 
@@ -87,10 +88,11 @@ def train(
         if len(order) < ROWS:
             order = dice.sample(range(len(rows)), len(rows))
         batch, order = order[:ROWS], order[ROWS:]
-        if step % 3 == 0:
+        task = ("spans", "synopsis", "repeat", "synopsis")[step % 4]
+        if task == "spans":
             pairs = [masked(sources[i][:-1], sentinels, end, dice) for i in batch]
         else:
-            pairs = [(sources[i], targets[i]) for i in batch]
+            pairs = [(sources[i] if task == "synopsis" else targets[i], targets[i]) for i in batch]
         ids = pad_sequence([torch.tensor(source) for source, _ in pairs], True, pad)
         labels = pad_sequence([torch.tensor(target) for _, target in pairs], True, -100)
         with torch.autocast("cpu", torch.bfloat16):
@@ -100,8 +102,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 < 2 or step == steps - 1:
-            task = "spans" if step % 3 == 0 else "synopsis"
+        if step % 50 < 4 or step == steps - 1:
             print(f"step {step}: loss {loss.item():.3f} ({task}), {time.perf_counter() - began:.0f} s", flush=True)
 
 

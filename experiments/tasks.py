@@ -14,15 +14,17 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import lab
 import small_t5
 import texts
 import torch
+from lab import Book
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -56,7 +58,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "QLoRA NF4 + DQ": {},
 }
 WAYS = ("full", "LoRA bf16", *FORMATS)
-ANSWER = 32
+ANSWER = 28
 """Tokens of an answer, at most."""
 
 
@@ -142,7 +144,7 @@ def instructions_task() -> Task:
     """Instructions to the chat model, whose weights come from a file in 4 bits (Q4_1): ROUGE-L."""
     cache = cache_folder()
     model = convert(fetch(MODEL, cache), cache / "SmolLM2-135M-Instruct")
-    return Task("instructions", "chat", "rouge_l", model, texts.instructions(), 120, 60, 320, 40, 8, 128)
+    return Task("instructions", "chat", "rouge_l", model, texts.instructions(), 100, 50, 240, 30, 8, 128)
 
 
 def open_model(task: Task, recipe: Recipe, seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -197,9 +199,12 @@ def asked(row: texts.Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def conversation(task: Task, row: texts.Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return a question and its answer as tokens; a row without a question is text, of which all is learnt."""
-    question = asked(row, tokenizer) if row.source else []
-    answer = [*tokenizer(row.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """Return a question and its answer as tokens; a row without a question is text that goes on, all of it learnt."""
+    answer = tokenizer(row.target, add_special_tokens=False)["input_ids"]
+    if not row.source:
+        return {"input_ids": answer[: task.longest], "labels": answer[: task.longest]}
+    question = asked(row, tokenizer)
+    answer = [*answer, tokenizer.eos_token_id]
     labels = [IGNORED] * len(question) + answer
     return {"input_ids": (question + answer)[: task.longest], "labels": labels[: task.longest]}
 
@@ -258,7 +263,7 @@ class Trained:
     def loss(self, rows: Sequence[texts.Row]) -> dict[str, float]:
         """Return the mean loss over labels, in nats, and a classifier's accuracy in percent."""
         nats, labels, right = 0.0, 0, 0
-        for some in self._by_length(encoded(self.task, rows, self.tokenizer)):
+        for some in self._by_length(encoded(self.task, rows, self.tokenizer), 25):
             batch = collated([row for _, row in some], self._pad)
             with computing(self.recipe.way):
                 loss, logits = loss_of(self.task, self.model, batch)
@@ -278,7 +283,7 @@ class Trained:
         else:
             questions = [{"input_ids": row["input_ids"]} for row in encoded(self.task, rows, self.tokenizer)]
         found = [""] * len(rows)
-        for some in self._by_length(questions):
+        for some in self._by_length(questions, 100):
             batch = collated([row for _, row in some], self._pad, left=self.task.kind == "chat")
             with computing(self.recipe.way):
                 ids = self.model.generate(**batch, max_new_tokens=ANSWER, do_sample=False, pad_token_id=self._pad)
@@ -291,7 +296,7 @@ class Trained:
     def _pad(self) -> int:
         return self.tokenizer.pad_token_id or 0
 
-    def _by_length(self, rows: list[dict[str, Any]], size: int = 50) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    def _by_length(self, rows: list[dict[str, Any]], size: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
         """Yield rows of like length with their places."""
         order = sorted(enumerate(rows), key=lambda pair: len(pair[1]["input_ids"]))
         for start in range(0, len(order), size):
@@ -352,6 +357,23 @@ def optimizer_of(recipe: Recipe, parameters: list[nn.Parameter], pages: Path) ->
 def computing(way: str) -> AbstractContextManager[Any]:
     """Return the context of a forward pass: halfbyte's layers compute in bf16 by themselves."""
     return contextlib.nullcontext() if way in FORMATS else torch.autocast("cpu", torch.bfloat16)
+
+
+def lines(book: Book, **by: Any) -> list[dict[str, Any]]:
+    """Return the raw results that have these values."""
+    return [line for line in book.lines() if by.items() <= line.items()]
+
+
+def told(values: Iterable[float], digits: int) -> str:
+    """Return a mean, half of its 95 % interval, and of how many seeds."""
+    values = list(values)
+    mean, half = lab.mean_and_half(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f} ({len(values)})" if len(values) > 1 else f"{mean:.{digits}f} (1)"
+
+
+def holds(claim: bool) -> str:
+    """Return a verdict in words."""
+    return "holds" if claim else "does not hold"
 
 
 def tiny_tasks(folder: Path) -> list[Task]:
