@@ -7,8 +7,8 @@ Full fine-tuning is that of tables_3_4.py, whose raw results are read.
 
 import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import lab
 import tables_3_4
@@ -62,6 +62,12 @@ def _measure(task: Task, place: Place, rate: float, seed: int) -> dict[str, floa
 def found(book: Book, place: Place, metric: str) -> Found:
     """Return what was measured of a place."""
     return {line["seed"]: line[metric] for line in tasks.lines(book, place=place.name, rank=place.rank)}
+
+
+def of_full(tables: Book, seeds: Collection[int]) -> dict[str, Found]:
+    """Return the figures of full fine-tuning with these seeds, out of tables 3 and 4."""
+    found = {metric: tables_3_4.measured(tables, "instructions", metric, "full") for metric in METRICS}
+    return {metric: {seed: value for seed, value in by.items() if seed in seeds} for metric, by in found.items()}
 
 
 def table(book: Book, full: dict[str, Found]) -> str:
@@ -131,23 +137,14 @@ def draw(book: Book, full: dict[str, Found]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     book, small = lab.book("figure_2", __doc__)
+    tables = Book(book.folder.parent / "tables_3_4")
     with quiet():
         if small:
-            task, rate, tables = tasks.tiny_tasks(book.folder / "models")[-1], 1e-3, Book(book.folder / "tables")
-        else:
-            tables = Book(lab.RESULTS / "tables_3_4")
+            do(book, tasks.tiny_tasks(book.folder / "models")[-1], 1e-3, range(1))
+        elif not book.tables_only:
             task = tasks.instructions_task()
-            rate = tables_3_4.chosen_rate(tables, task.name, WAY)
-        do(book, task, rate, range(1) if small else SEEDS)
-    seeds = {line["seed"] for line in book.lines()}
-    full = {
-        metric: {
-            seed: value
-            for seed, value in tables_3_4.measured(tables, replace(task, metric=metric), "full").items()
-            if seed in seeds
-        }
-        for metric in METRICS
-    }
+            do(book, task, tables_3_4.chosen_rate(tables, task.name, WAY))
+    full = of_full(tables, {line["seed"] for line in book.lines()})
     book.write("table.md", table(book, full))
     draw(book, full)
 

@@ -209,9 +209,9 @@ def main() -> None:
             task = tasks.tiny_tasks(book.folder / "models")[-1]
             replayed = [texts.Row("", row.target, "replay") for row in task.choice]
             do(book, task, 1e-3, replayed, (USUAL, Setting(replay=0.3)), range(1))
-        else:
+        elif not book.tables_only:
             task = tasks.instructions_task()
-            rate = tables_3_4.chosen_rate(Book(lab.RESULTS / "tables_3_4"), task.name, WAY)
+            rate = tables_3_4.chosen_rate(Book(book.folder.parent / "tables_3_4"), task.name, WAY)
             do(book, task, rate, replay_rows(), SETTINGS, SEEDS)
     book.write("table.md", table(book))
     draw(book)

@@ -143,9 +143,9 @@ def main() -> None:
     with quiet():
         if small:
             do(book, tasks.tiny_tasks(book.folder / "models")[-1], 1e-3, (1, 2, 4, 8), range(1))
-        else:
+        elif not book.tables_only:
             task = tasks.instructions_task()
-            do(book, task, tables_3_4.chosen_rate(Book(lab.RESULTS / "tables_3_4"), task.name, WAY))
+            do(book, task, tables_3_4.chosen_rate(Book(book.folder.parent / "tables_3_4"), task.name, WAY))
     book.write("table.md", table(book))
     draw(book)
 

@@ -5,7 +5,7 @@ python experiments/tables_3_4.py
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import lab
 import tasks
@@ -20,34 +20,36 @@ RATES = {"full": (2e-5, 1e-4, 5e-4), "LoRA bf16": (5e-4, 2e-3)}
 SEEDS, CHOSEN_WITH = range(5), 100
 MARGIN = 1.0
 """Points."""
+METRICS = {"reviews": "accuracy", "synopses": "rouge_l", "instructions": "rouge_l"}
+NAMES = {"accuracy": "accuracy", "rouge_l": "ROUGE-L"}
 
 
-def do(book: Book, all_tasks: Sequence[Task], seeds: Sequence[int] = SEEDS) -> None:
-    """Do what is missing."""
-    for task in all_tasks:
+def do(book: Book, made: Mapping[str, Callable[[], Task]], seeds: Sequence[int] = SEEDS) -> None:
+    """Do what is missing; a task is made when it is first needed."""
+    for name, task in made.items():
         for way, rates in RATES.items():
             for rate in rates:
-                key = {"part": "choice", "task": task.name, "way": way, "rate": rate}
+                key = {"part": "choice", "task": name, "way": way, "rate": rate}
                 book.trial(key, functools.partial(_choice, task, way, rate))
-        book.trial({"part": "before", "task": task.name}, functools.partial(_before, task))
-    for seed, task, way in itertools.product(seeds, all_tasks, tasks.WAYS):
-        key = {"part": "test", "task": task.name, "seed": seed, "way": way}
+        book.trial({"part": "before", "task": name}, functools.partial(_before, task))
+    for seed, (name, task), way in itertools.product(seeds, made.items(), tasks.WAYS):
+        key = {"part": "test", "task": name, "seed": seed, "way": way}
         book.trial(key, functools.partial(_test, book, task, seed, way))
 
 
-def _choice(task: Task, way: str, rate: float) -> dict[str, float]:
-    return tasks.fit(task, Recipe(way, rate), CHOSEN_WITH).loss(task.choice)
+def _choice(task: Callable[[], Task], way: str, rate: float) -> dict[str, float]:
+    return tasks.fit(task(), Recipe(way, rate), CHOSEN_WITH).loss(task().choice)
 
 
-def _before(task: Task) -> dict[str, float]:
-    return tasks.untrained(task, Recipe("full", 0.0)).measure(task.test)
+def _before(task: Callable[[], Task]) -> dict[str, float]:
+    return tasks.untrained(task(), Recipe("full", 0.0)).measure(task().test)
 
 
-def _test(book: Book, task: Task, seed: int, way: str) -> dict[str, float | int | str]:
-    rate = chosen_rate(book, task.name, way)
-    trained = tasks.fit(task, Recipe(way, rate), seed)
-    facts = {"rate": rate, "parameters": trained.parameters, "rows": task.digest}
-    return trained.measure(task.test) | facts
+def _test(book: Book, task: Callable[[], Task], seed: int, way: str) -> dict[str, float | int | str]:
+    rate = chosen_rate(book, task().name, way)
+    trained = tasks.fit(task(), Recipe(way, rate), seed)
+    facts = {"rate": rate, "parameters": trained.parameters, "rows": task().digest}
+    return trained.measure(task().test) | facts
 
 
 def chosen_rate(book: Book, task: str, way: str) -> float:
@@ -58,44 +60,41 @@ def chosen_rate(book: Book, task: str, way: str) -> float:
     )
 
 
-def measured(book: Book, task: Task, way: str) -> dict[int, float]:
-    """Return the metric of a task by seed."""
-    return {line["seed"]: line[task.metric] for line in tasks.lines(book, part="test", task=task.name, way=way)}
+def measured(book: Book, task: str, metric: str, way: str) -> dict[int, float]:
+    """Return a figure by seed."""
+    return {line["seed"]: line[metric] for line in tasks.lines(book, part="test", task=task, way=way)}
 
 
-def compared(book: Book, all_tasks: Sequence[Task], way: str, other: str) -> Equivalence | None:
+def compared(book: Book, metrics: Mapping[str, str], way: str, other: str) -> Equivalence | None:
     """Test ``way`` against ``other`` over the tasks and seeds that both have; None of less than two."""
     differences = []
-    for task in all_tasks:
-        ours, theirs = measured(book, task, way), measured(book, task, other)
-        differences += [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    for task, metric in metrics.items():
+        ours, theirs = measured(book, task, metric, way), measured(book, task, metric, other)
+        differences += [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     return tost(differences, MARGIN) if len(differences) > 1 else None
 
 
-def table(book: Book, all_tasks: Sequence[Task]) -> str:
+def table(book: Book, metrics: Mapping[str, str] = METRICS) -> str:
     """Return the table, the tests, and the rates that were chosen."""
     rows = []
-    for task in all_tasks:
-        [before] = [line for line in book.lines() if {"part": "before", "task": task.name}.items() <= line.items()] or [
-            {}
-        ]
-        cells = [f"{before.get(task.metric, float('nan')):.1f}"]
+    for task, metric in metrics.items():
+        cells = ["".join(f"{line[metric]:.2f}" for line in tasks.lines(book, part="before", task=task))]
         for way in tasks.WAYS:
-            values = measured(book, task, way)
+            values = measured(book, task, metric, way)
             cells.append(tasks.told(values.values(), 2) if values else "")
-        rows.append([f"{task.name}, {NAMES[task.metric]}", *cells])
-    parts = [lab.markdown(["", "untrained", *tasks.WAYS], rows)]
+        rows.append([f"{task}, {NAMES[metric]}", *cells])
+    parts = [lab.markdown(["points (seeds)", "untrained", *tasks.WAYS], rows)]
     for other in ("LoRA bf16", "full"):
-        lines = [[way, str(found)] for way in tasks.FORMATS if (found := compared(book, all_tasks, way, other))]
-        if lines:
-            parts.append(lab.markdown([f"less {other}, all tasks and seeds", "points"], lines))
-    each = []
-    for task in all_tasks:
-        for other in ("LoRA bf16", "full"):
-            if found := compared(book, [task], "QLoRA NF4 + DQ", other):
-                each.append([task.name, other, f"{found.mean:+.2f}", f"± {found.half:.2f}"])
-    if each:
-        parts.append(lab.markdown(["NF4 + DQ less", "", "points", "half of the 90 % interval"], each))
+        found = {way: compared(book, metrics, way, other) for way in tasks.WAYS[1:] if way != other}
+        lines = [[way, str(test)] for way, test in found.items() if test]
+        parts.append(lab.markdown([f"less {other}, all tasks and seeds", "points"], lines))
+    each = [
+        [task, other, f"{test.mean:+.2f} ± {test.half:.2f}"]
+        for task, metric in metrics.items()
+        for other in ("LoRA bf16", "full")
+        if (test := compared(book, {task: metric}, "QLoRA NF4 + DQ", other))
+    ]
+    parts.append(lab.markdown(["NF4 + DQ in", "less", "points, with half of the 90 % interval"], each))
     chosen = []
     for line in tasks.lines(book, part="choice"):
         best = line["rate"] == chosen_rate(book, line["task"], line["way"])
@@ -104,20 +103,19 @@ def table(book: Book, all_tasks: Sequence[Task]) -> str:
     return "\n\n".join(parts)
 
 
-NAMES = {"accuracy": "accuracy", "rouge_l": "ROUGE-L"}
-
-
 def main() -> None:
     torch.set_num_threads(1)
     book, small = lab.book("tables_3_4", __doc__)
+    metrics = METRICS
     with quiet():
         if small:
-            all_tasks: list[Task] = tasks.tiny_tasks(book.folder / "models")
-            do(book, all_tasks, range(2))
-        else:
-            all_tasks = [tasks.reviews_task(), tasks.synopses_task(), tasks.instructions_task()]
-            do(book, all_tasks)
-        book.write("table.md", table(book, all_tasks))
+            tiny = {task.name: task for task in tasks.tiny_tasks(book.folder / "models")}
+            metrics = {name: task.metric for name, task in tiny.items()}
+            do(book, {name: functools.partial(tiny.__getitem__, name) for name in tiny}, range(2))
+        elif not book.tables_only:
+            made = tasks.reviews_task, tasks.synopses_task, tasks.instructions_task
+            do(book, dict(zip(METRICS, made, strict=True)))
+    book.write("table.md", table(book, metrics))
 
 
 if __name__ == "__main__":

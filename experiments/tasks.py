@@ -10,6 +10,7 @@ of one seed are a pair.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -129,22 +130,25 @@ class Recipe:
     targets: str | list[str] = "all-linear"
 
 
+@functools.cache
 def reviews_task() -> Task:
     """Movie reviews, positive or negative: accuracy."""
-    return Task("reviews", "classify", "accuracy", texts.minilm(), texts.reviews(), 1000, 500, 960, 60, 16, 96)
+    return Task("reviews", "classify", "accuracy", texts.minilm(), texts.reviews(), 1000, 500, 640, 40, 16, 96)
 
 
+@functools.cache
 def synopses_task() -> Task:
     """Synopses of libraries by the small T5: ROUGE-L."""
     rows = [row for row in texts.synopses() if row.kind in texts.LIBRARIES]
-    return Task("synopses", "seq2seq", "rouge_l", small_t5.small_t5(), rows, 300, 200, 960, 60, 16, small_t5.READ)
+    return Task("synopses", "seq2seq", "rouge_l", small_t5.small_t5(), rows, 300, 200, 800, 50, 16, small_t5.READ)
 
 
+@functools.cache
 def instructions_task() -> Task:
     """Instructions to the chat model, whose weights come from a file in 4 bits (Q4_1): ROUGE-L."""
     cache = cache_folder()
     model = convert(fetch(MODEL, cache), cache / "SmolLM2-135M-Instruct")
-    return Task("instructions", "chat", "rouge_l", model, texts.instructions(), 100, 50, 240, 30, 8, 128)
+    return Task("instructions", "chat", "rouge_l", model, texts.instructions(), 100, 50, 192, 24, 8, 128)
 
 
 def open_model(task: Task, recipe: Recipe, seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
