@@ -128,6 +128,7 @@ def draw(book: Book, full: dict[str, Found]) -> None:
             axes.axvline(value, color="C1", linewidth=1, label="full fine-tuning" if not number else None)
         axes.set_xlabel(name)
         axes.set_yticks(range(len(PLACES)), names if metric == "loss" else [""] * len(PLACES))
+        axes.margins(y=0.15)
         axes.grid(axis="x", alpha=0.3)
     if full["loss"]:
         axes.legend(loc="lower right", fontsize="small")

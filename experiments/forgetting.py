@@ -185,6 +185,7 @@ def draw(book: Book) -> None:
             axes.scatter(
                 forgetting, gain, [60 * point.scale for point in own], color=f"C{number}", label=_name(setting)
             )
+    axes.plot(0, 0, "x", color="0.3", label="untrained")
     best = front(found)
     axes.plot([point.forgetting for point in best], [point.gain for point in best], ":", color="0.3", label="front")
     axes.set_xlabel("forgetting: rise of the loss on general text (nats)")

@@ -65,13 +65,19 @@ def measured(book: Book, task: str, metric: str, way: str) -> dict[int, float]:
     return {line["seed"]: line[metric] for line in tasks.lines(book, part="test", task=task, way=way)}
 
 
-def compared(book: Book, metrics: Mapping[str, str], way: str, other: str) -> Equivalence | None:
-    """Test ``way`` against ``other`` over the tasks and seeds that both have; None of less than two."""
-    differences = []
+def differences(book: Book, metrics: Mapping[str, str], way: str, other: str) -> list[float]:
+    """Return ``way`` less ``other`` for each task and seed that both have."""
+    found = []
     for task, metric in metrics.items():
         ours, theirs = measured(book, task, metric, way), measured(book, task, metric, other)
-        differences += [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    return tost(differences, MARGIN) if len(differences) > 1 else None
+        found += [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return found
+
+
+def compared(book: Book, metrics: Mapping[str, str], way: str, other: str) -> Equivalence | None:
+    """Test ``way`` against ``other`` over the tasks and seeds that both have; None of less than two."""
+    pairs = differences(book, metrics, way, other)
+    return tost(pairs, MARGIN) if len(pairs) > 1 else None
 
 
 def table(book: Book, metrics: Mapping[str, str] = METRICS) -> str:
@@ -103,6 +109,26 @@ def table(book: Book, metrics: Mapping[str, str] = METRICS) -> str:
     return "\n\n".join(parts)
 
 
+def draw(book: Book, metrics: Mapping[str, str]) -> None:
+    """Draw NF4 + DQ less each way of 16 bits: pairs as points, the mean with its 90 % interval, the margin."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 3), layout="constrained")
+    for axes, other in zip(figure.subplots(1, 2, sharey=True), ("LoRA bf16", "full"), strict=True):
+        axes.axvspan(-MARGIN, MARGIN, color="C2", alpha=0.15, label=f"margin, ±{MARGIN:g} point")
+        for place, chosen in enumerate([metrics, *({task: metric} for task, metric in metrics.items())]):
+            pairs = differences(book, chosen, "QLoRA NF4 + DQ", other)
+            axes.plot(pairs, [place] * len(pairs), "o", color="C0", alpha=0.4)
+            if found := compared(book, chosen, "QLoRA NF4 + DQ", other):
+                axes.errorbar(found.mean, place, xerr=found.half, fmt="|", color="C3", capsize=4, markersize=12)
+        axes.set_yticks(range(len(metrics) + 1), ["all", *metrics])
+        axes.margins(y=0.15)
+        axes.set_xlabel(f"points, NF4 + DQ less {other}")
+        axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(book.folder / "differences.png", dpi=110)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     book, small = lab.book("tables_3_4", __doc__)
@@ -116,6 +142,7 @@ def main() -> None:
             made = tasks.reviews_task, tasks.synopses_task, tasks.instructions_task
             do(book, dict(zip(METRICS, made, strict=True)))
     book.write("table.md", table(book, metrics))
+    draw(book, metrics)
 
 
 if __name__ == "__main__":
