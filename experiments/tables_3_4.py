@@ -7,6 +7,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import lab
 import tasks
@@ -17,7 +18,7 @@ from tasks import Recipe, Task
 
 from halfbyte.quiet import quiet
 
-RATES = {"full": (2e-5, 1e-4, 5e-4), "LoRA bf16": (5e-4, 2e-3)}
+RATES = {"full": (2e-5, 1e-4, 2e-4, 5e-4), "LoRA bf16": (5e-4, 2e-3)}
 SEEDS = range(5)
 CHOSEN_WITH = {"reviews": (100, 101, 102), "synopses": (100, 101, 102), "instructions": (100,)}
 """Seeds by task; runs of the chat model take longest."""
@@ -55,18 +56,18 @@ def _test(book: Book, task: Callable[[], Task], seed: int, way: str) -> dict[str
     return trained.measure(task().test) | facts
 
 
-def tried(book: Book, task: str, way: str) -> dict[float, list[float]]:
-    """Return the losses on the rows of choice by rate."""
-    found: dict[float, list[float]] = {}
+def tried(book: Book, task: str, way: str) -> dict[float, list[dict[str, Any]]]:
+    """Return what the rows of choice gave, by rate."""
+    found: dict[float, list[dict[str, Any]]] = {}
     for line in tasks.lines(book, part="choice", task=task, way=way):
-        found.setdefault(line["rate"], []).append(line["loss"])
+        found.setdefault(line["rate"], []).append(line)
     return found
 
 
 def chosen_rate(book: Book, task: str, way: str) -> float:
-    """Return the rate with the lowest loss on the rows of choice: of full fine-tuning, or of LoRA bf16."""
+    """Return the best rate on the rows of choice, of full fine-tuning or of LoRA bf16: by accuracy, or else by loss."""
     found = tried(book, task, way if way == "full" else "LoRA bf16")
-    return min(found, key=lambda rate: statistics.mean(found[rate]))
+    return max(found, key=lambda rate: statistics.mean(line.get("accuracy", -line["loss"]) for line in found[rate]))
 
 
 def measured(book: Book, task: str, metric: str, way: str) -> dict[int, float]:
@@ -111,13 +112,20 @@ def table(book: Book, metrics: Mapping[str, str] = METRICS) -> str:
     ]
     parts.append(lab.markdown(["NF4 + DQ in", "less", "points, with half of the 90 % interval"], each))
     chosen = [
-        [task, way, f"{rate:g}", ", ".join(f"{loss:.4f}" for loss in found), mark]
+        [task, way, f"{rate:g}", ", ".join(_chosen_by(line) for line in found), mark]
         for task, way in itertools.product(metrics, RATES)
         for rate, found in tried(book, task, way).items()
         for mark in ["chosen" if rate == chosen_rate(book, task, way) else ""]
     ]
-    parts.append(lab.markdown(["task", "way", "rate", "losses on the rows of choice", ""], chosen))
+    parts.append(lab.markdown(["task", "way", "rate", "on the rows of choice", ""], chosen))
+    for line in tasks.lines(book, part="withdrawn"):
+        figure = f"{line[metrics[line['task']]]:.2f}"
+        parts.append(f"Withdrawn: {line['task']}, {line['way']}, seed {line['seed']}, rate {line['rate']:g}: {figure}.")
     return "\n\n".join(parts)
+
+
+def _chosen_by(line: dict[str, Any]) -> str:
+    return f"{line['accuracy']:.1f} %" if "accuracy" in line else f"loss {line['loss']:.4f}"
 
 
 def draw(book: Book, metrics: Mapping[str, str]) -> None:
