@@ -75,6 +75,15 @@ def test_no_text_of_a_file_is_html(language: str) -> None:
         assert "alert(1)" in Seen(html).text and "<script" not in html and "<img" not in html
 
 
+def test_half_a_character_is_a_question_mark() -> None:
+    run = a_run()
+    run.options["model"] = "half \ud83d"
+    for html in (pictures.told("\udcff"), pictures.columns("zh", Columns(["\ud800"], [["\udcff"]], [""]))):
+        assert "?" in html and html.encode()
+    assert "half ?" in pictures.runs("en", [("r", run)], ()).encode().decode()
+    assert pictures.run("en", "r", run, None, "\udc80").encode()
+
+
 def test_a_run_tells_how_far_it_is_and_when_it_ends() -> None:
     text = Seen(pictures.run("en", "r", a_run(), None, "")).text
     assert "Step 8 of 16" in text and "8.0 s left" in text and "9 trained tokens/s" in text

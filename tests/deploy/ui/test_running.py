@@ -1,5 +1,6 @@
 """The station of runs: each name leads to one run, and what cannot go on says so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_a_run_that_has_finished_does_not_go_on(runs: Runs, places: Places) -> N
 def test_a_model_that_was_made_is_no_run(runs: Runs, places: Places) -> None:
     (places.roots[0] / "models" / "made").mkdir(parents=True)
     assert "no run of that name" in runs._resume("en", "models/made")
+
+
+def test_the_run_that_was_asked_about_is_deleted_with_all_its_jobs(runs: Runs, places: Places) -> None:
+    finished(places.runs / "done")
+    for name in ("1", "2"):
+        (places.jobs / name).mkdir(parents=True)
+        about = {"kind": "train", "title": "done", "command": [], "output": str(places.runs / "done"), "asked": 1}
+        (places.jobs / name / "job.json").write_text(json.dumps(about))
+    told, _, doomed = runs._ask("en", "runs/done")
+    assert "Is runs/done to be deleted?" in told and doomed == "runs/done" and (places.runs / "done").exists()
+    assert "is deleted" in runs._delete("en", doomed)[0]
+    assert not (places.runs / "done").exists() and list(places.jobs.iterdir()) == []
+    assert "no run of that name" in runs._ask("en", "runs/done")[0]
 
 
 def test_a_duplicate_has_the_options_and_the_data_once(runs: Runs, places: Places) -> None:

@@ -42,7 +42,7 @@ def models(places: Places) -> list[FoundModel]:
         model.path: model
         for model in (*_of_the_hub(), *_below([cache_folder()], places), *_below(places.roots, places))
     }
-    return sorted(found.values(), key=lambda model: model.name.lower())
+    return sorted((model for model in found.values() if _is_text(model.path)), key=lambda model: model.name.lower())
 
 
 def runs(places: Places, *, short: bool = True) -> list[Run]:
@@ -51,10 +51,20 @@ def runs(places: Places, *, short: bool = True) -> list[Run]:
     for root in places.roots:
         for path in find_runs(root):
             try:
-                found[path] = read_run(path, short=short)
+                if _is_text(str(path)):
+                    found[path] = read_run(path, short=short)
             except InputError:
                 continue
     return sorted(found.values(), key=lambda run: run.begun.timestamp() if run.begun else 0.0, reverse=True)
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a browser can be told a name; bytes that are no UTF-8 it cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _of_the_hub() -> Iterator[FoundModel]:
@@ -93,7 +103,7 @@ def _within(folder: Path, places: Places, depth: int) -> Iterator[FoundModel]:
         return
     for entry in entries:
         path = Path(entry.path)
-        if entry.name.endswith(".gguf") and entry.is_file():
+        if entry.name.endswith(".gguf") and entry.is_file(follow_symlinks=False):
             yield FoundModel(_shown(path, places), str(path), "gguf", entry.stat().st_size)
         elif depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
             yield from _within(path, places, depth - 1)
@@ -105,7 +115,7 @@ def _about(folder: Path) -> tuple[str, bool] | None:
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family, kinds = config["model_type"], config.get("architectures") or []
         return str(family), not kinds or any(str(kind).endswith(WRITERS) for kind in kinds)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
 
 

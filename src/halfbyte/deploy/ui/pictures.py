@@ -27,9 +27,14 @@ SHOWN_SAMPLES = 6
 SHOWN_NOTES = 40
 
 
+def sendable(text: str) -> str:
+    """Return a text with a question mark for each half of a character, which no answer to a browser can hold."""
+    return text.encode(errors="replace").decode()
+
+
 def told(text: str, kind: str = "") -> str:
     """Return a sentence as a box: ``bad``, ``good`` or plain."""
-    return f'<p class="hb-told {kind}" role="status">{escape(text)}</p>' if text else ""
+    return f'<p class="hb-told {kind}" role="status">{_(text)}</p>' if text else ""
 
 
 def machine(
@@ -107,7 +112,8 @@ def preview(language: str, found: Preview) -> str:
     html += f'<p class="hb-dim">{_(t["trained"])}</p>'
     names = {"": "", "chosen": t["chosen"], "rejected": t["rejected"], "good": t["good"], "bad": t["bad_answer"]}
     for title, parts in found.samples[:SHOWN_SAMPLES]:
-        html += f'<section class="hb-sample"><h3><bdi>{_(title)}</bdi></h3>'
+        number, dot, where = title.partition(" · ")
+        html += f'<section class="hb-sample"><h3><bdi>{_(number + dot + said(language, where))}</bdi></h3>'
         for name, spans in parts:
             label = f'<span class="hb-dim">{_(names.get(name, name))}</span>' if name else ""
             html += f'{label}<pre dir="auto">{"".join(_span(*span) for span in spans)}</pre>'
@@ -143,7 +149,7 @@ def plan(language: str, found: Foretold) -> str:
     html += f"<p>{_(say(language, 'plan.step', step=step))}"
     if found.steps is not None and found.seconds is not None:
         whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
-        html += f". <strong>{_(whole)}</strong>"
+        html += f" <strong>{_(whole)}</strong>"
         if found.evaluations:
             html += f"{_(say(language, 'plan.evaluations', seconds=words.duration(found.evaluations)))}"
     html += "</p>"
@@ -222,7 +228,8 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
         for prompt, answers in list(found.samples.items())[:SHOWN_SAMPLES]:
             html += f'<pre dir="auto" class="hb-prompt">{_(prompt)}</pre>'
             for answer in answers[-2:]:
-                label = f'<span class="hb-dim">{_(t["step"])} {answer.step:,}</span>'
+                at = say(language, "run.at", step=f"{answer.step:,}")
+                label = f'<span class="hb-dim">{_(at)}</span>'
                 html += f'{label}<pre dir="auto">{_(answer.answer)}</pre>'
     if found.notes:
         items = "".join(f'<li dir="auto">{_(said(language, note))}</li>' for note in found.notes[-SHOWN_NOTES:])
@@ -292,7 +299,7 @@ def audit(language: str, ways: Sequence[Mapping[str, Any]], recommended: str) ->
 
 
 def _(text: Any) -> str:
-    return escape(str(text))
+    return escape(sendable(str(text)))
 
 
 def _side(at: int, right: Sequence[int]) -> str:

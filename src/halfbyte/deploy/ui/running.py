@@ -57,7 +57,7 @@ class Runs:
             self.keep = make(gr.Button, "runs.keep", size="sm")
         self.status = status()
         self.shown = gr.HTML("", elem_id="hb-shown", padding=False)
-        self.seen = gr.State("")
+        self.seen, self.doomed = gr.State(""), gr.State("")
 
     def wire(self, language: Any, train: Any, tabs: Any) -> None:
         """Say what buttons do, and look now and then."""
@@ -71,7 +71,6 @@ class Runs:
             trigger_mode="always_last", **quiet,
         )  # fmt: skip
         self.run.change(None, [self.run], None, js=IN_URL)
-        self.run.input(lambda: "", None, [self.status], **quiet)
         self.stop.click(self._stop, [language, self.run], [self.status], **private)
         self.resume.click(self._resume, [language, self.run], [self.status], **private)
         self.copy.click(
@@ -80,9 +79,10 @@ class Runs:
             [self.status, tabs, train.files, train.yaml, *self._copied(train)],
             **private,
         )
-        self.delete.click(lambda: gr.update(visible=True), None, [self.question], **quiet)
-        self.keep.click(lambda: gr.update(visible=False), None, [self.question], **quiet)
-        self.really.click(self._delete, [language, self.run], [self.status, self.question, self.run], **private)
+        asked = [self.status, self.question, self.doomed]
+        self.delete.click(self._ask, [language, self.run], asked, **quiet)
+        gr.on([self.keep.click, self.run.input], lambda: ("", gr.update(visible=False), ""), None, asked, **quiet)
+        self.really.click(self._delete, [language, self.doomed], [self.status, self.question, self.run], **private)
 
     def show(self, language: str, word: str, chosen: str | None, beside: list[str] | None, seen: str) -> Any:
         """Return the table, the choices, and what is chosen; what is shown already is left alone."""
@@ -170,15 +170,20 @@ class Runs:
         return [pictures.told(say(language, "say.copied"), "good"), gr.update(selected="train"), None, *_fields_of(run)]
 
     @told_errors(3)
+    def _ask(self, language: str, name: str) -> Any:
+        self.path_of(language, name)
+        return pictures.told(say(language, "say.really", name=name)), gr.update(visible=True), name
+
+    @told_errors(3)
     def _delete(self, language: str, name: str) -> Any:
         path = self.path_of(language, name)
-        job = jobs.job_of(self.ui.places.jobs, path)
-        is_going = job is not None and job.state in ("waiting", "running")
+        found_ = [job for job in jobs.all_jobs(self.ui.places.jobs) if job.output == path]
+        is_going = any(job.state in ("waiting", "running") for job in found_)
         if is_going or (is_run(path) and read_run(path, short=True).state == "running"):
             raise InputError(say(language, "say.is_running", name=name))
         if is_run(path):
             _remove(path)
-        if job:
+        for job in found_:
             shutil.rmtree(job.folder, ignore_errors=True)
         return pictures.told(say(language, "say.deleted", name=name), "good"), gr.update(visible=False), None
 
@@ -216,7 +221,7 @@ def _fields_of(run: Run) -> list[Any]:
     others = {name: value for name, value in given(options).items() if name not in own | REFUSED}
     data = options.get("data")
     words = data if isinstance(data, list) else [data]
-    paths = "\n".join(word if isinstance(word, str) else str(word.get("path", "")) for word in words if word)
+    paths = "\n".join(str(word.get("path", "") if isinstance(word, dict) else word) for word in words if word)
     values = [options.get(name, defaults[name].default) for name in COPIED]
     text = yaml.safe_dump(others, sort_keys=False, allow_unicode=True) if others else ""
     preset = values[2] if values[2] in ("quick", "paper") else "paper"

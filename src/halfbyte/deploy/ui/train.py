@@ -18,6 +18,8 @@ FIELDS = (
 )  # fmt: skip
 UNCLEAR = "which is which (--columns"
 """What is said of columns that nobody knows has this in it."""
+NONE_HELD_OUT = "There is nothing to evaluate on; "
+"""So begins what is said of too few rows to hold one out."""
 COLUMNS = ("prompt", "completion", "rejected", "label")
 
 
@@ -32,7 +34,7 @@ class Train:
         make(gr.Markdown, "train.data_heading")
         with gr.Row():
             self.files = make(
-                gr.File, "train.files", file_count="multiple", type="filepath", elem_id="hb-files", height=140
+                gr.File, "train.files", file_count="multiple", type="filepath", elem_id="hb-files", height=180
             )
             self.paste = make(gr.Textbox, "train.paste", lines=4, max_lines=8, elem_id="hb-paste")
         self.path = make(gr.Textbox, "train.path", elem_id="hb-path")
@@ -113,12 +115,12 @@ class Train:
         given = dict(zip(FIELDS, values, strict=True))
         data = asked.data_of(self.ui.places, language, given)
         columns = self.ui.worker.ask(questions.columns, data)
-        choices = ["", *columns.names]
+        choices = ["", *map(pictures.sendable, columns.names)]
         mapping = [gr.update(choices=choices, value=given[name] if given[name] in choices else "") for name in COLUMNS]
         try:
             seen = self.ui.worker.ask(questions.preview, self.options(language, values) | {"output": "runs/preview"})
         except InputError as error:
-            text = _which_columns(language) if UNCLEAR in str(error) else reason(language, error)
+            text = _plainly(language, error)
             told = pictures.told(self.ui.places.told(text), "bad")
             return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
         return ["", self.ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
@@ -136,7 +138,7 @@ class Train:
         try:
             told = self.ui.planner.ask(questions.plan, options | {"output": str(output)}, True)
         except InputError as error:
-            text = say(language, "plan.later") if UNCLEAR in str(error) else reason(language, error)
+            text = say(language, "plan.later") if UNCLEAR in str(error) else _plainly(language, error)
             return pictures.told(self.ui.places.told(text), "bad"), config, command
         return pictures.plan(language, told), config, command
 
@@ -158,5 +160,11 @@ class Train:
         return pictures.told(say(language, key, name=output.name, before=len(before)), "good")
 
 
-def _which_columns(language: str) -> str:
-    return say(language, "say.which_columns", label=entry(language, "train.columns")["label"])
+def _plainly(language: str, error: InputError) -> str:
+    """Return what is wrong with data, with what to do about it in the page."""
+    if UNCLEAR in str(error):
+        return say(language, "say.which_columns", label=entry(language, "train.columns")["label"])
+    if NONE_HELD_OUT in str(error):
+        share, more = (entry(language, f"train.{name}")["label"] for name in ("eval_share", "more"))
+        return say(language, "say.none_held_out", label=share, more=more)
+    return reason(language, error)
