@@ -66,7 +66,7 @@ def test_no_text_of_a_file_is_html(language: str) -> None:
         pictures.columns(language, Columns([EVIL], [[EVIL]], [EVIL])),
         pictures.preview(language, preview),
         pictures.plan(language, Foretold(refusal=EVIL)),
-        pictures.runs(language, [(EVIL, run)], [job]),
+        pictures.runs(language, [(EVIL, run)], [(EVIL, job)]),
         pictures.run(language, EVIL, run, job, EVIL),
         pictures.compared(language, [(EVIL, run), ("b", run)]),
         pictures.audit(language, [{"name": EVIL, "bits": 4, "kept": 0.5, "agreement": 0.9}], EVIL),

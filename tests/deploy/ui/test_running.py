@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from halfbyte.deploy.ui import found
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Places
 from halfbyte.deploy.ui.running import COPIED, Runs
@@ -49,6 +50,19 @@ def test_a_name_leads_to_the_run_that_is_called_so(places: Places) -> None:
     for path in (places.roots[0] / "runs/same", places.roots[1] / "runs/same", places.roots[1] / "runs/other"):
         assert places.inside(named(path, places.roots)) == path
     assert named(places.roots[1] / "runs/other", places.roots) == "runs/other"
+
+
+def test_a_run_is_read_again_when_it_has_changed_and_not_before(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(places.runs / "done")
+    read, seen = found.read_run, []
+    monkeypatch.setattr(found, "read_run", lambda path, **options: seen.append(path) or read(path, **options))
+    assert [[run.state for run in found.runs(places)] for _ in range(3)] == [["finished"]] * 3 and len(seen) == 1
+    RunFolder(places.runs / "done").summary.unlink()
+    with RunFolder(places.runs / "done").metrics.open("a") as file:
+        file.write(End(step=2, reason="interrupted").model_dump_json() + "\n")
+    assert [run.state for run in found.runs(places)] == ["interrupted"] and len(seen) == 2
 
 
 def test_a_run_that_has_finished_does_not_go_on(runs: Runs, places: Places) -> None:

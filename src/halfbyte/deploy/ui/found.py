@@ -10,10 +10,14 @@ from typing import Any
 from halfbyte.deploy.ui.places import Places
 from halfbyte.errors import InputError
 from halfbyte.files import cache_folder
+from halfbyte.locks import is_locked
+from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.history import DEPTH, Run, find_runs, is_run, read_run
 
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the architectures of models that write text end, or those that may."""
+_kept: dict[Path, tuple[tuple[Any, ...], Run]] = {}
+"""Runs as they were read, and the state of their files then."""
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -45,17 +49,39 @@ def models(places: Places) -> list[FoundModel]:
     return sorted((model for model in found.values() if _is_text(model.path)), key=lambda model: model.name.lower())
 
 
-def runs(places: Places, *, short: bool = True) -> list[Run]:
-    """Return the runs in the page's folders, the newest first; folders that cannot be read are passed."""
+def runs(places: Places) -> list[Run]:
+    """Return the runs in the page's folders in short, the newest first; folders that cannot be read are passed."""
     found: dict[Path, Run] = {}
     for root in places.roots:
         for path in find_runs(root):
             try:
                 if _is_text(str(path)):
-                    found[path] = read_run(path, short=short)
+                    found[path] = _short(path)
             except InputError:
                 continue
     return sorted(found.values(), key=lambda run: run.begun.timestamp() if run.begun else 0.0, reverse=True)
+
+
+def _short(path: Path) -> Run:
+    """Return a run in short (:func:`halfbyte.runs.history.read_run`), read again when a file of it has changed.
+
+    Pages ask for all runs every two seconds, and their files may be large.
+    """
+    folder = RunFolder(path)
+    files = (folder.about, folder.config, folder.metrics, folder.summary, folder.checkpoints)
+    stamp = (*map(_stamp, files), is_locked(folder.lock))
+    kept = _kept.get(path)
+    if kept is None or kept[0] != stamp:
+        kept = _kept[path] = stamp, read_run(path, short=True)
+    return kept[1]
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        about = os.stat(file)
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size
 
 
 def _is_text(name: str) -> bool:

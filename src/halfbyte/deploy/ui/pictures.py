@@ -149,8 +149,8 @@ def plan(language: str, found: Foretold) -> str:
     html += f"<p>{_(say(language, 'plan.step', step=step))}"
     if found.steps is not None and found.seconds is not None:
         whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
-        html += f" <strong>{_(whole)}</strong>"
-        if found.evaluations:
+        html += f"<strong>{_(whole)}</strong>"
+        if found.evaluations >= 0.05:
             html += f"{_(say(language, 'plan.evaluations', seconds=words.duration(found.evaluations)))}"
     html += "</p>"
     if found.of:
@@ -163,20 +163,19 @@ def plan(language: str, found: Foretold) -> str:
     return html
 
 
-def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[Job]) -> str:
+def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[tuple[str, Job]]) -> str:
     """Return a table of runs, each a link to itself, and of jobs that wait for their turn."""
     t = entry(language, "run")
     rows = [
-        (_(job.title), _state(language, "waiting" if job.state == "waiting" else "starting"), "", "", "", "")
-        for job in waiting
+        (_link(name), _state(language, "waiting" if job.state == "waiting" else "starting"), "", "", "", "")
+        for name, job in waiting
     ]
     for name, run in found:
         steps = f"{run.step:,}/{run.total_steps:,}" if run.total_steps else f"{run.step:,}"
         last = run.kept.figures if run.kept else {}
         loss = number(last["loss"]) if "loss" in last else "" if run.loss is None else number(run.loss)
-        link = f'<a href="?run={_quoted(name)}#runs" data-run="{_(name)}"><bdi>{_(name)}</bdi></a>'
         model = f"<bdi>{_(words.model_name(run))}</bdi>"
-        rows.append((link, _state(language, run.state), steps, loss, model, words.moment(run.begun)))
+        rows.append((_link(name), _state(language, run.state), steps, loss, model, words.moment(run.begun)))
     if not rows:
         return told(t["no_runs"])
     head = (t["name"], t["state"], t["step"], said(language, "Loss"), t["model"], t["begun"])
@@ -308,6 +307,10 @@ def _side(at: int, right: Sequence[int]) -> str:
 
 def _span(style: str, text: str) -> str:
     return f'<span class="hb-{style}">{_(text)}</span>' if style else _(text)
+
+
+def _link(run: str) -> str:
+    return f'<a href="?run={_quoted(run)}"><bdi>{_(run)}</bdi></a>'
 
 
 def _cut(text: str, longest: int = 80) -> str:

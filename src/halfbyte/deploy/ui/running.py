@@ -94,10 +94,10 @@ class Runs:
             if word in f"{name} {run.options.get('model', '')} {run.state}".lower()
         ]  # fmt: skip
         waiting = [
-            job for job in jobs.all_jobs(places.jobs)
+            (named(job.output, places.roots), job) for job in jobs.all_jobs(places.jobs)
             if job.kind in TRAINING and job.state in ("waiting", "running") and not is_run(job.output)
         ]  # fmt: skip
-        names = [name for name, _ in runs] + [named(job.output, places.roots) for job in waiting]
+        names = [name for name, _ in runs] + [name for name, _ in waiting]
         table = pictures.runs(language, matching, waiting)
         view = self.view(language, chosen or "", beside or [])
         digest = hashlib.sha256(repr((language, table, view, names)).encode()).hexdigest()

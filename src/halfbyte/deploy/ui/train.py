@@ -133,8 +133,11 @@ class Train:
             output = self.ui.places.runs / (name.strip() or "my-run")
             config = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
             command = asked.command_of(options, output)
-        except (InputError, OSError):
-            return pictures.told(say(language, "plan.later")), "", ""
+        except (InputError, OSError) as error:
+            given_ = dict(zip(FIELDS, values, strict=True))
+            is_begun = given_["model"] and any(given_[name] for name in ("files", "paste", "path"))
+            text = reason(language, error) if is_begun else say(language, "plan.later")
+            return pictures.told(self.ui.places.told(text), "bad" if is_begun else ""), "", ""
         try:
             told = self.ui.planner.ask(questions.plan, options | {"output": str(output)}, True)
         except InputError as error:
