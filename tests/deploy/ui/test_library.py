@@ -79,6 +79,12 @@ def test_every_error_that_a_page_may_show_has_a_form(language: str) -> None:
         ("There is nothing to train on:\nx: y", "没有可用于训练的行：\nx: y"),
         ("Evaluation: perplexity", "评估：困惑度"),
         ("mean of 5 steps", "5 步平均"),
+        (
+            "Before training the model answers 'What is it\\'s name? a. b' with 'x' again and again. A base model that "
+            "never saw this template may do so; a chat model should not.",
+            "训练之前模型对 'What is it\\'s name? a. b' 的回答有问题：with 'x' again and again。"
+            "从未见过这个模板的基础模型可能会这样；聊天模型不应如此。",
+        ),
         ("1 row", "1 行"),
         ("1,234 examples", "1,234 个示例"),
         ("0 of 1,018 rows", "1,018 行中有 0 行"),

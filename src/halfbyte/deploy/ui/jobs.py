@@ -118,6 +118,11 @@ def all_jobs(home: Path) -> list[Job]:
     return [job for folder in folders if (job := read_job(folder))]
 
 
+def unended(home: Path) -> int:
+    """Return how many jobs wait or run."""
+    return sum(job.state in ("waiting", "running") for job in all_jobs(home))
+
+
 def job_of(home: Path, output: Path) -> Job | None:
     """Return the last job that writes to ``output``."""
     return next((job for job in reversed(all_jobs(home)) if job.output == output), None)

@@ -19,6 +19,8 @@ END = re.compile(r"(?<=[.!?:;)])\s+|\n+|(?=; )|(?= \()|(?<=\))(?=[:,] )")
 """Between two sentences, or before a clause that has a form of its own."""
 COUNTED = re.compile(r"([\d,]+)(?: of ([\d,]+))? ([a-z ]+?)s?")
 """How many of something (:func:`halfbyte.errors.counted`), and of how many."""
+VALUE = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|.*?)"""
+"""A value: a text in quotation marks as a whole, where it is one."""
 NUMBER = r"([\d,]+)"
 SPAN = 4
 """Pieces that one form may take together."""
@@ -72,7 +74,7 @@ def forms_of(language: str) -> list[Form]:
     parts = [(form.split("{}"), text) for form, text in found]
     return [
         *(
-            Form(max(words, key=len), re.compile("(.*?)".join(map(re.escape, words)), re.DOTALL), text)
+            Form(max(words, key=len), re.compile(VALUE.join(map(re.escape, words)), re.DOTALL), text)
             for words, text in parts
         ),
         *_counts(language),

@@ -163,8 +163,20 @@ def plan(language: str, found: Foretold) -> str:
     return html
 
 
-def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[tuple[str, Job]]) -> str:
-    """Return a table of runs, each a link to itself, and of jobs that wait for their turn."""
+def runs(
+    language: str,
+    found: Sequence[tuple[str, Run]],
+    waiting: Sequence[tuple[str, Job]],
+    going_on: Collection[str] = (),
+) -> str:
+    """Return a table of runs, each a link to itself.
+
+    Args:
+        language: of the page.
+        found: runs, by what the page calls them.
+        waiting: jobs that are no runs yet.
+        going_on: names of runs that wait for their turn to go on.
+    """
     t = entry(language, "run")
     rows = [
         (_link(name), _state(language, "waiting" if job.state == "waiting" else "starting"), "", "", "", "")
@@ -175,7 +187,8 @@ def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[tupl
         last = run.kept.figures if run.kept else {}
         loss = number(last["loss"]) if "loss" in last else "" if run.loss is None else number(run.loss)
         model = f"<bdi>{_(words.model_name(run))}</bdi>"
-        rows.append((_link(name), _state(language, run.state), steps, loss, model, words.moment(run.begun)))
+        state = "waiting" if name in going_on and run.state != "running" else run.state
+        rows.append((_link(name), _state(language, state), steps, loss, model, words.moment(run.begun)))
     if not rows:
         return told(t["no_runs"])
     head = (t["name"], t["state"], t["step"], said(language, "Loss"), t["model"], t["begun"])
@@ -193,7 +206,9 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
         log: of the job.
     """
     t = entry(language, "run")
-    html = f'<header class="hb-run"><h2><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h2>'
+    waits = job and job.state == "waiting" and found.state != "running"
+    state = _state(language, "waiting" if waits else found.state)
+    html = f'<header class="hb-run"><h2><bdi>{_(found.path.name)}</bdi> {state}</h2>'
     told_now = []
     if found.total_steps:
         share = found.step / found.total_steps

@@ -13,7 +13,7 @@ import gradio as gr
 
 from halfbyte.deploy.ui import found, jobs, pictures
 from halfbyte.deploy.ui.station import Ui, named, status, told_errors
-from halfbyte.deploy.ui.texts import say
+from halfbyte.deploy.ui.texts import entry, say
 from halfbyte.errors import InputError
 from halfbyte.locks import is_locked
 from halfbyte.runs.folder import RunFolder
@@ -88,17 +88,18 @@ class Runs:
         """Return the table, the choices, and what is chosen; what is shown already is left alone."""
         places = self.ui.places
         runs = [(named(run.path, places.roots), run) for run in found.runs(places)]
-        word = (word or "").strip().lower()
-        matching = [
-            (name, run) for name, run in runs
-            if word in f"{name} {run.options.get('model', '')} {run.state}".lower()
-        ]  # fmt: skip
         waiting = [
             (named(job.output, places.roots), job) for job in jobs.all_jobs(places.jobs)
-            if job.kind in TRAINING and job.state in ("waiting", "running") and not is_run(job.output)
+            if job.kind in TRAINING and job.state in ("waiting", "running")
         ]  # fmt: skip
-        names = [name for name, _ in runs] + [name for name, _ in waiting]
-        table = pictures.runs(language, matching, waiting)
+        names = list(dict.fromkeys(name for name, _ in (*runs, *waiting)))
+        words, states = (word or "").strip().lower(), entry(language, "state")
+        matching = [
+            (name, run) for name, run in runs
+            if words in f"{name} {run.options.get('model', '')} {states[run.state]}".lower()
+        ]  # fmt: skip
+        alone = [(name, job) for name, job in waiting if name not in dict(runs) and words in name.lower()]
+        table = pictures.runs(language, matching, alone, {name for name, job in waiting if job.state == "waiting"})
         view = self.view(language, chosen or "", beside or [])
         digest = hashlib.sha256(repr((language, table, view, names)).encode()).hexdigest()
         if digest == seen:
@@ -157,8 +158,10 @@ class Runs:
         ends = time.monotonic() + ENDING
         while job and job.state == "running" and time.monotonic() < ends:
             time.sleep(0.1)
+        before = jobs.unended(self.ui.places.jobs)
         jobs.begin(self.ui.places.jobs, "train", path.name, ["resume", str(path)], path)
-        return pictures.told(say(language, "say.going_on", name=name), "good")
+        key = "say.queued" if before else "say.going_on"
+        return pictures.told(say(language, key, name=name, before=before), "good")
 
     @staticmethod
     def _copied(train: Any) -> list[Any]:

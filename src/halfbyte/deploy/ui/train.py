@@ -154,13 +154,13 @@ class Train:
         config = TrainConfig.from_yaml(None, options)
         if RunFolder(output).begun or output.exists():
             raise InputError(say(language, "say.exists", name=output.name))
-        before = [job for job in jobs.all_jobs(self.ui.places.jobs) if job.state in ("waiting", "running")]
+        before = jobs.unended(self.ui.places.jobs)
         jobs.begin(
             self.ui.places.jobs, "train", output.name, ["train", "--config", "{folder}/config.yaml"],
             config.output, files={"config.yaml": yaml.safe_dump(options, sort_keys=False, allow_unicode=True)},
         )  # fmt: skip
         key = "say.queued" if before else "say.started"
-        return pictures.told(say(language, key, name=output.name, before=len(before)), "good")
+        return pictures.told(say(language, key, name=output.name, before=before), "good")
 
 
 def _plainly(language: str, error: InputError) -> str:
