@@ -90,7 +90,7 @@ def test_what_never_ends_is_ended_and_the_next_is_answered(monkeypatch: pytest.M
     asked = worker.Worker()
     try:
         assert asked.ask(len, "begun") == 5
-        with pytest.raises(InputError, match="more than 1 seconds"):
+        with pytest.raises(InputError, match="That took more than"):
             asked.ask(time.sleep, 60)
         monkeypatch.setattr(worker, "PATIENCE", 60)
         assert asked.ask(len, "again") == 5

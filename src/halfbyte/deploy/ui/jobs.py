@@ -72,11 +72,13 @@ class Job:
         """What has become of it."""
         try:
             code = json.loads((self.folder / END).read_text(encoding="utf-8"))["code"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             if not is_locked(self.folder / LOCK):
                 return "stopped" if (self.folder / STOP).exists() and not self.log else "broken off"
             return "running" if (self.folder / LOG).exists() else "waiting"
-        return "done" if code == 0 else "stopped" if code == CANCELLED else "failed"
+        if code == 0:
+            return "done"
+        return "stopped" if code == CANCELLED or (self.folder / STOP).exists() else "failed"
 
     @property
     def log(self) -> str:

@@ -89,6 +89,9 @@ def make_page(ui: Ui) -> Any:
             event.then(*foretold, **private)
             event.then(*shown, **private)
             event.then(chat.labels, [language], [chat.left, chat.right], **private)
+        said = [start.status, train.status, chat.status, runs.status, ship.status]  # in the language before
+        spoken.then(lambda: [""] * len(said), None, said, **private)
+        spoken.then(train.look_again, [language, train.shown, *train.fields], train.looked, **private)
         lists = [train.model, chat.model, ship.run]
 
         def choices() -> Any:

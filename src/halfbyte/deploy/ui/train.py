@@ -78,6 +78,11 @@ class Train:
         """The components that a run's options are made of, in the order of :data:`FIELDS`."""
         return [getattr(self, name) for name in FIELDS]
 
+    @property
+    def looked(self) -> list[Any]:
+        """The components that say what the data are."""
+        return [self.data_status, self.shown, self.mapping, *(getattr(self, name) for name in COLUMNS)]
+
     def wire(self, language: Any) -> None:
         """Say what buttons do, and what follows from a change."""
         private: dict[str, Any] = {"api_visibility": "private"}
@@ -87,10 +92,8 @@ class Train:
             [self.preset], [getattr(self, name) for name in asked.NUMBERS], **quiet,
         )  # fmt: skip
         columns = [getattr(self, name) for name in COLUMNS]
-        looked = [self.data_status, self.shown, self.mapping, *columns]
-        self.look.click(self._look, [language, *self.fields], looked, **private)
-        for component in (self.files.upload, self.path.submit):
-            component(self._look, [language, *self.fields], looked, **private)
+        for event in (self.look.click, self.files.upload, self.path.submit):
+            event(self._look, [language, *self.fields], self.looked, **private)
         live = [
             self.model, self.files, self.path, self.skip, self.method, self.task, self.preset, self.epochs, self.shown,
             self.max_length, self.rank, self.batch_size, self.eval_share, self.memory, self.yaml, self.learning_rate,
@@ -124,6 +127,12 @@ class Train:
             told = pictures.told(self.ui.places.told(text), "bad")
             return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
         return ["", self.ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
+
+    def look_again(self, language: str, shown: str, *values: Any) -> Any:
+        """Say in another language what the data are, if it was said."""
+        if not shown:
+            return ["", *[gr.skip()] * (len(COLUMNS) + 2)]
+        return self._look(language, *values)
 
     def foretell(self, language: str, *given: Any) -> Any:
         """Return what a run takes, its configuration, and its command."""

@@ -19,7 +19,7 @@ from halfbyte.deploy.ui.attached import end_with
 from halfbyte.errors import InputError
 
 NICE = 3
-PATIENCE = 300
+PATIENCE = 900
 """Seconds that an answer may take: a configuration or a chat template may be made so that it never comes."""
 
 Result = TypeVar("Result")
@@ -49,7 +49,7 @@ class Worker:
                 self.close()
                 told = "There was not enough memory for that; close other programs, or take less data."
                 if time.monotonic() - begun >= PATIENCE:
-                    told = f"That took more than {PATIENCE} seconds; take less data, or another model."
+                    told = f"That took more than {PATIENCE // 60} minutes; take less data, or another model."
                 raise InputError(told) from None
 
     def close(self) -> None:
