@@ -22,6 +22,9 @@ from halfbyte.choices import (
 from halfbyte.errors import InputError, nearest
 from halfbyte.files import absolute
 
+NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""What PyYAML raises for what it cannot read; of a date that is none, whatever Python says."""
+
 
 class Options(BaseModel):
     """A set of options; its fields are their names, types, bounds, defaults and meaning."""
@@ -130,7 +133,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NO_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise InputError(f"{path}: this is not YAML{line}; write one 'option: value' per line.") from None

@@ -124,6 +124,18 @@ def test_what_is_held_out_is_a_share_of_the_rows_and_none_of_them_is_trained(run
     assert other is not None and Counter(tuple(row["input_ids"]) for row in other.rows) != out
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_of_few_rows_one_is_held_out_where_chance_holds_out_none(run: Prepare, data: Path, seed: int) -> None:
+    rows = [json.dumps({"instruction": f"question {n}", "output": "yes"}) for n in range(3)]
+    data.write_text("\n".join([*rows, '{"instruction": "alone"}']) + "\n")
+    found = run(eval_share=0.001, seed=seed, skip_bad_rows="all")
+    assert found.evaluation is not None and (len(found.train.rows), len(found.evaluation.rows)) == (2, 1)
+    assert found.bad.total == 1 and found.skipped is not None and len(found.skipped.read_text().splitlines()) == 1
+    data.write_text(rows[0] + "\n")
+    with pytest.raises(InputError, match="nothing to evaluate on; name more data"):
+        run(eval_share=0.001, seed=seed)
+
+
 def test_data_for_evaluation_goes_the_same_way(run: Prepare, data: Path, tmp_path: Path) -> None:
     shutil.copy(data, tmp_path / "eval.jsonl")
     both = run(eval_data=tmp_path / "eval.jsonl")

@@ -255,3 +255,10 @@ def test_pieces_of_a_text_know_their_lines(tmp_path: Path) -> None:
 def test_a_wrong_length_of_pieces_is_told(tmp_path: Path, split: Any) -> None:
     with pytest.raises(InputError, match="split_text"):
         read(tmp_path / "d.txt", b"words", split_text=split)
+
+
+@pytest.mark.parametrize("name", ["program.exe", "program.txt", "program.jsonl", "program.csv"])
+def test_a_program_is_no_text_in_an_unknown_encoding(name: str, tmp_path: Path) -> None:
+    content = b"MZ\x90\0\3\0\0\0\4\0\0\0\xff\xff\0\0\xb8" + bytes(range(256)) * 20
+    with pytest.raises(InputError, match="is no text, and no data file"):
+        read(tmp_path / name, content)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,48 @@ def test_each_damaged_file_is_one_sentence_and_the_others_are_read(name: str, tm
     run = read_run(folder.path)
     assert run.problems == [sentence]
     assert bool(run.steps) == (name != "metrics.jsonl") and bool(run.options) == (name != "config.yaml")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.json", "summary.json"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 200_000 + b"\n", b"\0" * 1000, b"a: 2020-99-99\n", b"!!bool x\n", b"{}\n", b"\xff\xfe{\n"]
+)
+def test_whatever_stands_in_a_file_the_others_are_read(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", *MADE)
+    (folder.path / name).write_bytes(content)
+    for short in (False, True):
+        run = read_run(folder.path, short=short)
+        assert bool(run.steps) == (name != "metrics.jsonl") and (bool(run.options) == (name != "config.yaml"))
+    assert report_page(run)
+
+
+def test_numbers_beyond_all_counts_are_drawn_and_told(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", *MADE, max_grad_norm=0.5)
+    folder.config.write_text(f"max_grad_norm: {10**400}\n")
+    huge = step(13).model_dump() | {"step": 10**400}
+    most = step(14).model_dump() | {"memory_bytes": 10**30, "trained_tokens": 10**400}
+    long = {"kind": "checkpoint", "step": 9, "folder": "x" * 5000}
+    with folder.metrics.open("a") as file:
+        file.write("".join(json.dumps(one) + "\n" for one in (huge, most, long)))
+    folder.summary.write_text(json.dumps({"loss": 10**400, "peak_memory_bytes": 10**400, "adapter_step": 10**400}))
+    run = read_run(folder.path)
+    assert run.step == 12 and run.loss == math.inf and run.checkpoints == []
+    assert "infinite" in report_page(run) and compare_page([("a", run), ("b", run)])
+
+
+def test_what_may_not_be_looked_at_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("closed", "open"):
+        write(tmp_path / name, *MADE)
+    stat = os.stat
+
+    def refused(path: Any, *args: Any, **options: Any) -> Any:
+        if "/closed/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert list(find_runs(tmp_path)) == [tmp_path / "open"]
+    assert not is_run(tmp_path / ("x" * 5000))
 
 
 def test_a_run_of_an_older_halfbyte_is_read_and_said_and_one_of_a_newer_is_not_read(tmp_path: Path) -> None:

@@ -92,11 +92,11 @@ def _dialect(lines: list[str], is_cut: bool, usual: str) -> Dialect:
     return max(dialects, key=lambda dialect: _fitting(lines, dialect, is_cut))  # of equals the first
 
 
-def is_table(text: TextIO, usual: str = ",", least: int = 2) -> bool:
+def is_table(text: TextIO, usual: str = ",", least: int = 2, share: float = 1.0) -> bool:
     """Tell whether the text that comes next is a table beyond doubt.
 
-    It has ``least`` rows or more, each of as many fields as the first, which has two or more and no empty one. If the
-    delimiter ``usual`` is a tab, it has to be one.
+    It has ``least`` rows or more, ``share`` of them of as many fields as the first, which has two or more and no empty
+    one. If the delimiter ``usual`` is a tab, it has to be one.
     """
     lines, is_cut = _sample(text)
     dialect = _dialect(lines, is_cut, usual)
@@ -106,7 +106,7 @@ def is_table(text: TextIO, usual: str = ",", least: int = 2) -> bool:
         and len(first) > 1
         and all(first)
         and (usual != "\t" or dialect.delimiter == usual)
-        and _fitting(lines, dialect, is_cut) == 1
+        and _fitting(lines, dialect, is_cut) >= share
     )
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -179,7 +180,13 @@ def prepare(
     name = cache.key(options.seed if drawn else None, contents, about, cache.tokenizer_key(tokenizer), method, *known)
 
     def make(folder: Path) -> None:
-        _Maker(options, tokenizer, form, take, progress, folder, known_classes).make()
+        maker = _Maker(options, tokenizer, form, take, progress, folder, known_classes)
+        try:
+            maker.make(int((options.eval_share or 0) * 2**64))
+        except _NoneDrawnError:  # of few rows chance may hold out none: then the one that comes next
+            _empty(folder)
+            again = _Maker(options, tokenizer, form, take, progress, folder, known_classes)
+            again.make(maker.least + 1)
         if _fingerprints(options, contents=False) != before:
             raise InputError("The data changed while it was read; start again when it is whole.")
 
@@ -207,8 +214,22 @@ def _fingerprints(options: DataOptions, *, contents: bool = True) -> list[list[s
     return [[fingerprint(source, contents=contents) for source in sources or ()] for sources in both]
 
 
+def _empty(folder: Path) -> None:
+    for table in (TRAIN, EVALUATION):
+        shutil.rmtree(folder / table)
+    (folder / SKIPPED).unlink(missing_ok=True)
+
+
+class _NoneDrawnError(Exception):
+    """Of several rows none was held out."""
+
+
 class _Maker:
-    """Makes the tables of training and evaluation in one folder."""
+    """Makes the tables of training and evaluation in one folder.
+
+    Attributes:
+        least: of the numbers that rows drew.
+    """
 
     def __init__(
         self,
@@ -235,8 +256,14 @@ class _Maker:
         kinds: dict[str, type[LabelledRows] | type[SequenceRows]] = {"classify": LabelledRows, "seq2seq": SequenceRows}
         kind = kinds.get(options.task)
         self.pairs = kind(tokenizer, options.max_length, options.parse_special_tokens) if kind else None
+        self.least = 2**64
 
-    def make(self) -> None:
+    def make(self, held_out: int) -> None:
+        """Fill the folder.
+
+        Args:
+            held_out: rows that draw a number below it are for evaluation.
+        """
         options = self.options
         names = self._name_classes() if isinstance(self.pairs, LabelledRows) else []
         with contextlib.ExitStack() as stack:
@@ -244,22 +271,23 @@ class _Maker:
             train = stack.enter_context(self._table(TRAIN))
             evaluated = options.eval_data or options.eval_share
             evaluation = stack.enter_context(self._table(EVALUATION)) if evaluated else train
-            held_out = int((options.eval_share or 0) * 2**64)
             for sources, table in ((options.data, train), (options.eval_data or [], evaluation)):
                 for encoded in self._encoded(sources):
                     if encoded.bad:
                         self.bad.add(encoded.bad)
                         skipped.add(encoded.bad)
-                    elif held_out and self._draw(encoded.rows) < held_out:
-                        evaluation.add(encoded)
-                    else:
-                        table.add(encoded)
+                        continue
+                    draw = self._draw(encoded.rows) if held_out else 0
+                    self.least = min(self.least, draw)
+                    (evaluation if draw < held_out else table).add(encoded)
             if options.replay:
                 self._replay(replay.parse(options.replay), train, skipped)
+        if held_out and not evaluation.counts.examples and train.counts.examples > 1:
+            raise _NoneDrawnError
         examples = train.counts.examples + (evaluation.counts.examples if evaluation is not train else 0)
         for table, what in ((train, "train"), (evaluation, "evaluate")):
             if not table.counts.examples and (examples or self.left_out):
-                if why := self._why_nothing():
+                if not examples and (why := self._why_nothing()):
                     raise InputError(f"There is nothing to {what} on:\n{why}")
                 raise InputError(f"There is nothing to {what} on; name more data, or another eval_share.")
         about = {

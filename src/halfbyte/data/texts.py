@@ -32,6 +32,8 @@ SAMPLE = 1 << 16
 """Bytes, from the first that is not ASCII, that tell an encoding."""
 ENOUGH = 200
 """Bytes beyond ASCII that are in pairs throughout by no chance."""
+NO_TEXT = 0.05
+"""Share of control characters from which on bytes are no text; of bytes at random it is a tenth."""
 SHOWN = {"cp1252": "Windows-1252", "utf_16_le": "UTF-16", "utf_16_be": "UTF-16", "utf-16": "UTF-16", "utf-32": "UTF-32",
          "gb18030": "GB18030", "utf-8": "UTF-8", "utf-8-sig": "UTF-8"}  # fmt: skip
 KEPT = "halfbyte.kept"
@@ -193,6 +195,8 @@ def _encoding_of(path: Path, sample: bytes) -> str:
     if alone >= 0.5 and _decodes(sample, "cp1252"):
         return "cp1252"
     found = _guess(sample) or ("cp1252" if _decodes(sample, "cp1252") else None)
+    if found is None and len(_CONTROLS.findall(sample)) > NO_TEXT * len(sample):
+        raise InputError(f"{path} is no text, and no data file that can be read here; give JSON, CSV, Parquet or text.")
     if found is None:
         raise InputError(f"{path} is text in no encoding that can be found; name it with encoding (--encoding).")
     return found

@@ -18,6 +18,8 @@ from halfbyte.hf.layers.families import FAMILIES, Family, recognise
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 GATES = ("gate_proj", "up_proj", "gate_up_proj")
+MOST_LAYERS = 1000
+"""Layers that no model has; to build more takes minutes, if in shape alone."""
 SHARED = (QKV, GATES)
 """Projections that are one operation, since they read one input (:mod:`halfbyte.hf.layers.fusion`)."""
 
@@ -149,8 +151,14 @@ def shape_of(config: Any, name: str = "The model") -> Shape:
         raise _unknown(name, f"a {config.model_type} model, no decoder of language")
     if getattr(config, "quantization_config", None) is not None:
         config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > MOST_LAYERS:
+        raise InputError(f"{name} has {layers:,} layers by its configuration, which no model has; mend config.json.")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # nothing but the configuration's numbers is at work here
+        raise InputError(f"No model can be made as {name} is configured ({error}); mend config.json.") from error
     return shape_from(model, name)
 
 

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 VERSION = 1
 """Of the file form; counted up when a reader of the old form would misread the new one."""
+LONGEST_COUNT = 19
+"""Digits that no count has; a damaged file may have more than a float has room for."""
 
 
 class Event(BaseModel):
@@ -192,6 +194,11 @@ def _reader() -> TypeAdapter[Event]:
     return TypeAdapter(AnyEvent)
 
 
+def whole_number(digits: str) -> float:
+    """Return a number that JSON writes without a fraction; one that counts nothing in this world as no integer."""
+    return int(digits) if len(digits) < LONGEST_COUNT else float(digits)
+
+
 def to_line(event: Event) -> str:
     """Return ``event`` as one line of JSON, without its end of line."""
     return event.model_dump_json()
@@ -204,9 +211,9 @@ def from_lines(lines: Iterable[str], name: str = "This file") -> Iterator[Event]
     """
     for line in lines:
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_int=whole_number)
             event = _reader().validate_python(values)
-        except (ValueError, ValidationError):
+        except (ValueError, RecursionError, ValidationError):
             continue
         if not isinstance(event, Header):
             yield event

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +28,7 @@ from halfbyte.runs.events import (
     Sample,
     StepMetrics,
     from_lines,
+    whole_number,
 )
 from halfbyte.runs.folder import VERSION, RunFolder
 
@@ -155,7 +157,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """Those that are on the disk, by steps."""
-        there = {one.step: one for one in self.of(Checkpoint) if (self.path / one.folder).is_dir()}
+        there = {one.step: one for one in self.of(Checkpoint) if isdir(self.path / one.folder)}
         return [one for _, one in sorted(there.items())]
 
 
@@ -202,8 +204,8 @@ def read_run(path: Path, *, state: State | None = None, short: bool = False) -> 
 
 def is_run(path: Path) -> bool:
     """Tell whether ``path`` looks like the folder of a run."""
-    folder = RunFolder(path)
-    return folder.about.is_file() or (folder.config.is_file() and folder.metrics.is_file())
+    folder = RunFolder(path)  # what may not be looked at is none: os.path raises nothing
+    return isfile(folder.about) or (isfile(folder.config) and isfile(folder.metrics))
 
 
 def rate(steps: Sequence[StepMetrics]) -> float | None:
@@ -251,11 +253,11 @@ def _begun(about: dict[str, Any], folder: RunFolder) -> datetime.datetime | None
 
 def _read_json(path: Path, problems: list[str], missing: str = "") -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_int=whole_number)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing{f' ({missing})' if missing else ''}.")
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({_reason(error)}) and is left out.")
         return {}
     if not isinstance(values, dict):
@@ -305,7 +307,7 @@ def _noted(events: Iterable[Event], problems: list[str]) -> list[Event]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -371,11 +371,12 @@ def test_a_template_that_rewrites_the_past_is_not_put_in_a_modelfile(tiny_model_
     assert turns_of(tokenizer, False) is None
 
 
-def test_the_modelfile_has_template_stops_and_settings(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "quote"), [("poet", ""), ("my poet", "'")])
+def test_the_modelfile_has_template_stops_and_settings(base: Path, tmp_path: Path, name: str, quote: str) -> None:
     GenerationConfig(eos_token_id=[256, 257], temperature=0.7, top_p=0.9, do_sample=True).save_pretrained(base)
-    copy = export_gguf(base, tmp_path / "poet", to="q8_0")
+    copy = export_gguf(base, tmp_path / name, to="q8_0")
     lines = (copy.folder / "Modelfile").read_text().splitlines()
-    assert lines[0] == "FROM ./poet-q8_0.gguf"
+    assert lines[0] == f"FROM ./{name}-q8_0.gguf"
     assert lines[1].startswith('TEMPLATE """{{ if .System }}{{ "<|im_start|>system') and lines[1].endswith('"""')
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert lines[2:] == [
@@ -383,7 +384,8 @@ def test_the_modelfile_has_template_stops_and_settings(base: Path, tmp_path: Pat
         "PARAMETER temperature 0.7", "PARAMETER top_p 0.9",
     ]  # fmt: skip
     card = (copy.folder / "README.md").read_text()
-    assert "llama-cli -m poet-q8_0.gguf --jinja" in card and "ollama create poet -f Modelfile" in card
+    assert f"llama-cli -m {quote}{name}-q8_0.gguf{quote} --jinja" in card
+    assert f"ollama create {quote}{name}{quote} -f Modelfile" in card
     assert "library_name: gguf" in card
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.deploy.ui import asked, found
+from halfbyte.deploy.ui import asked, found, uploads
 from halfbyte.deploy.ui.found import FoundModel
 from halfbyte.deploy.ui.places import Outside, Places
 from halfbyte.errors import InputError
@@ -41,6 +41,9 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "secret.jsonl").write_text('{"text": "b"}\n')
+    (tmp_path / "root" / "linked.gguf").symlink_to(tmp_path / "secret.jsonl")
+    (tmp_path / "root" / "with a link").mkdir()
+    (tmp_path / "root" / "with a link" / "model.safetensors").symlink_to(tmp_path / "secret.jsonl")
     monkeypatch.setattr(found, "models", lambda _: [FoundModel("small", str(tmp_path / "cache" / "small"), "llama", 1)])
     return Places([tmp_path / "root"])
 
@@ -102,6 +105,8 @@ def test_columns_have_the_names_of_the_goal(places: Places, method: str, columns
         {"yaml": "eval_data: [a.jsonl, ../secret.jsonl]"},
         {"yaml": "eval_data: {path: ../secret.jsonl}"},
         {"model": "..", "path": "rows.jsonl"},
+        {"model": "linked.gguf"},
+        {"model": "with a link"},
     ],
 )
 def test_nothing_outside_of_the_folders_is_read(places: Places, changed: dict[str, Any]) -> None:
@@ -117,6 +122,10 @@ def test_nothing_outside_of_the_folders_is_read(places: Places, changed: dict[st
         ({"yaml": "a: &a [*a]"}, "line 1"),
         ({"yaml": "a: [1"}, "line"),
         ({"yaml": "- 1"}, "line 1"),
+        ({"yaml": "[" * 10_000}, "line"),
+        ({"yaml": "seed: 2020-99-99"}, "line"),
+        ({"path": "~nobody-of-this-name/rows.jsonl"}, "There is no"),
+        ({"model": "~nobody-of-this-name/model x"}, "There is no"),
         ({"yaml": "trust_remote_code: true"}, "cannot be set here"),
         ({"yaml": "output: x"}, "cannot be set here"),
         ({"path": "nothing here.jsonl"}, "There is no"),
@@ -193,14 +202,18 @@ def test_models_are_those_that_were_found_hub_ids_and_folders_within(places: Pla
         ('{\n "a": 1\n}', "json"),
         ("a,b\n1,2", "csv"),
         ("a\tb\n1\t2", "tsv"),
+        ("a;b\n1;2\n\n3;4", "csv"),
+        ("a,b\n1,2\n3,4,5", "csv"),
         ("Once, upon a time", "txt"),
+        ("Once, upon a time,\nthere was a byte.\nIt had, as bytes have, eight bits, or two halves.", "txt"),
+        ("[" * 100_000, "json"),
         ("多行\n文本", "txt"),
     ],
 )
 def test_what_is_pasted_is_kept_once_as_what_it_looks_like(places: Places, text: str, ending: str) -> None:
-    file = asked.pasted(places, text)
+    file = uploads.pasted(places, text)
     assert file.suffix == f".{ending}" and file.read_text().strip() == text and file.is_relative_to(places.roots[0])
-    assert asked.pasted(places, text) == file
+    assert uploads.pasted(places, text) == file
 
 
 def test_a_file_that_is_sent_is_moved_to_a_name_that_leads_nowhere(places: Places, tmp_path: Path) -> None:
@@ -211,6 +224,24 @@ def test_a_file_that_is_sent_is_moved_to_a_name_that_leads_nowhere(places: Place
     assert Path(kept).is_relative_to(places.uploads) and Path(kept).name == "img src=xdata.jsonl"
     assert Path(kept).read_text() == "{}\n"
     assert options(places, path="", files=[kept])["data"] == [kept]
+
+
+def test_what_was_sent_is_kept_as_long_as_a_run_or_a_job_names_it(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [uploads.pasted(places, f"text {number}") for number in range(3)]
+    folder = places.uploads / "0123456789abcdef"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("{}\n")
+    for user, file in ((places.runs / "run", files[0]), (places.jobs / "job", files[1])):
+        user.mkdir(parents=True)
+        (user / "config.yaml").write_text(f"data: [{file}]\n")
+    (places.runs / "run" / "run.json").write_text("{}")
+    uploads.tidy(places)
+    assert folder.exists() and files[2].exists()  # they are new
+    monkeypatch.setattr(uploads, "UNUSED", -1)
+    uploads.tidy(places)
+    assert sorted(places.uploads.iterdir()) == sorted(files[:2])
 
 
 def test_recipes_say_their_numbers() -> None:

@@ -82,6 +82,17 @@ def test_every_error_that_a_page_may_show_has_a_form(language: str) -> None:
         ("There is nothing to train on:\nx: y", "没有可用于训练的行：\nx: y"),
         ("Evaluation: perplexity", "评估：困惑度"),
         ("mean of 5 steps", "5 步平均"),
+        (
+            "Before training the model answers 'What is it\\'s name? a. b' with 'x' again and again. A base model that "
+            "never saw this template may do so; a chat model should not.",
+            "训练之前模型对 'What is it\\'s name? a. b' 的回答有问题：with 'x' again and again。"
+            "从未见过这个模板的基础模型可能会这样；聊天模型不应如此。",
+        ),
+        ("1 row", "1 行"),
+        ("1,234 examples", "1,234 个示例"),
+        ("0 of 1,018 rows", "1,018 行中有 0 行"),
+        ("2 rows, 1 prompt", "2 行和 1 个提示词"),
+        ("Latin 98%, Han 2% of the rows", "Latin 98%, Han 2%（占行数）"),
         ("Nobody has ever said this.", "Nobody has ever said this."),
         ("unknown option --foo (did you mean 'food'?).", "未知的选项 --foo（是不是 'food'？）。"),
         ("Columns not used: a, b (is a its b?).", "未使用的列：a, b（a 是不是它的 b？）。"),

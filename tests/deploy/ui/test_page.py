@@ -213,6 +213,32 @@ def test_a_run_goes_on_without_the_page_and_its_server_and_is_stopped_and_resume
     assert again.problems == [] and other.problems == []
 
 
+def test_who_begins_before_the_page_is_whole_stays_where_they_went(page: Any, server: Server) -> None:
+    page.goto(server.url)
+    page.click("#hb-tab-train-button")
+    wait(page, "#hb-tab-start", "Models")  # by when all is loaded
+    page.wait_for_timeout(500)
+    assert page.locator("#hb-start").is_visible()
+
+
+def test_the_question_is_about_one_run_and_goes_with_it(page: Any, server: Server) -> None:
+    for name in ("kept", "asked"):
+        (server.root / "runs" / name).mkdir(parents=True)
+        (server.root / "runs" / name / "run.json").write_text("{}")
+    page.click("#hb-tab-runs-button")
+    wait(page, "#hb-runs", "asked")
+    pick(page, "#hb-run", "runs/asked")
+    page.click("#hb-delete")
+    wait(page, ".hb-status", "Is runs/asked to be deleted")
+    pick(page, "#hb-run", "runs/kept")
+    page.wait_for_selector("#hb-really", state="hidden")
+    page.click("#hb-delete")
+    wait(page, ".hb-status", "Is runs/kept to be deleted")
+    page.click("#hb-really")
+    wait(page, ".hb-status", "runs/kept is deleted")
+    assert (server.root / "runs" / "asked").exists() and not (server.root / "runs" / "kept").exists()
+
+
 def test_nothing_outside_of_its_folders_is_shown_or_read(page: Any, server: Server, tmp_path: Path) -> None:
     (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
     page.click("#hb-tab-train-button")
@@ -244,6 +270,15 @@ def test_the_language_changes_all_that_is_said_and_is_kept(page: Any, server: Se
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     page.reload()
     wait(page, "#hb-tab-train-button", "训练")
+    page.click("#hb-tab-train-button")
+    page.click("#hb-start")
+    wait(page, ".hb-told", "请给运行起个名称")
+    fill(page, "#hb-paste", '{"frage": "1?", "antwort": "1."}')
+    page.click("#hb-look")
+    wait(page, "#hb-preview", "前几行")
+    page.locator("#hb-language label").nth(0).click()
+    wait(page, "#hb-preview", "First rows")
+    assert not re.search("[\u4e00-\u9fff]", " ".join(page.locator(".hb-status").all_inner_texts()))
 
 
 GRADIOS = {"aria-prohibited-attr": "Empty value", "landmark-unique": "placeholder-content"}

@@ -66,13 +66,22 @@ def test_no_text_of_a_file_is_html(language: str) -> None:
         pictures.columns(language, Columns([EVIL], [[EVIL]], [EVIL])),
         pictures.preview(language, preview),
         pictures.plan(language, Foretold(refusal=EVIL)),
-        pictures.runs(language, [(EVIL, run)], [job]),
+        pictures.runs(language, [(EVIL, run)], [(EVIL, job)]),
         pictures.run(language, EVIL, run, job, EVIL),
         pictures.compared(language, [(EVIL, run), ("b", run)]),
         pictures.audit(language, [{"name": EVIL, "bits": 4, "kept": 0.5, "agreement": 0.9}], EVIL),
     ]
     for html in drawn:
         assert "alert(1)" in Seen(html).text and "<script" not in html and "<img" not in html
+
+
+def test_half_a_character_is_a_question_mark() -> None:
+    run = a_run()
+    run.options["model"] = "half \ud83d"
+    for html in (pictures.told("\udcff"), pictures.columns("zh", Columns(["\ud800"], [["\udcff"]], [""]))):
+        assert "?" in html and html.encode()
+    assert "half ?" in pictures.runs("en", [("r", run)], ()).encode().decode()
+    assert pictures.run("en", "r", run, None, "\udc80").encode()
 
 
 def test_a_run_tells_how_far_it_is_and_when_it_ends() -> None:

@@ -1,11 +1,13 @@
 """The station of runs: each name leads to one run, and what cannot go on says so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from halfbyte.deploy.ui import found
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Places
 from halfbyte.deploy.ui.running import COPIED, Runs
@@ -50,6 +52,19 @@ def test_a_name_leads_to_the_run_that_is_called_so(places: Places) -> None:
     assert named(places.roots[1] / "runs/other", places.roots) == "runs/other"
 
 
+def test_a_run_is_read_again_when_it_has_changed_and_not_before(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(places.runs / "done")
+    read, seen = found.read_run, []
+    monkeypatch.setattr(found, "read_run", lambda path, **options: seen.append(path) or read(path, **options))
+    assert [[run.state for run in found.runs(places)] for _ in range(3)] == [["finished"]] * 3 and len(seen) == 1
+    RunFolder(places.runs / "done").summary.unlink()
+    with RunFolder(places.runs / "done").metrics.open("a") as file:
+        file.write(End(step=2, reason="interrupted").model_dump_json() + "\n")
+    assert [run.state for run in found.runs(places)] == ["interrupted"] and len(seen) == 2
+
+
 def test_a_run_that_has_finished_does_not_go_on(runs: Runs, places: Places) -> None:
     finished(places.runs / "done")
     assert "has finished" in runs._resume("en", "runs/done")
@@ -59,6 +74,19 @@ def test_a_run_that_has_finished_does_not_go_on(runs: Runs, places: Places) -> N
 def test_a_model_that_was_made_is_no_run(runs: Runs, places: Places) -> None:
     (places.roots[0] / "models" / "made").mkdir(parents=True)
     assert "no run of that name" in runs._resume("en", "models/made")
+
+
+def test_the_run_that_was_asked_about_is_deleted_with_all_its_jobs(runs: Runs, places: Places) -> None:
+    finished(places.runs / "done")
+    for name in ("1", "2"):
+        (places.jobs / name).mkdir(parents=True)
+        about = {"kind": "train", "title": "done", "command": [], "output": str(places.runs / "done"), "asked": 1}
+        (places.jobs / name / "job.json").write_text(json.dumps(about))
+    told, _, doomed = runs._ask("en", "runs/done")
+    assert "Is runs/done to be deleted?" in told and doomed == "runs/done" and (places.runs / "done").exists()
+    assert "is deleted" in runs._delete("en", doomed)[0]
+    assert not (places.runs / "done").exists() and list(places.jobs.iterdir()) == []
+    assert "no run of that name" in runs._ask("en", "runs/done")[0]
 
 
 def test_a_duplicate_has_the_options_and_the_data_once(runs: Runs, places: Places) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -84,6 +85,39 @@ def test_what_is_wrong_comes_back_as_a_sentence_and_a_lost_process_too(options: 
         asked.close()
 
 
+def test_what_never_ends_is_ended_and_the_next_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "PATIENCE", 1)
+    asked = worker.Worker()
+    try:
+        assert asked.ask(len, "begun") == 5
+        with pytest.raises(InputError, match="That took more than"):
+            asked.ask(time.sleep, 60)
+        monkeypatch.setattr(worker, "PATIENCE", 60)
+        assert asked.ask(len, "again") == 5
+    finally:
+        asked.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**18},
+        {"vocab_size": 10**400},
+        {"head_dim": 0},
+        {"num_attention_heads": 0, "num_key_value_heads": 0},
+    ],
+)
+def test_a_model_that_nobody_can_build_costs_the_others_nothing(
+    wrong: dict[str, Any], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_folder, tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text()) | wrong
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
+    models = [str(tmp_path / "wrong"), str(tiny_model_folder)]
+    assert list(questions.rows_an_hour(models)) == [str(tiny_model_folder)]
+
+
 def test_a_worker_ends_with_who_asked_it_also_where_that_is_killed() -> None:
     program = (
         "from halfbyte.deploy.ui.worker import Worker; import os, time; print(Worker().ask(os.getpid), flush=True); "
@@ -111,8 +145,16 @@ def test_models_and_runs_are_found(tiny_model_folder: Path, tmp_path: Path, monk
         (folder / "config.json").write_text('{"model_type": "llama"}')
         (folder / "model.safetensors").write_bytes(b"12345")
     (tmp_path / "root" / "a.gguf").write_bytes(b"123")
+    (tmp_path / "root" / "linked.gguf").symlink_to(tmp_path / "root" / "a.gguf")
     (tmp_path / "root" / "damaged").mkdir()
     (tmp_path / "root" / "damaged" / "config.json").write_text("{")
+    for folder in ("no text \udcff", "no run \udcff"):  # names whose bytes are no UTF-8
+        (tmp_path / "root" / folder).mkdir()
+    (tmp_path / "root" / "no text \udcff" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "root" / "no text \udcff" / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "root" / "no run \udcff" / "run.json").write_text("{}")
+    (tmp_path / "root" / "deep").mkdir()
+    (tmp_path / "root" / "deep" / "config.json").write_text("[" * 200_000)
     places = Places([tmp_path / "root"])
     seen = {model.name: (model.path, model.nbytes) for model in found.models(places)}
     assert seen == {

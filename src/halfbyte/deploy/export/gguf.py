@@ -12,6 +12,7 @@ llama.cpp's convention:
 k-quants are made of an f16 file by llama.cpp itself (:mod:`halfbyte.deploy.export.llama_library`).
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def export_gguf(
             made.unlink()
         text = modelfile(file.name, tokenizer, stops, generation, words.flags["add_bos_token"])
         (folder / "Modelfile").write_text(text, encoding="utf-8")
-        use = USE.format(file=file.name, name=name)
+        use = USE.format(file=shlex.quote(file.name), name=shlex.quote(name))
         write_card(
             folder, model.adapter, model.base.named, model.base.folder, _made_of(model, to),
             use="\n\n".join([use, *notes]), library="gguf", quantized=to not in FLOATS, tags=("gguf",),

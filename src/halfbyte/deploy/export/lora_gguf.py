@@ -9,6 +9,7 @@ order, as those of the weight. The base is the file that :func:`halfbyte.deploy.
 base model, in any type.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -202,4 +203,6 @@ def _matrices(parts: Mapping[str, tuple[str, Part]], names: Names) -> tuple[floa
 def _card(folder: Path, read: LowRankAdapter, place: Place, file: str, to: str) -> None:
     source = on_disk(place)
     form = f"a LoRA adapter for it, as GGUF in {to}"
-    write_card(folder, read.folder, place, source, form, use=USE.format(file=file), library="gguf", tags=("gguf",))
+    write_card(
+        folder, read.folder, place, source, form, use=USE.format(file=shlex.quote(file)), library="gguf", tags=("gguf",)
+    )

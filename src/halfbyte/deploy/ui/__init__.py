@@ -8,6 +8,7 @@ station      what all stations share
 texts        what the page says, in English and Chinese, a file each
 pictures     what is drawn: HTML and SVG, every text escaped
 places       the folders that it may read and write
+uploads      what a browser sent, kept as long as it is of use
 found        models and runs on this machine
 asked        what stands in the page, as options of a run
 jobs         what it starts: processes that outlive it, one after the other (job_process)

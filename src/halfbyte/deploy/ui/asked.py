@@ -1,11 +1,8 @@
 """What the second station asks for, as options of a run: every path within the page's folders, no word unknown."""
 
-import hashlib
-import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,11 @@ from typing import Any
 import yaml
 
 from halfbyte.data.sources import HUB_ID, inputs_of, resolve
-from halfbyte.deploy.ui import found
-from halfbyte.deploy.ui.places import Outside, Places, uploaded_name
+from halfbyte.deploy.ui import found, uploads
+from halfbyte.deploy.ui.places import Outside, Places
 from halfbyte.deploy.ui.texts import say
 from halfbyte.errors import InputError
-from halfbyte.files import write_text
+from halfbyte.options import NO_YAML
 from halfbyte.runs.config import PRESETS, TrainConfig
 
 FILES = {"adapter", "chat_template", "forgetting_data", "new_tokens", "sample_prompts"}
@@ -95,10 +92,10 @@ def model_of(places: Places, language: str, name: str | None) -> str:
         raise InputError(say(language, "say.no_model"))
     known = {model.name: model.path for model in found.models(places)}
     if text in known or text in known.values():
-        return known.get(text, text)
+        return _whole(places, known.get(text, text))
     inside = _if_inside(places, text)
     if inside is not None and os.path.exists(inside):
-        return str(inside)
+        return _whole(places, str(inside))
     is_name = MODEL_ID.fullmatch(text) and ".." not in text
     if is_name and not _is_there(places, text):
         return text
@@ -112,30 +109,15 @@ def data_of(places: Places, language: str, given: Mapping[str, Any]) -> list[str
     Raises:
         InputError: there are none, or they lie elsewhere.
     """
-    words = [str(_kept(places, Path(file))) for file in given.get("files") or ()]
+    words = [str(uploads.kept(places, Path(file))) for file in given.get("files") or ()]
     if (given.get("paste") or "").strip():
-        words.append(str(pasted(places, given["paste"])))
+        words.append(str(uploads.pasted(places, given["paste"])))
     for line in (given.get("path") or "").splitlines():
         if line.strip():
             words.append(_source(places, line.strip()))
     if not words:
         raise InputError(say(language, "say.no_data"))
     return words
-
-
-def pasted(places: Places, text: str) -> Path:
-    """Keep a text as a file, named by what it looks like; return it."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    ending = "txt"
-    if lines[0].lstrip().startswith(("{", "[")):
-        ending = "jsonl" if (_is_json(lines[0]) and len(lines) > 1) or _is_json(lines[0]) else "json"
-    elif len(lines) > 1 and ("," in lines[0] or "\t" in lines[0]):
-        ending = "tsv" if "\t" in lines[0] else "csv"
-    file = places.uploads / f"pasted-{hashlib.sha256(text.encode()).hexdigest()[:12]}.{ending}"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, text.strip() + "\n")
-    return file
 
 
 def further(places: Places, language: str, text: str) -> dict[str, Any]:
@@ -148,7 +130,7 @@ def further(places: Places, language: str, text: str) -> dict[str, Any]:
         return {}
     try:
         found_ = yaml.load(text, _Plain)
-    except yaml.YAMLError as error:
+    except NO_YAML as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(say(language, "say.bad_option", line=mark.line + 1 if mark else 1)) from None
     if not isinstance(found_, dict):
@@ -191,26 +173,6 @@ def _columns(given: Mapping[str, Any]) -> dict[str, str]:
     return {name: column for name, column in chosen.items() if column}
 
 
-def _kept(places: Places, file: Path) -> Path:
-    """Move a file that was sent to where it stays, under a name that leads nowhere; return it."""
-    file = file.resolve()
-    if file.is_relative_to(places.uploads):
-        return file
-    if not file.is_relative_to(places.arriving):  # a request that no page makes
-        raise Outside(str(file))
-    digest = hashlib.sha256(str(file.parent.name).encode()).hexdigest()[:16]  # gradio's folder is named by its content
-    target = places.uploads / digest / uploaded_name(file.name)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, target)
-        except OSError:  # another file system, or one without links
-            part = target.with_name(f".{target.name}.part")
-            shutil.copyfile(file, part)
-            part.replace(target)
-    return target
-
-
 def _source(places: Places, word: str) -> str:
     name, at, weight = word.rpartition("@")
     path = name if at and re.fullmatch(r"[\d.]+|\w+", weight) else word
@@ -236,7 +198,7 @@ def _file(places: Places, value: str) -> str:
     inside = _if_inside(places, value)
     if inside is not None and os.path.exists(inside):
         return str(inside)
-    path = Path(value.strip()).expanduser()
+    path = Path(os.path.expanduser(value.strip()))
     if path.is_absolute() or ".." in path.parts or os.path.exists(path):
         raise Outside(value)
     return value
@@ -255,6 +217,18 @@ def _check_paths(places: Places, value: Any) -> None:
         _file(places, value)
 
 
+def _whole(places: Places, path: str) -> str:
+    """Return the path of a model; one in the page's folders whose files are links that lead out of them is refused.
+
+    Raises:
+        Outside: it is such a one.
+    """
+    if os.path.isdir(path) and any(Path(path).is_relative_to(root) for root in places.roots):
+        for file in os.listdir(path):
+            places.inside(Path(path, file))
+    return path
+
+
 def _is_there(places: Places, path: str) -> bool:
     """Tell whether what could be a name is a path in one of the folders, or where the server was started."""
     return any(os.path.lexists(folder / path) for folder in (Path(), *places.roots))
@@ -265,11 +239,3 @@ def _if_inside(places: Places, path: str, *, sent: bool = False) -> Path | None:
         return places.inside(path, sent=sent)
     except Outside:
         return None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True

@@ -12,7 +12,7 @@ from halfbyte.deploy.ui.asked import model_of
 from halfbyte.deploy.ui.chatting import keep_judged, keep_pair
 from halfbyte.deploy.ui.library import said
 from halfbyte.deploy.ui.station import Ui, named, status, told_errors
-from halfbyte.deploy.ui.texts import say
+from halfbyte.deploy.ui.texts import entry, say
 from halfbyte.errors import InputError
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.history import is_run
@@ -89,15 +89,22 @@ class Chat:
             raise InputError(say(language, "say.cannot_chat", name=name, error=say(language, "say.no_chat")))
         yield pictures.told(say(language, "say.opening", name=name)), [], []
         try:
-            opened = self.ui.talk.open(path)
+            self.ui.talk.open(path)
         except InputError as error:
             raise InputError(say(language, "say.cannot_chat", name=name, error=said(language, str(error)))) from None
-        alone = len(opened.names) < 2
-        yield (
-            pictures.told(say(language, "say.opened", name=name), "good"),
-            gr.update(value=[], label=opened.names[0]),
-            gr.update(value=[], visible=not alone, label=opened.names[-1]),
-        )  # fmt: skip
+        yield pictures.told(say(language, "say.opened", name=name), "good"), *self.labels(language)
+
+    def labels(self, language: str) -> list[dict[str, Any]]:
+        """Return what the two sides are called: the models that are open, or what they are for."""
+        opened = self.ui.talk.now
+        if opened is None:
+            return [
+                gr.update(visible=True, label=entry(language, f"chat.{side}")["label"]) for side in ("left", "right")
+            ]
+        return [
+            gr.update(label=opened.names[0]),
+            gr.update(label=opened.names[-1], visible=len(opened.names) > 1),
+        ]  # fmt: skip
 
     def _path(self, language: str, name: str) -> str:
         if (name or "").strip():
@@ -137,7 +144,7 @@ class Chat:
         options = {"temperature": temperature, "top_p": top_p, "max_tokens": int(most or 256)}
         if str(seed or "").strip():
             if not re.fullmatch(r"[0-9]+", str(seed).strip()):
-                raise InputError(f"{say(language, 'chat.seed.label')}: {seed!r}")
+                raise InputError(say(language, "say.no_seed", seed=seed))
             options["seed"] = int(str(seed).strip())
         names = opened.names[:2]
         sides = [left, right][: len(names)]

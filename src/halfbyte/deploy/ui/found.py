@@ -10,10 +10,14 @@ from typing import Any
 from halfbyte.deploy.ui.places import Places
 from halfbyte.errors import InputError
 from halfbyte.files import cache_folder
+from halfbyte.locks import is_locked
+from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.history import DEPTH, Run, find_runs, is_run, read_run
 
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the architectures of models that write text end, or those that may."""
+_kept: dict[Path, tuple[tuple[Any, ...], Run]] = {}
+"""Runs as they were read, and the state of their files then."""
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -42,19 +46,51 @@ def models(places: Places) -> list[FoundModel]:
         model.path: model
         for model in (*_of_the_hub(), *_below([cache_folder()], places), *_below(places.roots, places))
     }
-    return sorted(found.values(), key=lambda model: model.name.lower())
+    return sorted((model for model in found.values() if _is_text(model.path)), key=lambda model: model.name.lower())
 
 
-def runs(places: Places, *, short: bool = True) -> list[Run]:
-    """Return the runs in the page's folders, the newest first; folders that cannot be read are passed."""
+def runs(places: Places) -> list[Run]:
+    """Return the runs in the page's folders in short, the newest first; folders that cannot be read are passed."""
     found: dict[Path, Run] = {}
     for root in places.roots:
         for path in find_runs(root):
             try:
-                found[path] = read_run(path, short=short)
+                if _is_text(str(path)):
+                    found[path] = _short(path)
             except InputError:
                 continue
     return sorted(found.values(), key=lambda run: run.begun.timestamp() if run.begun else 0.0, reverse=True)
+
+
+def _short(path: Path) -> Run:
+    """Return a run in short (:func:`halfbyte.runs.history.read_run`), read again when a file of it has changed.
+
+    Pages ask for all runs every two seconds, and their files may be large.
+    """
+    folder = RunFolder(path)
+    files = (folder.about, folder.config, folder.metrics, folder.summary, folder.checkpoints)
+    stamp = (*map(_stamp, files), is_locked(folder.lock))
+    kept = _kept.get(path)
+    if kept is None or kept[0] != stamp:
+        kept = _kept[path] = stamp, read_run(path, short=True)
+    return kept[1]
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        about = os.stat(file)
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a browser can be told a name; bytes that are no UTF-8 it cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _of_the_hub() -> Iterator[FoundModel]:
@@ -93,7 +129,7 @@ def _within(folder: Path, places: Places, depth: int) -> Iterator[FoundModel]:
         return
     for entry in entries:
         path = Path(entry.path)
-        if entry.name.endswith(".gguf") and entry.is_file():
+        if entry.name.endswith(".gguf") and entry.is_file(follow_symlinks=False):
             yield FoundModel(_shown(path, places), str(path), "gguf", entry.stat().st_size)
         elif depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
             yield from _within(path, places, depth - 1)
@@ -105,7 +141,7 @@ def _about(folder: Path) -> tuple[str, bool] | None:
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family, kinds = config["model_type"], config.get("architectures") or []
         return str(family), not kinds or any(str(kind).endswith(WRITERS) for kind in kinds)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
 
 

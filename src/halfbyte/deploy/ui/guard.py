@@ -6,7 +6,8 @@ another machine needs a password (HTTP's Basic, compared in constant time). Noth
 page may show this one in a frame: the policy (Content-Security-Policy) says so to the browser.
 
 gradio opens whatever file a request calls its own, and fetches addresses: so a request may name no file but those that
-were sent here, and from elsewhere a link may lead to the page itself, but to nothing behind it.
+were sent here, and from elsewhere a link may lead to the page itself, but to nothing behind it. It has many more routes
+than the page asks for, under several names some of them: only those that it asks for are there.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import hashlib
 import hmac
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +45,14 @@ SMALL = 8 << 20
 """Bytes of a request that is no upload."""
 ROOM = 16 << 20
 """Bytes of the disk that an upload leaves to others."""
-UPLOAD, FILE = "/gradio_api/upload", "/file="
+API = "/gradio_api"
+UPLOAD, FILE = f"{API}/upload", f"{API}/file="
+ROUTES = re.compile(
+    rf"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|report)|/(assets|static|download)/.+|{API}/"
+    r"(info|app_id|startup-events|theme\.css|upload|upload_progress|cancel|reset|queue/join|queue/data|heartbeat/\w+|"
+    r"file=.+)"
+)
+"""What the page asks for."""
 PAUSE = 1.0
 """Seconds that a wrong password costs."""
 
@@ -81,7 +90,7 @@ class Guard:
                     await asyncio.sleep(PAUSE)
             await _answer(send, *refusal)
             return
-        is_upload = scope["path"].rstrip("/").endswith(UPLOAD)
+        is_upload = scope["path"] == UPLOAD
         most = self._max_upload + SMALL if is_upload else SMALL
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > most:
@@ -156,10 +165,9 @@ class Guard:
         ):
             return 403, "Another page may not ask this one."
         path = scope["path"]
-        if "/proxy=" in path or path.endswith("/openapi.json"):
+        if not ROUTES.fullmatch(path):
             return 404, "There is nothing here."
-        _, mark, file = path.partition(FILE)
-        if mark and not self._is_own(file):
+        if path.startswith(FILE) and not self._is_own(path.removeprefix(FILE)):
             return 403, "There is no such file among those that were sent here."
         site = headers.get(b"sec-fetch-site", b"none")
         if site not in (b"same-origin", b"none") and scope["method"] not in ("GET", "HEAD"):

@@ -72,11 +72,13 @@ class Job:
         """What has become of it."""
         try:
             code = json.loads((self.folder / END).read_text(encoding="utf-8"))["code"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             if not is_locked(self.folder / LOCK):
                 return "stopped" if (self.folder / STOP).exists() and not self.log else "broken off"
             return "running" if (self.folder / LOG).exists() else "waiting"
-        return "done" if code == 0 else "stopped" if code == CANCELLED else "failed"
+        if code == 0:
+            return "done"
+        return "stopped" if code == CANCELLED or (self.folder / STOP).exists() else "failed"
 
     @property
     def log(self) -> str:
@@ -116,6 +118,11 @@ def all_jobs(home: Path) -> list[Job]:
     except OSError:
         return []
     return [job for folder in folders if (job := read_job(folder))]
+
+
+def unended(home: Path) -> int:
+    """Return how many jobs wait or run."""
+    return sum(job.state in ("waiting", "running") for job in all_jobs(home))
 
 
 def job_of(home: Path, output: Path) -> Job | None:

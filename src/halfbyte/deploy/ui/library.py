@@ -8,14 +8,20 @@ as it is.
 
 import functools
 import re
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import yaml
 
-FOLDER = Path(__file__).parent / "texts"
+from halfbyte.deploy.ui.texts import FOLDER, say, texts_of
+
 END = re.compile(r"(?<=[.!?:;)])\s+|\n+|(?=; )|(?= \()|(?<=\))(?=[:,] )")
 """Between two sentences, or before a clause that has a form of its own."""
+COUNTED = re.compile(r"([\d,]+)(?: of ([\d,]+))? ([a-z ]+?)s?")
+"""How many of something (:func:`halfbyte.errors.counted`), and of how many."""
+VALUE = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|.*?)"""
+"""A value: a text in quotation marks as a whole, where it is one."""
+NUMBER = r"([\d,]+)"
 SPAN = 4
 """Pieces that one form may take together."""
 
@@ -61,13 +67,30 @@ def sentences_of(language: str) -> dict[str, str]:
 
 @functools.cache
 def forms_of(language: str) -> list[Form]:
-    """Return the forms of a language, those with the most words of their own first."""
+    """Return the forms of a language, those with the most words of their own first, then those of counts."""
+    if not sentences_of(language):
+        return []
     found = sorted(sentences_of(language).items(), key=lambda pair: -len(pair[0].replace("{}", "")))
     parts = [(form.split("{}"), text) for form, text in found]
     return [
-        Form(max(words, key=len), re.compile("(.*?)".join(map(re.escape, words)), re.DOTALL), text)
-        for words, text in parts
+        *(
+            Form(max(words, key=len), re.compile(VALUE.join(map(re.escape, words)), re.DOTALL), text)
+            for words, text in parts
+        ),
+        *_counts(language),
     ]
+
+
+def _counts(language: str) -> Iterator[Form]:
+    """Yield how things are counted (:func:`halfbyte.errors.counted`): so many, so many of so many, of two kinds."""
+    things = texts_of(language)["things"]
+    for thing, name in things.items():
+        yield Form(thing, re.compile(rf"{NUMBER} {thing}s?"), f"{{0}} {name}")
+        part = say(language, "counted.part", first="{0}", second="{1}", thing=name)
+        yield Form(thing, re.compile(rf"{NUMBER} of {NUMBER} {thing}s?"), part)
+        for other, its_name in things.items():
+            both = say(language, "counted.both", first="{0}", second="{1}", thing=name, other=its_name)
+            yield Form(thing, re.compile(rf"{NUMBER} {thing}s?, {NUMBER} {other}s?"), both)
 
 
 def _whole(forms: list[Form], text: str) -> str | None:

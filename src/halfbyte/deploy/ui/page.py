@@ -78,7 +78,7 @@ def make_page(ui: Ui) -> Any:
             models = train.known_models()
             return [
                 wanted, gr.update(choices=models), gr.update(choices=chat.choices()), gr.update(choices=ship.runs()),
-                chosen or None, gr.update(selected="runs" if chosen else "start"), *ui.texts.updates(wanted),
+                chosen or None, gr.update(selected="runs") if chosen else gr.skip(), *ui.texts.updates(wanted),
                 gr.update(choices=Ship.choices(wanted)),
             ]  # fmt: skip
 
@@ -88,6 +88,10 @@ def make_page(ui: Ui) -> Any:
         for event in (spoken, loaded):
             event.then(*foretold, **private)
             event.then(*shown, **private)
+            event.then(chat.labels, [language], [chat.left, chat.right], **private)
+        said = [start.status, train.status, chat.status, runs.status, ship.status]  # in the language before
+        spoken.then(lambda: [""] * len(said), None, said, **private)
+        spoken.then(train.look_again, [language, train.shown, *train.fields], train.looked, **private)
         lists = [train.model, chat.model, ship.run]
 
         def choices() -> Any:

@@ -27,9 +27,14 @@ SHOWN_SAMPLES = 6
 SHOWN_NOTES = 40
 
 
+def sendable(text: str) -> str:
+    """Return a text with a question mark for each half of a character, which no answer to a browser can hold."""
+    return text.encode(errors="replace").decode()
+
+
 def told(text: str, kind: str = "") -> str:
     """Return a sentence as a box: ``bad``, ``good`` or plain."""
-    return f'<p class="hb-told {kind}" role="status">{escape(text)}</p>' if text else ""
+    return f'<p class="hb-told {kind}" role="status">{_(text)}</p>' if text else ""
 
 
 def machine(
@@ -107,7 +112,8 @@ def preview(language: str, found: Preview) -> str:
     html += f'<p class="hb-dim">{_(t["trained"])}</p>'
     names = {"": "", "chosen": t["chosen"], "rejected": t["rejected"], "good": t["good"], "bad": t["bad_answer"]}
     for title, parts in found.samples[:SHOWN_SAMPLES]:
-        html += f'<section class="hb-sample"><h3><bdi>{_(title)}</bdi></h3>'
+        number, dot, where = title.partition(" · ")
+        html += f'<section class="hb-sample"><h3><bdi>{_(number + dot + said(language, where))}</bdi></h3>'
         for name, spans in parts:
             label = f'<span class="hb-dim">{_(names.get(name, name))}</span>' if name else ""
             html += f'{label}<pre dir="auto">{"".join(_span(*span) for span in spans)}</pre>'
@@ -143,8 +149,8 @@ def plan(language: str, found: Foretold) -> str:
     html += f"<p>{_(say(language, 'plan.step', step=step))}"
     if found.steps is not None and found.seconds is not None:
         whole = say(language, "plan.whole", steps=f"{found.steps:,}", seconds=words.duration(found.seconds))
-        html += f". <strong>{_(whole)}</strong>"
-        if found.evaluations:
+        html += f"<strong>{_(whole)}</strong>"
+        if found.evaluations >= 0.05:
             html += f"{_(say(language, 'plan.evaluations', seconds=words.duration(found.evaluations)))}"
     html += "</p>"
     if found.of:
@@ -157,20 +163,32 @@ def plan(language: str, found: Foretold) -> str:
     return html
 
 
-def runs(language: str, found: Sequence[tuple[str, Run]], waiting: Sequence[Job]) -> str:
-    """Return a table of runs, each a link to itself, and of jobs that wait for their turn."""
+def runs(
+    language: str,
+    found: Sequence[tuple[str, Run]],
+    waiting: Sequence[tuple[str, Job]],
+    going_on: Collection[str] = (),
+) -> str:
+    """Return a table of runs, each a link to itself.
+
+    Args:
+        language: of the page.
+        found: runs, by what the page calls them.
+        waiting: jobs that are no runs yet.
+        going_on: names of runs that wait for their turn to go on.
+    """
     t = entry(language, "run")
     rows = [
-        (_(job.title), _state(language, "waiting" if job.state == "waiting" else "starting"), "", "", "", "")
-        for job in waiting
+        (_link(name), _state(language, "waiting" if job.state == "waiting" else "starting"), "", "", "", "")
+        for name, job in waiting
     ]
     for name, run in found:
         steps = f"{run.step:,}/{run.total_steps:,}" if run.total_steps else f"{run.step:,}"
         last = run.kept.figures if run.kept else {}
         loss = number(last["loss"]) if "loss" in last else "" if run.loss is None else number(run.loss)
-        link = f'<a href="?run={_quoted(name)}#runs" data-run="{_(name)}"><bdi>{_(name)}</bdi></a>'
         model = f"<bdi>{_(words.model_name(run))}</bdi>"
-        rows.append((link, _state(language, run.state), steps, loss, model, words.moment(run.begun)))
+        state = "waiting" if name in going_on and run.state != "running" else run.state
+        rows.append((_link(name), _state(language, state), steps, loss, model, words.moment(run.begun)))
     if not rows:
         return told(t["no_runs"])
     head = (t["name"], t["state"], t["step"], said(language, "Loss"), t["model"], t["begun"])
@@ -188,7 +206,9 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
         log: of the job.
     """
     t = entry(language, "run")
-    html = f'<header class="hb-run"><h2><bdi>{_(found.path.name)}</bdi> {_state(language, found.state)}</h2>'
+    waits = job and job.state == "waiting" and found.state != "running"
+    state = _state(language, "waiting" if waits else found.state)
+    html = f'<header class="hb-run"><h2><bdi>{_(found.path.name)}</bdi> {state}</h2>'
     told_now = []
     if found.total_steps:
         share = found.step / found.total_steps
@@ -222,7 +242,8 @@ def run(language: str, name: str, found: Run, job: Job | None, log: str) -> str:
         for prompt, answers in list(found.samples.items())[:SHOWN_SAMPLES]:
             html += f'<pre dir="auto" class="hb-prompt">{_(prompt)}</pre>'
             for answer in answers[-2:]:
-                label = f'<span class="hb-dim">{_(t["step"])} {answer.step:,}</span>'
+                at = say(language, "run.at", step=f"{answer.step:,}")
+                label = f'<span class="hb-dim">{_(at)}</span>'
                 html += f'{label}<pre dir="auto">{_(answer.answer)}</pre>'
     if found.notes:
         items = "".join(f'<li dir="auto">{_(said(language, note))}</li>' for note in found.notes[-SHOWN_NOTES:])
@@ -292,7 +313,7 @@ def audit(language: str, ways: Sequence[Mapping[str, Any]], recommended: str) ->
 
 
 def _(text: Any) -> str:
-    return escape(str(text))
+    return escape(sendable(str(text)))
 
 
 def _side(at: int, right: Sequence[int]) -> str:
@@ -301,6 +322,10 @@ def _side(at: int, right: Sequence[int]) -> str:
 
 def _span(style: str, text: str) -> str:
     return f'<span class="hb-{style}">{_(text)}</span>' if style else _(text)
+
+
+def _link(run: str) -> str:
+    return f'<a href="?run={_quoted(run)}"><bdi>{_(run)}</bdi></a>'
 
 
 def _cut(text: str, longest: int = 80) -> str:

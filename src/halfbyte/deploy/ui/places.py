@@ -54,7 +54,7 @@ class Places:
         text = str(name)
         if "\0" in text or not text.strip():
             raise Outside("This is no path.")
-        given = Path(text.strip()).expanduser()
+        given = Path(os.path.expanduser(text.strip()))  # of nobody's folder it stays as it is
         tried = [given] if given.is_absolute() else [root / given for root in self.roots]
         found = []
         for path in tried:

@@ -13,7 +13,7 @@ import gradio as gr
 
 from halfbyte.deploy.ui import found, jobs, pictures
 from halfbyte.deploy.ui.station import Ui, named, status, told_errors
-from halfbyte.deploy.ui.texts import say
+from halfbyte.deploy.ui.texts import entry, say
 from halfbyte.errors import InputError
 from halfbyte.locks import is_locked
 from halfbyte.runs.folder import RunFolder
@@ -57,7 +57,7 @@ class Runs:
             self.keep = make(gr.Button, "runs.keep", size="sm")
         self.status = status()
         self.shown = gr.HTML("", elem_id="hb-shown", padding=False)
-        self.seen = gr.State("")
+        self.seen, self.doomed = gr.State(""), gr.State("")
 
     def wire(self, language: Any, train: Any, tabs: Any) -> None:
         """Say what buttons do, and look now and then."""
@@ -71,7 +71,6 @@ class Runs:
             trigger_mode="always_last", **quiet,
         )  # fmt: skip
         self.run.change(None, [self.run], None, js=IN_URL)
-        self.run.input(lambda: "", None, [self.status], **quiet)
         self.stop.click(self._stop, [language, self.run], [self.status], **private)
         self.resume.click(self._resume, [language, self.run], [self.status], **private)
         self.copy.click(
@@ -80,25 +79,27 @@ class Runs:
             [self.status, tabs, train.files, train.yaml, *self._copied(train)],
             **private,
         )
-        self.delete.click(lambda: gr.update(visible=True), None, [self.question], **quiet)
-        self.keep.click(lambda: gr.update(visible=False), None, [self.question], **quiet)
-        self.really.click(self._delete, [language, self.run], [self.status, self.question, self.run], **private)
+        asked = [self.status, self.question, self.doomed]
+        self.delete.click(self._ask, [language, self.run], asked, **quiet)
+        gr.on([self.keep.click, self.run.input], lambda: ("", gr.update(visible=False), ""), None, asked, **quiet)
+        self.really.click(self._delete, [language, self.doomed], [self.status, self.question, self.run], **private)
 
     def show(self, language: str, word: str, chosen: str | None, beside: list[str] | None, seen: str) -> Any:
         """Return the table, the choices, and what is chosen; what is shown already is left alone."""
         places = self.ui.places
         runs = [(named(run.path, places.roots), run) for run in found.runs(places)]
-        word = (word or "").strip().lower()
+        waiting = [
+            (named(job.output, places.roots), job) for job in jobs.all_jobs(places.jobs)
+            if job.kind in TRAINING and job.state in ("waiting", "running")
+        ]  # fmt: skip
+        names = list(dict.fromkeys(name for name, _ in (*runs, *waiting)))
+        words, states = (word or "").strip().lower(), entry(language, "state")
         matching = [
             (name, run) for name, run in runs
-            if word in f"{name} {run.options.get('model', '')} {run.state}".lower()
+            if words in f"{name} {run.options.get('model', '')} {states[run.state]}".lower()
         ]  # fmt: skip
-        waiting = [
-            job for job in jobs.all_jobs(places.jobs)
-            if job.kind in TRAINING and job.state in ("waiting", "running") and not is_run(job.output)
-        ]  # fmt: skip
-        names = [name for name, _ in runs] + [named(job.output, places.roots) for job in waiting]
-        table = pictures.runs(language, matching, waiting)
+        alone = [(name, job) for name, job in waiting if name not in dict(runs) and words in name.lower()]
+        table = pictures.runs(language, matching, alone, {name for name, job in waiting if job.state == "waiting"})
         view = self.view(language, chosen or "", beside or [])
         digest = hashlib.sha256(repr((language, table, view, names)).encode()).hexdigest()
         if digest == seen:
@@ -157,8 +158,10 @@ class Runs:
         ends = time.monotonic() + ENDING
         while job and job.state == "running" and time.monotonic() < ends:
             time.sleep(0.1)
+        before = jobs.unended(self.ui.places.jobs)
         jobs.begin(self.ui.places.jobs, "train", path.name, ["resume", str(path)], path)
-        return pictures.told(say(language, "say.going_on", name=name), "good")
+        key = "say.queued" if before else "say.going_on"
+        return pictures.told(say(language, key, name=name, before=before), "good")
 
     @staticmethod
     def _copied(train: Any) -> list[Any]:
@@ -170,15 +173,20 @@ class Runs:
         return [pictures.told(say(language, "say.copied"), "good"), gr.update(selected="train"), None, *_fields_of(run)]
 
     @told_errors(3)
+    def _ask(self, language: str, name: str) -> Any:
+        self.path_of(language, name)
+        return pictures.told(say(language, "say.really", name=name)), gr.update(visible=True), name
+
+    @told_errors(3)
     def _delete(self, language: str, name: str) -> Any:
         path = self.path_of(language, name)
-        job = jobs.job_of(self.ui.places.jobs, path)
-        is_going = job is not None and job.state in ("waiting", "running")
+        found_ = [job for job in jobs.all_jobs(self.ui.places.jobs) if job.output == path]
+        is_going = any(job.state in ("waiting", "running") for job in found_)
         if is_going or (is_run(path) and read_run(path, short=True).state == "running"):
             raise InputError(say(language, "say.is_running", name=name))
         if is_run(path):
             _remove(path)
-        if job:
+        for job in found_:
             shutil.rmtree(job.folder, ignore_errors=True)
         return pictures.told(say(language, "say.deleted", name=name), "good"), gr.update(visible=False), None
 
@@ -216,7 +224,7 @@ def _fields_of(run: Run) -> list[Any]:
     others = {name: value for name, value in given(options).items() if name not in own | REFUSED}
     data = options.get("data")
     words = data if isinstance(data, list) else [data]
-    paths = "\n".join(word if isinstance(word, str) else str(word.get("path", "")) for word in words if word)
+    paths = "\n".join(str(word.get("path", "") if isinstance(word, dict) else word) for word in words if word)
     values = [options.get(name, defaults[name].default) for name in COPIED]
     text = yaml.safe_dump(others, sort_keys=False, allow_unicode=True) if others else ""
     preset = values[2] if values[2] in ("quick", "paper") else "paper"

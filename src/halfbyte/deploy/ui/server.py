@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.deploy.address import bound, is_loopback, listen, url_of
+from halfbyte.deploy.ui import uploads
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Places
 from halfbyte.errors import InputError, check_writable
@@ -33,6 +34,7 @@ def serve(options: UiOptions, ready: Callable[[str], None]) -> None:
     users = options.users()
     places = Places(options.root or ["."])
     check_writable(places.roots[0])
+    uploads.tidy(places)
     for variable in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "GRADIO_ALLOW_FLAGGING"):
         os.environ[variable] = "False"
     with contextlib.closing(bound(options.host, options.port)) as listening, _folder(places.arriving) as place:

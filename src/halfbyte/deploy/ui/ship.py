@@ -124,8 +124,10 @@ class Ship:
     def _measure(self, language: str, name: str) -> Any:
         path = self._path(language, name)
         words = [word for way in MEASURED for word in ("--way", way)]
+        before = jobs.unended(self.ui.places.jobs)
         jobs.begin(self.ui.places.jobs, "audit", path.name, ["audit", str(path), *words], path / "audit")
-        return pictures.told(say(language, "say.measuring", name=path.name), "good")
+        key = "say.queued" if before else "say.measuring"
+        return pictures.told(say(language, key, name=path.name, before=before), "good")
 
     @told_errors(1)
     def _make(self, language: str, name: str, way: str, called: str, card: str) -> Any:
@@ -137,5 +139,7 @@ class Ship:
             raise InputError(say(language, "say.exists", name=output.name))
         command = [WAYS[way][1][0], str(path), str(output), *WAYS[way][1][1:]]
         files = {jobs.CARD: card.strip() + "\n"} if (card or "").strip() else {}
+        before = jobs.unended(self.ui.places.jobs)
         jobs.begin(self.ui.places.jobs, "export", output.name, command, output, files=files)
-        return pictures.told(say(language, "say.making", name=output.name), "good")
+        key = "say.queued" if before else "say.making"
+        return pictures.told(say(language, key, name=output.name, before=before), "good")

@@ -59,5 +59,7 @@ class Start:
         output = self.ui.places.runs / EXAMPLE
         if RunFolder(output).begun:
             raise InputError(say(language, "say.exists", name=EXAMPLE))
+        before = jobs.unended(self.ui.places.jobs)
         jobs.begin(self.ui.places.jobs, "example", EXAMPLE, ["example", str(output)], output)
-        return pictures.told(say(language, "say.example"), "good")
+        key = "say.queued" if before else "say.example"
+        return pictures.told(say(language, key, name=EXAMPLE, before=before), "good")

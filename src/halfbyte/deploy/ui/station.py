@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,19 @@ from typing import Any
 import gradio as gr
 
 from halfbyte.deploy.ui import pictures
+from halfbyte.deploy.ui.asked import REFUSED
 from halfbyte.deploy.ui.chatting import Talk
 from halfbyte.deploy.ui.library import said
 from halfbyte.deploy.ui.options import UiOptions
 from halfbyte.deploy.ui.places import Outside, Places
-from halfbyte.deploy.ui.texts import Translated, say
+from halfbyte.deploy.ui.texts import Translated, entry, say
 from halfbyte.deploy.ui.worker import Worker
 from halfbyte.errors import InputError
 from halfbyte.files import disk_full
+from halfbyte.runs.config import TrainConfig
+
+FLAG = re.compile(r"\s?[(（]--([a-z-]+)[)）]")
+"""How sentences of the library name an option of the command line."""
 
 
 @dataclass
@@ -52,7 +58,23 @@ def reason(language: str, error: Exception) -> str:
         return say(language, "say.outside")
     if disk_full(error):
         return say(language, "say.disk_full", error=error)
-    return say(language, "say.error", error=said(language, str(error))) if isinstance(error, InputError) else ""
+    if isinstance(error, OSError):
+        key = "say.denied" if isinstance(error, PermissionError) else "say.unreadable"
+        return say(language, key, name=Path(str(error.filename or "")).name, error=error.strerror or error)
+    if not isinstance(error, InputError):
+        return ""
+    return say(language, "say.error", error=_in_the_page(language, said(language, str(error))))
+
+
+def _in_the_page(language: str, text: str) -> str:
+    """Return what the library says with its flags as places of the page."""
+    more = say(language, "say.in_more", label=entry(language, "train.more")["label"])
+
+    def placed(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        return more if name in TrainConfig.model_fields and name not in REFUSED else found[0]
+
+    return FLAG.sub(placed, text)
 
 
 def told_errors(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

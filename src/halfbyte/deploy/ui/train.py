@@ -18,6 +18,8 @@ FIELDS = (
 )  # fmt: skip
 UNCLEAR = "which is which (--columns"
 """What is said of columns that nobody knows has this in it."""
+NONE_HELD_OUT = "There is nothing to evaluate on; "
+"""So begins what is said of too few rows to hold one out."""
 COLUMNS = ("prompt", "completion", "rejected", "label")
 
 
@@ -32,7 +34,7 @@ class Train:
         make(gr.Markdown, "train.data_heading")
         with gr.Row():
             self.files = make(
-                gr.File, "train.files", file_count="multiple", type="filepath", elem_id="hb-files", height=140
+                gr.File, "train.files", file_count="multiple", type="filepath", elem_id="hb-files", height=180
             )
             self.paste = make(gr.Textbox, "train.paste", lines=4, max_lines=8, elem_id="hb-paste")
         self.path = make(gr.Textbox, "train.path", elem_id="hb-path")
@@ -76,6 +78,11 @@ class Train:
         """The components that a run's options are made of, in the order of :data:`FIELDS`."""
         return [getattr(self, name) for name in FIELDS]
 
+    @property
+    def looked(self) -> list[Any]:
+        """The components that say what the data are."""
+        return [self.data_status, self.shown, self.mapping, *(getattr(self, name) for name in COLUMNS)]
+
     def wire(self, language: Any) -> None:
         """Say what buttons do, and what follows from a change."""
         private: dict[str, Any] = {"api_visibility": "private"}
@@ -85,10 +92,8 @@ class Train:
             [self.preset], [getattr(self, name) for name in asked.NUMBERS], **quiet,
         )  # fmt: skip
         columns = [getattr(self, name) for name in COLUMNS]
-        looked = [self.data_status, self.shown, self.mapping, *columns]
-        self.look.click(self._look, [language, *self.fields], looked, **private)
-        for component in (self.files.upload, self.path.submit):
-            component(self._look, [language, *self.fields], looked, **private)
+        for event in (self.look.click, self.files.upload, self.path.submit):
+            event(self._look, [language, *self.fields], self.looked, **private)
         live = [
             self.model, self.files, self.path, self.skip, self.method, self.task, self.preset, self.epochs, self.shown,
             self.max_length, self.rank, self.batch_size, self.eval_share, self.memory, self.yaml, self.learning_rate,
@@ -113,15 +118,21 @@ class Train:
         given = dict(zip(FIELDS, values, strict=True))
         data = asked.data_of(self.ui.places, language, given)
         columns = self.ui.worker.ask(questions.columns, data)
-        choices = ["", *columns.names]
+        choices = ["", *map(pictures.sendable, columns.names)]
         mapping = [gr.update(choices=choices, value=given[name] if given[name] in choices else "") for name in COLUMNS]
         try:
             seen = self.ui.worker.ask(questions.preview, self.options(language, values) | {"output": "runs/preview"})
         except InputError as error:
-            text = _which_columns(language) if UNCLEAR in str(error) else reason(language, error)
+            text = _plainly(language, error)
             told = pictures.told(self.ui.places.told(text), "bad")
             return [told, pictures.columns(language, columns), gr.update(open=True), *mapping]
         return ["", self.ui.places.told(pictures.preview(language, seen)), gr.skip(), *mapping]
+
+    def look_again(self, language: str, shown: str, *values: Any) -> Any:
+        """Say in another language what the data are, if it was said."""
+        if not shown:
+            return ["", *[gr.skip()] * (len(COLUMNS) + 2)]
+        return self._look(language, *values)
 
     def foretell(self, language: str, *given: Any) -> Any:
         """Return what a run takes, its configuration, and its command."""
@@ -131,12 +142,15 @@ class Train:
             output = self.ui.places.runs / (name.strip() or "my-run")
             config = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
             command = asked.command_of(options, output)
-        except (InputError, OSError):
-            return pictures.told(say(language, "plan.later")), "", ""
+        except (InputError, OSError) as error:
+            given_ = dict(zip(FIELDS, values, strict=True))
+            is_begun = given_["model"] and any(given_[name] for name in ("files", "paste", "path"))
+            text = reason(language, error) if is_begun else say(language, "plan.later")
+            return pictures.told(self.ui.places.told(text), "bad" if is_begun else ""), "", ""
         try:
             told = self.ui.planner.ask(questions.plan, options | {"output": str(output)}, True)
         except InputError as error:
-            text = say(language, "plan.later") if UNCLEAR in str(error) else reason(language, error)
+            text = say(language, "plan.later") if UNCLEAR in str(error) else _plainly(language, error)
             return pictures.told(self.ui.places.told(text), "bad"), config, command
         return pictures.plan(language, told), config, command
 
@@ -149,14 +163,20 @@ class Train:
         config = TrainConfig.from_yaml(None, options)
         if RunFolder(output).begun or output.exists():
             raise InputError(say(language, "say.exists", name=output.name))
-        before = [job for job in jobs.all_jobs(self.ui.places.jobs) if job.state in ("waiting", "running")]
+        before = jobs.unended(self.ui.places.jobs)
         jobs.begin(
             self.ui.places.jobs, "train", output.name, ["train", "--config", "{folder}/config.yaml"],
             config.output, files={"config.yaml": yaml.safe_dump(options, sort_keys=False, allow_unicode=True)},
         )  # fmt: skip
         key = "say.queued" if before else "say.started"
-        return pictures.told(say(language, key, name=output.name, before=len(before)), "good")
+        return pictures.told(say(language, key, name=output.name, before=before), "good")
 
 
-def _which_columns(language: str) -> str:
-    return say(language, "say.which_columns", label=entry(language, "train.columns")["label"])
+def _plainly(language: str, error: InputError) -> str:
+    """Return what is wrong with data, with what to do about it in the page."""
+    if UNCLEAR in str(error):
+        return say(language, "say.which_columns", label=entry(language, "train.columns")["label"])
+    if NONE_HELD_OUT in str(error):
+        share, more = (entry(language, f"train.{name}")["label"] for name in ("eval_share", "more"))
+        return say(language, "say.none_held_out", label=share, more=more)
+    return reason(language, error)

@@ -62,7 +62,15 @@ def config_at(place: Place, trust_remote_code: bool) -> Any:
             raise InputError(f"{file} has no model_type, which says what it describes; add the family's, as llama.")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         # Nothing but the file's values is at work here, unless code of its own is.
         say_remote_code(place.path, error)
         if trust_remote_code and not isinstance(error, OSError):
@@ -98,7 +106,7 @@ def json_of(file: Path) -> dict[str, Any]:
     """
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({error}): it is not JSON; copy it again.") from error
     if not isinstance(read, dict):
         raise InputError(f"{file} holds no settings, but {type(read).__name__}: copy it again.")

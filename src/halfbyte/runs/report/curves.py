@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from halfbyte.runs.events import StepMetrics
 from halfbyte.runs.history import Run
 from halfbyte.runs.report import words
+from halfbyte.runs.report.axes import LARGEST
 from halfbyte.runs.report.charts import Chart, Point, Series, draw, legend, mean_of
 
 WIDE, NARROW, SMALL = (880, 320), (400, 270), (400, 220)
@@ -143,7 +144,7 @@ def _smoothed(run: Run, take: Callable[[StepMetrics], float]) -> list[Series]:
 
 def _clipping(run: Run) -> list[Series]:
     most = run.options.get("max_grad_norm")
-    if not isinstance(most, (int, float)) or not most or not run.steps:
+    if not isinstance(most, (int, float)) or not 0 < most <= LARGEST or not run.steps:
         return []
     ends = sorted({run.steps[0].step, run.steps[-1].step})
     return [Series(f"clipped to {most:g}", [(step, float(most)) for step in ends], "limit")]
