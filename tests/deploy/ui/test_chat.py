@@ -1,9 +1,24 @@
 """What is talked about is shown as it was written, and goes to the model as it was written."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("gradio")
-from halfbyte.deploy.ui.chat import plain, shown, text_of
+from halfbyte.deploy.ui import chat
+from halfbyte.deploy.ui.chat import Chat, plain, shown, text_of
+
+
+def test_what_is_said_while_an_answer_grows_stays() -> None:
+    opened = SimpleNamespace(names=["adapter", "base"])
+    grown = [["a", ""], ["ab", "c"], ["ab", "cd"]]
+    talk = SimpleNamespace(now=opened, side_by_side=lambda asked, options: iter(grown))
+    station = Chat.__new__(Chat)  # its handlers, without the components of a page
+    station.ui = SimpleNamespace(talk=talk)
+    skipped = chat.gr.skip()
+    seen = list(station._send("en", "Well?", [], [], "", 0.0, 1.0, 8, ""))
+    assert [(one[0], one[3]) for one in seen] == [("", ""), *[(skipped, skipped)] * 2]
+    assert [text_of(side[-1]) for side in seen[-1][1:3]] == ["ab", "cd"]
 
 
 @pytest.mark.parametrize(

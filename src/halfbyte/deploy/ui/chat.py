@@ -149,10 +149,12 @@ class Chat:
         names = opened.names[:2]
         sides = [left, right][: len(names)]
         asked = [(name, plain(side, system)) for name, side in zip(names, sides, strict=True)]
+        cleared: Any = ""  # once: what is said of a judgement meanwhile stays
         for texts in self.ui.talk.side_by_side(asked, options):
             answers = [{"role": "assistant", "content": shown(text)} for text in texts]
             grown = [[*side, answer] for side, answer in zip(sides, answers, strict=True)]
-            yield "", grown[0], grown[1] if len(grown) > 1 else [], ""
+            yield cleared, grown[0], grown[1] if len(grown) > 1 else [], cleared
+            cleared = gr.skip()
 
     @told_errors(1)
     def _judged(self, language: str, which: int, side: Messages, system: str, data: gr.LikeData) -> Any:
