@@ -30,7 +30,8 @@ FREE = ("all-MiniLM-L6-v2", "textgenrnn", "llama-4m", "llama-7m")
 ON_A_GRID = ("SmolLM2-135M-Instruct", "gemma-3-270m")
 LLAMAS = {"llama-4m": (4, 250), "llama-7m": (8, 200)}
 """Layers, and steps of training."""
-HEAD_STEPS = 150
+HEAD_TEXTS = 4000
+"""Texts that the head over all-MiniLM-L6-v2 is trained on."""
 GEMMA = {
     1: "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
     2: "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
@@ -137,7 +138,7 @@ def _of_characters(kind: Format, read: Sequence[str]) -> Losses:
 
 def head() -> Any:
     """Return the head over all-MiniLM-L6-v2."""
-    return masked_head(texts.minilm(), texts.kept("minilm-head"), training_text(), HEAD_STEPS)
+    return masked_head(texts.minilm(), texts.kept("minilm-head"), training_text(), HEAD_TEXTS)
 
 
 def _of_masked_tokens(kind: Format, read: Sequence[str]) -> Losses:

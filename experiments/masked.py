@@ -20,7 +20,9 @@ from halfbyte.files import whole_folder
 
 EVERY, OFFSETS = 7, (0, 3)
 """Every seventh token of a text is masked, beginning with the first, and once more beginning with the fourth."""
-ROWS, LENGTH, SHARE, RATE, WARM_UP = 24, 96, 0.15, 2e-3, 20
+ROWS, LENGTH, SHARE = 24, 96, 0.2
+"""Texts that are read at a time to train the head, their tokens at most, and how many of these are masked."""
+BATCH, PASSES, RATE, WARM_UP = 512, 3, 2e-3, 20
 
 
 class MaskedHead(nn.Module):
@@ -48,14 +50,14 @@ def encoder(folder: Path, kind: Format) -> Any:
     return AutoModel.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
 
 
-def masked_head(encoder_folder: Path, folder: Path, lines: Sequence[str], steps: int) -> MaskedHead:
+def masked_head(encoder_folder: Path, folder: Path, lines: Sequence[str], count: int) -> MaskedHead:
     """Return the head, trained unless it is there.
 
     Args:
         encoder_folder: of the encoder.
         folder: where the head is kept.
         lines: to train on.
-        steps: of 24 rows of up to 96 tokens, of which 15 % are masked.
+        count: how many of them are read, up to 96 tokens of each, a fifth of which are masked.
     """
     from safetensors.torch import load_file, save_file
 
@@ -63,7 +65,8 @@ def masked_head(encoder_folder: Path, folder: Path, lines: Sequence[str], steps:
     torch.manual_seed(0)
     head = MaskedHead(model.get_input_embeddings().weight.detach().clone())
     if not folder.is_dir():
-        _train(head, model, _tokenizer(encoder_folder), lines, steps)
+        hidden, wanted = _masked(model, _tokenizer(encoder_folder), random.Random(0).sample(lines, count))
+        _train(head, hidden, wanted)
         with whole_folder(folder) as part:
             save_file(dict(head.state_dict()), part / "head.safetensors")
     head.load_state_dict(load_file(folder / "head.safetensors"))
@@ -76,25 +79,34 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _train(head: MaskedHead, model: Any, tokenizer: Any, lines: Sequence[str], steps: int) -> None:
-    lines = random.Random(0).sample(lines, min(len(lines), steps * ROWS))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=0.01)
+@torch.no_grad()
+def _masked(model: Any, tokenizer: Any, lines: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the encoder's outputs where tokens are masked, ``[tokens, width]``, and these tokens."""
     special = torch.tensor(tokenizer.all_special_ids)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
-        rows = lines[step * ROWS : (step + 1) * ROWS] or lines[:ROWS]
+    outputs, wanted = [], []
+    for first in range(0, len(lines), ROWS):
+        rows = lines[first : first + ROWS]
         read = tokenizer(rows, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
-        ids = read.input_ids
-        chosen = (torch.rand(ids.shape) < SHARE) & ~torch.isin(ids, special)
-        with torch.no_grad():
-            masked = ids.masked_fill(chosen, tokenizer.mask_token_id)
-            hidden = model(input_ids=masked, attention_mask=read.attention_mask).last_hidden_state[chosen]
-        loss = F.cross_entropy(head(hidden), ids[chosen])
+        chosen = (torch.rand(read.input_ids.shape) < SHARE) & ~torch.isin(read.input_ids, special)
+        ids = read.input_ids.masked_fill(chosen, tokenizer.mask_token_id)
+        outputs.append(model(input_ids=ids, attention_mask=read.attention_mask).last_hidden_state[chosen])
+        wanted.append(read.input_ids[chosen])
+    return torch.cat(outputs), torch.cat(wanted)
+
+
+def _train(head: MaskedHead, hidden: Tensor, wanted: Tensor) -> None:
+    counts = torch.bincount(wanted, minlength=len(head.bias))
+    head.bias.data.copy_(((counts + 0.1) / (len(wanted) + 0.1 * len(counts))).log())
+    optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=0.01)
+    batches = [batch for _ in range(PASSES) for batch in torch.randperm(len(wanted)).split(BATCH)]
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - step / len(batches))
+        loss = F.cross_entropy(head(hidden[batch]), wanted[batch])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 25 == 24:
-            print(f"head: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
+        if step % 50 == 49:
+            print(f"head: step {step + 1} of {len(batches)}, loss {loss.item():.3f}", flush=True)
 
 
 @torch.no_grad()
