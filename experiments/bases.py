@@ -28,7 +28,7 @@ from small_llama import small_llama
 
 FREE = ("all-MiniLM-L6-v2", "textgenrnn", "llama-4m", "llama-7m")
 ON_A_GRID = ("SmolLM2-135M-Instruct", "gemma-3-270m")
-LLAMAS = {"llama-4m": (4, 250), "llama-7m": (8, 200)}
+LLAMAS = {"llama-4m": (4, 1000), "llama-7m": (8, 900)}
 """Layers, and steps of training."""
 HEAD_TEXTS = 4000
 """Texts that the head over all-MiniLM-L6-v2 is trained on."""
