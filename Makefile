@@ -5,6 +5,7 @@
 # make soak         an hour of 32 clients of a server, its memory as a picture
 # make campaign     N=1000: that many runs, each ended at a random moment, resumed, and compared
 # make test-neon    the kernels for 64-bit Arm, cross-compiled, run by an emulator
+# make experiments  the paper's tables and figures in small: hours, goes on where it was; see experiments/README.md
 # The rest: setup, check, test-slow, bench, docs, clean.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,8 @@ STAMP := $(VENV)/.installed
 # As in cli/__init__.py: torch's threads share the cores with whatever else runs.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup quickstart test test-slow browser check sanitize fuzz test-neon campaign soak bench docs clean
+.PHONY: setup quickstart test test-slow browser check sanitize fuzz test-neon campaign soak bench experiments docs \
+	clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -85,6 +87,18 @@ soak: setup
 
 bench: setup
 	$(BIN)/halfbyte bench kernels
+
+# One thread, so that results do not depend on how many there are.
+experiments: export OMP_NUM_THREADS := 1
+experiments: setup
+	$(BIN)/python experiments/table_2.py
+	$(BIN)/python experiments/figure_3.py
+	$(BIN)/python experiments/normality.py
+	$(BIN)/python experiments/memory.py
+	$(BIN)/python experiments/tables_3_4.py
+	$(BIN)/python experiments/figure_2.py
+	$(BIN)/python experiments/rank.py
+	$(BIN)/python experiments/forgetting.py
 
 docs: setup
 	$(BIN)/python docs/update_help.py

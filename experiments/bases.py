@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 import texts
+import torch
 from char_rnn import char_losses, published
 from corpus import Losses, training_text
 from formats import UNQUANTIZED, Format
-from halfbyte.example.sources import MODEL, Source, convert, download, extract, fetch
-from halfbyte.files import cache_folder
 from masked import encoder, masked_head, masked_losses
 from small_llama import small_llama
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfbyte.example.sources import MODEL, Source, convert, download, extract, fetch
+from halfbyte.files import cache_folder
 
 FREE = ("all-MiniLM-L6-v2", "textgenrnn", "llama-4m", "llama-7m")
 ON_A_GRID = ("SmolLM2-135M-Instruct", "gemma-3-270m")

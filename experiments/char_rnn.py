@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from corpus import Losses
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corpus import Losses
 from halfbyte.example.sources import Source, download, extract
 from halfbyte.files import whole_folder
 

@@ -6,6 +6,7 @@ Real English out of the descriptions of Debian's packages (:mod:`texts`), and th
 from collections.abc import Sequence
 
 import texts
+
 from halfbyte.evaluate.texts import general_texts
 
 HELD_OUT = ("games", "math", "science")

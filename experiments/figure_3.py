@@ -12,17 +12,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-
 from bases import Base, base, in_folder
 from corpus import pieces
 from formats import BLOCKSIZE, COLORS, E2M1, E3M0, FP4, INT4, NF4, NF4_DQ, UNQUANTIZED
-from halfbyte.quant import codebook
-from halfbyte.quiet import quiet
 from lab import Book, book, markdown, mean_and_half
+from matplotlib.figure import Figure
 from small_llama import small_llama
 from table_2 import losses_of
+from torch import Tensor
+
+from halfbyte.quant import codebook
+from halfbyte.quiet import quiet
 
 FOUR_BITS = (INT4, E2M1, E3M0, FP4, NF4, NF4_DQ)
 ALONE = FOUR_BITS[:-1]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from corpus import Losses
+from formats import UNQUANTIZED, Format
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corpus import Losses
-from formats import UNQUANTIZED, Format
 from halfbyte.files import whole_folder
 
 EVERY, OFFSETS = 7, (0, 3)

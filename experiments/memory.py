@@ -29,10 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lab import Book, book, markdown
 from matplotlib.figure import Figure
 
 from halfbyte.quiet import quiet
-from lab import Book, book, markdown
 
 PARTS = ("base", "adapter", "gradients", "state", "activations", "process")
 COLORS = ("#7f8fa9", "#d1495b", "#edae49", "#66a182", "#2e4057", "#c9cbd3")

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from scipy import stats
-from torch import Tensor
-
 from bases import FREE, ON_A_GRID, Base, base, in_folder
 from figure_3 import over_largest
 from formats import BLOCKSIZE
-from halfbyte.quiet import quiet
 from lab import Book, book, markdown
+from matplotlib.figure import Figure
+from scipy import stats
 from small_llama import small_llama
+from torch import Tensor
+
+from halfbyte.quiet import quiet
 
 LEVEL, MARGIN = 0.05, 0.10
 """Of the test; and what share of rows may be rejected for the paper's finding to hold."""

@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-
 from bases import FREE, ON_A_GRID, Base, base, in_folder
 from corpus import perplexity, pieces
 from formats import COLORS, E2M1, E3M0, FORMATS, FP4, INT4, INT8, NF4, NF4_DQ, UNQUANTIZED, Format
-from halfbyte.quiet import quiet
 from lab import Book, book, markdown, mean_and_half
+from matplotlib.figure import Figure
 from small_llama import small_llama
+
+from halfbyte.quiet import quiet
 
 PAPER = {INT4: 34.34, E2M1: 31.07, E3M0: 29.48, NF4_DQ: 27.41}
 MARGIN = 0.01
