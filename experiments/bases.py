@@ -28,9 +28,9 @@ from halfbyte.files import cache_folder
 
 FREE = ("all-MiniLM-L6-v2", "textgenrnn", "llama-4m", "llama-7m")
 ON_A_GRID = ("SmolLM2-135M-Instruct", "gemma-3-270m")
-LLAMAS = {"llama-4m": (4, 1000), "llama-7m": (8, 900)}
+LLAMAS = {"llama-4m": (4, 1000), "llama-7m": (8, 600)}
 """Layers, and steps of training."""
-HEAD_TEXTS = 4000
+HEAD_TEXTS = 2500
 """Texts that the head over all-MiniLM-L6-v2 is trained on."""
 GEMMA = {
     1: "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
@@ -48,10 +48,12 @@ class Base:
     Attributes:
         weights: gives the linear layers' that are rounded, as they were, fp32, by name.
         losses: gives those of texts, the weights being in a format.
+        stride: 2: every second text is read.
     """
 
     weights: Callable[[], dict[str, Tensor]]
     losses: Callable[[Format, Sequence[str]], Losses]
+    stride: int = 1
 
 
 def base(name: str) -> Base:
@@ -60,11 +62,12 @@ def base(name: str) -> Base:
         return Base(lambda: published(texts.kept(name)).cells(), _of_characters)
     if name == "all-MiniLM-L6-v2":
         return Base(lambda: linears(encoder(texts.minilm(), UNQUANTIZED)), _of_masked_tokens)
-    dtype = torch.bfloat16 if name in ON_A_GRID else torch.float32
-    return in_folder(lambda: folder_of(name), dtype)
+    if name in ON_A_GRID:
+        return in_folder(lambda: folder_of(name), torch.bfloat16, stride=2)
+    return in_folder(lambda: folder_of(name), torch.float32)
 
 
-def in_folder(folder: Callable[[], Path], dtype: torch.dtype) -> Base:
+def in_folder(folder: Callable[[], Path], dtype: torch.dtype, stride: int = 1) -> Base:
     """Return the decoder in a folder, which computes in ``dtype``."""
 
     def losses(kind: Format, read: Sequence[str]) -> Losses:
@@ -72,7 +75,7 @@ def in_folder(folder: Callable[[], Path], dtype: torch.dtype) -> Base:
 
         return decoder_losses(decoder(folder(), kind, dtype), AutoTokenizer.from_pretrained(folder()), read)
 
-    return Base(lambda: linears(decoder(folder(), UNQUANTIZED, dtype)), losses)
+    return Base(lambda: linears(decoder(folder(), UNQUANTIZED, dtype)), losses, stride)
 
 
 def linears(model: nn.Module) -> dict[str, Tensor]:

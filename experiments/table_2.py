@@ -30,14 +30,14 @@ FOUR_BITS = (INT4, E2M1, E3M0, FP4, NF4)
 FREEDOMS = (2, 3, 4, 5, 7, 10, 30, 0)
 """Degrees of freedom of Student's t; 0: normal."""
 SIZES = (64, 256, 1024, 4096)
-VALUES = 2**22
+VALUES = 2**21
 DPI = 110
 
 
 def losses_of(model: Callable[[], Base], kind: Format, read: Callable[[], list[str]]) -> dict[str, Any]:
     """Return what a trial keeps of a model in a data type."""
     chosen = model()
-    nats, tokens = chosen.losses(kind, read())
+    nats, tokens = chosen.losses(kind, read()[:: chosen.stride])
     found = {"perplexity": perplexity(nats, tokens), **kind.errors(chosen.weights())}
     return found | {"nats": [round(value, 4) for value in nats], "tokens": tokens}
 
