@@ -1,10 +1,12 @@
 """The models whose weights are rounded, and what each of them says of a text in a data type.
 
-all-MiniLM-L6-v2         a BERT of six layers, fp32 (Apache-2.0): :mod:`masked`
-textgenrnn               an LSTM over characters, fp32 (MIT): :mod:`char_rnn`
-llama-4m, llama-7m       trained here: :mod:`small_llama`
-SmolLM2-135M-Instruct    its weights lay on a 4-bit grid (Q4_1) (Apache-2.0)
-gemma-3-270m             the same (Q4_K_M) (the Gemma terms)
+    all-MiniLM-L6-v2         a BERT of six layers, fp32 (Apache-2.0): :mod:`masked`
+    textgenrnn               an LSTM over characters, fp32 (MIT): :mod:`char_rnn`
+    llama-4m                 trained here: :mod:`small_llama`
+    SmolLM2-135M-Instruct    its weights lay on a 4-bit grid (Q4_1) (Apache-2.0)
+    gemma-3-270m             the same (Q4_K_M) (the Gemma terms)
+
+What is fetched or made is kept in the cache folder.
 """
 
 import tempfile
@@ -26,10 +28,10 @@ from torch.nn import functional as F
 from halfbyte.example.sources import MODEL, Source, convert, download, extract, fetch
 from halfbyte.files import cache_folder
 
-FREE = ("all-MiniLM-L6-v2", "textgenrnn", "llama-4m", "llama-7m")
+FREE = ("all-MiniLM-L6-v2", "textgenrnn", "llama-4m")
 ON_A_GRID = ("SmolLM2-135M-Instruct", "gemma-3-270m")
-LLAMAS = {"llama-4m": (4, 1000), "llama-7m": (8, 600)}
-"""Layers, and steps of training."""
+LAYERS, STEPS = 4, 1000
+"""Of llama-4m, and of its training."""
 HEAD_TEXTS = 2500
 """Texts that the head over all-MiniLM-L6-v2 is trained on."""
 GEMMA = {
@@ -87,9 +89,8 @@ def linears(model: nn.Module) -> dict[str, Tensor]:
 
 def folder_of(name: str) -> Path:
     """Return the folder of a decoder, fetched or made unless it is there."""
-    if name in LLAMAS:
-        layers, steps = LLAMAS[name]
-        return small_llama(texts.kept(name), layers, training_text(), steps)
+    if name == "llama-4m":
+        return small_llama(texts.kept(name), LAYERS, training_text(), STEPS)
     if name == "SmolLM2-135M-Instruct":
         return convert(fetch(MODEL, cache_folder()), cache_folder() / name)
     return _gemma(texts.kept(name))

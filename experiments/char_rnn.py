@@ -56,7 +56,7 @@ class CharRNN(nn.Module):
     def cells(self) -> dict[str, Tensor]:
         """Return the weights that are rounded, the cells'. The attention is a vector, the output the head."""
         parts = {"reads": self.reads, "recurs": self.recurs}
-        return {f"{name}.{i}": layer.weight for name, part in parts.items() for i, layer in enumerate(part)}
+        return {f"{name}.{i}": layer.weight.data for name, part in parts.items() for i, layer in enumerate(part)}
 
 
 def published(folder: Path) -> CharRNN:

@@ -28,7 +28,7 @@ FOUR_BITS = (INT4, E2M1, E3M0, FP4, NF4, NF4_DQ)
 ALONE = FOUR_BITS[:-1]
 """Those with values of their own."""
 SIZES = (32, 64, 128, 256, 1024, 4096)
-MODELS = ("llama-4m", "all-MiniLM-L6-v2")
+MODELS = ("textgenrnn", "all-MiniLM-L6-v2")
 BINS = 160
 DPI = 110
 
