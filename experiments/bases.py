@@ -1,6 +1,6 @@
 """The models whose weights are rounded, and what each of them says of a text in a data type.
 
-    all-MiniLM-L6-v2         a BERT of six layers, fp32 (Apache-2.0): :mod:`masked`
+    all-MiniLM-L6-v2         a BERT of six layers, fp32 (Apache-2.0): :mod:`masked`, :mod:`matching`
     textgenrnn               an LSTM over characters, fp32 (MIT): :mod:`char_rnn`
     llama-4m                 trained here: :mod:`small_llama`
     SmolLM2-135M-Instruct    its weights lay on a 4-bit grid (Q4_1) (Apache-2.0)
@@ -18,9 +18,10 @@ from typing import Any
 import texts
 import torch
 from char_rnn import char_losses, published
-from corpus import Losses, training_text
+from corpus import Losses, pieces, training_text
 from formats import UNQUANTIZED, Format
 from masked import encoder, masked_head, masked_losses
+from matching import halved_texts, matching_losses
 from small_llama import small_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,8 @@ from torch.nn import functional as F
 from halfbyte.example.sources import MODEL, Source, convert, download, extract, fetch
 from halfbyte.files import cache_folder
 
-FREE = ("all-MiniLM-L6-v2", "textgenrnn", "llama-4m")
+MASKED, MATCHING = "all-MiniLM-L6-v2", "all-MiniLM-L6-v2, matching"
+FREE = (MASKED, MATCHING, "textgenrnn", "llama-4m")
 ON_A_GRID = ("SmolLM2-135M-Instruct", "gemma-3-270m")
 LAYERS, STEPS = 4, 1000
 """Of llama-4m, and of its training."""
@@ -50,26 +52,28 @@ class Base:
     Attributes:
         weights: gives the linear layers' that are rounded, as they were, fp32, by name.
         losses: gives those of texts, the weights being in a format.
-        stride: 2: every second text is read.
+        reads: gives the texts.
     """
 
     weights: Callable[[], dict[str, Tensor]]
     losses: Callable[[Format, Sequence[str]], Losses]
-    stride: int = 1
+    reads: Callable[[], list[str]] = pieces
 
 
 def base(name: str) -> Base:
     """Return a model by its name."""
     if name == "textgenrnn":
         return Base(lambda: published(texts.kept(name)).cells(), _of_characters)
-    if name == "all-MiniLM-L6-v2":
-        return Base(lambda: linears(encoder(texts.minilm(), UNQUANTIZED)), _of_masked_tokens)
+    if name == MASKED:
+        return Base(_of_the_encoder, _of_masked_tokens)
+    if name == MATCHING:
+        return Base(_of_the_encoder, _of_halves, halved_texts)
     if name in ON_A_GRID:
-        return in_folder(lambda: folder_of(name), torch.bfloat16, stride=2)
+        return in_folder(lambda: folder_of(name), torch.bfloat16, lambda: pieces()[::2])
     return in_folder(lambda: folder_of(name), torch.float32)
 
 
-def in_folder(folder: Callable[[], Path], dtype: torch.dtype, stride: int = 1) -> Base:
+def in_folder(folder: Callable[[], Path], dtype: torch.dtype, reads: Callable[[], list[str]] = pieces) -> Base:
     """Return the decoder in a folder, which computes in ``dtype``."""
 
     def losses(kind: Format, read: Sequence[str]) -> Losses:
@@ -77,7 +81,7 @@ def in_folder(folder: Callable[[], Path], dtype: torch.dtype, stride: int = 1) -
 
         return decoder_losses(decoder(folder(), kind, dtype), AutoTokenizer.from_pretrained(folder()), read)
 
-    return Base(lambda: linears(decoder(folder(), UNQUANTIZED, dtype)), losses, stride)
+    return Base(lambda: linears(decoder(folder(), UNQUANTIZED, dtype)), losses, reads)
 
 
 def linears(model: nn.Module) -> dict[str, Tensor]:
@@ -145,8 +149,19 @@ def head() -> Any:
     return masked_head(texts.minilm(), texts.kept("minilm-head"), training_text(), HEAD_TEXTS)
 
 
+def _of_the_encoder() -> dict[str, Tensor]:
+    return linears(encoder(texts.minilm(), UNQUANTIZED))
+
+
 def _of_masked_tokens(kind: Format, read: Sequence[str]) -> Losses:
     from transformers import AutoTokenizer
 
     folder = texts.minilm()
     return masked_losses(encoder(folder, kind), head(), AutoTokenizer.from_pretrained(folder), read)
+
+
+def _of_halves(kind: Format, read: Sequence[str]) -> Losses:
+    from transformers import AutoTokenizer
+
+    folder = texts.minilm()
+    return matching_losses(encoder(folder, kind), AutoTokenizer.from_pretrained(folder), read)

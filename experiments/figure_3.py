@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bases import Base, base, in_folder
-from corpus import pieces
+from bases import MATCHING, Base, base, in_folder
 from formats import BLOCKSIZE, COLORS, E2M1, E3M0, FP4, INT4, NF4, NF4_DQ, UNQUANTIZED
 from lab import Book, book, markdown, mean_and_half
 from matplotlib.figure import Figure
@@ -28,7 +27,7 @@ FOUR_BITS = (INT4, E2M1, E3M0, FP4, NF4, NF4_DQ)
 ALONE = FOUR_BITS[:-1]
 """Those with values of their own."""
 SIZES = (32, 64, 128, 256, 1024, 4096)
-MODELS = ("textgenrnn", "all-MiniLM-L6-v2")
+MODELS = ("textgenrnn", MATCHING)
 BINS = 160
 DPI = 110
 
@@ -62,16 +61,14 @@ def lines_of(model: Callable[[], Base]) -> dict[str, Any]:
     return {"histogram": [round(share, 7) for share in counts.tolist()], "types": types}
 
 
-def measure(lab: Book, models: Mapping[str, Callable[[], Base]], read: Callable[[], list[str]]) -> None:
+def measure(lab: Book, models: Mapping[str, Callable[[], Base]]) -> None:
     """Do the trials."""
     for name, model in models.items():
         lab.trial({"lines of": name}, partial(lines_of, model))
-        lab.trial(
-            {"model": name, "format": UNQUANTIZED.name, "blocksize": 0}, partial(losses_of, model, UNQUANTIZED, read)
-        )
+        lab.trial({"model": name, "format": UNQUANTIZED.name, "blocksize": 0}, partial(losses_of, model, UNQUANTIZED))
         for size, kind in itertools.product(SIZES, FOUR_BITS):
             key = {"model": name, "format": kind.name, "blocksize": size}
-            lab.trial(key, partial(losses_of, model, kind.in_blocks(size), read))
+            lab.trial(key, partial(losses_of, model, kind.in_blocks(size)))
 
 
 Lines = dict[tuple[str, str, int], dict[str, Any]]
@@ -176,9 +173,10 @@ def main() -> None:
     if small:
         lines = [f"The {word} of the house reads {word}s in the garden." for word in ("cat", "owner", "painter")] * 8
         folder = small_llama(lab.folder / "model", 1, lines, steps=1)
-        measure(lab, {"tiny": lambda: in_folder(lambda: folder, torch.float32)}, lambda: lines[:4])
+        tiny = in_folder(lambda: folder, torch.float32, lambda: lines[:4])
+        measure(lab, {"tiny": lambda: tiny})
     else:
-        measure(lab, {name: partial(base, name) for name in MODELS}, pieces)
+        measure(lab, {name: partial(base, name) for name in MODELS})
     found = by_model(lab)
     lab.write("values.md", values_table(lab))
     for line in lab.lines():

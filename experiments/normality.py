@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bases import FREE, ON_A_GRID, Base, base, in_folder
+from bases import FREE, MATCHING, ON_A_GRID, Base, base, in_folder
 from figure_3 import over_largest
 from formats import BLOCKSIZE
 from lab import Book, book, markdown
@@ -159,7 +159,9 @@ def main() -> None:
     """Measure, and write."""
     lab, small = book("normality", __doc__)
     torch.set_num_threads(1)
-    models: dict[str, Callable[[], Base]] = {name: partial(base, name) for name in (*FREE, *ON_A_GRID)}
+    models: dict[str, Callable[[], Base]] = {
+        name: partial(base, name) for name in (*FREE, *ON_A_GRID) if name != MATCHING
+    }
     if small:
         lines = ["The cat of the house reads in the garden.", "The owner sings."] * 4
         folder = small_llama(lab.folder / "model", 1, lines, steps=1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from bases import FREE, ON_A_GRID, Base, base, in_folder
-from corpus import perplexity, pieces
+from corpus import perplexity
 from formats import COLORS, E2M1, E3M0, FORMATS, FP4, INT4, INT8, NF4, NF4_DQ, UNQUANTIZED, Format
 from lab import Book, book, markdown, mean_and_half
 from matplotlib.figure import Figure
@@ -34,10 +34,10 @@ VALUES = 2**21
 DPI = 110
 
 
-def losses_of(model: Callable[[], Base], kind: Format, read: Callable[[], list[str]]) -> dict[str, Any]:
+def losses_of(model: Callable[[], Base], kind: Format) -> dict[str, Any]:
     """Return what a trial keeps of a model in a data type."""
     chosen = model()
-    nats, tokens = chosen.losses(kind, read()[:: chosen.stride])
+    nats, tokens = chosen.losses(kind, chosen.reads())
     found = {"perplexity": perplexity(nats, tokens), **kind.errors(chosen.weights())}
     return found | {"nats": [round(value, 4) for value in nats], "tokens": tokens}
 
@@ -59,13 +59,13 @@ def errors_of(freedom: int, size: int, count: int = VALUES) -> dict[str, Any]:
     return {name: {kind: one[name] for kind, one in found.items()} for name in ("squared_error", "absolute_error")}
 
 
-def measure(lab: Book, models: Mapping[str, Callable[[], Base]], read: Callable[[], list[str]], count: int) -> None:
-    """Do the trials: ``count`` values of each distribution, and ``models`` on the texts that ``read`` gives."""
+def measure(lab: Book, models: Mapping[str, Callable[[], Base]], count: int) -> None:
+    """Do the trials: ``count`` values of each distribution, and ``models``."""
     for freedom, size in itertools.product(FREEDOMS, SIZES):
         key = {"values": f"t, {freedom}" if freedom else "normal", "blocksize": size}
         lab.trial(key, partial(errors_of, freedom, size, count))
     for (name, model), kind in itertools.product(models.items(), FORMATS):
-        lab.trial({"model": name, "format": kind.name}, partial(losses_of, model, kind, read))
+        lab.trial({"model": name, "format": kind.name}, partial(losses_of, model, kind))
 
 
 Lines = dict[tuple[str, str], dict[str, Any]]
@@ -211,9 +211,10 @@ def main() -> None:
     if small:
         lines = [f"The {word} of the house reads {word}s in the garden." for word in ("cat", "owner", "painter")] * 8
         folder = small_llama(lab.folder / "model", 1, lines, steps=1)
-        measure(lab, {"tiny": lambda: in_folder(lambda: folder, torch.float32)}, lambda: lines[:4], 2**17)
+        tiny = in_folder(lambda: folder, torch.float32, lambda: lines[:4])
+        measure(lab, {"tiny": lambda: tiny}, 2**17)
     else:
-        measure(lab, {name: partial(base, name) for name in (*FREE, *ON_A_GRID)}, pieces, VALUES)
+        measure(lab, {name: partial(base, name) for name in (*FREE, *ON_A_GRID)}, VALUES)
     found = by_model(lab)
     lab.write("tails.md", tails(lab))
     tails_picture(lab).savefig(lab.folder / "tails.png", dpi=DPI)
