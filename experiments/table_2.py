@@ -19,6 +19,7 @@ from corpus import perplexity
 from formats import COLORS, E2M1, E3M0, FORMATS, FP4, INT4, INT8, NF4, NF4_DQ, UNQUANTIZED, Format
 from lab import Book, book, markdown, mean_and_half
 from matplotlib.figure import Figure
+from scipy import stats
 from small_llama import small_llama
 
 from halfbyte.quiet import quiet
@@ -162,6 +163,11 @@ def verdicts(lines: Lines) -> str:
     for name in names:
         order = sorted(PAPER, key=lambda kind: -lines[name, kind.name]["perplexity"])
         out.append([f"4. order, {name}", " > ".join(kind.name for kind in order)])
+    for error in ("squared_error", "absolute_error"):
+        for name in names:
+            trials = [lines[name, kind.name] for kind in FOUR_BITS]
+            found = stats.spearmanr([t[error] for t in trials], [t["perplexity"] for t in trials]).statistic
+            out.append([f"rank correlation of {error.replace('_', ' ')} and perplexity, {name}", f"{found:+.2f}"])
     return markdown(["claim", "found"], out)
 
 
