@@ -35,10 +35,10 @@ DPI = 110
 
 
 def kinds_of(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the matrices by their place in a layer: their names without numbers, and what goes before these."""
+    """Return the matrices by their place in a layer: their names behind its number."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights.items():
-        kind = re.sub(r"^.*\.\d+\.|\.\d+$", "", name)
+        kind = re.sub(r"^.*\.\d+\.", "", name)
         found.setdefault(kind, {})[name] = weight
     return found
 

@@ -185,6 +185,7 @@ def picture(lines: Lines) -> Figure:
         panel.set_yticks(range(len(shown)), [kind.name for kind in reversed(shown)])
         panel.set_title(name + (" (on a 4-bit grid before)" if name in ON_A_GRID else ""), fontsize=9)
         panel.grid(axis="x", alpha=0.3)
+        panel.locator_params(axis="x", nbins=5)
         panel.tick_params(labelsize=8)
     for panel in list(panels):
         panel.set_visible(False)
