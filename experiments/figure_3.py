@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bases import MATCHING, Base, base, in_folder
+from bases import MASKED, Base, base, in_folder
 from formats import BLOCKSIZE, COLORS, E2M1, E3M0, FP4, INT4, NF4, NF4_DQ, UNQUANTIZED
 from lab import Book, book, markdown, mean_and_half
 from matplotlib.figure import Figure
@@ -27,7 +27,9 @@ FOUR_BITS = (INT4, E2M1, E3M0, FP4, NF4, NF4_DQ)
 ALONE = FOUR_BITS[:-1]
 """Those with values of their own."""
 SIZES = (32, 64, 128, 256, 1024, 4096)
-MODELS = ("textgenrnn", MATCHING)
+MODELS = ("textgenrnn", "SmolLM2-135M-Instruct")
+LINES = (MASKED, "SmolLM2-135M-Instruct")
+"""Those whose losses, and those whose weights are drawn."""
 BINS = 160
 DPI = 110
 
@@ -61,10 +63,11 @@ def lines_of(model: Callable[[], Base]) -> dict[str, Any]:
     return {"histogram": [round(share, 7) for share in counts.tolist()], "types": types}
 
 
-def measure(lab: Book, models: Mapping[str, Callable[[], Base]]) -> None:
-    """Do the trials."""
-    for name, model in models.items():
+def measure(lab: Book, models: Mapping[str, Callable[[], Base]], drawn: Mapping[str, Callable[[], Base]]) -> None:
+    """Do the trials: the weights of the models that are ``drawn``, and the losses of ``models``."""
+    for name, model in drawn.items():
         lab.trial({"lines of": name}, partial(lines_of, model))
+    for name, model in models.items():
         lab.trial({"model": name, "format": UNQUANTIZED.name, "blocksize": 0}, partial(losses_of, model, UNQUANTIZED))
         for size, kind in itertools.product(SIZES, FOUR_BITS):
             key = {"model": name, "format": kind.name, "blocksize": size}
@@ -174,9 +177,10 @@ def main() -> None:
         lines = [f"The {word} of the house reads {word}s in the garden." for word in ("cat", "owner", "painter")] * 8
         folder = small_llama(lab.folder / "model", 1, lines, steps=1)
         tiny = in_folder(lambda: folder, torch.float32, lambda: lines[:4])
-        measure(lab, {"tiny": lambda: tiny})
+        measure(lab, {"tiny": lambda: tiny}, {"tiny": lambda: tiny})
     else:
-        measure(lab, {name: partial(base, name) for name in MODELS})
+        models, drawn = ({name: partial(base, name) for name in names} for names in (MODELS, LINES))
+        measure(lab, models, drawn)
     found = by_model(lab)
     lab.write("values.md", values_table(lab))
     for line in lab.lines():
