@@ -26,7 +26,7 @@ def modules() -> Iterator[dict[str, ModuleType]]:
     before = set(sys.modules)
     sys.path.insert(0, str(EXPERIMENTS))
     try:
-        names = ("lab", "formats", "char_rnn", "masked", "bases", "small_llama", *NAMES)
+        names = ("lab", "formats", "char_rnn", "masked", "matching", "bases", *NAMES)
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(EXPERIMENTS))
@@ -141,6 +141,26 @@ def test_masked_tokens_are_seen_by_nobody(modules: dict[str, ModuleType]) -> Non
     ids = [4 + ord(c) % 8 for c in "abcdefghijklmno"]
     places = [*range(0, 15, 7), *range(3, 15, 7)]
     assert tokens == [len(places)] and nats[0] == pytest.approx(-sum(told[ids[i]].item() for i in places), rel=1e-5)
+
+
+def test_the_right_half_is_chosen_by_cosines(modules: dict[str, ModuleType]) -> None:
+    matching = modules["matching"]
+
+    class Encoder(nn.Module):
+        def forward(self, words: torch.Tensor) -> Any:
+            return type("Output", (), {"last_hidden_state": words[None]})
+
+    torch.manual_seed(1)
+    vectors = {word: torch.randn(8) for word in "abcdef"}
+
+    def tokenizer(text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"words": torch.stack([vectors[word] for word in text.split()])}
+
+    nats, tokens = matching.matching_losses(Encoder(), tokenizer, ["a b c", "d e f"])
+    first = [vectors["a"], vectors["d"]]
+    second = [(vectors["b"] + vectors["c"]) / 2, (vectors["e"] + vectors["f"]) / 2]
+    scores = torch.tensor([[20 * F.cosine_similarity(x, y, dim=0) for y in second] for x in first])
+    assert tokens == [1, 1] and nats == pytest.approx([-scores[i].log_softmax(0)[i].item() for i in (0, 1)], rel=1e-4)
 
 
 def test_the_test_of_normality_rejects_what_is_not_normal(modules: dict[str, ModuleType]) -> None:
