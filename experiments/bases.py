@@ -3,7 +3,6 @@
     all-MiniLM-L6-v2         a BERT of six layers, fp32 (Apache-2.0): :mod:`masked`, :mod:`matching`
     textgenrnn               an LSTM over characters, fp32 (MIT): :mod:`char_rnn`
     llama-4m                 trained here: :mod:`small_llama`
-    small-t5                 trained here, for Table 3: :mod:`small_t5`
     SmolLM2-135M-Instruct    its weights lay on a 4-bit grid (Q4_1) (Apache-2.0)
     gemma-3-270m             the same (Q4_K_M) (the Gemma terms)
 
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import small_t5
 import texts
 import torch
 from char_rnn import char_losses, published
@@ -36,7 +34,6 @@ FREE = (MASKED, MATCHING, "textgenrnn", "llama-4m")
 ON_A_GRID = ("SmolLM2-135M-Instruct", "gemma-3-270m")
 LAYERS, STEPS = 4, 1000
 """Of llama-4m, and of its training."""
-SYNOPSES = 200
 HEAD_TEXTS = 2500
 """Texts that the head over all-MiniLM-L6-v2 is trained on."""
 GEMMA = {
@@ -71,8 +68,6 @@ def base(name: str) -> Base:
         return Base(_of_the_encoder, _of_masked_tokens)
     if name == MATCHING:
         return Base(_of_the_encoder, _of_halves, halved_texts)
-    if name == "small-t5":
-        return Base(lambda: linears(_t5(UNQUANTIZED)), _of_synopses, _described)
     if name in ON_A_GRID:
         return in_folder(lambda: folder_of(name), torch.bfloat16, lambda: pieces()[::2])
     return in_folder(lambda: folder_of(name), torch.float32)
@@ -170,35 +165,3 @@ def _of_halves(kind: Format, read: Sequence[str]) -> Losses:
 
     folder = texts.minilm()
     return matching_losses(encoder(folder, kind), AutoTokenizer.from_pretrained(folder), read)
-
-
-def _t5(kind: Format) -> Any:
-    from transformers import AutoModelForSeq2SeqLM
-
-    config = kind.config(torch.float32)
-    return AutoModelForSeq2SeqLM.from_pretrained(
-        small_t5.small_t5(), dtype=torch.float32, quantization_config=config
-    ).eval()
-
-
-def _described() -> list[str]:
-    """Return descriptions, each with its synopsis on a line of its own, of sections that the T5 has not seen."""
-    rows = [row for row in texts.synopses() if row.kind in texts.LIBRARIES]
-    return [f"{row.source}\n{row.target}" for row in rows[:SYNOPSES]]
-
-
-@torch.no_grad()
-def _of_synopses(kind: Format, read: Sequence[str]) -> Losses:
-    """Return the loss of every synopsis behind its description."""
-    from transformers import AutoTokenizer
-
-    model, tokenizer = _t5(kind), AutoTokenizer.from_pretrained(small_t5.small_t5())
-    nats, counts = [], []
-    for text in read:
-        source, _, target = text.rpartition("\n")
-        ids = tokenizer(source, truncation=True, max_length=small_t5.READ, return_tensors="pt").input_ids
-        labels = tokenizer(target, truncation=True, max_length=small_t5.WRITTEN, return_tensors="pt").input_ids
-        logits = model(input_ids=ids, labels=labels).logits[0]
-        nats.append(F.cross_entropy(logits.float(), labels[0], reduction="sum").item())
-        counts.append(labels.shape[1])
-    return nats, counts
