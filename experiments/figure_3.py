@@ -143,7 +143,8 @@ def bits_picture(lines: Lines) -> Figure:
         panel.set(title=name, xlabel="bits a parameter (blocks of 4096 … 32)", yscale="log")
         panel.set_ylabel("nats a token more than unquantized")
         panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=7)
+        if name == names[0]:
+            panel.legend(fontsize=7)
     return figure
 
 

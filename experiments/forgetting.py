@@ -22,7 +22,7 @@ from halfbyte.evaluate.texts import general_texts
 from halfbyte.quiet import quiet
 
 WAY = "QLoRA NF4 + DQ"
-SEEDS = range(2)
+SEEDS = range(1)
 SCALES = (0.25, 0.5, 0.75, 1.0)
 WORDS = 40
 """Of a row of replay."""

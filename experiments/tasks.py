@@ -133,7 +133,7 @@ class Recipe:
 @functools.cache
 def reviews_task() -> Task:
     """Movie reviews, positive or negative: accuracy."""
-    return Task("reviews", "classify", "accuracy", texts.minilm(), texts.reviews(), 1000, 500, 640, 40, 16, 96)
+    return Task("reviews", "classify", "accuracy", texts.minilm(), texts.reviews(), 1000, 500, 1280, 80, 16, 96)
 
 
 @functools.cache
