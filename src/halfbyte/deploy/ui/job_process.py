@@ -5,6 +5,7 @@
 It gets the lock of its folder from whoever starts it, and holds it as long as it lives.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -64,8 +65,15 @@ def _is_first(folder: Path) -> bool:
     return not any(job.state in ("waiting", "running") for job in before)
 
 
-def _run(running: _Running, command: list[str], log: IO[bytes]) -> int:
+def _give_way() -> None:
+    """Let the page go first. Linux may weigh sessions before processes (autogroups), and a job is a session."""
     os.nice(NICE)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICE))
+
+
+def _run(running: _Running, command: list[str], log: IO[bytes]) -> int:
+    _give_way()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "COLUMNS": "120"}
     running.child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
