@@ -5,6 +5,7 @@
 # make soak         an hour of 32 clients of a server, its memory as a picture
 # make campaign     N=1000: that many runs, each ended at a random moment, resumed, and compared
 # make test-neon    the kernels for 64-bit Arm, cross-compiled, run by an emulator
+# make lessons      docs/tutorial run anew, their notebooks written: LESSONS=3 for the third alone
 # The rest: setup, check, test-slow, bench, docs, clean.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 # As in cli/__init__.py: torch's threads share the cores with whatever else runs.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup quickstart test test-slow browser check sanitize fuzz test-neon campaign soak bench docs clean
+.PHONY: setup quickstart test test-slow browser check sanitize fuzz test-neon campaign soak bench docs lessons clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -90,6 +91,9 @@ docs: setup
 	$(BIN)/python docs/update_help.py
 	$(BIN)/python docs/update_stub.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+lessons: setup
+	$(BIN)/python docs/update_lessons.py $(LESSONS)
 
 clean:
 	rm -rf $(VENV) build
