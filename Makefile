@@ -6,6 +6,7 @@
 # make campaign     N=1000: that many runs, each ended at a random moment, resumed, and compared
 # make test-neon    the kernels for 64-bit Arm, cross-compiled, run by an emulator
 # make experiments  the paper's tables and figures in small: hours, goes on where it was; see experiments/README.md
+# make lessons      docs/tutorial run anew, their notebooks written: LESSONS=3 for the third alone
 # The rest: setup, check, test-slow, bench, docs, clean.
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: setup quickstart test test-slow browser check sanitize fuzz test-neon campaign soak bench experiments docs \
-	clean
+	lessons clean
 
 setup: $(STAMP)
 	@$(BIN)/halfbyte doctor --line
@@ -104,6 +105,9 @@ docs: setup
 	$(BIN)/python docs/update_help.py
 	$(BIN)/python docs/update_stub.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+lessons: setup
+	$(BIN)/python docs/update_lessons.py $(LESSONS)
 
 clean:
 	rm -rf $(VENV) build
