@@ -230,7 +230,7 @@ assert len(answers) == 20 and right >= 0.6
 assert right == sum(row["generation"]["exact_match"] for row in answers) / len(answers)
 
 # %% [markdown]
-# Not the mails are to be counted but the ways of asking: which of the ten go wrong?
+# Not the mails are to be counted but the ways of asking: which of them go wrong?
 
 # %%
 ways = {}
