@@ -230,16 +230,27 @@ assert len(answers) == 20 and right >= 0.6
 assert right == sum(row["generation"]["exact_match"] for row in answers) / len(answers)
 
 # %% [markdown]
-# Now one sees *what* goes wrong. Mails that begin with the number get a made-up one: in the rows to train on the number
-# never stands first, so the model has never seen it there. Training longer does not mend that; a few rows that begin so
-# are what to try.
+# Not the mails are to be counted but the ways of asking: which of them go wrong?
 
 # %%
-number_first = [row for row in answers if row["question"][0].isdigit()]
-missed = [row for row in number_first if row["generated"] != row["answer"]]
-print(f"{len(missed)} of the {len(number_first)} mails that begin with the number are wrong")
+ways = {}
+for row in answers:
+    number = row["answer"].split()[1]
+    ways.setdefault(row["question"].replace(number, "…"), []).append(row["generated"] == row["answer"])
+shares = dict(sorted(((way, sum(hits) / len(hits)) for way, hits in ways.items()), key=lambda pair: pair[1]))
+
+plt.barh([*shares], [*shares.values()], color=BLUE)
+plt.title("share of mails that became the right ticket")
+plt.show()
+
+assert len(ways) <= 10
 assert not any(question[0].isdigit() for question, _ in clean)
-assert 2 * len(missed) > len(number_first) > 0
+
+# %% [markdown]
+# In the run that you see here it was the mails that begin with the order number, which got a made-up one: in no row
+# that was trained on does the number stand first. (The last digits of a run differ from chip to chip, and with them
+# what goes wrong at its edges.) Training longer is no cure for what the data lack; some rows that ask like those at the
+# bottom are what to try.
 
 # %% [markdown]
 # ## Talk
