@@ -4,7 +4,9 @@ The command only notes what is to be run; :func:`halfbyte.cli.main` starts it wh
 the script's errors, exit codes and signals are as Python has them. Nothing of ours is written to standard output.
 """
 
+import atexit
 import builtins
+import contextlib
 import os
 import runpy
 import sys
@@ -22,6 +24,9 @@ CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": False}
 
 waiting: list[Callable[[], None]] = []
 """What is to be run when the command line is through."""
+
+interrupted: list[bool] = []
+"""Whether a KeyboardInterrupt has ended the script."""
 
 
 def run(
@@ -44,6 +49,7 @@ def run(
         raise InputError(f"A notebook takes no arguments, and after {name} stands {words[1]!r}; leave it out.")
     if as_notebook:
         notebook.check(Path(name))
+    atexit.register(_end_as_interrupted)
     from halfbyte.hf.install import install
 
     install(cuda=cuda)
@@ -69,6 +75,8 @@ def _start(name: str, module: bool) -> None:
 
 def _without_us(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """Show a script's traceback as Python does: without the frames that started it, which come first."""
+    if kind is KeyboardInterrupt:
+        interrupted.append(True)
     first: Any = trace
     while first is not None and first.tb_frame.f_code is not _start.__code__:
         first = first.tb_next
@@ -78,3 +86,14 @@ def _without_us(kind: type[BaseException], error: BaseException, trace: types.Tr
     while first is not None and first.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
         first = first.tb_next
     sys.__excepthook__(kind, error.with_traceback(first), first)
+
+
+def _end_as_interrupted() -> None:
+    """Have the interpreter end by SIGINT, as it does after an uncaught KeyboardInterrupt.
+
+    What it keeps of that is lost when a function that runs at exit executes text, as some of torch's do. This one was
+    registered before them, so it comes after.
+    """
+    if interrupted:
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")
