@@ -17,8 +17,6 @@ from halfbyte.deploy.ui.texts import FOLDER, say, texts_of
 
 END = re.compile(r"(?<=[.!?:;)])\s+|\n+|(?=; )|(?= \()|(?<=\))(?=[:,] )")
 """Between two sentences, or before a clause that has a form of its own."""
-COUNTED = re.compile(r"([\d,]+)(?: of ([\d,]+))? ([a-z ]+?)s?")
-"""How many of something (:func:`halfbyte.errors.counted`), and of how many."""
 VALUE = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|.*?)"""
 """A value: a text in quotation marks as a whole, where it is one."""
 NUMBER = r"([\d,]+)"
