@@ -14,12 +14,13 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
 from halfbyte import hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.eva import begin_with_eva, eva_config
+from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models.new_tokens import add_tokens, give_rows
 from halfbyte.runs.events import Event, Note, StepMetrics
 from halfbyte.train import Interrupted, TrainConfig, fine_tune
@@ -353,6 +354,16 @@ def test_whole_modules_are_trained_in_fp32(options: dict[str, Any]) -> None:
     moved = next(iter(held.values())) - before.float()
     assert 0 < moved.abs()[moved != 0].min() < 2**-12  # steps that bf16 would have lost
     assert torch.isfinite(logits(halfbyte.load(output), [1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_layers_that_are_named_are_the_only_ones(targets: Any) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=4))
+    config = lora_config(model, rank=4, lora_alpha=8, target_modules=targets, layers_to_transform=[1, 3])
+    adapted = get_peft_model(model, config)
+    numbers = {name.split(".layers.")[1][0] for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert numbers == {"1", "3"}
 
 
 @pytest.mark.parametrize(

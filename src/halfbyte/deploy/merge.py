@@ -19,6 +19,7 @@ from halfbyte.choices import Compared, MergeType, Onto, Rounding
 from halfbyte.deploy.card import evaluation_of, write_card
 from halfbyte.deploy.folders import free_folder, write_model
 from halfbyte.errors import InputError
+from halfbyte.hf.models.apart import read_stack, stacked
 from halfbyte.hf.models.dense import Dense, Written
 from halfbyte.hf.models.four_bits import In4Bits
 from halfbyte.hf.models.hub import locate
@@ -106,7 +107,7 @@ def merge(
     seen = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()
     about = {"onto": onto, "to": to, "base": str(base), "drawn": f"{rounding} {seed or 0} {seen}"}
     form = f"{form_of(model)}, in {to}, its codes {ROUNDED[rounding]}"
-    nbytes = _write(model, output, about, model.make, to, form, f"nf4-{rounding}", progress)
+    nbytes = _write(model, output, about, model.make, model.sizes, to, form, f"nf4-{rounding}", progress)
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized, rounding)
 
 
@@ -124,12 +125,15 @@ def write_dense(
         InputError: as :func:`merge`.
     """
 
+    stacks = model.base.stacks
+
     def make(name: str) -> dict[str, Tensor]:
-        return {name: model.read(name)}
+        return {name: read_stack(stacks[name], model.read) if name in stacks else model.read(name)}
 
     about = {"onto": onto, "to": to}
     way = to if onto == "quantized" else f"original-{to}"
-    nbytes = _write(model, output, about, make, to, f"{form_of(model)}, in {to}", way, progress)
+    sizes = stacked(model.sizes, stacks)
+    nbytes = _write(model, output, about, make, sizes, to, f"{form_of(model)}, in {to}", way, progress)
     return MergedCopy(output, model.values, nbytes, model.base.is_quantized)
 
 
@@ -146,6 +150,7 @@ def _write(
     output: Path,
     about: Mapping[str, Any],
     make: Callable[[str], Mapping[str, Tensor]],
+    sizes: Mapping[str, int],
     to: MergeType,
     form: str,
     way: str,
@@ -164,7 +169,7 @@ def _write(
         )  # fmt: skip
 
     what = "The merged model" if model.adapter else "The dense model"
-    return write_model(model, output, about, sizes=model.sizes, make=make, finish=finish, what=what, progress=progress)
+    return write_model(model, output, about, sizes=sizes, make=make, finish=finish, what=what, progress=progress)
 
 
 def _check_options(onto: Onto, to: MergeType, **given: Any) -> None:

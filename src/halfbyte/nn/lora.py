@@ -85,6 +85,22 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     return int(torch.randint(2**62, (), generator=generator))
 
 
+def noise_of(seed: int, dropout: float, like: Tensor, width: int) -> Tensor:
+    """Return what a dropout multiplies values by, 0 or ``1 / (1 - dropout)``, the same for the same seed.
+
+    It has the rows, dtype and device of ``like``. The probability is rounded to a multiple of 2⁻¹⁶, so that one draw of
+    the generator serves four values.
+    """
+    rows, device = like.shape[0], like.device
+    generator = torch.Generator(device).manual_seed(seed)
+    draws = pool.empty((-(-rows * width // 4),), torch.int64, device)
+    values = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: rows * width]
+    dropped = min(round(dropout * 2**16), 2**16 - 1)
+    kept = pool.empty((rows, width), torch.bool, device)
+    torch.ge(values.view(rows, width), dropped - 2**15, out=kept)
+    return pool.empty((rows, width), like.dtype, device).copy_(kept).div_(1 - dropped / 2**16)
+
+
 class _Call:
     """What a call knows beside the values that it is differentiated in.
 
@@ -115,21 +131,8 @@ class _Call:
         return values[:n], values[n : n + len(self.scalings)], values[n + len(self.scalings) :]
 
     def noise(self, u: Tensor) -> Tensor | None:
-        """Return what multiplies ``x`` for the adapters, the same each time; None without dropout.
-
-        It has the rows, dtype and device of ``u``, and the width of ``x``, which need not be there any more.
-        The probability is rounded to a multiple of 2⁻¹⁶, so that one draw of the generator serves four values.
-        """
-        if not self.dropout:
-            return None
-        generator = torch.Generator(u.device).manual_seed(self.seed)
-        rows, width = u.shape[0], self.weights[0].shape[1]
-        draws = pool.empty((-(-rows * width // 4),), torch.int64, u.device)
-        values = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: rows * width]
-        dropped = min(round(self.dropout * 2**16), 2**16 - 1)
-        kept = pool.empty((rows, width), torch.bool, u.device)
-        torch.ge(values.view(rows, width), dropped - 2**15, out=kept)
-        return pool.empty((rows, width), u.dtype, u.device).copy_(kept).div_(1 - dropped / 2**16)
+        """Return what multiplies ``x`` for the adapters, the same each time; None without dropout."""
+        return noise_of(self.seed, self.dropout, u, self.weights[0].shape[1]) if self.dropout else None
 
     def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
         """Return all ``s A``, ``[sum of ranks, in]``."""

@@ -17,6 +17,7 @@ from halfbyte import data, hf
 from halfbyte.choices import REFERENCED
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.eva import TOKENS, batches_of, begin_with_eva, eva_config
+from halfbyte.hf.layers.expert_adapters import as_peft_reads, has_experts, own_words, set_dropout
 from halfbyte.hf.layers.lora_config import adapted_layers, lora_config
 from halfbyte.hf.layers.starts import OF_WEIGHTS, begin_lengths, make_room
 from halfbyte.hf.layers.targets import ALL
@@ -94,7 +95,8 @@ class Beginning:
                     setattr(lora, name, saved[name])
         set_seed(config.seed)
         try:
-            adapted: PeftModel = get_peft_model(model, lora)
+            with own_words() if has_experts(model) else contextlib.nullcontext():
+                adapted: PeftModel = get_peft_model(model, lora)
         except ValueError as error:
             if "No modules were targeted" in str(error):
                 raise InputError(
@@ -110,6 +112,9 @@ class Beginning:
             begin_with_eva(adapted, self._batches(2 * TOKENS * max(ranks.values())))
         elif self._loftq:
             self._loftq.apply(adapted)
+        if lora.target_parameters:
+            set_dropout(adapted, "default", config.lora_dropout)
+            as_peft_reads(lora)
         begin_lengths(adapted)
         train_in_fp32(adapted)
         return adapted

@@ -122,19 +122,24 @@ def test_nothing_in_4_bits_is_an_error(tiny_model_folder: Path, tmp_path: Path) 
     assert not (tmp_path / "q").exists()
 
 
-def test_the_share_in_4_bits_is_a_count_and_little_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = t.MixtralConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, vocab_size=64,
-    )  # fmt: skip
-    dense = t.MixtralForCausalLM(config)
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_share_in_4_bits_is_a_count_and_little_is_said(
+    experts: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 2048,
+    }  # fmt: skip
+    config = t.MixtralConfig(**shape, num_local_experts=experts) if experts else t.LlamaConfig(**shape)
+    dense = t.AutoModelForCausalLM.from_config(config)
     dense.save_pretrained(tmp_path / "m")
     copy = quantize_checkpoint(tmp_path / "m", tmp_path / "q")
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + max(experts, 1) * 3 * 64 * 128)
+    share = linear / sum(p.numel() for p in dense.parameters())
     for folder in ("m", "q"):
         caplog.clear()
         model = halfbyte.load(tmp_path / folder)
-        attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
-        assert share_in_4bit(model) == copy.share == attention / sum(p.numel() for p in dense.parameters())
+        assert share_in_4bit(model) == copy.share == share
         (record,) = [record for record in caplog.records if record.name.startswith("halfbyte")]
-        assert record.levelno == logging.WARNING and record.message.startswith("Only 11 % of the weights of ")
-        assert "model.layers.0.mlp.experts.gate_up_proj is the largest" in record.message
+        assert record.levelno == logging.WARNING and record.message.startswith(f"Only {share:.0%}".replace("%", " %"))
+        assert "is the largest" in record.message and "embed_tokens" in record.message

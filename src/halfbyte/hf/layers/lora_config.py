@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import InputError, nearest
+from halfbyte.hf.layers.expert_adapters import has_experts, target_experts
 from halfbyte.hf.layers.starts import PLAIN
 from halfbyte.hf.layers.targets import ALL, check_targets
 from halfbyte.nn import QuantizedLinear
@@ -88,8 +89,9 @@ def lora_config(
                 "layers_to_transform does not go with target_modules as a regular expression; write the numbers into "
                 "that, or give a list of names."
             )
-        # PEFT takes layer numbers beside a list alone
-        config.target_modules = {*adapted_layers(model, config)}
+        # PEFT takes layer numbers beside a list alone, and does not ask them of whole paths
+        if targets == ALL:
+            config.target_modules = {path.rpartition(".")[2] for path in adapted_layers(model, config)}
         config.layers_to_transform = [*layers_to_transform]
     layers = adapted_layers(model, config)
     for number in layers_to_transform or ():
@@ -99,6 +101,8 @@ def lora_config(
         _check_pattern(name, pattern or {}, layers)
     check_ranks(model, layers)
     _check_saved(model, modules_to_save)
+    if has_experts(model):
+        target_experts(model, config, layers, plain=init_lora_weights == "default")
     return config
 
 

@@ -3,16 +3,19 @@
 The model's output head is bound too (:mod:`halfbyte.hf.layers.head`): while training with labels it returns no logits.
 """
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import Counts, LoraLinear4bit, check_kind, refuse_merge
+from halfbyte.hf.layers.expert_adapters import LoraExperts
+from halfbyte.hf.layers.experts import Experts
 from halfbyte.hf.layers.fusion import fuse, unfuse
 from halfbyte.hf.layers.head import base_of, bind_head, unbind_head
 from halfbyte.hf.layers.starts import has_starts
@@ -67,6 +70,9 @@ def prepare(model: Model) -> Model:
             and isinstance(layer.base_layer, QuantizedLinear)
         ):
             layer.merge = refuse_merge
+    for module in model.modules():
+        if type(module) is ParamWrapper and isinstance(cast(ParamWrapper, module).get_base_layer(), Experts):
+            module.__class__ = LoraExperts
     base = base_of(model)
     if isinstance(base, PreTrainedModel):
         bind_head(base)
@@ -92,6 +98,11 @@ def unprepare(model: Model) -> Model:
         raise InputError(
             "The adapter subtracts what it began with (pissa, olora), which PEFT's own layers do not: save it with "
             "save_pretrained, which makes plain LoRA of it, and open that."
+        )
+    if any(isinstance(module, LoraExperts) for module in model.modules()):
+        raise InputError(
+            "The adapter is on experts that are held one by one, over which PEFT's own layers do not compute: save it "
+            "with save_pretrained, and open it with PEFT over the 16-bit model."
         )
     unfuse(model)
     for module in model.modules():

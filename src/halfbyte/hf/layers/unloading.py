@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.hf.layers.adapters import LoraLinear4bit
+from halfbyte.hf.layers.expert_adapters import LoraExperts, merged_experts
+from halfbyte.hf.layers.experts import put_together
 from halfbyte.hf.layers.fusion import unfuse
 from halfbyte.hf.layers.head import base_of, unbind_head
 from halfbyte.hf.layers.starts import starts_of
@@ -45,11 +47,14 @@ class MergeAndUnload:
         for path, layer in list(base.named_modules()):
             if isinstance(layer, BaseTunerLayer) and isinstance(getattr(layer, "base_layer", None), FrozenLinear):
                 base.set_submodule(path, _merged(layer, base.dtype, safe_merge, adapter_names))
+            elif isinstance(layer, LoraExperts) and not path.endswith(".base_layer"):
+                base.set_submodule(path, merged_experts(layer, base.dtype, adapter_names))
         _untie(base)
         merged: PreTrainedModel = tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
         for path, layer in list(merged.named_modules()):
             if isinstance(layer, FrozenLinear):
                 merged.set_submodule(path, dense_layer(layer, layer.dequantize(layer.compute_dtype or merged.dtype)))
+        put_together(merged)
         quantizer = getattr(merged, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(merged)

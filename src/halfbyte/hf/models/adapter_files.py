@@ -25,6 +25,7 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TrainableTokensWrapper, load_peft_weights
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import check_kind
+from halfbyte.hf.layers.expert_adapters import as_peft_reads, as_we_read, has_experts, own_words
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.models.base_files import check_base
 from halfbyte.nn import QuantizedLinear
@@ -75,12 +77,13 @@ def put_adapter(
         check_kind(config.peft_type)
     _resize(model, config, weights, folder, may=name is None)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    words: Any = contextlib.nullcontext()
+    if experts := has_experts(base_of(model)):
+        as_we_read(config)
+        words = own_words()
     try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(name or "default", config)
-            adapted = model
-        else:
-            adapted = kind(model, config, adapter_name=name or "default", low_cpu_mem_usage=is_on_meta(model))
+        with words:
+            adapted = _made(kind, model, config, name or "default")
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         targets = getattr(config, "target_modules", None)
         if "not found in the base model" in str(error) and isinstance(targets, (set, list)):
@@ -101,7 +104,18 @@ def put_adapter(
             ):  # a parameter that PEFT (0.21) puts where the base is, and saves nowhere
                 rank = torch.tensor([float(config.init_r)])
                 layer.ranknum[name or "default"] = nn.Parameter(rank, requires_grad=False)
+    if experts:
+        as_peft_reads(config)
     return adapted if trained else adapted.eval()
+
+
+def _made(kind: Any, model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
+    """Return the model with an adapter of this configuration, without its values."""
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        return model
+    made: PeftModel = kind(model, config, adapter_name=name, low_cpu_mem_usage=is_on_meta(model))
+    return made
 
 
 def check_numbers(config: PeftConfig, folder: Path) -> None:
@@ -185,12 +199,15 @@ def is_on_meta(model: PreTrainedModel | PeftModel) -> bool:
 @contextlib.contextmanager
 def _staying() -> Iterator[None]:
     """Let adapters that are loaded stay in memory, which PEFT (0.21) moves to where their layers are."""
-    moving = BaseTunerLayer._move_adapter_to_device_of_base_layer
-    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_, **__: None
+    kinds = (BaseTunerLayer, ParamWrapper)
+    moving = [kind._move_adapter_to_device_of_base_layer for kind in kinds]
+    for kind in kinds:
+        kind._move_adapter_to_device_of_base_layer = lambda *_, **__: None
     try:
         yield
     finally:
-        BaseTunerLayer._move_adapter_to_device_of_base_layer = moving
+        for kind, own in zip(kinds, moving, strict=True):
+            kind._move_adapter_to_device_of_base_layer = own
 
 
 def _read(model: PreTrainedModel | PeftModel, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:

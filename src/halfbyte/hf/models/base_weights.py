@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.choices import Onto
 from halfbyte.errors import InputError
+from halfbyte.hf.models.apart import ApartCheckpoint, apart
+from halfbyte.hf.models.apart import Place as Part
 from halfbyte.hf.models.check import Fit, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
@@ -77,6 +79,7 @@ class BaseWeights:
             setattr(config, name, value)
         kind = auto_class(config)
         self.model: PreTrainedModel = skeleton_of(config, dtype, trust_remote_code, kind)
+        self._checkpoint = apart(self._checkpoint, self.model)
         self._packed = self._checkpoint.quantized
         self.fit: Fit = check_weights(self.model, self._checkpoint, bool(self._packed), head_follows=True)
         self._layers: dict[str, QuantizedLinear] = {}
@@ -125,6 +128,11 @@ class BaseWeights:
         x = self._checkpoint.read(name).to(self._form.compute_dtype)
         weight: QuantizedWeight | QuantizedInt8 = quantized(name, x, self._layers[target], self.quantization)
         return weight
+
+    @property
+    def stacks(self) -> Mapping[str, Mapping[str, Part]]:
+        """Of tensors that hold all experts of a layer, the matrices that they are read as here."""
+        return self._checkpoint.stacks if isinstance(self._checkpoint, ApartCheckpoint) else {}
 
     @property
     def quantized_names(self) -> set[str]:

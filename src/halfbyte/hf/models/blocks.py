@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import InputError
+from halfbyte.hf.layers.experts import take_apart
 from halfbyte.quant.rounding import Compensation
 
 Round = Callable[[str, Tensor, Compensation | None], Tensor]
@@ -65,6 +66,7 @@ class Blocks:
         self._exact, self._round, self._names, self._corrected = exact, round_one, names, corrected
         with init_empty_weights(include_buffers=False):
             self._model = cls._from_config(config, dtype=torch.float32)
+            take_apart(self._model)
         self._model.eval()
         self.path, layers = self._found()
         self._layers: list[nn.Module] = list(layers)

@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from halfbyte.errors import InputError
+from halfbyte.hf.layers.experts import conversions
 from halfbyte.hf.models.checkpoint import INDEX, Tensors, read_index
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Names:
     """What a tensor of a checkpoint is called in the model, by transformers' (5.23) own rules."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        transforms = get_model_conversion_mapping(model)
+        transforms = conversions(get_model_conversion_mapping(model), model)
         self.renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         self.prefix = model.base_model_prefix
@@ -178,7 +179,9 @@ def _tried(model: PreTrainedModel, forms: dict[str, Tensor]) -> Any:
     """Return what transformers (5.23) finds when it loads tensors of these ``forms`` into a copy of ``model``."""
     trial = copy.deepcopy(model)
     config = LoadStateDictConfig(
-        device_map={"": "meta"}, dtype=torch.bfloat16, weight_mapping=get_model_conversion_mapping(trial)
+        device_map={"": "meta"},
+        dtype=torch.bfloat16,
+        weight_mapping=conversions(get_model_conversion_mapping(trial), trial),
     )
     hook = set_tqdm_hook(lambda _, args, kwargs: EmptyTqdm(*args, **kwargs))
     try:

@@ -105,6 +105,12 @@ class Checkpoint:
         tensor: Tensor = holder[name] if isinstance(holder, dict) else holder.get_tensor(name)
         return tensor
 
+    def read_row(self, name: str, number: int) -> Tensor:
+        """Return ``tensor[number]`` of the tensor ``name``, and read no more."""
+        holder = self._homes[name]
+        row: Tensor = holder[name][number] if isinstance(holder, dict) else holder.get_slice(name)[number]
+        return row
+
     @functools.cached_property
     def quantized(self) -> dict[str, torch.Size]:
         """The weights in 4 or 8 bits, bitsandbytes' or our own: the shape of each before it was quantized."""

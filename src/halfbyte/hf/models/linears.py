@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from halfbyte.hf.layers.experts import Experts
 from halfbyte.nn import DenseLinear, FrozenLinear, Linear4bit, Linear8bit, QuantizedLinear
 
 # Linear layers whose weight the model (of transformers 5.23) multiplies by hand, or rewrites in evaluation (RWKV), so
 # that it has to stay dense: by the ends of their names, and the model's type where the name says too little.
 READ_DIRECTLY = ("dt_proj",)
+ROUTERS = ("shared_expert_gate",)
+"""Linear layers that decide how much an expert counts, by the ends of their names: dense, and adapted by nobody."""
 REWRITTEN = {"rwkv": ("attention.output", "feed_forward.value")}
 
 
@@ -36,14 +39,15 @@ def replace_linears(
         model: in place.
         skip: names, in the patterns of transformers.
         compute_dtype: of the new layers.
-        packed: the weights that a checkpoint holds quantized; of subclasses only these are replaced, since bitsandbytes
-            leaves them dense without naming them. None for a dense checkpoint.
+        packed: the weights that a checkpoint holds quantized; of subclasses and of experts only these are replaced,
+            since bitsandbytes leaves them dense without naming them. None for a dense checkpoint.
         bits: 4, 8 or None.
 
     Returns:
         The names of the layers.
     """
     replaced = []
+    of_experts = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Experts))
     for name, module in list(model.named_modules()):
         if not should_convert_module(name, skip) or not is_linear(module):
             continue
@@ -52,7 +56,10 @@ def replace_linears(
                 DenseLinear.taking(module, compute_dtype)
                 replaced.append(name)
             continue
-        if packed is not None and is_subclass(module) and f"{name}.weight" not in packed:
+        is_of_expert = bool(of_experts) and name.startswith(of_experts)
+        if packed is not None and (is_subclass(module) or is_of_expert) and f"{name}.weight" not in packed:
+            if is_of_expert:
+                DenseLinear.taking(module, compute_dtype)
             continue
         transposed = isinstance(module, Conv1D)
         out_features, in_features = reversed(module.weight.shape) if transposed else module.weight.shape
@@ -73,7 +80,7 @@ def left_dense(model: PreTrainedModel) -> list[str]:
     Task heads (all that is outside the base model) are often new and to be trained; some weights are read directly.
     """
     inside = {id(module) for module in model.base_model.modules()}
-    by_hand = READ_DIRECTLY + REWRITTEN.get(model.config.model_type, ())
+    by_hand = READ_DIRECTLY + ROUTERS + REWRITTEN.get(model.config.model_type, ())
     return [
         name
         for name, module in model.named_modules()
@@ -124,12 +131,14 @@ def _acts_as_linear(module: nn.Linear | Conv1D, training: bool) -> bool:
 def not_linear(model: nn.Module) -> list[str]:
     """Return the names of layers that PEFT (0.21) takes for linear ones by their class, though they act otherwise.
 
-    They are routers that return indices too (Llama 4, Phi-3.5-MoE): not to be adapted (``exclude_modules``).
+    They are routers that return indices too (Llama 4, Phi-3.5-MoE): not to be adapted (``exclude_modules``), nor is
+    what decides by one value how much a shared expert counts.
     """
     return [
         name
         for name, module in model.named_modules()
-        if is_subclass(module) and not isinstance(module, FrozenLinear) and not is_linear(module)
+        if name.endswith(ROUTERS)
+        or (is_subclass(module) and not isinstance(module, FrozenLinear) and not is_linear(module))
     ]
 
 

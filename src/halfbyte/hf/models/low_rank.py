@@ -111,6 +111,12 @@ def read_low_rank(path: str | Path) -> LowRankAdapter:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise InputError(f"The adapter {folder} is of the kind {kind}; this is for LoRA.")
     check_numbers(config, folder)
+    stacks = [name for name in config.target_parameters or () if not name.endswith(".weight")]
+    if stacks:
+        raise InputError(
+            f"The adapter {folder} is on experts ({stacks[0]}), whose matrices lie in one tensor, and this takes a "
+            "tensor for one matrix; merge it, or name an adapter of other layers."
+        )
     read = LowRankAdapter(folder, config)
     for form, (first, second) in enumerate(FORMS):
         for key in [key for key in weights if key.endswith(first)]:

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from halfbyte.choices import Onto
 from halfbyte.errors import InputError, named
+from halfbyte.hf.layers.expert_adapters import merged_weight
+from halfbyte.hf.layers.experts import Experts
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.base_files import Source
 from halfbyte.hf.models.base_format import base_format
@@ -213,6 +216,12 @@ class Merged:
         elif isinstance(wrapper, TrainableTokensWrapper):
             with self._filled(path, wrapper.token_adapter.base_layer):
                 made = {"weight": wrapper.token_adapter.get_merged_weights([NAME]).detach().clone()}
+        elif isinstance(wrapper, ParamWrapper) and isinstance(wrapper.get_base_layer(), Experts):
+            number, _, name = inner.partition(".")
+            weight = merged_weight(wrapper, int(number), name, self.base.read(f"{path}.weight").float(), [NAME])
+            made = {"weight": weight}
+            if f"{path}.bias" in self.base.names:
+                made["bias"] = self.base.read(f"{path}.bias")
         else:
             layer: Any = wrapper
             base = layer.get_base_layer()

@@ -26,6 +26,8 @@ from halfbyte import __version__
 from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError, check_room
 from halfbyte.files import absolute, growing_folder, repair, stamp, write_text
+from halfbyte.hf.layers.experts import take_apart
+from halfbyte.hf.models.apart import apart
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
@@ -332,12 +334,18 @@ def on_disk(place: Place) -> Path:
 def skeleton_of(
     config: Any, dtype: torch.dtype, trust_remote_code: bool = False, auto_class: Any = None
 ) -> PreTrainedModel:
-    """Return the model of ``config`` without memory; ``auto_class`` is another class than its architecture names."""
+    """Return the model of ``config`` without memory, its experts apart.
+
+    ``auto_class`` is another class than its architecture names.
+    """
     cls = auto_class or model_class(config)
     with torch.device("meta"):
         if issubclass(cls, PreTrainedModel):
-            return cls._from_config(config, dtype=dtype)
-        return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+        else:
+            model = cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    take_apart(model)
+    return model
 
 
 def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedModel, packing: Packing | None) -> Tensors:
@@ -347,7 +355,7 @@ def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedMode
         place: of the model.
         folder: its, as :func:`on_disk` returns it.
         config: its.
-        skeleton: its, without memory.
+        skeleton: its, without memory; stacks of experts are taken apart as it has them.
         packing: how its weights are packed (:func:`halfbyte.hf.models.foreign.packed.packing_of`).
 
     Raises:
@@ -356,7 +364,7 @@ def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedMode
     if place.gguf:
         return GgufCheckpoint(place.gguf, skeleton)
     held = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
-    return PackedCheckpoint(held, packing) if packing else held
+    return PackedCheckpoint(held, packing) if packing else apart(held, skeleton)
 
 
 def shapes_of(skeleton: PreTrainedModel) -> dict[str, torch.Size]:

@@ -28,6 +28,7 @@ from halfbyte import devices
 from halfbyte.choices import BITSANDBYTES_TYPES, BLOCKSIZE, SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.attention_choice import choose_attention
+from halfbyte.hf.layers.experts import TakeApart, conversions, put_together, take_apart
 from halfbyte.hf.layers.unloading import dense_layer
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint
@@ -189,6 +190,7 @@ class HalfbyteQuantizer(HfQuantizer):
     ) -> None:
         if self.choose_attention:
             choose_attention(model)
+        take_apart(model)
         config, new, packed = self.quantization_config, set(), None
         if checkpoint_files:
             checkpoint = Checkpoint(checkpoint_files)
@@ -220,7 +222,8 @@ class HalfbyteQuantizer(HfQuantizer):
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
-            if not (isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], Deserialize))
+            if not isinstance(conversion, WeightConverter)
+            or not isinstance(conversion.operations[0], Deserialize | TakeApart)
         ]
         for name, parameter in model.named_parameters():
             # What is large in a 4-bit folder stays mapped and unread; it was looked at when the folder was made.
@@ -232,6 +235,11 @@ class HalfbyteQuantizer(HfQuantizer):
                 if isinstance(module, PreTrainedModel):
                     module.config._is_quantized = False
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The model's converters, and ours of 4-bit weights; what would stack experts leaves them apart."""
+        found: list[Any] = super().update_weight_conversions(conversions(weight_conversions, model), model)
+        return found
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that quantizes a dense weight as it is read."""
@@ -245,6 +253,7 @@ class HalfbyteQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 model.set_submodule(name, dense_layer(module, module.dequantize(dtype)))
+        put_together(model)
         return model
 
 

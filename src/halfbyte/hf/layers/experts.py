@@ -1,0 +1,297 @@
+"""Experts of a mixture as linear layers: transformers' stacks of matrices taken apart, their products done together.
+
+transformers (5.23) holds the experts of a layer as stacks, ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``, and
+puts them together from a checkpoint's matrices. Here each expert has linear layers of its own again, under the names
+that most checkpoints give them (``experts.3.gate_proj.weight``): so they are quantized one by one while they are read,
+to bitsandbytes' bytes, and whatever knows linear layers knows them. Their forward is shared
+(:mod:`halfbyte.nn.experts`). Known are the stacks of ``use_experts_implementation`` (Mixtral, Qwen, OLMoE, DeepSeek,
+GLM, Granite, Phi and others; gpt-oss with biases, a gate of its own, and gate and up interleaved) and Llama 4's.
+"""
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
+
+from halfbyte.errors import InputError
+from halfbyte.hf.layers.fusion import ACTIVATIONS
+from halfbyte.nn import gated_halves
+from halfbyte.nn.experts import Routes, StackedLowRank, experts_linear, give_rows, routes_of, take_rows
+from halfbyte.nn.frozen import FrozenLinear, QuantizedLinear
+
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+"""transformers' names of the stacks; ``up_proj`` where there is no gate."""
+HALVES = ("gate_proj", "up_proj")
+"""The layers of ``gate_up_proj`` where gate and up do not alternate."""
+
+Adapters = Mapping[str, tuple[Sequence[StackedLowRank], float]]
+"""Of each stack, the adapters that are active, and the dropout before them."""
+
+
+class Experts(nn.Module):
+    """The experts of a layer, ``"0"``, ``"1"`` …, each with its linear layers.
+
+    Attributes:
+        num_experts: how many there are.
+        layers_of: by the name of a stack, the layers of an expert that hold its rows.
+        shapes: of each stack, ``(experts, out, in)``.
+        apply_gate: makes of the results of ``gate_up_proj`` what ``down_proj`` reads; the family's own.
+        is_transposed: whether PEFT finds the stack as ``[experts, in, out]``.
+        swapped: whether PEFT (0.21) takes that for ``[experts, out, in]``, so that its A and B are the other way round.
+    """
+
+    def __init__(self, stacks: Any) -> None:
+        super().__init__()
+        self._theirs = (stacks,)  # not a module of this one
+        first = next(stacks.parameters())
+        self.is_transposed: bool = getattr(stacks, "is_transposed", False)
+        self.swapped = isinstance(stacks, Llama4TextExperts)
+        names = [name for name in STACKS if isinstance(getattr(stacks, name, None), nn.Parameter)]
+        self.shapes: dict[str, tuple[int, int, int]] = {}
+        for name in names:
+            experts, out, width = getattr(stacks, name).shape
+            self.shapes[name] = (experts, width, out) if self.is_transposed or self.swapped else (experts, out, width)
+        self.num_experts = self.shapes["down_proj"][0]
+        halved = getattr(stacks, "is_concatenated", True)
+        self.layers_of = {name: HALVES if name == "gate_up_proj" and halved else (name,) for name in names}
+        self.act_fn = getattr(stacks, "act_fn", None)
+        self.apply_gate = _gate_of(stacks, self.act_fn)
+        has_bias = hasattr(stacks, "down_proj_bias")
+        for number in range(self.num_experts):
+            expert = nn.Module()
+            for stack, layers in self.layers_of.items():
+                _, out, width = self.shapes[stack]
+                for layer in layers:
+                    made = nn.Linear(width, out // len(layers), has_bias, device="meta", dtype=first.dtype)
+                    expert.add_module(layer, made)
+            self.add_module(str(number), expert)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        adapters: Adapters | None = None,
+        before: bool = False,
+    ) -> Tensor:
+        """``[tokens, width]`` to the same: the sum of what each token's experts make of it, by their weights.
+
+        Args:
+            hidden_states: ``[tokens, width]``.
+            top_k_index: int64 ``[tokens, k]``; the number of experts, or more, stands for none.
+            top_k_weights: ``[tokens, k]``.
+            adapters: of the stacks that have any.
+            before: whether the weights multiply what the experts read and not what they give (Llama 4).
+        """
+        if not bool(torch.isfinite(top_k_weights).all()):
+            raise InputError(
+                f"A router gives weights that are not finite to the {self.num_experts} experts of a layer: the model "
+                "is damaged, or its values overflow; take an undamaged copy, or another compute dtype."
+            )
+        routes = routes_of(top_k_index, self.num_experts)
+        if not routes.bounds:
+            return hidden_states * 0
+        x = take_rows(hidden_states, routes)
+        shares = top_k_weights.to(hidden_states.dtype)
+        if before:
+            x = x * shares.reshape(-1).index_select(0, routes.places).unsqueeze(1)
+            shares = torch.ones_like(shares)
+        for stack in self.layers_of:
+            x = self._project(stack, x, routes, adapters or {})
+            if stack != "down_proj":
+                x = self.apply_gate(x)
+        return give_rows(x, shares, routes, len(hidden_states))
+
+    def _project(self, stack: str, x: Tensor, routes: Routes, adapters: Adapters) -> Tensor:
+        names = self.layers_of[stack]
+        layers: dict[int, list[Any]] = {}
+        for number, _, _ in routes.bounds:
+            expert = self._modules[str(number)]
+            layers[number] = [expert._modules[name] for name in names]  # type: ignore[union-attr]
+        low_rank, dropout = adapters.get(stack, ((), 0.0))
+        if not all(isinstance(layer, FrozenLinear) for each in layers.values() for layer in each):
+            if low_rank:
+                raise InputError(f"The experts' layers have adapters of their own, and {stack} another; keep one kind.")
+            return torch.cat([torch.cat([layer(x[i:j]) for layer in layers[e]], -1) for e, i, j in routes.bounds])
+        some = next(iter(layers.values()))[0]
+        biases = None
+        if some.bias is not None:
+            biases = {number: torch.cat([layer.bias for layer in each]) for number, each in layers.items()}
+        weights = {number: [layer.frozen_weight for layer in each] for number, each in layers.items()}
+        y = experts_linear(x.to(some.compute_dtype or x.dtype), routes, weights, biases, low_rank, dropout)
+        return y.to(x.dtype)
+
+    def restacked(self) -> nn.Module:
+        """Return transformers' stacks with what the layers stand for, whose memory is used up, expert by expert."""
+        (theirs,) = self._theirs
+        for stack, layers in self.layers_of.items():
+            for suffix, kind in (("", "weight"), ("_bias", "bias")):
+                if not isinstance(getattr(theirs, stack + suffix, None), nn.Parameter):
+                    continue
+                matrices = []
+                for number in range(self.num_experts):
+                    held: list[Any] = [self.get_submodule(f"{number}.{layer}") for layer in layers]
+                    rows = torch.cat([_dense(layer) if kind == "weight" else layer.bias.detach() for layer in held])
+                    is_of_inputs = kind == "weight" and (self.is_transposed or self.swapped)
+                    matrices.append(rows.T if is_of_inputs else rows)
+                setattr(theirs, stack + suffix, nn.Parameter(torch.stack(matrices), requires_grad=False))
+        made: nn.Module = theirs
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        """What PEFT looks at of a stack, its shape, dtype and device: one value, which has the stack's shape."""
+        if name in self.__dict__.get("shapes", ()):
+            experts, out, width = self.shapes[name]
+            shape = (experts, width, out) if self.is_transposed or self.swapped else (experts, out, width)
+            some: Any = next(self.parameters())
+            return torch.zeros((), device=some.device).expand(shape)
+        return super().__getattr__(name)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As ever; asked for what is directly here, the stacks, which PEFT looks for by their names."""
+        if recurse:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        else:
+            yield from ((f"{prefix}{'.' if prefix else ''}{name}", getattr(self, name)) for name in self.shapes)
+
+
+class Llama4Moe(nn.Module):
+    """Llama 4's mixture: the router's scores multiply what an expert reads, and only those chosen compute."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``[batch, length, width]`` to ``[tokens, width]`` and the router's logits, as transformers' own."""
+        self_: Any = self
+        hidden_states = hidden_states.reshape(-1, self_.hidden_dim)
+        scores, logits = self_.router(hidden_states)
+        chosen = logits.topk(self_.top_k, dim=1).indices
+        routed = self_.experts(hidden_states, chosen, scores.gather(1, chosen), before=True)
+        return self_.shared_expert(hidden_states) + routed, logits
+
+
+def take_apart(model: nn.Module) -> None:
+    """Put :class:`Experts` in the place of every stack of experts in a model on the meta device."""
+    for name, module in list(model.named_modules()):
+        if is_stacked(module):
+            model.set_submodule(name, Experts(module))
+        elif type(module) is Llama4TextMoe:
+            module.__class__ = type("Llama4TextMoe", (Llama4Moe, Llama4TextMoe), {})
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a module is transformers' (5.23) stacks of experts, of a kind that is known."""
+    known = isinstance(module, Llama4TextExperts) or hasattr(module, "_is_expert_parallel")
+    down = getattr(module, "down_proj", None)
+    return (
+        known and isinstance(down, nn.Parameter) and down.ndim == 3 and not getattr(module, "has_post_expert_norm", 0)
+    )
+
+
+def conversions(found: Sequence[Any], model: nn.Module) -> list[Any]:
+    """Return transformers' conversions of a checkpoint's tensors for a model whose experts were taken apart.
+
+    What merges matrices to stacks becomes a renaming of the matrices; what finds a stack takes it apart.
+    """
+    some = next((module for module in model.modules() if isinstance(module, Experts)), None)
+    if some is None:
+        return list(found)
+    made: list[Any] = []
+    for entry in found:
+        target = entry.target_patterns[-1].rpartition(".")[2]
+        if (
+            not isinstance(entry, WeightConverter)
+            or target not in some.layers_of
+            or "*" not in entry.source_patterns[0]
+        ):
+            made.append(entry)
+            continue
+        for source, layer in zip(entry.source_patterns, some.layers_of[target], strict=True):
+            theirs = source.split(".")[-2]
+            if theirs != layer:
+                made.append(WeightRenaming(rf"experts\.(\d+)\.{theirs}\.", rf"experts.\1.{layer}."))
+    for stack, layers in some.layers_of.items():
+        source = rf"(?<!\w)experts\.{stack}"  # not those of shared_experts, nor what a 4-bit weight takes beside
+        made.append(WeightConverter(rf"{source}(?![\w.])", f"experts.0.{layers[0]}.weight", [TakeApart(stack)]))
+        if any(name.endswith("bias") for name, _ in some.get_submodule("0").named_parameters()):
+            made.append(WeightConverter(f"{source}_bias", f"experts.0.{layers[0]}.bias", [TakeApart(stack)]))
+    return made
+
+
+class TakeApart(ConversionOps):
+    """A stack in, each expert's matrices out, under their whole names: views of it where they become others anyway."""
+
+    def __init__(self, stack: str) -> None:
+        self.stack = stack
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Take apart the stack whose first matrix is ``full_layer_name``.
+
+        Raises:
+            InputError: it has another shape than the model's configuration says.
+        """
+        ((_, value),) = input_dict.items()
+        dense: Tensor = value[0] if isinstance(value, list) else value
+        path, kind = full_layer_name.rpartition(".0.")[0], full_layer_name.rpartition(".")[2]
+        experts: Any = model.get_submodule(path)
+        shape = experts.shapes[self.stack]
+        of_inputs = experts.is_transposed or experts.swapped
+        wanted = shape[:2] if kind == "bias" else (shape[0], shape[2], shape[1]) if of_inputs else shape
+        if tuple(dense.shape) != tuple(wanted):
+            raise InputError(
+                f"{path}.{self.stack} is {list(dense.shape)} in the checkpoint, but config.json makes it "
+                f"{list(wanted)}: copy both from the model's source again."
+            )
+        found = {}
+        for number, matrix in enumerate(dense):
+            rows = matrix.T if of_inputs and kind == "weight" else matrix
+            layers = experts.layers_of[self.stack]
+            for layer, part in zip(layers, rows.chunk(len(layers)), strict=True):
+                becomes_other = (
+                    isinstance(experts.get_submodule(f"{number}.{layer}"), QuantizedLinear) and kind == "weight"
+                )
+                found[f"{path}.{number}.{layer}.{kind}"] = part if becomes_other else part.clone().contiguous()
+        return found
+
+
+def put_together(model: Any) -> None:
+    """Undo :func:`take_apart`, in place: a dense model of transformers' own classes."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            model.set_submodule(path, module.restacked().train(module.training))
+        elif isinstance(module, Llama4Moe):
+            module.__class__ = Llama4TextMoe
+    model._weight_conversions = None  # those of the class, by which it is saved
+
+
+def _dense(layer: Any) -> Tensor:
+    if isinstance(layer, FrozenLinear):
+        return layer.dequantize(layer.compute_dtype)
+    weight: Tensor = layer.weight.detach()
+    return weight
+
+
+def _gate_of(stacks: Any, act_fn: Any) -> Callable[[Tensor], Tensor]:
+    own = type(stacks).__dict__.get("_apply_gate")
+    name = ACTIVATIONS.get(type(act_fn))
+    if not isinstance(getattr(stacks, "gate_up_proj", None), nn.Parameter):
+        gate: Callable[[Tensor], Tensor] = act_fn
+        return gate
+    if own is not None and own.__qualname__.startswith(type(stacks).__name__):
+        numbers = types.SimpleNamespace(**{k: v for k, v in vars(stacks).items() if isinstance(v, int | float)})
+        numbers.act_fn = act_fn
+        return types.MethodType(own, numbers)
+    return (lambda y: gated_halves(y, name)) if name else lambda y: _gated(y, act_fn)
+
+
+def _gated(y: Tensor, act_fn: Any) -> Tensor:
+    gate, up = y.chunk(2, dim=-1)
+    product: Tensor = act_fn(gate) * up
+    return product

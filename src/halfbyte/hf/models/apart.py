@@ -1,0 +1,121 @@
+"""A checkpoint that holds experts in stacks, read as if it held their matrices: one expert is in memory at a time."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+
+from halfbyte.hf.layers.experts import Experts, TakeApart
+from halfbyte.hf.models.check import Names
+from halfbyte.hf.models.checkpoint import Checkpoint, Tensors
+
+
+class Place(NamedTuple):
+    """Where a matrix lies.
+
+    Attributes:
+        stack: the name of the tensor that holds it.
+        expert: its number there.
+        part: which of ``parts`` of its rows.
+        parts: gate and up, or one.
+        of_inputs: whether the stack has it transposed.
+    """
+
+    stack: str
+    expert: int
+    part: int
+    parts: int
+    of_inputs: bool
+
+
+def apart(held: Tensors, model: PreTrainedModel) -> Tensors:
+    """Return the tensors of a checkpoint, with stacks of experts taken apart.
+
+    Args:
+        held: the checkpoint.
+        model: its, on the meta device, whose experts were taken apart.
+    """
+    mixtures = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+    if not mixtures:
+        return held
+    rules = Names(model)
+    stacks = {
+        source: entry.operations[0].stack
+        for entry in rules.converters
+        if isinstance(entry, WeightConverter) and isinstance(entry.operations[0], TakeApart)
+        for source in entry.source_patterns
+    }
+    found: dict[str, dict[str, Place]] = {}
+    for name in held.names:
+        target, source = rules.of(name)
+        if source not in stacks:
+            continue
+        path, _, first = target.rpartition(".0.")
+        kind, experts = first.rpartition(".")[2], mixtures[path]
+        of_inputs = kind == "weight" and (experts.is_transposed or experts.swapped)
+        layers = experts.layers_of[stacks[source]]
+        found[name] = {
+            f"{path}.{number}.{layer}.{kind}": Place(name, number, part, len(layers), of_inputs)
+            for number in range(held.form(name).shape[0])
+            for part, layer in enumerate(layers)
+        }
+    return ApartCheckpoint(held, found) if found else held
+
+
+class ApartCheckpoint:
+    """See above; it has what :class:`~halfbyte.hf.models.checkpoint.Checkpoint` has.
+
+    Attributes:
+        stacks: of each stack, the matrices that are read in its place.
+    """
+
+    def __init__(self, held: Tensors, stacks: dict[str, dict[str, Place]]) -> None:
+        self.held, self.stacks = held, stacks
+        self.files: list[Path] = held.files
+        self.where, self.quantized = held.where, held.quantized
+        self._places = {name: place for places in stacks.values() for name, place in places.items()}
+        self.names = [part for name in held.names for part in stacks.get(name, (name,))]
+
+    def form(self, name: str) -> Tensor:
+        """Return the tensor ``name`` on the meta device."""
+        place = self._places.get(name)
+        return self.held.form(name) if place is None else _part(self.held.form(place.stack)[0], place)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``; of a stack's file no more is read."""
+        place = self._places.get(name)
+        if place is None:
+            return self.held.read(name)
+        held: Any = self.held
+        whole = held.read_row if isinstance(held, Checkpoint) else lambda stack, number: held.read(stack)[number]
+        return _part(whole(place.stack, place.expert), place).contiguous()
+
+
+def stacked(sizes: Mapping[str, int], stacks: Mapping[str, Mapping[str, Place]]) -> dict[str, int]:
+    """Return the sizes of a model's tensors, in bytes, with stacks in the place of their matrices."""
+    stack_of = {part: stack for stack, parts in stacks.items() for part in parts}
+    found: dict[str, int] = {}
+    for name, size in sizes.items():
+        stack = stack_of.get(name, name)
+        found[stack] = found.get(stack, 0) + size
+    return found
+
+
+def read_stack(parts: Mapping[str, Place], read: Callable[[str], Tensor]) -> Tensor:
+    """Return a stack, its matrices as ``read`` gives them."""
+    experts: dict[int, list[Tensor]] = {}
+    for name, place in parts.items():
+        experts.setdefault(place.expert, []).append(read(name))
+    of_inputs = next(iter(parts.values())).of_inputs
+    matrices = [torch.cat(matrices) for _, matrices in sorted(experts.items())]
+    return torch.stack([matrix.T if of_inputs else matrix for matrix in matrices])
+
+
+def _part(matrix: Tensor, place: Place) -> Tensor:
+    rows = matrix.T if place.of_inputs else matrix
+    part: Tensor = torch.chunk(rows, place.parts)[place.part]
+    return part

@@ -1,0 +1,271 @@
+"""Experts: projections with as many frozen weights as there are experts, of which each row takes its own's.
+
+Of a row ``x`` that the router gave to expert ``e``, with an adapter of the paper's equation 5 on each expert:
+
+    y = x dequant(W_e)ᵀ + b_e + s (drop(x) A_eᵀ) B_eᵀ
+
+Rows are sorted by expert, so that an expert's lie together; all experts' products are one list of sums
+(:func:`halfbyte.kernels.matmul_sums`), done in one parallel region: none waits for another, few rows take the kernels
+of few rows, and a weight is only read where it has rows. Gradients are those of :mod:`halfbyte.nn.lora`, expert by
+expert; an expert without rows gets zeros. What is kept for the backward, and in which dtypes, is as there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from halfbyte import kernels
+from halfbyte.kernels import Sum, Term, Weight4bit, WeightInt8, pool
+from halfbyte.nn.lora import draw_seed, noise_of
+from halfbyte.nn.recomputed import Source, recomputed, source_of
+
+Weight = Weight4bit | WeightInt8 | Tensor
+
+
+class Routes(NamedTuple):
+    """Which rows go to which experts.
+
+    Attributes:
+        tokens: int64 ``[rows]``, which token each row is a copy of, an expert's rows one after the other.
+        places: int64 ``[rows]``, which of all choices ``[tokens, k]``, flattened, each row is.
+        bounds: for each expert that has rows, its number, its first row and the one after its last.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    bounds: Sequence[tuple[int, int, int]]
+
+
+class StackedLowRank(NamedTuple):
+    """An adapter's part of a projection: ``s (x A_eᵀ) B_eᵀ``.
+
+    Attributes:
+        a: fp32 ``[experts, rank, in]``.
+        bt: fp32 ``[experts, rank, out]``, each expert's B transposed.
+        scaling: s, ``lora_alpha / rank``.
+    """
+
+    a: Tensor
+    bt: Tensor
+    scaling: float
+
+
+def routes_of(chosen: Tensor, experts: int) -> Routes:
+    """Return the rows of each expert.
+
+    Args:
+        chosen: int64 ``[tokens, k]``, the experts that each token goes to; the number of experts itself, or more,
+            stands for none.
+        experts: how many there are.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+    flat = chosen.reshape(-1)
+    if flat.numel() and int(flat.min()) < 0:
+        raise ValueError(f"the router chose expert {int(flat.min())} of {experts}; experts are numbered from 0")
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
+    bounds, first = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            bounds.append((expert, first, first + count))
+        first += count
+    places = order[:first]
+    return Routes(places // chosen.shape[1], places, bounds)
+
+
+def take_rows(x: Tensor, routes: Routes) -> Tensor:
+    """Return the token of each row, ``[rows, width]``; a projection that would keep it keeps ``x`` instead."""
+    rows = x.index_select(0, routes.tokens)
+    return recomputed(rows, lambda x, tokens: x.index_select(0, tokens), x, routes.tokens)
+
+
+def give_rows(y: Tensor, shares: Tensor, routes: Routes, tokens: int) -> Tensor:
+    """Return the sum over each token's rows, each times its share.
+
+    Args:
+        y: ``[rows, width]``.
+        shares: ``[tokens, k]``, what each choice of the router counts.
+        routes: of the rows.
+        tokens: how many there are.
+
+    Returns:
+        ``[tokens, width]`` in the dtype of ``y``, summed in fp32.
+    """
+    weighted = y * shares.reshape(-1).index_select(0, routes.places).unsqueeze(1)
+    summed = torch.zeros(tokens, y.shape[1], dtype=torch.float32, device=y.device)
+    return summed.index_add(0, routes.tokens, weighted.float()).to(y.dtype)
+
+
+def experts_linear(
+    x: Tensor,
+    routes: Routes,
+    weights: Mapping[int, Sequence[Weight]],
+    biases: Mapping[int, Tensor] | None = None,
+    adapters: Sequence[StackedLowRank] = (),
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return what each row's expert makes of it, differentiable in ``x`` and the adapters.
+
+    Args:
+        x: ``[rows, in]``, fp32, bf16 or fp16: the dtype to compute in.
+        routes: of the rows.
+        weights: of each expert that has rows, one or more of ``[out, in]``, whose results stand beside each other
+            (gate and up).
+        biases: of each of these experts ``[sum of out]``, frozen, or None.
+        adapters: any number, which add up.
+        dropout: the probability with which a value of ``x`` is zero for the adapters; the others are scaled up.
+
+    Returns:
+        ``[rows, sum of out]`` in the dtype of ``x``.
+    """
+    cast = None if biases is None else {e: bias.detach().to(x.dtype) for e, bias in biases.items()}
+    call = _Call(routes, weights, cast, adapters, dropout)
+    factors = [adapter.a for adapter in adapters] + [adapter.bt for adapter in adapters]
+    y: Tensor = _ExpertsLinear.apply(  # type: ignore[no-untyped-call]
+        x.contiguous(), call, source_of(x), *(factor.contiguous() for factor in factors)
+    )
+    return y
+
+
+class _Call:
+    """What a call knows beside the values that it is differentiated in.
+
+    Attributes:
+        bounds: of the rows.
+        weights: of each expert that has rows.
+        columns: where each weight's results lie.
+        width: of all results.
+        biases: of each of these experts.
+        scalings: of the adapters.
+        ranks: of each adapter, where it lies among the stacked ranks.
+        dropout: the probability, and ``seed``, from torch's own generator.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        weights: Mapping[int, Sequence[Weight]],
+        biases: Mapping[int, Tensor] | None,
+        adapters: Sequence[StackedLowRank],
+        dropout: float,
+    ) -> None:
+        self.bounds, self.weights, self.biases = routes.bounds, weights, biases
+        some = next(iter(weights.values()))
+        self.columns, self.width = _slices([weight.shape[0] for weight in some])
+        self.inputs = int(some[0].shape[1])
+        self.scalings = [adapter.scaling for adapter in adapters]
+        self.ranks, self.rank = _slices([adapter.a.shape[1] for adapter in adapters])
+        self.dropout = dropout if adapters else 0.0
+        self.seed = draw_seed() if self.dropout else 0
+
+    def noise(self, u: Tensor) -> Tensor | None:
+        """Return what multiplies ``x`` for the adapters, the same each time; None without dropout."""
+        return noise_of(self.seed, self.dropout, u, self.inputs) if self.dropout else None
+
+    def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
+        """Return all ``s A``, ``[experts, sum of ranks, in]``."""
+        scaled = [a if s == 1 else a * s for a, s in zip(factors_a, self.scalings, strict=True)]
+        return scaled[0] if len(scaled) == 1 else torch.cat(scaled, 1)
+
+
+class _ExpertsLinear(torch.autograd.Function):
+    """``tensors``: all A, all Bᵀ."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: _Call, source: Source | None, *tensors: Tensor) -> Tensor:
+        factors_a, factors_b = tensors[: len(call.scalings)], tensors[len(call.scalings) :]
+        u = x.new_empty(x.shape[0], call.rank)
+        if call.rank:
+            stacked, dropped = call.stacked(factors_a), _times(x, call.noise(u))
+            kernels.matmul_sums([Sum([Term(dropped[i:j], stacked[e])], u[i:j]) for e, i, j in call.bounds])
+        y = pool.empty((x.shape[0], call.width), x.dtype, x.device)
+        sums = []
+        for e, i, j in call.bounds:
+            rows = x[i:j]
+            low_rank = [(u[i:j, r], b[e]) for r, b in zip(call.ranks, factors_b, strict=True)]
+            for weight, c in zip(call.weights[e], call.columns, strict=True):
+                terms = [Term(rows, weight), *(Term(part, b[:, c], transposed=False) for part, b in low_rank)]
+                sums.append(Sum(terms, y[i:j, c], None if call.biases is None else call.biases[e][c]))
+        kernels.matmul_sums(sums)
+        kept = () if not any(ctx.needs_input_grad[3 : 3 + len(factors_a)]) else source.tensors if source else (x,)
+        ctx.save_for_backward(u, *tensors, *kept)
+        ctx.call, ctx.compute = call, source.compute if source else None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        n = len(call.scalings)
+        u, *saved = ctx.saved_tensors
+        factors_a, factors_b, kept = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
+        dy = dy.contiguous()
+        g = u.new_empty(u.shape[0], call.rank)
+        if n:
+            kernels.matmul_sums(
+                [
+                    Sum([Term(dy[i:j], b[e])], g[i:j, r])
+                    for e, i, j in call.bounds
+                    for r, b in zip(call.ranks, factors_b, strict=True)
+                ]
+            )
+        sums = []
+        noise = call.noise(u)
+        dx = through = da = None
+        if need_x:
+            dx = pool.empty((u.shape[0], call.inputs), u.dtype, u.device)
+            stacked = call.stacked(factors_a) if n else None
+            through = None if noise is None else pool.empty(dx.shape, dx.dtype, dx.device)
+            for e, i, j in call.bounds:
+                terms = [
+                    Term(dy[i:j, c], weight, transposed=False)
+                    for weight, c in zip(call.weights[e], call.columns, strict=True)
+                ]
+                if stacked is not None:
+                    of_adapters = Term(g[i:j], stacked[e], transposed=False)
+                    if through is None:
+                        terms.append(of_adapters)
+                    else:
+                        sums.append(Sum([of_adapters], through[i:j]))
+                sums.append(Sum(terms, dx[i:j]))
+        if any(need_a):
+            x = kept[0] if ctx.compute is None else ctx.compute(*kept)
+            x = _times(x, noise)
+            da = u.new_zeros(len(factors_a[0]), call.rank, call.inputs, dtype=torch.float32)
+            sums += [Sum([Term(g[i:j].T, x[i:j], transposed=False)], da[e]) for e, i, j in call.bounds]
+        dbs: list[Tensor | None] = [None] * n
+        for k, (r, b) in enumerate(zip(call.ranks, factors_b, strict=True)):
+            if need_b[k]:
+                db = torch.zeros_like(b, dtype=torch.float32)
+                sums += [Sum([Term(u[i:j, r].T, dy[i:j], transposed=False)], db[e]) for e, i, j in call.bounds]
+                dbs[k] = db
+        kernels.matmul_sums(sums)
+        if dx is not None and through is not None and noise is not None:
+            dx += noise.mul_(through)
+        das: list[Tensor | None] = [None] * n
+        if da is not None:
+            das = [
+                da[:, r].mul_(s).to(a.dtype) if need else None
+                for r, s, a, need in zip(call.ranks, call.scalings, factors_a, need_a, strict=True)
+            ]
+        low_rank = [*das, *(d if d is None else d.to(b.dtype) for d, b in zip(dbs, factors_b, strict=True))]
+        return dx, None, None, *low_rank
+
+
+def _slices(sizes: Sequence[int]) -> tuple[list[slice], int]:
+    """Return where pieces of these sizes lie one after the other, and the sum."""
+    slices, first = [], 0
+    for size in sizes:
+        slices.append(slice(first, first + size))
+        first += size
+    return slices, first
+
+
+def _times(x: Tensor, noise: Tensor | None) -> Tensor:
+    return x if noise is None else torch.mul(x, noise, out=pool.empty(noise.shape, noise.dtype, noise.device))

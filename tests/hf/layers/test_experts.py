@@ -1,0 +1,266 @@
+"""Experts in 4 bits: their bytes against bitsandbytes, adapters and sums against PEFT over transformers' own stacks."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import transformers as t
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import halfbyte
+from halfbyte.deploy.merge import merge
+from halfbyte.errors import InputError
+from halfbyte.hf import not_linear, quantize_checkpoint
+from halfbyte.hf.layers.expert_adapters import LoraExperts, as_peft_reads, own_words, set_dropout
+from halfbyte.hf.layers.experts import Experts
+from halfbyte.hf.layers.lora_config import lora_config
+from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.low_rank import read_low_rank
+from halfbyte.quant import quantize_4bit
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 5, "num_experts": 5, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "pad_token_id": 0,
+}  # fmt: skip
+FP32 = halfbyte.HalfbyteConfig(compute_dtype="float32")
+IDS = torch.arange(3, 21).view(2, 9)
+Give = Callable[[nn.Module, nn.Module], None]
+
+
+def mixture(kind: str, folder: Path, **more: Any) -> t.PreTrainedModel:
+    """Save a model of random weights in ``folder``, and return it."""
+    torch.manual_seed(0)
+    config = getattr(t, f"{kind}Config")(**SHAPE | {"initializer_range": 0.2} | more)
+    model: t.PreTrainedModel = t.AutoModelForCausalLM.from_config(config).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    mixture("Mixtral", tmp_path / "mixtral")
+    return tmp_path / "mixtral"
+
+
+def adapted(model: Any, **more: Any) -> PeftModel:
+    """Put an adapter on all linear layers, with a B that is not 0."""
+    config = lora_config(model, rank=3, lora_alpha=6, never=not_linear(model), **more)
+    with own_words():
+        wrapped = get_peft_model(model, config)
+    as_peft_reads(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(wrapped.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return halfbyte.prepare(wrapped)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_each_matrix_has_bitsandbytes_bytes(mixtral: Path, tmp_path: Path, double_quant: bool) -> None:
+    config = halfbyte.HalfbyteConfig(compute_dtype="bfloat16", double_quant=double_quant)
+    model = halfbyte.load(mixtral, quantization_config=config)
+    dense = load_file(mixtral / "model.safetensors")
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    names = [name for name in dense if ".experts." in name]
+    assert len(names) == 2 * 5 * 3 and {".w1.", ".w2.", ".w3."} == {f".{name.split('.')[-2]}." for name in names}
+    for name in names:
+        packed, state = bnb.quantize_4bit(dense[name].bfloat16(), blocksize=64, quant_type="nf4")
+        assert torch.equal(saved[name].view(-1), packed.view(-1))
+        if not double_quant:
+            assert torch.equal(saved[f"{name}.absmax"], state.absmax)
+        alone = quantize_4bit(dense[name].bfloat16(), "nf4", 64, double_quant).state_dict(name)
+        assert all(torch.equal(saved[key], value) for key, value in alone.items())
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GraniteMoe", "GptOss", "Llama4Text", "DeepseekV2", "Glm4Moe"])
+def test_peft_opens_the_adapter_over_the_16_bit_model_and_the_sum_is_saved(
+    kind: str, tmp_path: Path, give_values: Give
+) -> None:
+    latent = {
+        "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "n_group": 1,
+        "qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 5, "first_k_dense_replace": 1, "topk_group": 1,
+        "n_shared_experts": 1,
+    }  # fmt: skip
+    dense = mixture(kind, tmp_path / "m", **latent if kind in ("DeepseekV2", "Glm4Moe") else {})
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    give_values(model, dense)
+    with torch.no_grad():
+        wanted = dense(IDS).logits
+        assert (model(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+    ours = adapted(model)
+    ours.save_pretrained(tmp_path / "adapter")
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert {"experts.down_proj", "experts.gate_up_proj"} <= {*about["target_parameters"]}
+    theirs = PeftModel.from_pretrained(copy.deepcopy(dense), tmp_path / "adapter", is_trainable=True)
+    losses = [one(input_ids=IDS, labels=IDS).loss for one in (theirs, ours)]
+    gradients = [torch.autograd.grad(loss, trained(one)) for loss, one in zip(losses, (theirs, ours), strict=True)]
+    assert torch.allclose(*losses, rtol=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= 1e-4 * one.norm()
+
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=IDS).logits
+        again = put_adapter(halfbyte.load(tmp_path / "m", quantization_config=FP32), tmp_path / "adapter")
+        assert torch.equal(halfbyte.prepare(again)(input_ids=IDS).logits, ours.eval()(input_ids=IDS).logits)
+        merged = ours.merge_and_unload()
+        assert not any(isinstance(module, Experts) for module in merged.modules())
+        merged.save_pretrained(tmp_path / "merged")
+        for one in (merged, type(dense).from_pretrained(tmp_path / "merged")):
+            assert (one(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
+
+
+def test_dropout_is_there_in_training_alone(mixtral: Path) -> None:
+    model = adapted(halfbyte.load(mixtral, quantization_config=FP32))
+    set_dropout(model, "default", 0.5)
+    experts = next(module for module in model.modules() if isinstance(module, LoraExperts))
+    with torch.no_grad():
+        plain = model.eval()(input_ids=IDS).logits
+        dropped = [model.train()(input_ids=IDS).logits for _ in range(2)]
+    assert isinstance(experts.lora_dropout["default"], nn.Dropout)
+    assert not torch.equal(*dropped) and torch.equal(model.eval()(input_ids=IDS).logits, plain)
+
+
+def test_experts_that_bitsandbytes_left_dense_stay_so(mixtral: Path, tmp_path: Path, give_values: Give) -> None:
+    config = t.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = t.AutoModelForCausalLM.from_pretrained(mixtral, quantization_config=config, device_map="cpu")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = halfbyte.load(tmp_path / "theirs", quantization_config=FP32)
+    kinds = {type(module).__name__ for name, module in ours.named_modules() if name.endswith(".experts.3.gate_proj")}
+    assert kinds == {"DenseLinear"}
+    dense = t.AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
+    give_values(ours, dense)
+    with torch.no_grad():
+        wanted = dense(IDS).logits
+        assert (ours(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    stacks = theirs.model.layers[0].mlp.experts.down_proj
+    assert torch.equal(ours.model.layers[0].mlp.experts.get_submodule("3.down_proj").weight, stacks[3].float())
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe", "Llama4Text"])
+def test_a_copy_in_files_is_the_model_that_is_saved(kind: str, tmp_path: Path) -> None:
+    mixture(kind, tmp_path / "m")
+    quantize_checkpoint(tmp_path / "m", tmp_path / "q", FP32)
+    model, copied = (halfbyte.load(tmp_path / name, quantization_config=FP32) for name in ("m", "q"))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, copied(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "GraniteMoe"])
+def test_a_stack_of_another_number_of_experts_is_told(kind: str, tmp_path: Path) -> None:
+    mixture(kind, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("down_proj", "output_linear.weight")))
+    tensors[name] = tensors[name][:4].clone()
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"experts\.down_proj is \[4, .* config.json makes it \[5, "):
+        halfbyte.load(tmp_path / "m", quantization_config=FP32)
+
+
+def test_a_router_that_gives_nan_is_told(mixtral: Path) -> None:
+    model = halfbyte.load(mixtral, quantization_config=FP32)
+    model.model.layers[1].mlp.gate.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="A router gives weights that are not finite to the 5 experts"):
+        model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"target_modules": "gate_proj,q_proj"}, "takes gate_proj of .* without up_proj"),
+        ({"use_dora": True}, "use_dora does not go with experts"),
+        ({"init_lora_weights": "pissa"}, "adapters begin with zeros alone"),
+    ],
+)
+def test_what_experts_do_not_take_is_told(mixtral: Path, options: dict[str, Any], sentence: str) -> None:
+    model = halfbyte.load(mixtral, quantization_config=FP32)
+    with pytest.raises(InputError, match=sentence):
+        lora_config(model, rank=4, lora_alpha=8, **options)
+
+
+def test_an_adapter_of_another_number_of_experts_is_told(mixtral: Path, tmp_path: Path) -> None:
+    adapted(halfbyte.load(mixtral, quantization_config=FP32)).save_pretrained(tmp_path / "adapter")
+    mixture("Mixtral", tmp_path / "other", num_local_experts=3, num_experts=3)
+    with pytest.raises(InputError, match=r"lora_A.weight is \[15, .* should be \[9, "):
+        put_adapter(halfbyte.load(tmp_path / "other", quantization_config=FP32), tmp_path / "adapter")
+
+
+def test_some_layers_alone(mixtral: Path) -> None:
+    model = halfbyte.load(mixtral, quantization_config=FP32)
+    config = lora_config(model, rank=4, lora_alpha=8, layers_to_transform=[1], target_modules="all-linear")
+    assert config.target_parameters == [f"model.layers.1.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
+    config = lora_config(model, rank=4, lora_alpha=8, target_modules="q_proj,down_proj")
+    assert config.target_parameters == ["experts.down_proj"] and config.target_modules == {"q_proj"}
+    assert isinstance(config, LoraConfig)
+
+
+@pytest.mark.parametrize("onto", ["quantized", "original"])
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GptOss", "GraniteMoe", "Llama4Text"])
+def test_merging_files_gives_the_model_that_transformers_opens(
+    kind: str, onto: Any, tmp_path: Path, give_values: Give
+) -> None:
+    dense = mixture(kind, tmp_path / "m")
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    if onto == "quantized":
+        give_values(model, dense)
+    ours = adapted(model)
+    ours.peft_config["default"].base_model_name_or_path = str(tmp_path / "m")
+    ours.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "base_format.json").write_text('{"quant_type": "nf4", "compute_dtype": "float32"}')
+    theirs = PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", onto=onto, to="fp32")
+    opened = type(dense).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (
+        load_file(tmp_path / "m" / "model.safetensors").keys()
+        == load_file(tmp_path / "merged" / "model.safetensors").keys()
+    )
+    with torch.no_grad():
+        wanted = theirs(input_ids=IDS).logits
+        assert (opened(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_merging_into_4_bits_is_opened_here(kind: str, tmp_path: Path) -> None:
+    mixture(kind, tmp_path / "m")
+    ours = adapted(halfbyte.load(tmp_path / "m", quantization_config=FP32))
+    ours.peft_config["default"].base_model_name_or_path = str(tmp_path / "m")
+    ours.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "base_format.json").write_text('{"quant_type": "nf4", "compute_dtype": "float32"}')
+    merge(tmp_path / "adapter", tmp_path / "merged", to="nf4", rounding="nearest")
+    merge(tmp_path / "adapter", tmp_path / "dense", to="fp32")
+    merged, exact = (halfbyte.load(tmp_path / name, quantization_config=FP32) for name in ("merged", "dense"))
+    layers = [name for name, module in merged.named_modules() if isinstance(module, halfbyte.Linear4bit)]
+    experts = [name for name in layers if ".experts." in name]
+    assert len(experts) == 2 * 5 * (3 if kind == "Mixtral" else 2)
+    stacks = load_file(tmp_path / "dense" / "model.safetensors")
+    for name in experts:
+        path, (number, layer) = name.rpartition(".experts.")[0] + ".experts", name.split(".")[-2:]
+        if kind == "GptOss":
+            wanted = stacks[f"{path}.{layer}"][int(number)].T
+        else:
+            theirs = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[layer]
+            wanted = stacks[f"{path.replace('.mlp.', '.block_sparse_moe.')}.{number}.{theirs}.weight"]
+        got = merged.get_submodule(name).dequantize(torch.float32)
+        assert (got - wanted).norm() <= 0.12 * wanted.norm()  # NF4 rounds normal values by 9 % of their norm
+    with torch.no_grad():
+        assert torch.isfinite(merged(IDS).logits).all() and exact(IDS).logits.shape == merged(IDS).logits.shape
+
+
+def test_tools_for_single_matrices_say_that_experts_are_none(mixtral: Path, tmp_path: Path) -> None:
+    adapted(halfbyte.load(mixtral, quantization_config=FP32)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"is on experts \(experts.down_proj\)"):
+        read_low_rank(tmp_path / "adapter")

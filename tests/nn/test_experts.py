@@ -1,0 +1,112 @@
+"""Experts' products against a loop over rows with dense weights in fp64, and one expert's against ``lora_linear``."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.nn import LowRank, Projection, lora_linear
+from halfbyte.nn.experts import StackedLowRank, experts_linear, give_rows, routes_of, take_rows
+from halfbyte.quant import quantize_4bit, quantize_int8
+
+EXPERTS, TOKENS, WIDTH, HALF, RANK = 5, 23, 96, 40, 3
+
+
+def chosen(kind: str) -> Tensor:
+    """Which experts the tokens go to: the last has no token, but for the kinds that say otherwise."""
+    generator = torch.Generator().manual_seed(1)
+    of_token = [torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(TOKENS)]
+    index = torch.stack(of_token)
+    if kind == "one expert gets all":
+        index = torch.full((TOKENS, 1), 3)
+    if kind == "none for some":
+        index[::3, 1], index[1::3, 0] = EXPERTS, EXPERTS + 2
+    if kind == "all":
+        index = torch.arange(EXPERTS).expand(TOKENS, EXPERTS).contiguous()
+    return index
+
+
+@pytest.mark.parametrize("held", ["4 bits", "8 bits", "dense"])
+@pytest.mark.parametrize("kind", ["two of them", "one expert gets all", "none for some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_meets_its_expert(held: str, kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = [[torch.randn(HALF, WIDTH) / WIDTH**0.5 for _ in range(2)] for _ in range(EXPERTS)]
+    make = {"4 bits": quantize_4bit, "8 bits": lambda w: quantize_int8(w, 64), "dense": lambda w: w.to(dtype)}[held]
+    weights = {e: [make(w) for w in pair] for e, pair in enumerate(values)}
+    dense = [torch.cat([w if held == "dense" else w.dequantize(torch.float32) for w in weights[e]]) for e in weights]
+    biases = {e: torch.randn(2 * HALF) for e in range(EXPERTS)}
+    x = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()
+    shares = torch.rand(TOKENS, (index := chosen(kind)).shape[1], requires_grad=True)
+    adapters = [
+        StackedLowRank(torch.randn(EXPERTS, r, WIDTH, requires_grad=True), torch.randn(EXPERTS, r, 2 * HALF), s)
+        for r, s in ((RANK, 2.0), (1, 1.0))
+    ]
+    trained = [adapters[0].a, adapters[0].bt.requires_grad_(), adapters[1].a]
+
+    routes = routes_of(index, EXPERTS)
+    y = experts_linear(take_rows(x, routes), routes, weights, biases, adapters)
+    got = give_rows(y, shares, routes, TOKENS)
+    assert got.dtype == dtype
+    gradient = torch.randn(got.shape)
+    found = [got.detach(), *torch.autograd.grad(got, [x, shares, *trained], gradient.to(dtype))]
+
+    exact = {id(one): one.detach().double().requires_grad_() for one in (x, shares, *trained)}
+    wide = exact[id(x)]
+    rows = []
+    for token in range(TOKENS):
+        row = torch.zeros(2 * HALF, dtype=torch.float64)
+        for place, expert in enumerate(index[token].tolist()):
+            if expert < EXPERTS:
+                one = dense[expert].double() @ wide[token] + biases[expert].to(dtype).double()
+                for adapter in adapters:
+                    a, bt = (exact.get(id(f), f.detach().double()) for f in (adapter.a, adapter.bt))
+                    one = one + adapter.scaling * bt[expert].T @ (a[expert] @ wide[token])
+                row = row + exact[id(shares)][token, place] * one
+        rows.append(row)
+    wanted = torch.stack(rows)
+    wanted_gradients = torch.autograd.grad(wanted, [*exact.values()], gradient.to(dtype).double())
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    for one, other in zip(found, [wanted.detach(), *wanted_gradients], strict=True):
+        assert (one.double() - other).norm() <= bound * other.norm()
+
+
+def test_one_expert_is_a_linear_layer_with_dropout_too() -> None:
+    torch.manual_seed(0)
+    weight = quantize_4bit(torch.randn(HALF, WIDTH))
+    x, a, b = torch.randn(TOKENS, WIDTH), torch.randn(RANK, WIDTH), torch.randn(HALF, RANK)
+    found = []
+    for way in ("experts", "layer"):
+        ins = [one.clone().requires_grad_() for one in (x, a, b)]
+        torch.manual_seed(7)
+        if way == "experts":
+            routes = routes_of(torch.zeros(TOKENS, 1, dtype=torch.int64), 1)
+            adapter = StackedLowRank(ins[1][None], ins[2].T[None], 2.0)
+            y = experts_linear(take_rows(ins[0], routes), routes, {0: [weight]}, None, [adapter], dropout=0.3)
+        else:
+            (y,) = lora_linear(ins[0], [Projection(weight, None, [LowRank(ins[1], ins[2], 2.0)])], dropout=0.3)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), ins)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_the_copies_of_tokens_are_not_kept() -> None:
+    x = torch.randn(64, WIDTH, requires_grad=True)
+    routes = routes_of(torch.arange(EXPERTS).expand(64, EXPERTS), EXPERTS)
+    weights = {e: [quantize_4bit(torch.randn(HALF, WIDTH))] for e in range(EXPERTS)}
+    adapter = StackedLowRank(torch.randn(EXPERTS, 2, WIDTH, requires_grad=True), torch.randn(EXPERTS, 2, HALF), 1.0)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        experts_linear(take_rows(x, routes), routes, weights, None, [adapter])
+    assert not any(t.shape == (64 * EXPERTS, WIDTH) for t in kept)
+
+
+def test_rows_are_sorted_by_expert_and_each_choice_has_one() -> None:
+    index = torch.tensor([[2, 0], [9, 2], [1, 2]])
+    routes = routes_of(index, 3)
+    assert routes.bounds == [(0, 0, 1), (1, 1, 2), (2, 2, 5)]
+    assert routes.tokens.tolist() == [0, 2, 0, 1, 2] and routes.places.tolist() == [1, 4, 0, 3, 5]
+
+
+def test_a_number_below_zero_is_told() -> None:
+    with pytest.raises(ValueError, match="the router chose expert -1 of 4"):
+        routes_of(torch.tensor([[0, -1]]), 4)
