@@ -31,6 +31,7 @@ from halfbyte.files import (
     remove_folder,
     repair,
     repair_within,
+    scratch,
     unwritable,
     whole_file,
     whole_folder,
@@ -260,6 +261,36 @@ def test_whenever_an_interrupt_comes_the_old_or_the_new_content_is_there(case: C
             assert case.found(target) in expected, (n, names[n])
         repair(target)
         assert leftovers(target) == [], (n, names[n])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_while_a_scratch_folder_is_removed_leaves_nothing_of_it(when: str, tmp_path: Path) -> None:
+    target = tmp_path / "in" / "name"
+    removing: list[int] = []
+
+    def work() -> None:
+        with scratch(target) as folder:
+            put(folder / "first", b"data")
+            os.makedirs(folder / "in" / "deep")
+            put(folder / "in" / "deep" / "second", b"data")
+            removing.append(len(names))
+
+    with watched(lambda n, name, when: None) as names:
+        work()
+    whole, interrupted = len(names), 0
+    for n in range(removing[0], whole):
+
+        def interrupt(call: int, name: str, at: str, n: int = n) -> None:
+            if (call, at) == (n, when) and (name, at) != ("close", "after"):  # rmtree would close once more
+                raise KeyboardInterrupt
+
+        with watched(interrupt) as names:
+            try:
+                work()
+            except KeyboardInterrupt:
+                interrupted += 1
+        assert leftovers(target) == [], (n, names[n])
+    assert interrupted > 5
 
 
 @each_case

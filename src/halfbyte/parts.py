@@ -63,6 +63,8 @@ class Part:
     def settle(self, *, own: bool, keep: bool = False) -> None:
         """Undo a swap that stopped halfway and remove all that is not the target. What fails is left for a repair.
 
+        An interrupt meanwhile is raised once all is removed; a second one at once.
+
         Args:
             own: whether the part is the caller's own, so that nobody needs to be asked whether its writer lives.
             keep: whether what has grown stays, if there is anything.
@@ -72,23 +74,38 @@ class Part:
             return
         if self.lock is None:
             with contextlib.suppress(OSError):  # stopped before it was locked, so there is nothing in it
-                self.lock_file.unlink(missing_ok=True)
-                os.rmdir(self.folder)
+                self._remove_empty()
             return
         if not self.lock.held:
             return  # a forked child leaves the block
         try:
             with contextlib.suppress(OSError):
-                self.mend()
-                if own or self.lock.certain:
-                    remove(self.old)
-                    if keep and self._has_grown:
-                        return
-                    remove(self.new)
-                    self.lock.release()
-                    os.rmdir(self.folder)
+                try:
+                    self._clear(self.lock, own, keep)
+                except KeyboardInterrupt:
+                    with contextlib.suppress(OSError):
+                        self._clear(self.lock, own, keep)
+                    raise
         finally:
             self.lock._close()
+
+    def _remove_empty(self) -> None:
+        self.lock_file.unlink(missing_ok=True)
+        os.rmdir(self.folder)
+
+    def _clear(self, lock: Lock, own: bool, keep: bool) -> None:
+        """Remove what :meth:`settle` does, or if an interrupt came behind the lock's release, what is left."""
+        if not lock.held:
+            self._remove_empty()
+            return
+        self.mend()
+        if own or lock.certain:
+            remove(self.old)
+            if keep and self._has_grown:
+                return
+            remove(self.new)
+            lock.release()
+            os.rmdir(self.folder)
 
     @property
     def _has_grown(self) -> bool:

@@ -13,6 +13,8 @@ from halfbyte import cli
 from halfbyte.evaluate.references import reference_scores
 from halfbyte.files import append
 from halfbyte.generate.stream import stream_reply
+from halfbyte.runs.config import TrainConfig
+from halfbyte.train import fine_tune
 
 ROWS = [
     {"id": 7, "prompt": "hello", "completion": "it is so"},
@@ -140,6 +142,9 @@ def test_what_does_not_fit_together_is_one_sentence(run, tiny_model_folder, rows
         (["hello", "--prompts", rows], "more than one of"),
         (["hello", "--prompt", "x"], "more than one of"),
         (["hello", "--samples", 2], "belong to a file of prompts"),
+        (["hello", "--columns", "prompt=a"], "belong to a file of prompts"),
+        (["--prompts", rows, "--columns", "a"], "--columns must be pairs such as prompt=question"),
+        (["--prompts", rows, "--columns", "promt=a"], "columns names 'promt' (did you mean 'prompt'?)"),
         (["--prompts", rows, "--out", out, "--max-new-tokens", 3], "holds answers of another model or other options"),
         (["--prompts", other, "--out", out, *few], "another row 1 than there is now"),
         (["--prompts", rows, "--out", rows], "is the file of prompts itself"),
@@ -158,6 +163,51 @@ def test_what_does_not_fit_together_is_one_sentence(run, tiny_model_folder, rows
         code, printed, err = run("generate", tiny_model_folder, *options)
         assert (code, printed) == (2, "") and about in err and err.count("\n") == 1, (options, err)
     assert out.read_bytes() == before and note.read_text() == "mine, without an end"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model_folder, tmp_path_factory):
+    """A run whose rows had columns of their own, and were made of a template in a second file."""
+    folder = tmp_path_factory.mktemp("columns")
+    (folder / "faq.csv").write_text("Frage;Antwort\n" + "why?;so\n" * 4)
+    (folder / "words.jsonl").write_text('{"en": "dog", "de": "Hund"}\n' * 4)
+    words = {"path": folder / "words.jsonl", "columns": {"completion": "de"}, "template": "Translate {en}:"}
+    options = {"model": str(tiny_model_folder), "data": [folder / "faq.csv", words], "max_steps": 1}
+    options |= {
+        "columns": {"prompt": "Frage", "completion": "Antwort"},
+        "batch_size": 2,
+        "rank": 4,
+        "sample_prompts": "none",
+    }
+    run = fine_tune(TrainConfig(**options, output=folder / "run")).output
+    for file in ("faq.csv", "words.jsonl"):
+        (folder / file).unlink()  # what was trained on need not be there any more
+    return run
+
+
+def test_rows_are_read_by_the_columns_of_the_run_or_by_those_that_are_given(run, trained, tmp_path):
+    asked = [{"Frage": "why?"}, {"en": "dog"}, {"prompt": "why?"}, {"Frage": "why?", "Antwort": "so"}]
+    own, ours, out = tmp_path / "own.jsonl", tmp_path / "ours.jsonl", tmp_path / "out.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    ours.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("why?", "Translate dog:", "why?", "why?")))
+    answers = []
+    for file in (own, ours):
+        code, printed, err = run("generate", trained, "--prompts", file, "--max-new-tokens", 6)
+        assert code == 0, err
+        answers.append([line["generated"] for line in lines_of(printed)])
+    assert answers[0] == answers[1] and len(answers[0]) == 4
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"Fr": "why?", "An": "so"}\n')
+    command = ["generate", trained, "--prompts", other, "--max-new-tokens", 6]
+    code, _, err = run(*command)
+    assert code == 2 and "say which is which (--columns prompt=" in err
+    code, printed, err = run(*command, "--columns", "prompt=Fr,completion=An", "--out", out)
+    assert code == 0 and "over 1 row with a reference" in err
+    assert lines_of(out.read_text())[0]["generated"] == answers[0][0]
+    code, _, err = run(*command, "--columns", "prompt=An", "--out", out)
+    assert code == 2 and "holds answers of another model or other options" in err
+    (trained / "config.yaml").write_text("{")
+    assert run(*command, "--columns", "prompt=Fr")[0] == 0 and run("generate", trained, "--prompts", ours)[0] == 0
 
 
 def test_answers_follow_a_schema_or_an_expression(run, tiny_model_folder, rows, tmp_path):

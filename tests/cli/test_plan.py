@@ -45,6 +45,22 @@ def test_a_plan_without_data_tells_memory_time_and_what_fits(
     )
 
 
+def test_one_is_told_as_one(plan: Run, tiny_model_folder: Path, tmp_path: Path) -> None:
+    t.LlamaConfig.from_pretrained(tiny_model_folder, num_hidden_layers=1).save_pretrained(tmp_path / "one")
+    numbers = tmp_path / "plan.json"
+    passes = ("--batch-size", 2, "--gradient-accumulation-steps")
+    code, out, _ = plan(tmp_path / "one", *passes, 1, "--max-steps", 1, "--json", numbers)
+    assert code == 0
+    for text in ("1 Llama layer,", "A step of 2 rows in 1 pass takes", "\n1 step takes"):
+        assert text in out
+    step = json.loads(numbers.read_text())["step_seconds"]
+    assert (
+        "there is time for 1 step: --max-steps 1" in plan(tmp_path / "one", *passes, 1, "--time", f"{1.5 * step}s")[1]
+    )
+    code, out, _ = plan(tmp_path / "one", *passes, 3, "--max-steps", 2)
+    assert code == 0 and "A step of 6 rows in 3 passes takes" in out and "\n2 steps take" in out
+
+
 def test_a_configuration_alone_is_enough(plan: Run, tmp_path: Path) -> None:
     t.Qwen3Config(num_hidden_layers=3, vocab_size=1000).save_pretrained(tmp_path)
     code, out, _ = plan(tmp_path, "--memory", "16GiB", "--card", "RTX 4090")

@@ -23,7 +23,7 @@ from halfbyte.cli.console import TerminalDisplay
 from halfbyte.cli.live import StepView, flow
 from halfbyte.locks import lock
 from halfbyte.runs.config import TrainConfig
-from halfbyte.runs.events import Begin, End, Evaluation, Event, Header, Note, Stage, StepMetrics, to_line
+from halfbyte.runs.events import Begin, End, Evaluation, Event, Header, Note, Sample, Stage, StepMetrics, to_line
 from halfbyte.runs.folder import VERSION, RunFolder
 from halfbyte.runs.history import read_run
 from halfbyte.runs.report import words
@@ -252,6 +252,20 @@ def test_the_time_left_is_that_of_the_last_steps(monkeypatch: pytest.MonkeyPatch
         shown.step(step(number).model_copy(update={"elapsed": now[0]}))
     assert shown.left() == pytest.approx(50 * 2.0)
     assert shown.elapsed() == pytest.approx(100 + 80)
+
+
+def test_the_time_left_counts_nothing_that_came_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("halfbyte.cli.live.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    display = TerminalDisplay(Console(file=stream, width=300))
+    before = [Evaluation(step=0, figures={"loss": 1.0}), Sample(step=0, prompt="why?", answer="so")]
+    for event in (Begin(step=0, total_steps=11), *before):
+        now[0] += 100.0
+        display(event)
+    now[0] += 3.0
+    display(step(1).model_copy(update={"elapsed": 203.0}))
+    assert "3 min 23 s, 30.0 s left" in stream.getvalue()
 
 
 def test_without_a_terminal_each_step_is_one_line_whatever_its_length() -> None:

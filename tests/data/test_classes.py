@@ -87,6 +87,14 @@ def test_numbers_are_ordered_as_numbers_names_as_names_and_a_model_s_own_order_w
     assert classes_of("b", "a", "b").names(["b", "c"]) == ["a", "b"]
 
 
+def test_an_empty_cell_is_told_by_the_column_and_what_it_was_named_as() -> None:
+    columns = {"text": "review", "label": "stars"}
+    rows = [("row 1", {"review": "good", "stars": ""}), ("row 2", {"review": " ", "stars": "5"})]
+    bad = [str(row) for row in labelled_of(rows, columns=columns)]
+    assert bad[0].startswith("row 1: 'stars' (named as the label) is empty")
+    assert bad[1].startswith("row 2: 'review' (named as the text) is empty")
+
+
 def test_labels_of_two_kinds_of_one_class_and_without_end_are_refused() -> None:
     with pytest.raises(InputError, match=r"names in some rows \(row 1: 'x'\) and numbers in others \(row 0: 1\)"):
         classes_of(1, "x")

@@ -257,6 +257,28 @@ def test_a_column_that_was_not_named_is_told_under_its_own_name() -> None:
     assert "columns Frage and Antwort ('Frage' is named as the prompt), but the format completion needs " in str(bad)
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "told"),
+    [
+        ({"F": "a", "A": ""}, {"prompt": "F", "completion": "A"}, ": 'A' (named as the completion) is empty, so"),
+        ({"F": "a", "A": None}, {"question": "F", "answer": "a"}, ": 'A' (named as the answer) is null; fill it in"),
+        ({"F": "a", "A": []}, {"prompt": "F", "completion": "A"}, ": 'A' (named as the completion) is an empty list;"),
+        ({"F": "", "I": "", "A": "b"}, {"instruction": "F", "output": "A", "input": "I"}, ": 'F' (named as the instr"),
+        ({"F": {"a": 1}, "A": "b"}, {"prompt": "F", "completion": "A"}, ": 'F' (named as the prompt) must be text"),
+        ({"my text": " "}, {"text": "my text"}, ": 'my text' (named as the text) is empty:"),
+        ({"t": None}, {"messages": "t"}, ": 't' (named as the messages) is null; fill it in"),
+        ({"t": 3}, {"messages": "t"}, ": 't' (named as the messages) must be a list of turns"),
+        ({"en": "a", "de": ""}, {"completion": "de"}, ": 'de' (named as the completion) is empty"),
+        ({"en": ["a"], "de": "b"}, {"completion": "de"}, ": en must be text"),
+    ],
+)
+def test_a_cell_that_cannot_be_used_is_told_by_the_column_and_what_it_was_named_as(
+    row: dict[str, Any], columns: dict[str, str], told: str
+) -> None:
+    bad = read(row, columns=columns, template="Translate {en}:" if "en" in row else None)
+    assert isinstance(bad, BadRow) and str(bad).startswith(f"row{told}"), bad
+
+
 def test_templates_of_ones_own() -> None:
     row = {"en": "dog", "de": "Hund", "n": 3}
     assert read(row, template="{en} = {de} ({n}) {{}}") == Text("row", "dog = Hund (3) {}")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from halfbyte.data.examples import BadRow
-from halfbyte.data.prompts import Asked, asked_of
+from halfbyte.data.prompts import Asked, Named, asked_of
 from halfbyte.data.readers import read_rows
 
 USER = {"role": "user", "content": "why?"}
@@ -64,3 +64,39 @@ def test_files_are_read_as_in_training(tmp_path: Path) -> None:
     file.write_text("prompt;answer\nwhy?;so\n", encoding="utf-8")
     [asked] = asked_of(read_rows(file))
     assert isinstance(asked, Asked) and (asked.prompt, asked.reference) == ("why?", "so")
+
+
+@pytest.mark.parametrize(
+    ("row", "way", "prompt", "reference"),
+    [
+        ({"Frage": "why?", "Antwort": "so"}, ({"prompt": "Frage", "completion": "Antwort"}, None), "why?", "so"),
+        ({"Frage": "why?", "prompt": "not this"}, ({"prompt": "Frage", "completion": "Antwort"}, None), "why?", None),
+        ({"Frage": "why?", "Antwort": ""}, ({"question": "frage", "answer": "antwort"}, None), "why?", None),
+        ({"F": "do", "I": "it"}, ({"instruction": "F", "input": "I", "output": "A"}, None), "do\n\nit", None),
+        ({"F": "why?"}, ({"prompt": "F", "chosen": "C", "rejected": "R"}, None), "why?", None),
+        ({"dialog": [USER, SAID]}, ({"messages": "dialog"}, None), "why?", "so"),
+        ({"body": "why?"}, ({"text": "body"}, None), "why?", None),
+        ({"en": "dog"}, ({"completion": "de"}, "Translate {en}:"), "Translate dog:", None),
+        ({"en": "dog", "de": "Hund"}, ({"completion": "de"}, "Translate {en}:"), "Translate dog:", "Hund"),
+        ({"en": "dog"}, (None, "{en}!"), "dog!", None),
+    ],
+)
+def test_a_row_asks_by_the_columns_that_somebody_named(
+    row: dict[str, Any], way: Any, prompt: str, reference: str | None
+) -> None:
+    [asked] = asked_of([("f, row 1", row)], Named([way]))
+    assert isinstance(asked, Asked), asked
+    assert [turn["content"] for turn in asked.turns] == [prompt]
+    assert (asked.reference, asked.row) == (reference, row)
+
+
+def test_a_row_without_the_named_columns_is_bad_or_tells_its_own_shape() -> None:
+    ways = [({"prompt": "Frage"}, None), ({"completion": "de"}, "Translate {en}:")]
+    rows = [("row 1", {"prompt": "why?"}), ("row 2", "why?"), ("row 3", {"en": "dog"}), ("row 4", {"Frage": "wer?"})]
+    found = list(asked_of(rows, Named(ways, always=False)))
+    assert [asked.prompt for asked in found if isinstance(asked, Asked)] == ["why?", "why?", "Translate dog:", "wer?"]
+    bad = list(asked_of(rows[:3], Named(ways[:1])))
+    assert all(isinstance(row, BadRow) and "no column 'Frage'" in str(row) for row in bad)
+    for cell, told in (({"a": 1}, "must be text"), (" ", "is empty")):
+        [row] = asked_of([("row 5", {"Frage": cell})], Named(ways))
+        assert isinstance(row, BadRow) and f"'Frage' (named as the prompt) {told}" in str(row)

@@ -1,7 +1,10 @@
 """Adapters looked at and made anew, against dense sums, numpy's singular values and PEFT's own ways."""
 
 import json
+import logging
 import math
+import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import halfbyte
 from halfbyte import cli
+from halfbyte.deploy import adapters
 from halfbyte.deploy.adapters import combine, convert, diff, info, truncate
 from halfbyte.errors import InputError
 
@@ -319,3 +323,25 @@ def test_the_commands_tell_and_refuse(
     ):
         code, _, error = run(*arguments)
         assert code == 2 and message in error and not (tmp_path / "o").exists(), arguments
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("info", "a"), ("truncate", "a", "o"), ("combine", "a", "b", "o"), ("convert", "a", "o"), ("diff", "a", "b")],
+    ids=lambda words: words[0],
+)
+def test_what_libraries_log_while_they_are_imported_stays_away_from_the_terminal(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Talkative(MetaPathFinder):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+            if name == adapters.__name__:
+                logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load")
+                raise InputError("It was imported.")
+
+    monkeypatch.setattr("sys.argv", ["halfbyte", "adapter", *words])
+    monkeypatch.setattr("sys.meta_path", [Talkative(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, adapters.__name__)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and not caplog.records

@@ -13,6 +13,7 @@ from rich.table import Table
 from halfbyte import choices
 from halfbyte.cli.console import print_table, shown
 from halfbyte.errors import InputError, counted
+from halfbyte.quiet import quiet
 
 if TYPE_CHECKING:
     from halfbyte.deploy.adapters import Made
@@ -23,6 +24,7 @@ Modules = Annotated[bool, typer.Option("--modules", help="Each module by itself,
 AsJson = Annotated[bool, typer.Option("--json", help="The figures of every module as JSON.")]
 
 
+@quiet()
 def info(adapter: Adapter, modules: Modules = False, as_json: AsJson = False) -> None:
     """Norms and effective ranks of a LoRA adapter, and what follows from them."""
     from halfbyte.deploy.adapters import ENERGY
@@ -55,6 +57,7 @@ def info(adapter: Adapter, modules: Modules = False, as_json: AsJson = False) ->
         typer.echo(found.advice)
 
 
+@quiet()
 def truncate(
     adapter: Adapter,
     output: Output,
@@ -69,6 +72,7 @@ def truncate(
     _tell(truncated(adapter, output, rank=rank, energy=energy))
 
 
+@quiet()
 def combine(
     adapters: Annotated[
         list[str], typer.Argument(help="Two or more, as PATH or PATH=WEIGHT, and the folder to write.")
@@ -102,6 +106,7 @@ def combine(
     _tell(combined(weights, output, method=method, density=density, rank=rank))
 
 
+@quiet()
 def convert(
     adapter: Adapter,
     output: Output,
@@ -111,12 +116,11 @@ def convert(
 ) -> None:
     """Write an adapter of DoRA, or of PEFT's PiSSA or OLoRA, as plain LoRA."""
     from halfbyte.deploy.adapters import convert as converted
-    from halfbyte.quiet import quiet
 
-    with quiet():
-        _tell(converted(adapter, output, rank=rank, base=base, initial=initial))
+    _tell(converted(adapter, output, rank=rank, base=base, initial=initial))
 
 
+@quiet()
 def diff(one: Adapter, other: Adapter, modules: Modules = False) -> None:
     """How far two LoRA adapters are apart, module by module, and what differs in their configurations."""
     from halfbyte.deploy.adapters import diff as compared

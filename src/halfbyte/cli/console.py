@@ -183,6 +183,7 @@ class TerminalDisplay:
                 )
                 self._say(f"evaluation after step {step}: {told}")
             case events.Sample(step=step, prompt=prompt, answer=answer):
+                self._view.aside()
                 self._say(f"step {step}  {prompt}\n→ {answer}")
             case events.End():
                 self.close()

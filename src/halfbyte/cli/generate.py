@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from halfbyte.cli.generate_rows import Settings, answer_file
+from halfbyte.cli.generate_rows import Settings, answer_file, named_columns
 from halfbyte.cli.options import (
     Device,
     FrequencyPenalty,
@@ -52,6 +52,10 @@ def generate(
         Literal["yes", "no", "true", "false", "all"] | None,
         typer.Option(help="Leave out rows that cannot be answered, up to a tenth of them; all: however many."),
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="The rows' own columns: prompt=question.  [default: a run's, in rows that have them]"),
+    ] = None,
     json_schema: Annotated[
         Path | None, typer.Option(help="File with a JSON schema that answers follow (needs halfbyte[serve]).")
     ] = None,
@@ -80,10 +84,13 @@ def generate(
         raise InputError(f"generate was given {what}; give one prompt, or a file of them with --prompts.")
     if raw and system is not None:
         raise InputError("--raw takes the prompt as it stands, without --system; give one of the two.")
-    if prompts is None and (out is not None or samples > 1 or skip_bad_rows is not None):
-        raise InputError("--out, --samples and --skip-bad-rows belong to a file of prompts; give --prompts FILE.")
+    if prompts is None and (out or samples > 1 or skip_bad_rows or columns):
+        raise InputError(
+            "--out, --samples, --skip-bad-rows and --columns belong to a file of prompts; give --prompts FILE."
+        )
     if json_schema is not None and regex is not None:
         raise InputError("An answer follows --json-schema or --regex, one of the two.")
+    named = None if prompts is None else named_columns(model, columns)
     opening, schema = system_text(system), None if json_schema is None else _schema(json_schema)
     text = _standard_input() if given[0] == "-" and prompts is None else given[0]
     with contextlib.ExitStack() as stack:
@@ -111,7 +118,17 @@ def generate(
         engine = stack.enter_context(engine_over(loaded, tokenizer, kv=kv, head=head, most_waiting=TOGETHER))
         constraint = _constraint(engine, schema, regex)
         settings = Settings(
-            model, opening, raw, sampling, constraint, (schema, regex), samples, thinking, (kv, head), answering
+            model,
+            opening,
+            raw,
+            sampling,
+            constraint,
+            (schema, regex),
+            samples,
+            thinking,
+            (kv, head),
+            answering,
+            named,
         )
         if prompts is not None:
             answer_file(engine, loaded, prompts, out, settings, skip_bad_rows or "no")

@@ -1,5 +1,6 @@
 """A file of prompts answered into a file of answers; what is said of it."""
 
+import contextlib
 import dataclasses
 import secrets
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from halfbyte.cli.console import notes
@@ -18,7 +20,7 @@ from halfbyte.files import absolute
 if TYPE_CHECKING:
     from halfbyte.data.bad_rows import Skip
     from halfbyte.data.examples import BadRow
-    from halfbyte.data.prompts import Asked
+    from halfbyte.data.prompts import Asked, Named
     from halfbyte.evaluate.asking import Asking
     from halfbyte.generate.constraint import Constraint
     from halfbyte.generate.engine import Engine
@@ -44,6 +46,7 @@ class Settings:
         thinking: what the chat template is told of thoughts.
         formats: of the cache and the head.
         adapter: that answers, or None for the base.
+        named: the columns that rows are read by, or None.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Settings:
     thinking: Any
     formats: tuple[str | None, str | None]
     adapter: str | None
+    named: "Named | None" = None
 
     @property
     def digest(self) -> str:
@@ -63,7 +67,10 @@ class Settings:
         from halfbyte.evaluate.answered import settings_of
         from halfbyte.files import model_path
 
-        about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "constraint"}
+        left_out = ("constraint", "named")
+        about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        if self.named:
+            about["named"] = self.named.ways
         sampling = {**vars(self.sampling), "logit_bias": dict(self.sampling.logit_bias)}
         return settings_of(about | {"model": model_path(self.model), "sampling": sampling})
 
@@ -90,7 +97,9 @@ def answer_file(engine: "Engine", model: Any, prompts: str, out: Path | None, se
             raise InputError(f"{out} is the file of prompts itself; name another file with --out.")
         writable(out)
         file = AnswersFile(out, settings.digest)
-    jobs, bad, count = jobs_of(_rows(prompts), settings.asking.requests(engine.tokenizer, model), engine)
+    jobs, bad, count = jobs_of(
+        _rows(prompts, settings.named), settings.asking.requests(engine.tokenizer, model), engine
+    )
     skipped: Skip = "all" if skip == "all" else skip in ("yes", "true")
     bad.check(count, skipped, "answer", "answered")
     if bad.total:
@@ -135,7 +144,41 @@ def answer_file(engine: "Engine", model: Any, prompts: str, out: Path | None, se
         notes.print(f"{means} over {counted(scored, 'row')} with a reference{several}.", highlight=False)
 
 
-def _rows(prompts: str) -> "Iterator[Asked | BadRow]":
+def named_columns(model: str, columns: str | None) -> "Named | None":
+    """Return the columns that rows are read by: those that were given, or else a run's own, in rows that have them.
+
+    Raises:
+        InputError: they cannot be understood.
+    """
+    from halfbyte.data.columns import paired
+    from halfbyte.data.prompts import Named
+    from halfbyte.data.sources import Source
+    from halfbyte.options import read_mapping
+    from halfbyte.runs.folder import RunFolder
+
+    if columns is not None:
+        try:
+            pairs = paired(columns)
+        except ValueError as error:
+            raise InputError(f"--columns {error}.") from None
+        return Named([(pairs, None)])
+    config = RunFolder(absolute(model)).config
+    if not config.is_file():
+        return None
+    with contextlib.suppress(InputError, ValidationError):  # of a damaged file, which only says how it was trained
+        options = read_mapping(config)
+        data = options.get("data")
+        whole = {name: options.get(name) for name in ("columns", "template")}
+        ways = []
+        for source in data if isinstance(data, list) else [data]:
+            own = source if isinstance(source, dict) else {}
+            read = Source.model_validate({"path": "-", **{name: own.get(name) or whole[name] for name in whole}})
+            ways.append((read.columns, read.template))
+        return Named(ways, always=False) if any(map(any, ways)) else None
+    return None
+
+
+def _rows(prompts: str, named: "Named | None") -> "Iterator[Asked | BadRow]":
     """Return what the rows of a file ask.
 
     Raises:
@@ -145,8 +188,8 @@ def _rows(prompts: str) -> "Iterator[Asked | BadRow]":
     from halfbyte.data.sources import read_source, resolve
 
     if Path(prompts).suffix.lower() in LINES and absolute(prompts).is_file():
-        return asked_of(_lines(Path(prompts)))
-    return asked_of(row for source in resolve(prompts) for row in read_source(source))
+        return asked_of(_lines(Path(prompts)), named)
+    return asked_of((row for source in resolve(prompts) for row in read_source(source)), named)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:

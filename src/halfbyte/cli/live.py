@@ -59,8 +59,14 @@ class StepView:
         self._losses.append(step.loss)
         self._times.append((step.step, now))
 
+    def aside(self) -> None:
+        """Count the time of what comes before the first step, evaluation and samples, to no step."""
+        if self._step is None:
+            self._times[0] = (self._number, time.monotonic())
+
     def evaluated(self, evaluation: events.Evaluation) -> None:
         """Take in an evaluation."""
+        self.aside()
         if evaluation.figures:
             name, value = next(iter(evaluation.figures.items()))
             label = "" if name == "loss" else f"{figure(name)} "

@@ -140,16 +140,23 @@ class Cells:
         if isinstance(value, list | tuple):
             found = [item["text"] if isinstance(item, Mapping) and "text" in item else item for item in value]
             if not found:
-                raise self.bad("answer is missing", f": {name} is an empty list; fill it in, or remove the row.")
+                raise self.bad(
+                    "answer is missing", f": {self.called(name)} is an empty list; fill it in, or remove the row."
+                )
             if all(isinstance(item, str | int | float) for item in found):
                 if len(found) > 1:
                     self.note(FIRST)
                 value = found[0]
         if value is None:
-            raise self.bad("answer is missing", f": {name} is {shown(self.peek(name))}; fill it in, or remove the row.")
+            raise self.bad(
+                "answer is missing",
+                f": {self.called(name)} is {shown(self.peek(name))}; fill it in, or remove the row.",
+            )
         text = self.as_text(name, value)
         if not text.strip():
-            raise self.bad("answer is empty", f": {name} is empty, so there is nothing to learn; remove the row.")
+            raise self.bad(
+                "answer is empty", f": {self.called(name)} is empty, so there is nothing to learn; remove the row."
+            )
         return text
 
     def as_text(self, name: str, value: Any, missing: str | None = None) -> str:
@@ -160,7 +167,7 @@ class Cells:
             case None if missing is not None:
                 return missing
             case None:
-                raise self.bad(f"{name} is missing", f": {name} is null; fill it in, or remove the row.")
+                raise self.bad(f"{name} is missing", f": {self.called(name)} is null; fill it in, or remove the row.")
             case bool():
                 self.note(BOOLEAN)
                 return "true" if value else "false"
@@ -170,21 +177,24 @@ class Cells:
                     return str(value)
                 except ValueError:  # Python writes no number of over 4300 digits
                     raise self.bad(
-                        "number too long", f": {name} is a number of thousands of digits; write it as text."
+                        "number too long",
+                        f": {self.called(name)} is a number of thousands of digits; write it as text.",
                     ) from None
             case datetime.date() | datetime.time():
                 self.note(DATE)
                 return str(value)
             case _:
                 raise self.bad(
-                    f"{name} is no text", f": {name} must be text, but it is {shown(value)}; write it as text."
+                    f"{name} is no text",
+                    f": {self.called(name)} must be text, but it is {shown(value)}; write it as text.",
                 )
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise self.bad(
-                    "half a character", f": {name} holds half of a character (a lone surrogate); remove it."
+                    "half a character",
+                    f": {self.called(name)} holds half of a character (a lone surrogate); remove it.",
                 ) from None
         return text
 
@@ -196,7 +206,9 @@ class Cells:
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
             read, error = self._read(value)
             if error:
-                raise self.bad(f"{name} is no JSON", f": {name} is neither a list nor JSON text ({error}).")
+                raise self.bad(
+                    f"{name} is no JSON", f": {self.called(name)} is neither a list nor JSON text ({error})."
+                )
             return read
         return value
 
@@ -234,6 +246,12 @@ class Cells:
                 self.note(PYTHON)
                 return read, ""
         return None, why
+
+    def called(self, name: str) -> str:
+        """Return what an error calls a column: by its own name too where somebody named it as another."""
+        if not self._given or name not in self._columns:
+            return name
+        return f"{self._columns[name]!r} (named as the {name})"
 
     def note(self, text: str) -> None:
         """Remember what was made of the row."""

@@ -114,7 +114,9 @@ def _example(cells: Cells, with_labels: bool) -> Labelled:
         )
     text = cells.text(name)
     if not text.strip():
-        raise cells.bad("text is empty", f": {name} is empty, so there is nothing to classify; remove the row.")
+        raise cells.bad(
+            "text is empty", f": {cells.called(name)} is empty, so there is nothing to classify; remove the row."
+        )
     return Labelled(cells.where, text, None if pair is None else cells.text(pair[1]), label)
 
 
@@ -128,23 +130,27 @@ def _label(cells: Cells) -> str | int:
         )
     value = cells.get(*LABELS)
     if is_blank(value) or (isinstance(value, str) and not value.strip()):
-        raise cells.bad("label is missing", f": {name} is empty; fill it in, or remove the row.")
+        raise cells.bad("label is missing", f": {cells.called(name)} is empty; fill it in, or remove the row.")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and not value.is_integer():
         raise cells.bad(
-            "label is a fraction", f": {name} is {value}, which is no class; scores (regression) cannot be trained on."
+            "label is a fraction",
+            f": {cells.called(name)} is {value}, which is no class; scores (regression) cannot be trained on.",
         )
     text = str(int(value)) if isinstance(value, float) else value if isinstance(value, str) else None
     if text is None and not isinstance(value, int):
         raise cells.bad(
-            "label is no name", f": {name} is {shown(value)}; it must be one name or number, several cannot be trained."
+            "label is no name",
+            f": {cells.called(name)} is {shown(value)}; it must be one name or number, several cannot be trained.",
         )
     if text is not None and not NUMBER.fullmatch(text.strip()):
         return text.strip()
     number = int(value if text is None else text.strip().partition(".")[0])
     if number < 0:
-        raise cells.bad("label is missing", f": {name} is {number}, which stands for no label; remove the row.")
+        raise cells.bad(
+            "label is missing", f": {cells.called(name)} is {number}, which stands for no label; remove the row."
+        )
     return number
 
 

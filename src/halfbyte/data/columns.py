@@ -88,6 +88,18 @@ class Own:
         return self._known.setdefault(key, Names(names))
 
 
+def paired(text: str) -> dict[str, str]:
+    """Read columns as an option has them, such as ``prompt=question,completion=answer``.
+
+    Raises:
+        ValueError: they are no pairs.
+    """
+    pairs = [pair.split("=", 1) for pair in text.split(",")]
+    if not all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs):
+        raise ValueError("must be pairs such as prompt=question,completion=answer")
+    return {name.strip(): column.strip() for name, column in pairs}
+
+
 def check_used(cells: Cells, shape: str) -> None:
     """Make sure that all columns that somebody named had a part in the example.
 

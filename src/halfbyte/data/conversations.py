@@ -67,10 +67,12 @@ def messages(cells: Cells, name: str, turns: Any) -> list[Message]:
         BadRow: it holds no turns, or one has a role or content that is not known.
     """
     if turns is None:
-        raise cells.bad(f"{name} is missing", f": {name} is null; fill it in, or remove the row.")
+        raise cells.bad(f"{name} is missing", f": {cells.called(name)} is null; fill it in, or remove the row.")
     turns = _listed(cells, name, turns)
     if not is_turns(turns):
-        raise cells.bad(f"{name} is no conversation", f": {name} must be a list of turns, but it is {shown(turns)}.")
+        raise cells.bad(
+            f"{name} is no conversation", f": {cells.called(name)} must be a list of turns, but it is {shown(turns)}."
+        )
     found = [message for number, turn in enumerate(turns, start=1) for message in _messages(cells, name, number, turn)]
     if any(not (message["content"].strip() or message["role"] == "assistant") for message in found):
         cells.note(EMPTY_ASKED)

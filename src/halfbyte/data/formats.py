@@ -77,6 +77,16 @@ def examples_of(
     return _examples(rows, format, own, counts if counts is not None else Counter())
 
 
+def example_of(cells: Cells) -> Example:
+    """Return the example of one row by the shape that it tells.
+
+    Raises:
+        BadRow: it has none, or cannot be used.
+    """
+    check_media(cells)
+    return FORMATS[_format_of(cells)].read(cells)
+
+
 def _examples(rows: Iterable[Row], format: str | None, own: Own, counts: Counter[str]) -> Iterator[Example | BadRow]:
     rest = iter(rows)
     first, judged = _first(rest, own) if format is None else ([], False)

@@ -6,6 +6,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from halfbyte.choices import Method, Task
 from halfbyte.data import replay
+from halfbyte.data.columns import paired
 from halfbyte.data.sources import Source, resolve
 from halfbyte.files import model_path
 from halfbyte.options import Options, not_empty
@@ -116,12 +117,7 @@ class DataOptions(Options):
     @field_validator("columns", mode="before")
     @classmethod
     def _paired(cls, given: Any) -> Any:
-        if not isinstance(given, str):
-            return given
-        pairs = [pair.split("=", 1) for pair in given.split(",")]
-        if not all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs):
-            raise ValueError("must be pairs such as prompt=question,completion=answer")
-        return {name.strip(): column.strip() for name, column in pairs}
+        return paired(given) if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _one_evaluation(self) -> "DataOptions":

@@ -60,8 +60,8 @@ def unreadable(cells: Cells, shape: str) -> Exception:
     name = cells.find(*LABELS) or LABELS[0]
     return cells.bad(
         f"{name} is no judgement",
-        f": {name} is {shown(cells.peek(name))}, but in other rows it says whether the answer is good; write true or "
-        f"false, or if it is a class, name the format (--format {shape}).",
+        f": {cells.called(name)} is {shown(cells.peek(name))}, but in other rows it says whether the answer is good; "
+        f"write true or false, or if it is a class, name the format (--format {shape}).",
     )
 
 
@@ -76,7 +76,8 @@ def judged(cells: Cells) -> Judged:
     good = JUDGED.get(words(label).strip().casefold())
     if good is None:
         raise cells.bad(
-            f"{name} is no judgement", f": {name} is {shown(label)}, and must be true or false; write that."
+            f"{name} is no judgement",
+            f": {cells.called(name)} is {shown(label)}, and must be true or false; write that.",
         )
     if words(label).strip().casefold() not in BOOLEANS:
         cells.note(NUMBERED)

@@ -5,21 +5,25 @@ instruction with its input, a conversation that ends with the user. A conversati
 text is a prompt.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.data import conversations
 from halfbyte.data.calls import tools_of
 from halfbyte.data.cells import Cells, shown
+from halfbyte.data.columns import Own
 from halfbyte.data.conversations import TURNS
 from halfbyte.data.examples import BadRow, Chat, Completion, Example, Judged, Message, Preference, Text
-from halfbyte.data.formats import examples_of
+from halfbyte.data.formats import example_of, examples_of
 from halfbyte.data.preferences import CHOSEN
-from halfbyte.data.shapes import ANSWERS, PAIRS, PROMPT_ANSWERS
+from halfbyte.data.shapes import ANSWERS, OWN, PAIRS, PROMPT_ANSWERS
 
 LACKING = "\N{OBJECT REPLACEMENT CHARACTER} no answer \N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the answer of a row that has none, while its shape is read."""
+ANSWERED = ("completion", "chosen", "rejected", "label", "output", "answer", "response")
+"""What a row that asks may lack of the columns that were named."""
+Way = tuple[Mapping[str, str] | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,44 @@ class Asked:
         return [*self.turns, *answer]
 
 
-def asked_of(rows: Iterable[tuple[str, Any]]) -> Iterator[Asked | BadRow]:
+class Named:
+    """Columns of the user's own that are asked of: those of training, the answers among which a row may lack.
+
+    Args:
+        ways: in which columns are named, each as for names of ours the columns that they are, and a template.
+        always: whether a row that lacks these columns is bad; else it tells its own shape.
+
+    Raises:
+        InputError: a name is not known, or a template names no column.
+    """
+
+    def __init__(self, ways: Sequence[Way], always: bool = True) -> None:
+        self.ways = ways
+        self._always = always
+        known = OWN | dict.fromkeys(ANSWERED, True)
+        self._own = [own for columns, template in ways if (own := Own(columns or {}, template, known))]
+
+    def cells(self, where: str, row: Mapping[str, Any]) -> Cells | None:
+        """Return a row by the names of ours, in the first of the ways that it has the columns of; None: in none.
+
+        Raises:
+            BadRow: it lacks a column.
+        """
+        for own in self._own:
+            try:
+                return own.cells(where, row)
+            except BadRow:
+                if self._always:
+                    raise
+        return None
+
+
+def asked_of(rows: Iterable[tuple[str, Any]], own: Named | None = None) -> Iterator[Asked | BadRow]:
     """Yield what each row asks, or that it is bad.
 
     Args:
         rows: of each where it stands, and its value or that it is bad (:func:`halfbyte.data.readers.read_rows`).
+        own: the columns that somebody named.
     """
     for where, value in rows:
         if isinstance(value, BadRow):
@@ -67,20 +104,25 @@ def asked_of(rows: Iterable[tuple[str, Any]]) -> Iterator[Asked | BadRow]:
             yield BadRow(where, "no columns", f"is not an object with named columns, but {shown(row)}; make it one.")
             continue
         try:
-            yield _asked(where, row)
+            yield _asked(where, row, None if own is None else own.cells(where, row))
         except BadRow as bad:
             yield bad
         except RecursionError:
             yield BadRow(where, "nested too deeply", "is nested too deeply to be read; write it flatter.")
 
 
-def _asked(where: str, row: Mapping[str, Any]) -> Asked:
-    cells = Cells(where, row)
+def _asked(where: str, row: Mapping[str, Any], own: Cells | None) -> Asked:
+    cells = own or Cells(where, row)
     if (name := cells.filled(*TURNS)) and not (isinstance(cells.peek(name), str) and cells.filled("summary")):
         turns = conversations.messages(cells, name, cells.get(name))
         system = conversations.system_of(cells)
         return _conversation(cells, [*(system if turns[:1] != system else []), *turns], tools_of(cells))
-    [example] = examples_of([(where, _completed(cells))])
+    lacking = _lacking(cells)
+    if own:
+        made = own.made if lacking is None else {**own.made, lacking: LACKING}
+        return _of(cells, example_of(Cells(where, row, own.names, made)))
+    completed = row if lacking is None else {**row, cells.names.columns.get(lacking, lacking): LACKING}
+    [example] = examples_of([(where, completed)])
     if isinstance(example, BadRow):
         raise example
     return _of(cells, example)
@@ -115,7 +157,9 @@ def _of(cells: Cells, example: Example) -> Asked:
 
 def _text(cells: Cells, prompt: str, reference: str | None) -> Asked:
     if not prompt.strip():
-        raise cells.bad("no question", "asks nothing: its prompt is empty; fill it in, or remove the row.")
+        raise cells.bad(
+            "no question", f"asks nothing: its {cells.called('prompt')} is empty; fill it in, or remove the row."
+        )
     return Asked(cells.where, prompt, reference, None, cells.row)
 
 
@@ -127,9 +171,8 @@ def _judged(
     return _conversation(cells, [*prompt, *(answer if isinstance(answer, list) else [])], tools)
 
 
-def _completed(cells: Cells) -> Mapping[str, Any]:
-    """Return a row with something in the place of an answer that is missing or empty."""
-    row = cells.row
+def _lacking(cells: Cells) -> str | None:
+    """Return the name of the answer that is missing or empty where a row asks something."""
     pairs: list[tuple[tuple[str, ...], tuple[str, ...]]]
     if cells.filled("prompt"):
         pairs = [(("prompt",), (*PROMPT_ANSWERS, *CHOSEN))]
@@ -138,7 +181,6 @@ def _completed(cells: Cells) -> Mapping[str, Any]:
     else:
         pairs = [(asked, answers) for asked, answers in PAIRS if cells.filled(*asked)]
     if not pairs or any(cells.filled(*answers) for _, answers in pairs):
-        return row
+        return None
     answers = pairs[0][1]
-    found = cells.find(*answers)
-    return {**row, answers[0] if found is None else cells.names.columns[found]: LACKING}
+    return cells.find(*answers) or answers[0]

@@ -147,7 +147,10 @@ def _joined(cells: Cells, names: list[str]) -> str:
     texts = [cells.text(name, missing="") for name in names]
     question = "\n\n".join(text for text in texts if text.strip())
     if not question:
-        raise cells.bad("question is empty", f": {named(names)} {'are' if names[1:] else 'is'} empty; remove the row.")
+        raise cells.bad(
+            "question is empty",
+            f": {named(map(cells.called, names))} {'are' if names[1:] else 'is'} empty; remove the row.",
+        )
     return question
 
 
@@ -185,7 +188,9 @@ def _text(cells: Cells) -> Text:
     name = cells.find(*DOCUMENTS) or "text"
     text = cells.text(name)
     if not text.strip():
-        raise cells.bad("text is empty", f": {name} is empty: there is nothing to train on; remove the row.")
+        raise cells.bad(
+            "text is empty", f": {cells.called(name)} is empty: there is nothing to train on; remove the row."
+        )
     return Text(cells.where, text)
 
 

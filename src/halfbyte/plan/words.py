@@ -69,7 +69,7 @@ def _about(plan: Plan) -> list[str]:
     shape, model = plan.model.shape, plan.model
     form = {"none": "in 16 bits", "int8": "in 8 bits"}.get(model.quant_type, f"in {model.quant_type.upper()}")
     return [
-        f"{model.name}: {shape.layers} {shape.family} layers, {shape.parameters:,} parameters, {form}; "
+        f"{model.name}: {counted(shape.layers, f'{shape.family} layer')}, {shape.parameters:,} parameters, {form}; "
         f"{plan.trained:,} trained (LoRA)",
         machine_line(plan.machine),
     ]
@@ -90,16 +90,18 @@ def _work(plan: Plan) -> list[str]:
         f"{name} {seconds / step.seconds:.0%}" for seconds, name in parts if seconds > 0.01 * step.seconds
     )
     rate = plan.passes * plan.work.tokens / step.seconds
-    rows = plan.config.rows_a_step
+    rows, passes = plan.config.rows_a_step, f"{plan.passes:.3g}"
     told = [
-        f"A step of {counted(rows, 'row')} in {plan.passes:.3g} passes takes {duration(step.seconds)} "
+        f"A step of {counted(rows, 'row')} in {passes} {'pass' if passes == '1' else 'passes'} takes "
+        f"{duration(step.seconds)} "
         f"({rate:,.0f} tokens/s): {shown}"
     ]
     if plan.packed:
         told.append(f"Rows are packed, up to {plan.packed:,} tokens a pass.")
     if plan.seconds is not None and plan.steps is not None:
         ends = f", evaluations {duration(plan.evaluations)} of it" if plan.evaluations else ""
-        told.append(f"{counted(plan.steps, 'step')} take {duration(plan.seconds)}{ends}; loading apart.")
+        take = "takes" if plan.steps == 1 else "take"
+        told.append(f"{counted(plan.steps, 'step')} {take} {duration(plan.seconds)}{ends}; loading apart.")
     told.append(f"On the disk: at most {size_text(plan.disk)} at a time.")
     return told
 
@@ -207,7 +209,7 @@ def time_lines(plan: Plan, limit: float) -> list[str]:
         )
     steps = int((limit - min(plan.evaluations, limit / 2)) / step)
     if plan.seconds is None:
-        return [f"In {duration(limit)} there are {counted(steps, 'step')}: --max-steps {steps}"]
+        return [f"In {duration(limit)} there is time for {counted(steps, 'step')}: --max-steps {steps}"]
     if plan.seconds <= limit:
         return [f"The run takes {duration(plan.seconds)} of the {duration(limit)} that it may."]
     return [
