@@ -280,14 +280,15 @@ class Product {
 // Hand out the tasks of all products to the threads.
 void share_out(const std::vector<Product>& products, int64_t (Product::*count)() const,
                void (Product::*run)(int64_t) const, int64_t grain, int threads) {
+    std::vector<int64_t> ends;  // of each product's tasks; experts are hundreds of products
     int64_t tasks = 0;
-    for (const Product& product : products) tasks += (product.*count)();
+    for (const Product& product : products) ends.push_back(tasks += (product.*count)());
     parallel_for(tasks, std::max(grain, int64_t{1}), threads, [&](int64_t first, int64_t last) {
-        for (const Product& product : products) {
-            const int64_t n = (product.*count)();
-            for (int64_t task = std::max(first, int64_t{0}); task < std::min(last, n); ++task) (product.*run)(task);
-            first -= n;
-            last -= n;
+        auto end = std::upper_bound(ends.begin(), ends.end(), first);
+        for (int64_t task = first; task < last; ++task) {
+            while (task >= *end) ++end;
+            const Product& product = products[static_cast<size_t>(end - ends.begin())];
+            (product.*run)(task - *end + (product.*count)());
         }
     });
 }

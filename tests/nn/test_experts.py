@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.nn import LowRank, Projection, lora_linear
-from halfbyte.nn.experts import StackedLowRank, experts_linear, give_rows, routes_of, take_rows
+from halfbyte.nn import LowRank, Projection, gated_halves, lora_linear
+from halfbyte.nn.experts import StackedLowRank, experts_linear, routes_of, sum_rows, take_rows, weigh_rows
 from halfbyte.quant import quantize_4bit, quantize_int8
 
 EXPERTS, TOKENS, WIDTH, HALF, RANK = 5, 23, 96, 40, 3
@@ -45,7 +45,7 @@ def test_each_row_meets_its_expert(held: str, kind: str, dtype: torch.dtype) -> 
 
     routes = routes_of(index, EXPERTS)
     y = experts_linear(take_rows(x, routes), routes, weights, biases, adapters)
-    got = give_rows(y, shares, routes, TOKENS)
+    got = sum_rows(weigh_rows(y, shares.to(dtype), routes), routes)
     assert got.dtype == dtype
     gradient = torch.randn(got.shape)
     found = [got.detach(), *torch.autograd.grad(got, [x, shares, *trained], gradient.to(dtype))]
@@ -105,6 +105,27 @@ def test_rows_are_sorted_by_expert_and_each_choice_has_one() -> None:
     routes = routes_of(index, 3)
     assert routes.bounds == [(0, 0, 1), (1, 1, 2), (2, 2, 5)]
     assert routes.tokens.tolist() == [0, 2, 0, 1, 2] and routes.places.tolist() == [1, 4, 0, 3, 5]
+    assert routes.by_token.tolist() == [2, 0, 3, 1, 4] and routes.firsts.tolist() == [0, 2, 3]
+
+
+def test_a_token_without_an_expert_gets_zeros() -> None:
+    routes = routes_of(torch.tensor([[2], [5], [2]]), 3)
+    summed = sum_rows(torch.ones(2, 4), routes)
+    assert summed.tolist() == [[1.0] * 4, [0.0] * 4, [1.0] * 4]
+
+
+def test_a_gated_product_that_is_weighed_is_not_kept() -> None:
+    routes = routes_of(torch.tensor([[0, 1]] * 40), 2)
+    both, shares = torch.randn(80, 2 * HALF, requires_grad=True), torch.rand(40, 2, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = weigh_rows(gated_halves(both, "silu"), shares, routes)
+    assert not any(t.shape == (80, HALF) for t in kept)
+    found = torch.autograd.grad(y.square().sum(), [both, shares])
+    gate, up = both.chunk(2, 1)
+    plain = torch.nn.functional.silu(gate) * up * shares.reshape(-1)[routes.places].unsqueeze(1)
+    for one, other in zip(found, torch.autograd.grad(plain.square().sum(), [both, shares]), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_number_below_zero_is_told() -> None:

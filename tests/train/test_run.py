@@ -470,24 +470,31 @@ def experts_folder(request: pytest.FixtureRequest, tiny_model_folder: Path, tmp_
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT's, of a rule of its own
 @pytest.mark.parametrize("experts_folder", [("Mixtral", {})], indirect=True)
-def test_what_to_do_is_said_where_experts_take_no_dropout(options: dict[str, Any], experts_folder: Path) -> None:
-    options |= {"model": str(experts_folder), "max_steps": 1}
-    with pytest.raises(InputError, match="Set lora_dropout to 0"):
-        fine_tune(TrainConfig(**options, lora_dropout=0.1))
-    with pytest.raises(InputError, match="Leave use_dora out"):
+def test_experts_are_trained_with_dropout_and_resumed(
+    options: dict[str, Any], experts_folder: Path, tmp_path: Path
+) -> None:
+    options |= {"model": str(experts_folder), "max_steps": 4, "lora_dropout": 0.1}
+    with pytest.raises(InputError, match="use_dora does not go with experts"):
         fine_tune(TrainConfig(**options, use_dora=True))
-    with pytest.raises(InputError, match=r"'pissa' is for frozen linear layers, and \S+mlp\S+ \(\w+\) is none"):
+    with pytest.raises(InputError, match="adapters begin with zeros alone"):
         fine_tune(TrainConfig(**options, init_lora_weights="pissa"))
     notes: list[str] = []
-    fine_tune(TrainConfig(**options, lora_dropout=0.0), lambda e: notes.append(e.text) if isinstance(e, Note) else None)
-    [share] = [text for text in notes if "in 4 bits" in text]
+    whole = fine_tune(TrainConfig(**options), lambda e: notes.append(e.text) if isinstance(e, Note) else None).output
+    [share] = [note for note in notes if "in 4 bits" in note]
     model = halfbyte.load(experts_folder)
     assert f"{hf.share_in_4bit(model):.0%} of them in 4 bits" in share
 
+    parts = options | {"output": str(tmp_path / "parts"), "save_steps": 1}
+    with pytest.raises(Interrupted):
+        fine_tune(TrainConfig(**parts), Recorder(interrupt_after=2))
+    again = fine_tune(TrainConfig(**parts, resume=True)).output
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    moved = [name for name in one if ".experts." in name and "lora_B" in name]
+    assert len(moved) == 2 * 2 and all(one[name].any() for name in moved)
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+
 @pytest.mark.parametrize("experts_folder", [("Llama4Text", {"intermediate_size_mlp": 48})], indirect=True)
 def test_experts_train_where_trl_cannot_balance_them(
     options: dict[str, Any], experts_folder: Path, caplog: pytest.LogCaptureFixture

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 from halfbyte import kernels
 from halfbyte.kernels import Sum, Term, Weight4bit, WeightInt8, pool
@@ -31,11 +32,15 @@ class Routes(NamedTuple):
     Attributes:
         tokens: int64 ``[rows]``, which token each row is a copy of, an expert's rows one after the other.
         places: int64 ``[rows]``, which of all choices ``[tokens, k]``, flattened, each row is.
+        by_token: int64 ``[rows]``, the rows of the first token, then those of the second, and so on.
+        firsts: int64 ``[tokens]``, where a token's rows begin in ``by_token``.
         bounds: for each expert that has rows, its number, its first row and the one after its last.
     """
 
     tokens: Tensor
     places: Tensor
+    by_token: Tensor
+    firsts: Tensor
     bounds: Sequence[tuple[int, int, int]]
 
 
@@ -75,30 +80,88 @@ def routes_of(chosen: Tensor, experts: int) -> Routes:
             bounds.append((expert, first, first + count))
         first += count
     places = order[:first]
-    return Routes(places // chosen.shape[1], places, bounds)
+    tokens = places // chosen.shape[1]
+    counts_of_tokens = torch.bincount(tokens, minlength=len(chosen))
+    return Routes(tokens, places, places.argsort(), counts_of_tokens.cumsum(0) - counts_of_tokens, bounds)
 
 
 def take_rows(x: Tensor, routes: Routes) -> Tensor:
     """Return the token of each row, ``[rows, width]``; a projection that would keep it keeps ``x`` instead."""
-    rows = x.index_select(0, routes.tokens)
-    return recomputed(rows, lambda x, tokens: x.index_select(0, tokens), x, routes.tokens)
+    rows: Tensor = _TakeRows.apply(x, routes)  # type: ignore[no-untyped-call]
+    return recomputed(rows, lambda x: _taken(x, routes), x)
 
 
-def give_rows(y: Tensor, shares: Tensor, routes: Routes, tokens: int) -> Tensor:
-    """Return the sum over each token's rows, each times its share.
+def weigh_rows(x: Tensor, shares: Tensor, routes: Routes) -> Tensor:
+    """Return each row times what its choice counts.
 
     Args:
-        y: ``[rows, width]``.
-        shares: ``[tokens, k]``, what each choice of the router counts.
+        x: ``[rows, width]``; where it can be computed again, neither it nor the result is kept.
+        shares: ``[tokens, k]``, in the dtype of ``x``.
         routes: of the rows.
-        tokens: how many there are.
-
-    Returns:
-        ``[tokens, width]`` in the dtype of ``y``, summed in fp32.
     """
-    weighted = y * shares.reshape(-1).index_select(0, routes.places).unsqueeze(1)
-    summed = torch.zeros(tokens, y.shape[1], dtype=torch.float32, device=y.device)
-    return summed.index_add(0, routes.tokens, weighted.float()).to(y.dtype)
+    weights, source = shares.reshape(-1).index_select(0, routes.places), source_of(x)
+    weighed: Tensor = _Weigh.apply(x, weights, source)  # type: ignore[no-untyped-call]
+    if source is None:
+        return weighed
+    compute = source.compute
+    return recomputed(weighed, lambda weights, *kept: compute(*kept) * weights.unsqueeze(1), weights, *source.tensors)
+
+
+def sum_rows(y: Tensor, routes: Routes) -> Tensor:
+    """Return the sum over each token's rows, ``[tokens, width]``, in fp32 and rounded once."""
+    summed: Tensor = _SumRows.apply(y, routes)  # type: ignore[no-untyped-call]
+    return summed
+
+
+def _taken(x: Tensor, routes: Routes) -> Tensor:
+    rows = pool.empty((len(routes.tokens), x.shape[1]), x.dtype, x.device)
+    return torch.index_select(x, 0, routes.tokens, out=rows)
+
+
+def _summed(y: Tensor, routes: Routes) -> Tensor:
+    return embedding_bag(routes.by_token, y, routes.firsts, mode="sum")
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, routes: Routes) -> Tensor:
+        ctx.routes = routes
+        return _taken(x, routes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _summed(dy.contiguous(), ctx.routes), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, routes: Routes) -> Tensor:
+        ctx.routes = routes
+        return _summed(y, routes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _taken(dy, ctx.routes), None
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, source: Source | None) -> Tensor:
+        ctx.save_for_backward(weights, *((x,) if source is None else source.tensors))
+        ctx.compute = None if source is None else source.compute
+        return x * weights.unsqueeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *kept = ctx.saved_tensors
+        dweights = None
+        if ctx.needs_input_grad[1]:
+            x = kept[0] if ctx.compute is None else ctx.compute(*kept)
+            dweights = (dy * x).sum(1, dtype=torch.float32).to(weights.dtype)
+        return dy * weights.unsqueeze(1), dweights, None
 
 
 def experts_linear(

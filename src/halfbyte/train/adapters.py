@@ -103,7 +103,7 @@ class Beginning:
                     f"target_modules {config.target_modules!r}, less exclude_modules and what is trained whole, leaves "
                     "no layer to put LoRA on; name others, or exclude fewer."
                 ) from error
-            raise InputError(f"target_modules {config.target_modules!r}: {error}{_remedy(config, error)}") from error
+            raise InputError(f"target_modules {config.target_modules!r}: {error}") from error
         if is_subtracted(start) and self.checkpoint:
             make_room(adapted)
         elif start.startswith(OF_WEIGHTS) and self._begins:
@@ -146,14 +146,6 @@ def _lora_config(config: TrainConfig, model: Any, indices: dict[str, list[int]] 
         init_lora_weights=config.init_lora_weights,
         **more,
     )
-
-
-def _remedy(config: TrainConfig, error: ValueError) -> str:
-    if "lora_dropout" in str(error):
-        return " Set lora_dropout to 0: experts' weights take none."
-    if config.use_dora and "dora" in str(error).lower():
-        return " Leave use_dora out: experts' weights take plain LoRA alone."
-    return ""
 
 
 def _trained_on(config: TrainConfig, model: Any) -> PeftModel:

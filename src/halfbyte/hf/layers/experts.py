@@ -20,7 +20,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.fusion import ACTIVATIONS
 from halfbyte.nn import gated_halves
-from halfbyte.nn.experts import Routes, StackedLowRank, experts_linear, give_rows, routes_of, take_rows
+from halfbyte.nn.experts import Routes, StackedLowRank, experts_linear, routes_of, sum_rows, take_rows, weigh_rows
 from halfbyte.nn.frozen import FrozenLinear, QuantizedLinear
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -41,6 +41,7 @@ class Experts(nn.Module):
         shapes: of each stack, ``(experts, out, in)``.
         apply_gate: makes of the results of ``gate_up_proj`` what ``down_proj`` reads; the family's own.
         is_transposed: whether PEFT finds the stack as ``[experts, in, out]``.
+        has_bias: whether its layers have one.
         swapped: whether PEFT (0.21) takes that for ``[experts, out, in]``, so that its A and B are the other way round.
     """
 
@@ -60,13 +61,13 @@ class Experts(nn.Module):
         self.layers_of = {name: HALVES if name == "gate_up_proj" and halved else (name,) for name in names}
         self.act_fn = getattr(stacks, "act_fn", None)
         self.apply_gate = _gate_of(stacks, self.act_fn)
-        has_bias = hasattr(stacks, "down_proj_bias")
+        self.has_bias = hasattr(stacks, "down_proj_bias")
         for number in range(self.num_experts):
             expert = nn.Module()
             for stack, layers in self.layers_of.items():
                 _, out, width = self.shapes[stack]
                 for layer in layers:
-                    made = nn.Linear(width, out // len(layers), has_bias, device="meta", dtype=first.dtype)
+                    made = nn.Linear(width, out // len(layers), self.has_bias, device="meta", dtype=first.dtype)
                     expert.add_module(layer, made)
             self.add_module(str(number), expert)
 
@@ -99,13 +100,16 @@ class Experts(nn.Module):
         x = take_rows(hidden_states, routes)
         shares = top_k_weights.to(hidden_states.dtype)
         if before:
-            x = x * shares.reshape(-1).index_select(0, routes.places).unsqueeze(1)
-            shares = torch.ones_like(shares)
+            x = weigh_rows(x, shares, routes)
         for stack in self.layers_of:
+            if stack == "down_proj" and not before and not self.has_bias:  # fewer values here than after it
+                x = weigh_rows(x, shares, routes)
             x = self._project(stack, x, routes, adapters or {})
             if stack != "down_proj":
                 x = self.apply_gate(x)
-        return give_rows(x, shares, routes, len(hidden_states))
+        if self.has_bias and not before:
+            x = weigh_rows(x, shares, routes)
+        return sum_rows(x, routes)
 
     def _project(self, stack: str, x: Tensor, routes: Routes, adapters: Adapters) -> Tensor:
         names = self.layers_of[stack]
