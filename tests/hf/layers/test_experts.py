@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import halfbyte
+from halfbyte.deploy.folders import write_model
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import not_linear, quantize_checkpoint
@@ -22,6 +23,7 @@ from halfbyte.hf.layers.expert_adapters import LoraExperts, as_peft_reads, own_w
 from halfbyte.hf.layers.experts import Experts
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.four_bits import In4Bits
 from halfbyte.hf.models.low_rank import read_low_rank
 from halfbyte.quant import quantize_4bit
 
@@ -264,3 +266,30 @@ def test_tools_for_single_matrices_say_that_experts_are_none(mixtral: Path, tmp_
     adapted(halfbyte.load(mixtral, quantization_config=FP32)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match=r"is on experts \(experts.down_proj\)"):
         read_low_rank(tmp_path / "adapter")
+
+
+def test_the_model_computes_the_same_when_it_is_not_prepared(mixtral: Path) -> None:
+    model = adapted(halfbyte.load(mixtral, quantization_config=FP32)).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=IDS).logits
+        got = halfbyte.hf.unprepare(model)(input_ids=IDS).logits
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_codes_that_keep_outputs_are_chosen_for_experts_too(mixtral: Path, tmp_path: Path) -> None:
+    ours = adapted(halfbyte.load(mixtral, quantization_config=FP32))
+    ours.peft_config["default"].base_model_name_or_path = str(mixtral)
+    ours.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "base_format.json").write_text('{"quant_type": "nf4", "compute_dtype": "float32"}')
+    texts = [torch.arange(number, number + 24) for number in range(40)]
+    apart = {}
+    for rounding in ("nearest", "outputs"):
+        model = In4Bits(tmp_path / "adapter", rounding, texts if rounding == "outputs" else [])
+        write_model(
+            model, tmp_path / rounding, {}, sizes=model.sizes, make=model.make,
+            finish=lambda folder, model=model: model.config.save_pretrained(folder),
+        )  # fmt: skip
+        with torch.no_grad():
+            merged = halfbyte.load(tmp_path / rounding, quantization_config=FP32)
+            apart[rounding] = (merged(IDS).logits - ours.eval()(input_ids=IDS).logits).norm()
+    assert apart["outputs"] < apart["nearest"]

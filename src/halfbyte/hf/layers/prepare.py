@@ -91,6 +91,8 @@ prepare_for_training = prepare
 def unprepare(model: Model) -> Model:
     """Undo :func:`prepare`: PEFT's and transformers' own classes again, in place; returns the model.
 
+    But for adapters of experts, over whose matrices PEFT's own classes do not compute.
+
     Raises:
         InputError: the adapter subtracts what it began with, which PEFT's classes do not.
     """
@@ -98,11 +100,6 @@ def unprepare(model: Model) -> Model:
         raise InputError(
             "The adapter subtracts what it began with (pissa, olora), which PEFT's own layers do not: save it with "
             "save_pretrained, which makes plain LoRA of it, and open that."
-        )
-    if any(isinstance(module, LoraExperts) for module in model.modules()):
-        raise InputError(
-            "The adapter is on experts that are held one by one, over which PEFT's own layers do not compute: save it "
-            "with save_pretrained, and open it with PEFT over the 16-bit model."
         )
     unfuse(model)
     for module in model.modules():

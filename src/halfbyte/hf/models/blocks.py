@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import InputError
-from halfbyte.hf.layers.experts import take_apart
+from halfbyte.hf.layers.experts import Experts, take_apart
 from halfbyte.quant.rounding import Compensation
 
 Round = Callable[[str, Tensor, Compensation | None], Tensor]
@@ -97,9 +97,13 @@ class Blocks:
         groups, inputs = self._see(layer, modules, exact, number)
         for name in modules.keys() - {name for group in groups for name in group}:
             self._become(modules[name], f"{prefix}{name}.weight", None)
+        routed = tuple(f"{path}." for path, module in layer.named_modules() if isinstance(module, Experts))
         for first, *others in groups:
             before, now = inputs.pop(first), self._inputs(layer, modules[first], rounded, number)
-            compensation = Compensation(before, now) if self._corrected else Compensation(now)
+            if routed and first.startswith(routed):  # other tokens may come to an expert in the rounded stream
+                compensation = Compensation(before)
+            else:
+                compensation = Compensation(before, now) if self._corrected else Compensation(now)
             for name in (first, *others):
                 self._become(modules[name], f"{prefix}{name}.weight", compensation)
         for text, state in enumerate(rounded):
@@ -250,5 +254,7 @@ class Blocks:
 def _empty(module: nn.Module) -> None:
     """Take the memory of a module's parameters away; its buffers stay."""
     for owner in module.modules():
-        for key, parameter in owner.named_parameters(recurse=False):
+        for key, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
             owner._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
