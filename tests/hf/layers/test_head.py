@@ -30,6 +30,10 @@ FAMILIES: dict[str, Any] = {
     "granite, divided": t.GraniteConfig(**DECODER, logits_scaling=3.0),
     "phi, biased": t.PhiConfig(**LAYERS),
     "mixtral": t.MixtralConfig(**DECODER, num_local_experts=2),
+    "qwen3moe": t.Qwen3MoeConfig(
+        **DECODER, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20
+    ),
+    "gptoss": t.GptOssConfig(**DECODER, head_dim=12, num_local_experts=4, num_experts_per_tok=2),
     "llama4, whose base has another name": t.Llama4TextConfig(
         **DECODER, head_dim=12, intermediate_size_mlp=40, num_local_experts=2, interleave_moe_layer_step=2
     ),
@@ -135,12 +139,26 @@ def test_calls_for_more_than_the_loss_go_to_the_model(more: dict[str, Any]) -> N
     assert torch.equal(first, second)
 
 
-def test_a_mixture_of_experts_keeps_its_balancing_loss() -> None:
-    model, batch = small_model("mixtral").train(), some_batch()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3moe", "gptoss"])
+def test_a_mixture_of_experts_keeps_its_balancing_loss(kind: str, padded: bool) -> None:
+    model, batch = small_model(kind).train(), some_batch()
+    model.router_aux_loss_coef = model.config.router_aux_loss_coef = 0.5
+    if not padded:
+        del batch["attention_mask"]
+    ends = (".gate.weight", ".router.weight")
+    routers = [parameter for name, parameter in model.named_parameters() if name.endswith(ends)]
+    assert routers
     own = model(**batch, output_router_logits=True)
+    wanted = torch.autograd.grad(own.loss, routers)
     bind_head(model)
     ours = model(**batch, output_router_logits=True)
-    assert torch.equal(ours.loss, own.loss) and torch.equal(ours.aux_loss, own.aux_loss)
+    assert ours.logits is None and torch.allclose(ours.loss, own.loss) and torch.equal(ours.aux_loss, own.aux_loss)
+    fused = model(**batch, output_router_logits=True, fused_lm_head=True)
+    assert torch.allclose(fused.loss, own.loss) and torch.equal(fused.aux_loss, own.aux_loss)
+    for loss in (ours.loss, fused.loss):
+        for one, other in zip(torch.autograd.grad(loss, routers), wanted, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 class Louder(t.LlamaForCausalLM):

@@ -9,8 +9,10 @@ positions with a label alone and never holds their logits:
   the head at every position, twice; ours takes its place. (Its closure also holds the model: a deep copy of the model
   would compute with the weights of the original.)
 
-Anything else goes to the forward that was there before, or TRL's: evaluation, generation, router logits, a head that is
-no linear layer or that has an adapter, a temperature. A head in 4 or 8 bits is expanded a chunk at a time.
+The loss that balances experts, where a router's logits are asked for, is Mixtral's, as every family's is.
+
+Anything else goes to the forward that was there before, or TRL's: evaluation, generation, a head that is no linear
+layer or that has an adapter, a temperature. A head in 4 or 8 bits is expanded a chunk at a time.
 
 Which families it serves: those whose logits are ``cap tanh(scale W h / cap)``, scale and cap being in the
 configuration under a name known here. That is not believed but tried: before its first use the model's own forward runs
@@ -33,7 +35,12 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from halfbyte.choices import IGNORED
 from halfbyte.nn import DenseLinear, Linear4bit, Linear8bit, QuantizedLinear, Scores, linear_cross_entropy
@@ -142,13 +149,16 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     count = inputs.pop("num_items_in_batch", None)
     whole = not isinstance(keep := inputs.pop("logits_to_keep", 0), Tensor) and keep == 0
-    if not whole or inputs.pop("return_dict", None) is False or _wants_router_logits(model, inputs):
+    balanced = _wants_router_logits(model, inputs)
+    if not whole or inputs.pop("return_dict", None) is False or (balanced and _experts_of(model) is None):
         return None
     head = head_of(model)
     if head is None:
         return None
 
     inputs["use_cache"] = bool(inputs.get("use_cache")) and not fused
+    if balanced:
+        inputs["output_router_logits"] = True
     outputs = _backbone(model)(**inputs)
     hidden = outputs.last_hidden_state
     if shifted is None:
@@ -159,12 +169,19 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     scores, mask = _score(_layer_of(model), head, hidden, shifted)
     trained = mask.sum()
     loss = -scores.log_prob.sum() / (trained.clamp(min=1) if count is None else count)
+    aux_loss = None
+    if balanced:
+        aux_loss = load_balancing_loss_func(outputs.router_logits, *_experts_of(model), inputs.get("attention_mask"))
+        said = model.config.get_text_config() if fused else model  # TRL writes it into the one, families read the other
+        loss = loss + getattr(said, "router_aux_loss_coef", 0.0) * aux_loss
     if not fused:
-        return CausalLMOutputWithPast(
+        told: dict[str, Any] = {"aux_loss": aux_loss, "router_logits": outputs.router_logits} if balanced else {}
+        return (MoeCausalLMOutputWithPast if balanced else CausalLMOutputWithPast)(
             loss=loss,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            **told,
         )
     from trl.trainer.utils import FusedCausalLMOutput  # takes seconds to import, and only TRL's trainers ask for it
 
@@ -181,6 +198,7 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         mean_logits=spread(scores.mean_logit),
         is_top1=spread(scores.top == shifted.to(mask.device)[:, :width][mask]),
         label_mask=mask,
+        aux_loss=aux_loss,
     )
 
 
@@ -200,6 +218,15 @@ def _score(layer: nn.Linear | _Rows, head: Head, hidden: Tensor, labels: Tensor)
 def _wants_router_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     configured = getattr(model.config.get_text_config(), "output_router_logits", False)
     return bool(inputs.get("output_router_logits", configured))
+
+
+def _experts_of(model: PreTrainedModel) -> Any:
+    """Return how many experts there are, and how many a token has, as TRL (1.16) finds them; None where it does not."""
+    if "load_balancing_loss_func" not in vars(sys.modules[type(model).__module__]):
+        return None
+    config = model.config.get_text_config()
+    found = tuple(getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    return None if None in found else found
 
 
 @functools.cache
