@@ -62,16 +62,16 @@ def routes_of(chosen: Tensor, experts: int) -> Routes:
     """Return the rows of each expert.
 
     Args:
-        chosen: int64 ``[tokens, k]``, the experts that each token goes to; the number of experts itself, or more,
-            stands for none.
+        chosen: int64 ``[tokens, k]``, the experts that each token goes to; the number of experts stands for none.
         experts: how many there are.
 
     Raises:
-        ValueError: a number is negative.
+        ValueError: there is no such expert.
     """
     flat = chosen.reshape(-1)
-    if flat.numel() and int(flat.min()) < 0:
-        raise ValueError(f"the router chose expert {int(flat.min())} of {experts}; experts are numbered from 0")
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) > experts):
+        wrong = int(flat.min()) if int(flat.min()) < 0 else int(flat.max())
+        raise ValueError(f"the router chose expert {wrong} of {experts}; experts are numbered from 0")
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
     bounds, first = [], 0

@@ -180,6 +180,16 @@ def test_a_router_that_gives_nan_is_told(mixtral: Path) -> None:
         model(IDS)
 
 
+@pytest.mark.parametrize("wrong", [-1, 6])
+def test_a_router_that_chooses_an_expert_that_is_not_there_is_told(mixtral: Path, wrong: int) -> None:
+    model = halfbyte.load(mixtral, quantization_config=FP32)
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(InputError, match=f"A router chooses expert {wrong}, and its layer has 5"):
+        experts(torch.randn(1, 64), torch.tensor([[0, wrong]]), torch.ones(1, 2))
+    nobody = experts(torch.randn(1, 64), torch.tensor([[5, 5]]), torch.ones(1, 2))
+    assert torch.equal(nobody, torch.zeros(1, 64))
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -84,11 +84,20 @@ class Experts(nn.Module):
 
         Args:
             hidden_states: ``[tokens, width]``.
-            top_k_index: int64 ``[tokens, k]``; the number of experts, or more, stands for none.
+            top_k_index: int64 ``[tokens, k]``; the number of experts stands for none.
             top_k_weights: ``[tokens, k]``.
             adapters: of the stacks that have any.
             before: whether the weights multiply what the experts read and not what they give (Llama 4).
+
+        Raises:
+            InputError: a weight is not finite, or there is no such expert.
         """
+        first, last = top_k_index.aminmax()
+        if first < 0 or last > self.num_experts:
+            raise InputError(
+                f"A router chooses expert {int(first if first < 0 else last)}, and its layer has {self.num_experts}, "
+                "counted from 0: config.json and the weights are not of one model; copy both from its source again."
+            )
         if not bool(torch.isfinite(top_k_weights).all()):
             raise InputError(
                 f"A router gives weights that are not finite to the {self.num_experts} experts of a layer: the model "
@@ -166,17 +175,16 @@ class Experts(nn.Module):
             yield from ((f"{prefix}{'.' if prefix else ''}{name}", getattr(self, name)) for name in self.shapes)
 
 
-class Llama4Moe(nn.Module):
+class Llama4Moe(Llama4TextMoe):
     """Llama 4's mixture: the router's scores multiply what an expert reads, and only those chosen compute."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """``[batch, length, width]`` to ``[tokens, width]`` and the router's logits, as transformers' own."""
-        self_: Any = self
-        hidden_states = hidden_states.reshape(-1, self_.hidden_dim)
-        scores, logits = self_.router(hidden_states)
-        chosen = logits.topk(self_.top_k, dim=1).indices
-        routed = self_.experts(hidden_states, chosen, scores.gather(1, chosen), before=True)
-        return self_.shared_expert(hidden_states) + routed, logits
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        scores, logits = self.router(hidden_states)
+        chosen = logits.topk(self.top_k, dim=1).indices
+        routed = self.experts(hidden_states, chosen, scores.gather(1, chosen), before=True)
+        return self.shared_expert(hidden_states) + routed, logits
 
 
 def take_apart(model: nn.Module) -> None:
@@ -185,7 +193,7 @@ def take_apart(model: nn.Module) -> None:
         if is_stacked(module):
             model.set_submodule(name, Experts(module))
         elif type(module) is Llama4TextMoe:
-            module.__class__ = type("Llama4TextMoe", (Llama4Moe, Llama4TextMoe), {})
+            module.__class__ = Llama4Moe
 
 
 def is_stacked(module: nn.Module) -> bool:
