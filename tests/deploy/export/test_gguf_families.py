@@ -46,6 +46,7 @@ LONG = {
     "rope_type": "longrope", "short_factor": [1.0 + 0.1 * i for i in range(8)], "rope_theta": 10000.0,
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
 }  # fmt: skip
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -63,6 +64,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2 with yarn": ("Qwen2", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "num_experts": 4}),
+    "qwen2 moe": (
+        "Qwen2Moe",
+        {**EXPERTS, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
+    ),
+    "qwen3 moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
     "phi3": ("Phi3", {}),
     "phi4": ("Phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}}),
@@ -126,7 +133,7 @@ def save(name: str, folder: Path, tokenizer: Path) -> PreTrainedModel:
         for path, x in model.named_parameters():
             values = torch.randn(x.shape, generator=generator)
             if x.ndim > 1:
-                x.copy_(values * (0.5 if "embed" in path else 1.2 / x.shape[1] ** 0.5))
+                x.copy_(values * (0.5 if "embed" in path else 1.2 / x.shape[-1] ** 0.5))
             else:
                 x.copy_(0.2 * values + (1.0 if "norm" in path and "Gemma" not in family else 0.0))
     model.eval().save_pretrained(folder)
@@ -167,8 +174,8 @@ def test_llama_cpp_computes_the_model(name: str, tmp_path: Path, tiny_model_fold
 
     half = export_gguf(tmp_path / "model", tmp_path / "half", to="f16")
     with torch.no_grad():
-        for x in model.parameters():
-            if x.ndim > 1:
+        for path, x in model.named_parameters():
+            if x.ndim > 1 and not path.endswith("gate.weight"):  # routers stay f32
                 x.copy_(x.half())
     with opened(half.file) as llama:
         greedy(llama, model, IDS[:40], 32)
@@ -255,7 +262,10 @@ def test_the_file_opens_in_halfbyte_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a family": ("GPTNeoX", {}, "gpt_neox model is not written as GGUF; gemma, "),
-    "experts": ("Qwen3Moe", {"num_experts": 2, "moe_intermediate_size": 32}, "qwen3_moe model is not written"),
+    "experts": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False}, "its norm_topk_prob is False, and True is taken"),
+    "layers without experts": (
+        "Qwen2Moe", {**EXPERTS, "decoder_sparse_step": 2}, "not all of its layers have experts",
+    ),
     "an activation": ("Llama", {"hidden_act": "relu"}, "its activation is 'relu'"),
     "a scale": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 100}, "query_pre_attn_scalar is 100, and 32"),
     "no soft caps": ("Gemma2", {**GEMMA, "attn_logit_softcapping": None}, "no soft caps"),

@@ -4,6 +4,7 @@ Tensor by tensor: in memory are the adapter and the tensor that is being made. W
 llama.cpp's convention:
 
     norms, biases, other vectors      f32
+    a mixture's router                f32
     matrices                          the type that is asked for
     the head, or the embedding where it is the head's too: q8_0 where codes of 4 or 5 bits are asked for (llama.cpp has
                                       q6_k there, and q8_0 where a row is no multiple of 256)
@@ -40,6 +41,7 @@ from halfbyte.hf.models.gguf_form.words import Words, words_of
 
 FILES = "*.gguf"
 """What tells an export's folder from others."""
+ROUTER = ".ffn_gate_inp"
 HEADER, WORD = 1 << 20, 64
 """Bytes, about, of all beside the tensors: of the file, and of a token with its merges."""
 USE = """\
@@ -156,7 +158,7 @@ def formats(entries: Sequence[Entry], to: str) -> dict[str, str]:
     heads = {HEAD if any(entry.name == HEAD for entry in entries) else EMBEDDING}
     found = {}
     for entry in entries:
-        kind = "f32" if len(entry.shape) == 1 else to
+        kind = "f32" if len(entry.shape) == 1 or ROUTER in entry.name else to
         if entry.name in heads and kind in CODES:
             kind = "q8_0"
         if kind in CODES and entry.shape[-1] % BLOCK:

@@ -38,6 +38,8 @@ class Form:
         biases: layers that may have one.
         offset: what its norms' weights lack.
         activations: of the gated layer.
+        shares_sum_to_one: of a mixture of experts, whether llama.cpp makes the chosen experts' weights sum to 1; None
+            where there are none.
     """
 
     arch: str
@@ -49,6 +51,7 @@ class Form:
     biases: frozenset[str] = frozenset()
     offset: float = 0.0
     activations: tuple[str, ...] = SWIGLU
+    shares_sum_to_one: bool | None = None
 
 
 _QKV = frozenset(("q_proj", "k_proj", "v_proj"))
@@ -58,6 +61,9 @@ FORMS = {
     "ministral": Form("llama", paired=True, frequencies=True),
     "qwen2": Form("qwen2", biases=_QKV),
     "qwen3": Form("qwen3"),
+    "mixtral": Form("llama", paired=True, frequencies=True, shares_sum_to_one=True),
+    "qwen2_moe": Form("qwen2moe", biases=_QKV, shares_sum_to_one=False),
+    "qwen3_moe": Form("qwen3moe", shares_sum_to_one=True),
     "smollm3": Form("smollm3", paired=True),
     "phi3": Form("phi3", yarn=False),
     "gemma": Form("gemma", yarn=False, head="never", offset=1.0, activations=GEGLU),
@@ -125,6 +131,13 @@ def metadata(writer: Any, config: Any, form: Form, rows: int) -> None:
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_vocab_size(rows)
+    if form.shares_sum_to_one is not None:
+        writer.add_expert_count(text.num_experts)
+        writer.add_expert_used_count(text.num_experts_per_tok)
+        if form.arch != "llama":
+            writer.add_expert_feed_forward_length(text.moe_intermediate_size)
+        if form.arch == "qwen2moe":
+            writer.add_expert_shared_feed_forward_length(text.shared_expert_intermediate_size)
     if form.arch == "olmo":
         writer.add_layer_norm_eps(1e-5)  # transformers' OlmoLayerNorm has no other
         if text.clip_qkv is not None:
@@ -160,6 +173,11 @@ def _problems(text: Any, form: Form) -> Sequence[str]:
         found.append(f"its activation is {named!r}, and {form.activations[0]} is computed")
     if form.arch in ("phi3", "olmo", "olmo2") and size * text.num_attention_heads != text.hidden_size:
         found.append(f"its heads are {size} wide, and {text.hidden_size // text.num_attention_heads} is taken")
+    if form.shares_sum_to_one is not None:
+        if getattr(text, "norm_topk_prob", True) != form.shares_sum_to_one:
+            found.append(f"its norm_topk_prob is {text.norm_topk_prob}, and {form.shares_sum_to_one} is taken")
+        if getattr(text, "decoder_sparse_step", 1) != 1 or getattr(text, "mlp_only_layers", None):
+            found.append("not all of its layers have experts")
     if getattr(text, "use_bidirectional_attention", None):
         found.append("it sees what follows (use_bidirectional_attention)")
     if form.arch in ("gemma2", "gemma3"):

@@ -3,11 +3,13 @@
     queries, keys    [heads, 2, d/2] rows become [heads, d/2, 2] where the family is paired
     norms            with what transformers adds to them
     head             left out where it is the embedding, unless llama.cpp asks for it
+    experts          one tensor for the same matrix of all experts of a layer
 
 Names are those of the package gguf.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,9 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
 """How the text part of a model that sees images is called."""
 SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+\.weight)")
 
 
 class Entry(NamedTuple):
@@ -49,7 +54,15 @@ def tensors(model: Dense, form: Form) -> list[Entry]:
     targets = {name: planned.target for name, planned in model.tensors.items() if not _is_seen(planned.target)}
     places = {plain_target(target): name for name, target in targets.items()}
     found, strange = {}, []
+    for target, matrices in _stacks(places).items():
+        gguf = names.of(target)
+        if gguf is None:
+            strange.append(target)
+        else:
+            found[gguf] = _stack(model, matrices, gguf)
     for target, name in places.items():
+        if EXPERT.fullmatch(target):
+            continue
         gguf = names.of(target)
         if gguf is None:
             strange.append(target)
@@ -107,6 +120,20 @@ def _entry(model: Dense, name: str, gguf: str, target: str, names: Names) -> Ent
         return x + names.form.offset if target.endswith("norm.weight") else x
 
     return Entry(gguf, shape, read)
+
+
+def _stacks(places: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return of the matrices of experts, by what they are called without numbers, their names in the order of these."""
+    found: dict[str, dict[int, str]] = {}
+    for target, name in places.items():
+        if expert := EXPERT.fullmatch(target):
+            found.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = name
+    return {target: [name for _, name in sorted(names.items())] for target, names in found.items()}
+
+
+def _stack(model: Dense, matrices: list[str], gguf: str) -> Entry:
+    shape = (len(matrices), *model.tensors[matrices[0]].shape)
+    return Entry(gguf, shape, lambda: torch.stack([model.read(name).to(torch.float32) for name in matrices]))
 
 
 def plain_target(target: str) -> str:
