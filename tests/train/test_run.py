@@ -491,6 +491,8 @@ def test_experts_are_trained_with_dropout_and_resumed(
     again = fine_tune(TrainConfig(**parts, resume=True)).output
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    steps = [event for event in read_events(whole / "metrics.jsonl") if isinstance(event, StepMetrics)]
+    assert [step.figures["expert_load"] for step in steps] == [1.0] * 4  # each token goes to both experts
     moved = [name for name in one if ".experts." in name and "lora_B" in name]
     assert len(moved) == 2 * 2 and all(one[name].any() for name in moved)
 

@@ -21,7 +21,7 @@ from halfbyte.runs.history import LOSS_STEPS
 from halfbyte.runs.report.axes import number
 from halfbyte.runs.report.words import duration, figure
 
-SHOWN = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+SHOWN = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "expert_load": "expert load"}
 """What of a step's figures is shown, and under which name."""
 RECENT = 30
 """Steps by whose time the time left is told."""

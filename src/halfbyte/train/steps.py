@@ -11,6 +11,7 @@ from transformers import IntervalStrategy, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from halfbyte.devices import memory_on
+from halfbyte.hf.layers.experts import load_of
 from halfbyte.hf.trainers.state import state_folder
 from halfbyte.memory import resident_memory
 from halfbyte.runs.events import Begin, Checkpoint, Evaluation, Event, StepMetrics
@@ -72,10 +73,14 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             elapsed=self.seconds_before + now - self.begun,
             memory_bytes=resident_memory(),
             gpu_memory_bytes=memory_on(self.trainer.args.device),
-            figures={name: logs[name] for name in self.figures if name in logs},
+            figures={name: logs[name] for name in self.figures if name in logs} | self._load(),
         )
         self.made.append(step)
         self.tell(step)
+
+    def _load(self) -> dict[str, float]:
+        load = load_of(self.trainer.model)
+        return {} if load is None else {"expert_load": load}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps and str(args.eval_strategy) != str(IntervalStrategy.NO):

@@ -20,7 +20,7 @@ from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import not_linear, quantize_checkpoint
 from halfbyte.hf.layers.expert_adapters import LoraExperts, as_peft_reads, own_words, set_dropout
-from halfbyte.hf.layers.experts import Experts
+from halfbyte.hf.layers.experts import Experts, load_of
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models.adapter_files import put_adapter
 from halfbyte.hf.models.four_bits import In4Bits
@@ -303,3 +303,13 @@ def test_codes_that_keep_outputs_are_chosen_for_experts_too(mixtral: Path, tmp_p
             merged = halfbyte.load(tmp_path / rounding, quantization_config=FP32)
             apart[rounding] = (merged(IDS).logits - ours.eval()(input_ids=IDS).logits).norm()
     assert apart["outputs"] < apart["nearest"]
+
+
+def test_the_load_is_that_of_the_busiest_expert_since_it_was_asked(mixtral: Path) -> None:
+    model = halfbyte.load(mixtral, quantization_config=FP32)
+    assert load_of(model.train()) is None
+    experts = model.model.layers[0].mlp.experts
+    x, share = torch.randn(4, 64), torch.ones(4, 1)
+    experts(x, torch.tensor([[0], [0], [0], [3]]), share)
+    experts.eval()(x, torch.tensor([[4], [4], [4], [4]]), share)
+    assert load_of(model) == 3 / (4 / 5) and load_of(model) is None

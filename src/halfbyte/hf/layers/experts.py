@@ -42,6 +42,7 @@ class Experts(nn.Module):
         apply_gate: makes of the results of ``gate_up_proj`` what ``down_proj`` reads; the family's own.
         is_transposed: whether PEFT finds the stack as ``[experts, in, out]``.
         has_bias: whether its layers have one.
+        rows: how many each expert was given in training since :func:`load_of` looked.
         swapped: whether PEFT (0.21) takes that for ``[experts, out, in]``, so that its A and B are the other way round.
     """
 
@@ -62,6 +63,7 @@ class Experts(nn.Module):
         self.act_fn = getattr(stacks, "act_fn", None)
         self.apply_gate = _gate_of(stacks, self.act_fn)
         self.has_bias = hasattr(stacks, "down_proj_bias")
+        self.rows = [0] * self.num_experts
         for number in range(self.num_experts):
             expert = nn.Module()
             for stack, layers in self.layers_of.items():
@@ -106,6 +108,9 @@ class Experts(nn.Module):
         routes = routes_of(top_k_index, self.num_experts)
         if not routes.bounds:
             return hidden_states * 0
+        if self.training:
+            for number, begin, end in routes.bounds:
+                self.rows[number] += end - begin
         x = take_rows(hidden_states, routes)
         shares = top_k_weights.to(hidden_states.dtype)
         if before:
@@ -185,6 +190,20 @@ class Llama4Moe(Llama4TextMoe):
         chosen = logits.topk(self.top_k, dim=1).indices
         routed = self.experts(hidden_states, chosen, scores.gather(1, chosen), before=True)
         return self.shared_expert(hidden_states) + routed, logits
+
+
+def load_of(model: nn.Module) -> float | None:
+    """Return how many rows the busiest expert of a layer was given, over the mean, and forget them.
+
+    Returns:
+        the mean over layers, 1 where all get as many; None where there are no experts, or none was given any.
+    """
+    loads = []
+    for module in model.modules():
+        if isinstance(module, Experts) and any(module.rows):
+            loads.append(max(module.rows) * module.num_experts / sum(module.rows))
+            module.rows = [0] * module.num_experts
+    return sum(loads) / len(loads) if loads else None
 
 
 def take_apart(model: nn.Module) -> None:

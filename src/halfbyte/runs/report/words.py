@@ -14,6 +14,7 @@ FIGURES = {
     "loss": "loss", "accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "rouge_l": "ROUGE-L",
     "exact_match": "exact match", "token_accuracy": "token accuracy",
     "rewards/accuracies": "accuracy of the rewards", "rewards/margins": "reward margin",
+    "expert_load": "load of the busiest expert",
 }  # fmt: skip
 """What figures are called; others by their own names."""
 STATES = {
