@@ -112,7 +112,7 @@ class Beginning:
             begin_with_eva(adapted, self._batches(2 * TOKENS * max(ranks.values())))
         elif self._loftq:
             self._loftq.apply(adapted)
-        if lora.target_parameters:
+        if has_experts(model):
             set_dropout(adapted, "default", config.lora_dropout)
             as_peft_reads(lora)
         begin_lengths(adapted)

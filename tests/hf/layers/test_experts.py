@@ -313,3 +313,15 @@ def test_the_load_is_that_of_the_busiest_expert_since_it_was_asked(mixtral: Path
     experts(x, torch.tensor([[0], [0], [0], [3]]), share)
     experts.eval()(x, torch.tensor([[4], [4], [4], [4]]), share)
     assert load_of(model) == 3 / (4 / 5) and load_of(model) is None
+
+
+def test_peft_opens_an_adapter_of_the_shared_expert_alone(tmp_path: Path, give_values: Give) -> None:
+    dense = mixture("Qwen2Moe", tmp_path / "m")
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    give_values(model, dense)
+    ours = adapted(model, target_modules=["shared_expert.gate_proj", "q_proj"]).eval()
+    ours.save_pretrained(tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = theirs(input_ids=IDS).logits
+        assert (ours(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()

@@ -177,12 +177,13 @@ def set_dropout(model: nn.Module, name: str, dropout: float) -> None:
 
 
 def as_peft_reads(config: LoraConfig) -> None:
-    """Make an adapter's configuration what PEFT opens over transformers' own model, in place; see above."""
+    """Make a configuration of an adapter of a mixture what PEFT opens over transformers' own, in place; see above."""
     modules = config.target_modules
-    if config.target_parameters and isinstance(modules, set):
-        read_otherwise = {name for name in modules if name.rpartition(".")[2] in READ_AS_EXPERTS}
-        config.target_modules = modules - read_otherwise
-        config.target_parameters = sorted({*config.target_parameters, *(name + WEIGHT for name in read_otherwise)})
+    read_otherwise = {name for name in modules or () if name.rpartition(".")[2] in READ_AS_EXPERTS}
+    if read_otherwise and not isinstance(modules, str):
+        config.target_modules = {*modules} - read_otherwise
+        named_so = {name + WEIGHT for name in read_otherwise}
+        config.target_parameters = sorted({*(config.target_parameters or ()), *named_so})
 
 
 def as_we_read(config: Any) -> None:
