@@ -19,6 +19,7 @@ from halfbyte.deploy.folders import write_model
 from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import not_linear, quantize_checkpoint
+from halfbyte.hf.layers.activations import apply, plan
 from halfbyte.hf.layers.expert_adapters import LoraExperts, as_peft_reads, own_words, set_dropout
 from halfbyte.hf.layers.experts import Experts, load_of
 from halfbyte.hf.layers.lora_config import lora_config
@@ -325,3 +326,15 @@ def test_peft_opens_an_adapter_of_the_shared_expert_alone(tmp_path: Path, give_v
     with torch.no_grad():
         wanted = theirs(input_ids=IDS).logits
         assert (ours(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_gradients_are_the_same_where_activations_are_recomputed(mixtral: Path) -> None:
+    found = []
+    for recompute in (False, True):
+        model = adapted(halfbyte.load(mixtral, quantization_config=FP32))
+        set_dropout(model, "default", 0.2)
+        apply(model, plan(model, length=9, batch_size=2, free=2**33, recompute=recompute))
+        torch.manual_seed(5)
+        loss = model.train()(input_ids=IDS, labels=IDS).loss
+        found.append([loss, *torch.autograd.grad(loss, trained(model))])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
