@@ -338,3 +338,22 @@ def test_gradients_are_the_same_where_activations_are_recomputed(mixtral: Path) 
         loss = model.train()(input_ids=IDS, labels=IDS).loss
         found.append([loss, *torch.autograd.grad(loss, trained(model))])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_script_that_adapts_each_matrix_by_itself_is_told(
+    tmp_path: Path, give_values: Give, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = mixture("GraniteMoe", tmp_path / "m")
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    give_values(model, dense)
+    ours = halfbyte.prepare(get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"])))
+    assert "on each matrix of the experts by itself" in caplog.text
+    with torch.no_grad():
+        wanted = dense(IDS).logits
+        assert (ours.eval()(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    loss = ours.train()(input_ids=IDS, labels=IDS).loss
+    assert any(
+        gradient.any()
+        for gradient in torch.autograd.grad(loss, trained(ours), allow_unused=True)
+        if gradient is not None
+    )

@@ -3,6 +3,7 @@
 The model's output head is bound too (:mod:`halfbyte.hf.layers.head`): while training with labels it returns no logits.
 """
 
+import logging
 from typing import TypeVar, cast
 
 from peft import PeftModel
@@ -23,6 +24,7 @@ from halfbyte.hf.layers.unloading import MergeAndUnload
 from halfbyte.nn import FrozenLinear, QuantizedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
+logger = logging.getLogger(__name__)
 
 
 def prepare(model: Model) -> Model:
@@ -70,6 +72,12 @@ def prepare(model: Model) -> Model:
             and isinstance(layer.base_layer, QuantizedLinear)
         ):
             layer.merge = refuse_merge
+    if any(isinstance(part, BaseTunerLayer) for experts in _experts_of(model) for part in experts.modules()):
+        logger.warning(
+            "The adapter is on each matrix of the experts by itself, which is slow, and opens over no other model: "
+            "name their stacks, LoraConfig(target_modules=[...], target_parameters=['experts.gate_up_proj', "
+            "'experts.down_proj'])."
+        )
     for module in model.modules():
         if type(module) is ParamWrapper and isinstance(cast(ParamWrapper, module).get_base_layer(), Experts):
             module.__class__ = LoraExperts
@@ -82,6 +90,10 @@ def prepare(model: Model) -> Model:
             model.merge_and_unload = MergeAndUnload(model)
     fuse(model)
     return model
+
+
+def _experts_of(model: nn.Module) -> list[Experts]:
+    return [module for module in model.modules() if isinstance(module, Experts)]
 
 
 prepare_for_training = prepare
