@@ -85,7 +85,9 @@ def test_each_matrix_has_bitsandbytes_bytes(mixtral: Path, tmp_path: Path, doubl
         assert all(torch.equal(saved[key], value) for key, value in alone.items())
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GraniteMoe", "GptOss", "Llama4Text", "DeepseekV2", "Glm4Moe"])
+@pytest.mark.parametrize(
+    "kind", ["Mixtral", "Qwen2Moe", "GraniteMoe", "GptOss", "Llama4Text", "DeepseekV2", "Glm4Moe", "Qwen3Next"]
+)
 def test_peft_opens_the_adapter_over_the_16_bit_model_and_the_sum_is_saved(
     kind: str, tmp_path: Path, give_values: Give
 ) -> None:
@@ -94,7 +96,12 @@ def test_peft_opens_the_adapter_over_the_16_bit_model_and_the_sum_is_saved(
         "qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 5, "first_k_dense_replace": 1, "topk_group": 1,
         "n_shared_experts": 1,
     }  # fmt: skip
-    dense = mixture(kind, tmp_path / "m", **latent if kind in ("DeepseekV2", "Glm4Moe") else {})
+    recurrent = {
+        "num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32,
+    }  # fmt: skip
+    more = {"DeepseekV2": latent, "Glm4Moe": latent, "Qwen3Next": recurrent}.get(kind, {})
+    dense = mixture(kind, tmp_path / "m", **more)
     model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
     give_values(model, dense)
     with torch.no_grad():
@@ -357,3 +364,9 @@ def test_a_script_that_adapts_each_matrix_by_itself_is_told(
         for gradient in torch.autograd.grad(loss, trained(ours), allow_unused=True)
         if gradient is not None
     )
+
+
+def test_a_model_without_experts_is_saved_by_the_names_that_it_was_loaded_by(tiny_model_folder: Path) -> None:
+    model = halfbyte.load(tiny_model_folder)
+    loaded_by = model._weight_conversions
+    assert loaded_by is not None and model.dequantize()._weight_conversions is loaded_by

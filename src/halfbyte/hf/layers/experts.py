@@ -8,6 +8,7 @@ to bitsandbytes' bytes, and whatever knows linear layers knows them. Their forwa
 GLM, Granite, Phi and others; gpt-oss with biases, a gate of its own, and gate and up interleaved) and Llama 4's.
 """
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.fusion import ACTIVATIONS
@@ -25,6 +25,7 @@ from halfbyte.nn.frozen import FrozenLinear, QuantizedLinear
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """transformers' names of the stacks; ``up_proj`` where there is no gate."""
+LLAMA4 = "Llama4TextExperts"
 HALVES = ("gate_proj", "up_proj")
 """The layers of ``gate_up_proj`` where gate and up do not alternate."""
 
@@ -51,7 +52,7 @@ class Experts(nn.Module):
         self._theirs = (stacks,)  # not a module of this one
         first = next(stacks.parameters())
         self.is_transposed: bool = getattr(stacks, "is_transposed", False)
-        self.swapped = isinstance(stacks, Llama4TextExperts)
+        self.swapped = type(stacks).__name__ == LLAMA4
         names = [name for name in STACKS if isinstance(getattr(stacks, name, None), nn.Parameter)]
         self.shapes: dict[str, tuple[int, int, int]] = {}
         for name in names:
@@ -129,8 +130,8 @@ class Experts(nn.Module):
         names = self.layers_of[stack]
         layers: dict[int, list[Any]] = {}
         for number, _, _ in routes.bounds:
-            expert = self._modules[str(number)]
-            layers[number] = [expert._modules[name] for name in names]  # type: ignore[union-attr]
+            expert: Any = self._modules[str(number)]
+            layers[number] = [expert._modules[name] for name in names]
         low_rank, dropout = adapters.get(stack, ((), 0.0))
         if not all(isinstance(layer, FrozenLinear) for each in layers.values() for layer in each):
             if low_rank:
@@ -180,8 +181,14 @@ class Experts(nn.Module):
             yield from ((f"{prefix}{'.' if prefix else ''}{name}", getattr(self, name)) for name in self.shapes)
 
 
-class Llama4Moe(Llama4TextMoe):
+class Llama4Moe(nn.Module):
     """Llama 4's mixture: the router's scores multiply what an expert reads, and only those chosen compute."""
+
+    hidden_dim: int
+    top_k: int
+    router: nn.Module
+    experts: nn.Module
+    shared_expert: nn.Module
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """``[batch, length, width]`` to ``[tokens, width]`` and the router's logits, as transformers' own."""
@@ -211,13 +218,20 @@ def take_apart(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if is_stacked(module):
             model.set_submodule(name, Experts(module))
-        elif type(module) is Llama4TextMoe:
-            module.__class__ = Llama4Moe
+        elif type(module).__name__ == "Llama4TextMoe" and not isinstance(module, Llama4Moe):
+            theirs: Any = type(module)
+            module.__class__ = _llama4(theirs)
+
+
+@functools.cache
+def _llama4(theirs: Any) -> Any:
+    """Return transformers' class with our forward; it is not imported before a model needs it."""
+    return type(theirs.__name__, (Llama4Moe, theirs), {})
 
 
 def is_stacked(module: nn.Module) -> bool:
     """Whether a module is transformers' (5.23) stacks of experts, of a kind that is known."""
-    known = isinstance(module, Llama4TextExperts) or hasattr(module, "_is_expert_parallel")
+    known = type(module).__name__ == LLAMA4 or hasattr(module, "_is_expert_parallel")
     down = getattr(module, "down_proj", None)
     return (
         known and isinstance(down, nn.Parameter) and down.ndim == 3 and not getattr(module, "has_post_expert_norm", 0)
@@ -297,9 +311,9 @@ def put_together(model: Any) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(path, module.restacked().train(module.training))
+            model._weight_conversions = None  # those of the class, by which it is saved
         elif isinstance(module, Llama4Moe):
-            module.__class__ = Llama4TextMoe
-    model._weight_conversions = None  # those of the class, by which it is saved
+            module.__class__ = type(module).__bases__[1]
 
 
 def _dense(layer: Any) -> Tensor:
@@ -310,12 +324,12 @@ def _dense(layer: Any) -> Tensor:
 
 
 def _gate_of(stacks: Any, act_fn: Any) -> Callable[[Tensor], Tensor]:
-    own = type(stacks).__dict__.get("_apply_gate")
+    own = getattr(type(stacks), "_apply_gate", None)
     name = ACTIVATIONS.get(type(act_fn))
     if not isinstance(getattr(stacks, "gate_up_proj", None), nn.Parameter):
         gate: Callable[[Tensor], Tensor] = act_fn
         return gate
-    if own is not None and own.__qualname__.startswith(type(stacks).__name__):
+    if own is not None and own.__name__ != "_default_apply_gate":  # transformers' for whoever has none
         numbers = types.SimpleNamespace(**{k: v for k, v in vars(stacks).items() if isinstance(v, int | float)})
         numbers.act_fn = act_fn
         return types.MethodType(own, numbers)

@@ -9,7 +9,7 @@ positions with a label alone and never holds their logits:
   the head at every position, twice; ours takes its place. (Its closure also holds the model: a deep copy of the model
   would compute with the weights of the original.)
 
-The loss that balances experts, where a router's logits are asked for, is Mixtral's, as every family's is.
+The loss that balances experts, where a router's logits are asked for, is the function beside the model's class.
 
 Anything else goes to the forward that was there before, or TRL's: evaluation, generation, a head that is no linear
 layer or that has an adapter, a temperature. A head in 4 or 8 bits is expanded a chunk at a time.
@@ -40,7 +40,6 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MoeCausalLMOutputWithPast,
 )
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from halfbyte.choices import IGNORED
 from halfbyte.nn import DenseLinear, Linear4bit, Linear8bit, QuantizedLinear, Scores, linear_cross_entropy
@@ -48,6 +47,7 @@ from halfbyte.quant import QuantizedInt8, QuantizedWeight
 
 PLAIN = (nn.Linear, DenseLinear, Linear4bit, Linear8bit)
 """Layers whose forward is known to be the product with their weight."""
+BALANCE = "load_balancing_loss_func"
 PROBED_LOGIT = 20.0
 """The largest logit of the trial: a soft cap of 30 shows in it."""
 
@@ -171,7 +171,8 @@ def _scored(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     loss = -scores.log_prob.sum() / (trained.clamp(min=1) if count is None else count)
     aux_loss = None
     if balanced:
-        aux_loss = load_balancing_loss_func(outputs.router_logits, *_experts_of(model), inputs.get("attention_mask"))
+        balance = vars(sys.modules[type(model).__module__])[BALANCE]
+        aux_loss = balance(outputs.router_logits, *_experts_of(model), inputs.get("attention_mask"))
         said = model.config.get_text_config() if fused else model  # TRL writes it into the one, families read the other
         loss = loss + getattr(said, "router_aux_loss_coef", 0.0) * aux_loss
     if not fused:
@@ -222,7 +223,7 @@ def _wants_router_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> bool
 
 def _experts_of(model: PreTrainedModel) -> Any:
     """Return how many experts there are, and how many a token has, as TRL (1.16) finds them; None where it does not."""
-    if "load_balancing_loss_func" not in vars(sys.modules[type(model).__module__]):
+    if BALANCE not in vars(sys.modules[type(model).__module__]):
         return None
     config = model.config.get_text_config()
     found = tuple(getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok"))
