@@ -1,4 +1,4 @@
-"""A mixture of experts made of a dense model (arXiv 2212.05055) learns the quick start's task.
+"""A mixture of experts made of a dense model (arXiv 2212.05055), on the quick start's task.
 
     python benchmarks/upcycled.py OUT [--experts 4] [--chosen 2]
 
