@@ -205,7 +205,8 @@ void matmul_4bit(int isa, int threads, bool gradient, Address x, int64_t rows, i
 // A sum of products, as Python gathers its terms.
 class Sum {
   public:
-    Sum(int isa, int64_t rows, int64_t width, int type, int y_type, Address bias, Address y, int64_t y_stride) {
+    Sum(int isa, int64_t rows, int64_t width, int type, int y_type, Address bias, Address y, int64_t y_stride,
+        bool as_many) {
         matmul_.type = static_cast<Type>(type);
         matmul_.y_type = static_cast<Type>(y_type);
         matmul_.kernels = tier(isa).matmul(matmul_.type);
@@ -215,6 +216,7 @@ class Sum {
         matmul_.bias = pointer<const void>(bias);
         matmul_.y = pointer<void>(y);
         matmul_.y_stride = y_stride;
+        matmul_.as_many = as_many;
     }
 
     void add_weight(Address x, int64_t stride, int64_t step, bool gradient, Address packed, Address code,
@@ -419,13 +421,14 @@ DecodeNorm norm(const std::optional<NormOf>& given) {
 // A decoder, as Python gathers its parts.
 class BoundDecoder {
   public:
-    // Width, heads, key/value heads, values of a head, inner width, vocabulary.
-    using Widths = std::array<int64_t, 6>;
+    // Width, heads, key/value heads, values of a head, vocabulary.
+    using Widths = std::array<int64_t, 5>;
+    static constexpr int kHead = -1, kRouter = -2;  // in the place of a layer's place
 
     BoundDecoder(int isa, int type, int cache, const Widths& widths, int activation, float scale, float cap,
                  float embedding_factor, float logit_factor, float logit_cap)
         : decoder_(tier(isa), {static_cast<Type>(type), cache, widths[0], widths[1], widths[2], widths[3], widths[4],
-                               widths[5], activation, scale, cap, embedding_factor, logit_factor, logit_cap}) {}
+                               activation, scale, cap, embedding_factor, logit_factor, logit_cap}) {}
 
     void set_embedding(Address values, int type, int64_t rows, int64_t columns) {
         decoder_.embedding = {pointer<const void>(values), static_cast<Type>(type), rows, columns, columns};
@@ -441,6 +444,22 @@ class BoundDecoder {
         layer.whole_norms = whole_norms;
         layer.window = window;
         layer.angles = angles;
+    }
+
+    // Give the last layer a mixture, and so many experts.
+    void set_mixture(int64_t experts, int64_t chosen, bool sigmoid, bool normalized, float factor, Address bias,
+                     int64_t groups, int64_t groups_kept, bool shared, bool shared_gate) {
+        Mixture& mixture = decoder_.layers.back().mixture;
+        mixture.sigmoid = sigmoid;
+        mixture.normalized = normalized;
+        mixture.factor = factor;
+        mixture.bias = pointer<const float>(bias);
+        mixture.chosen = chosen;
+        mixture.groups = groups;
+        mixture.groups_kept = groups_kept;
+        mixture.shared = shared;
+        mixture.shared_gate = shared_gate;
+        mixture.experts.resize(static_cast<size_t>(experts));
     }
 
     void set_last_norm(const std::optional<NormOf>& given) { decoder_.last_norm = norm(given); }
@@ -473,13 +492,18 @@ class BoundDecoder {
     void set_bias(int place, Address bias) { products(place).bias = pointer<const float>(bias); }
 
     int add_adapter() {
-        decoder_.adapters.emplace_back().places.resize(decoder_.layers.size() * kPlaces);
-        return static_cast<int>(decoder_.adapters.size()) - 1;
+        decoder_.adapters.emplace_back();
+        const int number = static_cast<int>(decoder_.adapters.size()) - 1;
+        clear_adapter(number);
+        return number;
     }
 
     void clear_adapter(int adapter) {
         DecodeAdapter& cleared = decoder_.adapters[static_cast<size_t>(adapter)];
-        cleared.places.assign(cleared.places.size(), {});
+        cleared.layers.clear();
+        for (const DecodeLayer& layer : decoder_.layers) {
+            cleared.layers.emplace_back(kPlaces + 2 * layer.mixture.experts.size());
+        }
     }
 
     void set_factor_a(int adapter, int64_t layer, int place, Address a, int64_t rank) {
@@ -527,8 +551,13 @@ class BoundDecoder {
 
   private:
     Products& products(int place) {
-        if (place == kPlaces) return decoder_.head;
+        if (place == kHead) return decoder_.head;
         DecodeLayer& layer = decoder_.layers.back();
+        if (place == kRouter) return layer.mixture.router;
+        if (place >= kPlaces) {
+            Expert& expert = layer.mixture.experts[static_cast<size_t>((place - kPlaces) / 2)];
+            return place == place_of_expert((place - kPlaces) / 2, of_down) ? expert.down : expert.gate_up;
+        }
         Products* const places[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
         return *places[place];
     }
@@ -541,7 +570,8 @@ class BoundDecoder {
     }
 
     LowRanks& low_ranks(int adapter, int64_t layer, int place) {
-        return decoder_.adapters[static_cast<size_t>(adapter)].places[static_cast<size_t>(layer * kPlaces + place)];
+        DecodeAdapter& found = decoder_.adapters[static_cast<size_t>(adapter)];
+        return found.layers[static_cast<size_t>(layer)][static_cast<size_t>(place)];
     }
 
     Decoder decoder_;
@@ -626,8 +656,9 @@ NB_MODULE(_native, module) {
                     "y[rows, width] = bias + a sum of products, rounded once.\n\n"
                     "A term is x Wᵀ, or with `gradient` x W, for a W[rows, columns]; `stride` and `step` lead to x's "
                     "next row and value.")
-        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t>(), "isa"_a, "rows"_a, "width"_a,
-             "type"_a, "y_type"_a, "bias"_a, "y"_a, "y_stride"_a, "A sum without terms; `type` is that of every x.")
+        .def(nb::init<int, int64_t, int64_t, int, int, Address, Address, int64_t, bool>(), "isa"_a, "rows"_a, "width"_a,
+             "type"_a, "y_type"_a, "bias"_a, "y"_a, "y_stride"_a, "as_many"_a,
+             "A sum without terms; `type` is that of every x.")
         .def("add_weight", &Sum::add_weight, "x"_a, "stride"_a, "step"_a, "gradient"_a, "packed"_a, "code"_a,
              "absmax"_a, "nested_absmax"_a, "nested_code"_a, "nested_blocksize"_a, "offset"_a, "blocksize"_a, "rows"_a,
              "columns"_a, "Add a term with a 4-bit weight, given as to dequantize_4bit.")
@@ -663,6 +694,9 @@ NB_MODULE(_native, module) {
         .def("add_layer", &BoundDecoder::add_layer, "norms"_a, "whole_norms"_a, "window"_a, "angles"_a,
              "Add a layer. Norms: before and after attention, before and after the MLP, of queries, of keys; each "
              "None or\nfp32 weight, eps, rounded, centered. `window` 0: none; `angles` -1: none.")
+        .def("set_mixture", &BoundDecoder::set_mixture, "experts"_a, "chosen"_a, "sigmoid"_a, "normalized"_a,
+             "factor"_a, "bias"_a, "groups"_a, "groups_kept"_a, "shared"_a, "shared_gate"_a,
+             "Give the last layer a mixture of so many experts, the shared one included.")
         .def("set_last_norm", &BoundDecoder::set_last_norm, "norm"_a.none(), "The norm before the head.")
         .def("add_weight", &BoundDecoder::add_weight, "place"_a, "packed"_a, "code"_a, "absmax"_a, "nested_absmax"_a,
              "nested_code"_a, "nested_blocksize"_a, "offset"_a, "blocksize"_a, "rows"_a, "columns"_a,

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "parallel.h"
 #include "rows.h"
@@ -20,9 +21,18 @@ int64_t size_of(Type type) { return type == Type::fp32 ? 4 : 2; }
 struct Group {
     int64_t first, count;
 };
+using Groups = std::vector<Group>;
 
-std::vector<Group> groups_of(int64_t first, int64_t end, int64_t most) {
-    std::vector<Group> groups;
+// Rows that take one expert, with one adapter or none (-1).
+struct Slot {
+    int64_t expert;
+    int adapter;
+    Groups rows;       // one group
+    int64_t up, down;  // items before those of this slot
+};
+
+Groups groups_of(int64_t first, int64_t end, int64_t most) {
+    Groups groups;
     for (; first < end; first += most) groups.push_back({first, std::min(most, end - first)});
     return groups;
 }
@@ -82,6 +92,7 @@ class DecodeStep : public Phases {
             if (adapter < 0) continue;
             for (const Group& group : groups_of(first, end, few_.rows)) adapted_.push_back({adapter, group});
         }
+        for (const DecodeLayer& layer : d_.layers) most_taken_ = std::max(most_taken_, layer.mixture.taken());
         for (const DecodeRow& one : rows_) chunks_ = std::max(chunks_, parts(one.position + 1, kChunkOfPages));
         lay_out();
         count_items();
@@ -105,9 +116,12 @@ class DecodeStep : public Phases {
             case 3: return gather(layer, item);
             case 4: return products(layer.o, l, of_o, item);
             case 5: return after_attention(layer, l, item);
-            case 6: return products(layer.gate_up, l, of_gate_up, item);
-            case 7: return activate(layer, l, item);
-            case 8: return products(layer.down, l, of_down, item);
+            case 6: return strips_of_item(layer.mixture.router, groups_, item, sums_, widest_);
+            case 7: return choose(layer.mixture, l);
+            case 8:
+                return mixes(layer) ? expert(layer, l, of_gate_up, item) : products(layer.gate_up, l, of_gate_up, item);
+            case 9: return mixes(layer) ? activate_expert(layer, l, item) : activate(layer, l, item);
+            case 10: return mixes(layer) ? expert(layer, l, of_down, item) : products(layer.down, l, of_down, item);
             default: return after_mlp(layer, l, item);
         }
     }
@@ -119,16 +133,23 @@ class DecodeStep : public Phases {
 
     // Memory of the step.
     void lay_out() {
-        int64_t deepest = 0, widest = 0, most_rank = 1;
+        int64_t deepest = d_.head.depth, widest = 0, most_rank = 1;
+        const auto holds = [&](const Products& p) {
+            deepest = std::max(deepest, p.depth);
+            widest = std::max(widest, p.width);
+        };
         for (const DecodeLayer& layer : d_.layers) {
-            for (const Products* p : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
-                deepest = std::max(deepest, p->depth);
-                widest = std::max(widest, p->width);
+            for (const Products* p : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) holds(*p);
+            holds(layer.mixture.router);
+            for (const Expert& one : layer.mixture.experts) {
+                holds(one.gate_up);
+                holds(one.down);
             }
         }
-        deepest = std::max(deepest, d_.head.depth);
         for (const DecodeAdapter& adapter : d_.adapters) {
-            for (const LowRanks& place : adapter.places) most_rank = std::max(most_rank, place.rank);
+            for (const auto& places : adapter.layers) {
+                for (const LowRanks& place : places) most_rank = std::max(most_rank, place.rank);
+            }
         }
         deepest_ = deepest;
         widest_ = widest;
@@ -136,15 +157,16 @@ class DecodeStep : public Phases {
         const Arrangement any(few_, false);
         const int64_t arranged = any.bytes(1, deepest) + 64;
         const int64_t partial = chunks_ * s_.heads * (s_.size + 2);
+        const int64_t taken = count_ * most_taken_;
         const int64_t bytes[] = {
             count_ * s_.width * 4,            // h
-            count_ * widest * 4,              // sums
-            count_ * widest * 4,              // finished
-            count_ * deepest * size_,         // x
-            count_ * arranged,                // x for 4-bit factors
-            count_ * arranged,                // x for other factors
-            count_ * arranged,                // x for adapters
-            count_ * most_rank * 4,           // u
+            taken * widest * 4,               // sums
+            taken * widest * 4,               // finished
+            taken * deepest * size_,          // x
+            taken * arranged,                 // x for 4-bit factors
+            taken * arranged,                 // x for other factors
+            taken * arranged,                 // x for adapters
+            taken * most_rank * 4,            // u
             count_ * s_.heads * s_.size * 4,  // q
             count_ * partial * 4,             // attention
         };
@@ -172,7 +194,7 @@ class DecodeStep : public Phases {
     void count_items() {
         items_.push_back(count_);
         for (const DecodeLayer& layer : d_.layers) {
-            const size_t l = static_cast<size_t>(&layer - d_.layers.data());
+            const int64_t l = &layer - d_.layers.data();
             const bool whole = whole_norms(layer);
             items_.push_back(product_items(layer.qkv, l, of_qkv));
             items_.push_back(whole ? count_ : count_ * (s_.heads + 2 * s_.kv_heads));
@@ -180,14 +202,26 @@ class DecodeStep : public Phases {
             items_.push_back(count_);
             items_.push_back(product_items(layer.o, l, of_o));
             items_.push_back(count_);
-            items_.push_back(product_items(layer.gate_up, l, of_gate_up));
-            items_.push_back(count_ * inner_parts());
-            items_.push_back(product_items(layer.down, l, of_down));
+            if (mixes(layer)) {
+                items_.push_back(factor_items(layer.mixture.router));
+                items_.push_back(1);
+                items_.push_back(0);  // known when the experts are chosen
+                items_.push_back(count_ * layer.mixture.taken() * most_stretches(layer.mixture));
+                items_.push_back(0);
+            } else {
+                items_.push_back(0);
+                items_.push_back(0);
+                items_.push_back(product_items(layer.gate_up, l, of_gate_up));
+                items_.push_back(count_ * stretches(layer.down.depth));
+                items_.push_back(product_items(layer.down, l, of_down));
+            }
             items_.push_back(count_);
         }
         items_.push_back(count_);
-        items_.push_back(product_items(d_.head, 0, kPlaces));
+        items_.push_back(factor_items(d_.head));
     }
+
+    static bool mixes(const DecodeLayer& layer) { return !layer.mixture.experts.empty(); }
 
     // --- products -------------------------------------------------------------------------------------------------
 
@@ -205,50 +239,55 @@ class DecodeStep : public Phases {
         return std::max(int64_t{1}, std::min(enough, strips / (4 * threads_)));
     }
 
-    int64_t product_items(const Products& p, size_t layer, int place) const {
+    static int64_t all_strips(const Products& p) {
         int64_t strips = 0;
         for (const Factor& factor : p.factors) strips += parts(factor.width(), kStrip);
-        int64_t items = parts(strips, strips_of_item(p));
-        if (place == kPlaces) return items;
+        return strips;
+    }
+
+    int64_t factor_items(const Products& p) const { return parts(all_strips(p), strips_of_item(p)); }
+
+    int64_t product_items(const Products& p, int64_t layer, int place) const {
+        int64_t items = factor_items(p);
         for (const auto& [adapter, group] : adapted_) items += parts(low_ranks(adapter, layer, place).rank, kStrip);
         return items;
     }
 
-    const LowRanks& low_ranks(int adapter, size_t layer, int place) const {
-        return d_.adapters[static_cast<size_t>(adapter)].places[layer * kPlaces + static_cast<size_t>(place)];
+    const LowRanks& low_ranks(int adapter, int64_t layer, int place) const {
+        return d_.adapters[static_cast<size_t>(adapter)].of(layer, place);
     }
 
-    void products(const Products& p, int64_t layer, Place place, int64_t item) {
-        int64_t strips = 0;
-        for (const Factor& factor : p.factors) strips += parts(factor.width(), kStrip);
-        const int64_t each = strips_of_item(p), items = parts(strips, each);
-        if (item < items) return strips_of(p, item * each, std::min(strips, (item + 1) * each), sums_, widest_);
+    void products(const Products& p, int64_t layer, Place place, int64_t item) const {
+        const int64_t items = factor_items(p);
+        if (item < items) return strips_of_item(p, groups_, item, sums_, widest_);
         item -= items;
         for (const auto& [adapter, group] : adapted_) {
-            const LowRanks& low = low_ranks(adapter, static_cast<size_t>(layer), place);
+            const LowRanks& low = low_ranks(adapter, layer, place);
             const int64_t n = parts(low.rank, kStrip);
             if (item < n) return low_rank(p, low, group, item * kStrip);
             item -= n;
         }
     }
 
-    // The strips [first, last) of all factors, for all rows.
-    void strips_of(const Products& p, int64_t first, int64_t last, float* out, int64_t stride) const {
+    // The strips of an item, of all factors one after the other, for all rows.
+    void strips_of_item(const Products& p, const Groups& rows, int64_t item, float* out, int64_t stride) const {
+        const int64_t each = strips_of_item(p), first = item * each, last = std::min(all_strips(p), first + each);
         int64_t begin = 0, column = 0;  // of this factor
         for (const Factor& factor : p.factors) {
             const int64_t strips = parts(factor.width(), kStrip);
             for (int64_t s = std::max(first - begin, int64_t{0}); s < std::min(last - begin, strips); ++s) {
-                strip(factor, s * kStrip, column, p.depth, out, stride);
+                strip(factor, rows, s * kStrip, column, p.depth, out, stride);
             }
             begin += strips;
             column += factor.width();
         }
     }
 
-    void strip(const Factor& factor, int64_t from, int64_t column, int64_t depth, float* out, int64_t stride) const {
+    void strip(const Factor& factor, const Groups& rows, int64_t from, int64_t column, int64_t depth, float* out,
+               int64_t stride) const {
         alignas(64) float sums[16 * kStrip + 16];
         const int64_t columns = std::min(kStrip, factor.width() - from);
-        for (const Group& group : groups_) {
+        for (const Group& group : rows) {
             const char* const x = (factor.kind == Factor::four_bits ? codes_ : bytes_) + place_of(group.first, depth);
             switch (factor.kind) {
                 case Factor::four_bits: few_.dot(factor.weight_4bit, from, columns, x, group.count, sums); break;
@@ -278,32 +317,49 @@ class DecodeStep : public Phases {
 
     // Bring the values [begin, end) of row i of x into the orders that the products of `p` read.
     void arrange(const Products& p, int64_t i, int64_t begin, int64_t end) const {
-        bool codes = false, bytes = false;
-        for (const Factor& factor : p.factors) (factor.kind == Factor::four_bits ? codes : bytes) = true;
         const char* const x = x_ + i * deepest_ * size_;
-        const auto put = [&](bool as_codes, const Group& group, char* out) {
-            const Arrangement order(few_, as_codes);
-            order.put(x, size_, begin, end, p.depth, i - group.first, group.count,
-                      out + place_of(group.first, p.depth));
-        };
-        const Group& group = groups_[static_cast<size_t>(i / few_.rows)];
-        if (codes) put(true, group, codes_);
-        if (bytes) put(false, group, bytes_);
+        put(p, x, begin, end, i, groups_[static_cast<size_t>(i / few_.rows)]);
         if (row(i).adapter < 0 || &p == &d_.head) return;
         for (const auto& [adapter, mine] : adapted_) {
-            if (i >= mine.first && i < mine.first + mine.count) put(false, mine, adapters_);
+            if (i >= mine.first && i < mine.first + mine.count) put_for_adapter(p, x, begin, end, i, mine);
         }
     }
 
+    // The same of row i of those that take experts, out of x.
+    void arrange_taken(const Products& p, const char* x, int64_t i, int64_t begin, int64_t end) const {
+        const Slot& slot = slot_of(i);
+        put(p, x, begin, end, i, slot.rows[0]);
+        if (slot.adapter >= 0) put_for_adapter(p, x, begin, end, i, slot.rows[0]);
+    }
+
+    void put(const Products& p, const char* x, int64_t begin, int64_t end, int64_t i, const Group& group) const {
+        bool codes = false, bytes = false;
+        for (const Factor& factor : p.factors) (factor.kind == Factor::four_bits ? codes : bytes) = true;
+        if (codes) put(true, p.depth, x, begin, end, i, group, codes_);
+        if (bytes) put(false, p.depth, x, begin, end, i, group, bytes_);
+    }
+
+    void put_for_adapter(const Products& p, const char* x, int64_t begin, int64_t end, int64_t i,
+                         const Group& group) const {
+        put(false, p.depth, x, begin, end, i, group, adapters_);
+    }
+
+    void put(bool as_codes, int64_t depth, const char* x, int64_t begin, int64_t end, int64_t i, const Group& group,
+             char* out) const {
+        const Arrangement order(few_, as_codes);
+        order.put(x, size_, begin, end, depth, i - group.first, group.count, out + place_of(group.first, depth));
+    }
+
     // The columns [first, last) of row i, with what its adapter adds and the bias; to `finished_`.
-    float* finish(const Products& p, int64_t layer, Place place, int64_t i, int64_t first, int64_t last) const {
+    float* finish(const Products& p, int adapter, int64_t layer, int place, int64_t i, int64_t first,
+                  int64_t last) const {
         const float* const sums = sums_ + i * widest_;
         float* const out = finished_ + i * widest_;
-        if (row(i).adapter < 0) {
+        if (adapter < 0) {
             finish_part(p, nullptr, nullptr, 0, p.width, sums, out, first, last);
             return out;
         }
-        const LowRanks& low = low_ranks(row(i).adapter, static_cast<size_t>(layer), place);
+        const LowRanks& low = low_ranks(adapter, layer, place);
         const float* u = u_ + i * most_rank_;
         int64_t done = first;
         for (const LowRankPart& part : low.parts) {
@@ -317,6 +373,10 @@ class DecodeStep : public Phases {
         }
         if (done < last) finish_part(p, nullptr, nullptr, 0, p.width, sums, out, done, last);
         return out;
+    }
+
+    float* finish(const Products& p, int64_t layer, Place place, int64_t i, int64_t first, int64_t last) const {
+        return finish(p, row(i).adapter, layer, place, i, first, last);
     }
 
     // [first, last) of the columns that begin at `from`.
@@ -480,25 +540,188 @@ class DecodeStep : public Phases {
     void after_attention(const DecodeLayer& layer, int64_t l, int64_t i) const {
         add(layer.o, layer.after_attention, l, of_o, i);
         normalize(layer.before_mlp, i);
-        arrange(layer.gate_up, i, 0, layer.gate_up.depth);
+        const Products& next = mixes(layer) ? layer.mixture.router : layer.gate_up;
+        arrange(next, i, 0, next.depth);
     }
 
     void after_mlp(const DecodeLayer& layer, int64_t l, int64_t i) const {
-        add(layer.down, layer.after_mlp, l, of_down, i);
+        mixes(layer) ? add_experts(layer, l, i) : add(layer.down, layer.after_mlp, l, of_down, i);
         if (&layer != &d_.layers.back()) enter(*(&layer + 1), i);
     }
 
-    int64_t inner_parts() const { return parts(s_.inner, Arrangement(few_, false).stretch()); }
+    int64_t stretches(int64_t depth) const { return parts(depth, Arrangement(few_, false).stretch()); }
 
     // A stretch of the inner values of a row.
     void activate(const DecodeLayer& layer, int64_t l, int64_t item) const {
-        const int64_t i = item / inner_parts(), stretch = Arrangement(few_, false).stretch();
-        const int64_t begin = item % inner_parts() * stretch, end = std::min(begin + stretch, s_.inner);
-        finish(layer.gate_up, l, of_gate_up, i, begin, end);
-        const float* const y = finish(layer.gate_up, l, of_gate_up, i, s_.inner + begin, s_.inner + end);
-        char* const x = x_ + (i * deepest_ + begin) * size_;
-        kernels_.gated[s_.activation](y + begin, y + s_.inner + begin, end - begin, x);
+        const int64_t inner = layer.down.depth, i = item / stretches(inner), at = item % stretches(inner);
+        const auto [begin, end] = activated(layer.gate_up, row(i).adapter, l, of_gate_up, i, inner, at);
         arrange(layer.down, i, begin, end);
+    }
+
+    // Put f(g) u of a stretch of row i into x; return which values these are.
+    std::pair<int64_t, int64_t> activated(const Products& p, int adapter, int64_t l, int place, int64_t i,
+                                          int64_t inner, int64_t stretch_number) const {
+        const int64_t stretch = Arrangement(few_, false).stretch();
+        const int64_t begin = stretch_number * stretch, end = std::min(begin + stretch, inner);
+        finish(p, adapter, l, place, i, begin, end);
+        const float* const y = finish(p, adapter, l, place, i, inner + begin, inner + end);
+        char* const x = x_ + (i * deepest_ + begin) * size_;
+        kernels_.gated[s_.activation](y + begin, y + inner + begin, end - begin, x);
+        return {begin, end};
+    }
+
+    // --- experts --------------------------------------------------------------------------------------------------
+
+    const Slot& slot_of(int64_t taken) const { return slots_[slot_of_taken_[static_cast<size_t>(taken)]]; }
+
+    int64_t most_stretches(const Mixture& mixture) const {
+        int64_t most = 0;
+        for (const Expert& one : mixture.experts) most = std::max(most, stretches(one.down.depth));
+        return most;
+    }
+
+    // The experts of every row, in the order of the experts, and the rows' x for them.
+    void choose(const Mixture& m, int64_t l) {
+        const int64_t taken = m.taken();
+        takes_.clear();
+        shares_.resize(static_cast<size_t>(count_ * taken));
+        for (int64_t i = 0; i < count_; ++i) {
+            const float* const logits = finish(m.router, -1, l, 0, i, 0, m.router.width);
+            float* const shares = shares_.data() + i * taken;
+            choose_of(m, logits, i, shares);
+            if (!m.shared) continue;
+            takes_.push_back({m.routed(), row(i).adapter, i, m.chosen});
+            shares[m.chosen] = m.shared_gate ? 1.0f / (1.0f + std::exp(-logits[m.routed()])) : 1.0f;
+        }
+        std::sort(takes_.begin(), takes_.end(), [](const Take& a, const Take& b) {
+            return std::tie(a.expert, a.adapter, a.row) < std::tie(b.expert, b.adapter, b.row);
+        });
+        taken_at_.resize(takes_.size());
+        slot_of_taken_.resize(takes_.size());
+        slots_.clear();
+        int64_t up = 0, down = 0;
+        const int64_t n = static_cast<int64_t>(takes_.size());
+        for (int64_t first = 0, end; first < n; first = end) {
+            const Take& begun = takes_[static_cast<size_t>(first)];
+            const auto same = [&](const Take& t) { return t.expert == begun.expert && t.adapter == begun.adapter; };
+            for (end = first + 1; end < n && end - first < few_.rows && same(takes_[static_cast<size_t>(end)]);) ++end;
+            const Expert& one = m.experts[static_cast<size_t>(begun.expert)];
+            slots_.push_back({begun.expert, begun.adapter, {{first, end - first}}, up, down});
+            up += expert_items(one.gate_up, l, begun, of_gate_up);
+            down += expert_items(one.down, l, begun, of_down);
+            for (int64_t s = first; s < end; ++s) {
+                const Take& take = takes_[static_cast<size_t>(s)];
+                taken_at_[static_cast<size_t>(take.row * taken + take.place)] = s;
+                slot_of_taken_[static_cast<size_t>(s)] = slots_.size() - 1;
+                arrange_taken(one.gate_up, x_ + take.row * deepest_ * size_, s, 0, one.gate_up.depth);
+            }
+        }
+        items_[static_cast<size_t>(l * kPhases + 9)] = up;
+        items_[static_cast<size_t>(l * kPhases + 11)] = down;
+    }
+
+    void choose_of(const Mixture& m, const float* logits, int64_t i, float* shares) {
+        const int64_t n = m.routed();
+        scores_.resize(static_cast<size_t>(n));
+        wanted_.resize(static_cast<size_t>(n));
+        gone_.assign(static_cast<size_t>(n), false);
+        const float highest = *std::max_element(logits, logits + n);
+        float total = 0.0f;
+        for (int64_t e = 0; e < n; ++e) {
+            const size_t at = static_cast<size_t>(e);
+            scores_[at] = m.sigmoid ? 1.0f / (1.0f + std::exp(-logits[e])) : std::exp(logits[e] - highest);
+            total += scores_[at];
+        }
+        for (size_t e = 0; e < scores_.size(); ++e) {
+            if (!m.sigmoid) scores_[e] /= total;
+            wanted_[e] = scores_[e] + (m.bias ? m.bias[e] : 0.0f);
+        }
+        if (m.groups > 1) keep_groups(m);
+        float sum = 0.0f;
+        for (int64_t k = 0; k < m.chosen; ++k) {
+            size_t best = 0;
+            while (gone_[best]) ++best;
+            for (size_t e = best + 1; e < wanted_.size(); ++e) {
+                if (!gone_[e] && wanted_[e] > wanted_[best]) best = e;
+            }
+            gone_[best] = true;
+            shares[k] = scores_[best];
+            sum += scores_[best];
+            takes_.push_back({static_cast<int64_t>(best), row(i).adapter, i, k});
+        }
+        for (int64_t k = 0; k < m.chosen; ++k) shares[k] *= m.factor / (m.normalized ? sum : 1.0f);
+    }
+
+    // Let go of all groups but those whose two highest sum to the most.
+    void keep_groups(const Mixture& m) {
+        const size_t groups = static_cast<size_t>(m.groups), size = wanted_.size() / groups;
+        std::vector<std::pair<float, size_t>> sums;
+        for (size_t g = 0; g < groups; ++g) {
+            float highest = -INFINITY, second = size > 1 ? -INFINITY : 0.0f;
+            for (size_t e = g * size; e < (g + 1) * size; ++e) {
+                second = size > 1 ? std::max(second, std::min(highest, wanted_[e])) : second;
+                highest = std::max(highest, wanted_[e]);
+            }
+            sums.emplace_back(highest + second, g);
+        }
+        std::stable_sort(sums.begin(), sums.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+        for (size_t k = static_cast<size_t>(m.groups_kept); k < groups; ++k) {
+            std::fill_n(gone_.begin() + static_cast<int64_t>(sums[k].second * size), size, true);
+        }
+    }
+
+    struct Take {
+        int64_t expert;
+        int adapter;
+        int64_t row, place;  // among the row's experts
+    };
+
+    int64_t expert_items(const Products& p, int64_t l, const Take& take, Place place) const {
+        if (take.adapter < 0) return factor_items(p);
+        const LowRanks& low = low_ranks(take.adapter, l, place_of_expert(take.expert, place));
+        return factor_items(p) + parts(low.rank, kStrip);
+    }
+
+    void expert(const DecodeLayer& layer, int64_t l, Place place, int64_t item) const {
+        const auto first = [&](const Slot& slot) { return place == of_down ? slot.down : slot.up; };
+        const auto after = std::upper_bound(slots_.begin(), slots_.end(), item,
+                                            [&](int64_t value, const Slot& slot) { return value < first(slot); });
+        const Slot& slot = *(after - 1);
+        const Expert& one = layer.mixture.experts[static_cast<size_t>(slot.expert)];
+        const Products& p = place == of_down ? one.down : one.gate_up;
+        item -= first(slot);
+        const int64_t items = factor_items(p);
+        if (item < items) return strips_of_item(p, slot.rows, item, sums_, widest_);
+        const LowRanks& low = low_ranks(slot.adapter, l, place_of_expert(slot.expert, place));
+        low_rank(p, low, slot.rows[0], (item - items) * kStrip);
+    }
+
+    void activate_expert(const DecodeLayer& layer, int64_t l, int64_t item) const {
+        const int64_t most = most_stretches(layer.mixture), s = item / most, stretch = item % most;
+        const Slot& slot = slot_of(s);
+        const Expert& one = layer.mixture.experts[static_cast<size_t>(slot.expert)];
+        if (stretch >= stretches(one.down.depth)) return;
+        const int place = place_of_expert(slot.expert, of_gate_up);
+        const auto [begin, end] = activated(one.gate_up, slot.adapter, l, place, s, one.down.depth, stretch);
+        arrange_taken(one.down, x_ + s * deepest_ * size_, s, begin, end);
+    }
+
+    // h += N(the sum of what the row's experts give, each by its share)
+    void add_experts(const DecodeLayer& layer, int64_t l, int64_t i) const {
+        const int64_t taken = layer.mixture.taken();
+        float* sum = nullptr;
+        for (int64_t k = 0; k < taken; ++k) {
+            const int64_t s = taken_at_[static_cast<size_t>(i * taken + k)];
+            const Slot& slot = slot_of(s);
+            const Products& down = layer.mixture.experts[static_cast<size_t>(slot.expert)].down;
+            const int place = place_of_expert(slot.expert, of_down);
+            float* const y = finish(down, slot.adapter, l, place, s, 0, s_.width);
+            const float share = shares_[static_cast<size_t>(i * taken + k)];
+            for (int64_t c = 0; c < s_.width; ++c) y[c] = share * y[c] + (sum ? sum[c] : 0.0f);
+            sum = y;
+        }
+        if (layer.after_mlp.there) kernels_.norm_in_place(layer.after_mlp, sum, s_.width);
+        kernels_.add(h_ + i * s_.width, sum, s_.width);
     }
 
     void last(int64_t i) const {
@@ -507,11 +730,9 @@ class DecodeStep : public Phases {
     }
 
     void logits(int64_t item) const {
-        int64_t strips = 0;
-        for (const Factor& factor : d_.head.factors) strips += parts(factor.width(), kStrip);
-        const int64_t each = strips_of_item(d_.head), first = item * each;
+        const int64_t strips = all_strips(d_.head), each = strips_of_item(d_.head), first = item * each;
         const int64_t end = std::min(strips, first + each);
-        strips_of(d_.head, first, end, logits_, s_.vocabulary);
+        strips_of_item(d_.head, groups_, item, logits_, s_.vocabulary);
         const int64_t begin = first * kStrip, columns = std::min(end * kStrip, s_.vocabulary) - begin;
         for (int64_t i = 0; i < count_; ++i) {
             float* const z = logits_ + i * s_.vocabulary + begin;
@@ -535,10 +756,20 @@ class DecodeStep : public Phases {
     const DecodeKernels& kernels_;
     const CacheKernels& cache_;
     const int64_t size_;
-    std::vector<Group> groups_;
+    Groups groups_;
     std::vector<std::pair<int, Group>> adapted_;
     std::vector<int64_t> items_;
-    int64_t chunks_ = 1, deepest_ = 0, widest_ = 0, most_rank_ = 1;
+    int64_t chunks_ = 1, deepest_ = 0, widest_ = 0, most_rank_ = 1, most_taken_ = 1;
+
+    // Of the mixture at hand: all pairs of row and expert in the order of the experts, what each counts by row, where
+    // each is, and the groups of them.
+    std::vector<Take> takes_;
+    std::vector<float> shares_, scores_, wanted_;
+    std::vector<bool> gone_;
+    std::vector<int64_t> taken_at_;
+    std::vector<size_t> slot_of_taken_;
+    std::vector<Slot> slots_;
+
     float *h_, *sums_, *finished_, *u_, *q_, *partial_;
     char *x_, *codes_, *bytes_, *adapters_;
 };

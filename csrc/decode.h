@@ -7,10 +7,11 @@
 //     x = N(h);  q, k, v = x Wᵀ;  q, k = rotary(N(q)), rotary(N(k));  k, v to the cache;  a = attention(q)
 //     h = h + N(a Woᵀ);  x = N(h);  g, u = x Wᵀ;  h = h + N((f(g) u) Wdᵀ)
 //
-// and at the end logits = N(h) Whᵀ. Each product may have a low-rank part of its row's own adapter (LoRA, DoRA).
-// Products read the storage type of the model and sum in fp32 (matmul.h, few rows); h and all that lies between
-// products is fp32, so that less is rounded than in the training forward. Each row's result is bitwise the same
-// whatever the other rows are, and for any number of threads.
+// and at the end logits = N(h) Whᵀ. In the place of g, u and f(g) u Wdᵀ a layer may have a mixture of experts, some of
+// which a router chooses for each row: their results are summed by what it gives them. Each product but the router's
+// may have a low-rank part of its row's own adapter (LoRA, DoRA). Products read the storage type of the model and sum
+// in fp32 (matmul.h, few rows); h and all that lies between products is fp32, so that less is rounded than in the
+// training forward. Each row's result is bitwise the same whatever the other rows are, and for any number of threads.
 //
 // The cache is pages of kPage positions that a row has a table of; a page holds all layers and heads, keys with the
 // positions of a value next to each other (a score is then a sum of vectors), values with the values of a position.
@@ -63,18 +64,49 @@ struct LowRanks {
     std::vector<LowRankPart> parts;
 };
 
+// An MLP.
+struct Expert {
+    Products gate_up, down;
+};
+
+// Which experts a row takes, and what they count: the `chosen` with the highest scores, which are the softmax or the
+// sigmoid of the router's logits. For choosing, `bias` is added, and only the `groups_kept` of `groups` equal groups
+// take part whose two highest sum to the most. Scores may be divided by their sum, and are multiplied by `factor`.
+struct Mixture {
+    Products router;  // a score for each expert that is chosen, and for the one that is not, `shared_gate`, one more
+    bool sigmoid = false, normalized = false;
+    float factor = 1.0f;
+    const float* bias = nullptr;
+    int64_t chosen = 0, groups = 1, groups_kept = 1;
+    std::vector<Expert> experts;
+    bool shared = false;       // whether the last of the experts is one that all rows take
+    bool shared_gate = false;  // for the sigmoid of what the router says of it, not for 1
+
+    int64_t routed() const { return static_cast<int64_t>(experts.size()) - shared; }
+    int64_t taken() const { return chosen + shared; }
+};
+
 struct DecodeLayer {
     DecodeNorm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
     Products qkv, o, gate_up, down;
+    Mixture mixture;           // without experts: none
     bool whole_norms = false;  // of queries and keys: over all heads together
     int64_t window = 0;        // 0: none
     int64_t angles = -1;       // which table; -1: no rotary embedding
 };
 
+// Of a layer; after them come, for each expert of its mixture, its gate_up and its down.
 enum Place : int { of_qkv, of_o, of_gate_up, of_down, kPlaces };
+inline int place_of_expert(int64_t expert, Place place) {
+    return static_cast<int>(2 * expert) + kPlaces + (place == of_down);
+}
 
 struct DecodeAdapter {
-    std::vector<LowRanks> places;  // kPlaces a layer
+    std::vector<std::vector<LowRanks>> layers;  // by place
+
+    const LowRanks& of(int64_t layer, int place) const {
+        return layers[static_cast<size_t>(layer)][static_cast<size_t>(place)];
+    }
 };
 
 // Cosines and sines: `size` fp32 values a position.
@@ -86,7 +118,7 @@ struct Angles {
 struct DecoderShape {
     Type type;
     int cache;  // index into CacheKernels
-    int64_t width, heads, kv_heads, size, inner, vocabulary;
+    int64_t width, heads, kv_heads, size, vocabulary;
     int activation;
     float scale, cap;  // of scores
     float embedding_factor, logit_factor, logit_cap;
@@ -114,7 +146,7 @@ class Decoder {
 
     // Of each kind of phase the processor time of all steps, in and between items: the embedding, the kPhases of a
     // layer, the last norm, the head. Taken while `profiles`.
-    static constexpr int kPhases = 10;
+    static constexpr int kPhases = 12;
     struct Times {
         int64_t working = 0, waiting = 0;
     };

@@ -56,7 +56,7 @@ class Product {
           per_lane_(k_.pairs ? 2 : 1),
           size_(size_of(a_.type)),
           y_size_(size_of(a_.y_type)),
-          few_(a_.rows <= k_.few->rows && dots(*a_.terms)),
+          few_(!a_.as_many && a_.rows <= k_.few->rows && dots(*a_.terms)),
           tiled_(k_.pack && !few_ && a_.width > kStrip && depth() > 0),
           strip_(few_ && a_.count == 1 ? kFewStrip
                  : tiled_              ? kStrip * panels_at_once()

@@ -196,9 +196,10 @@ struct Matmul {
     int64_t rows, width;
     Term* terms;
     int count;
-    const void* bias;  // width values, or null
-    void* y;           // out: rows x width values
-    int64_t y_stride;  // values from one row of y to the next
+    const void* bias;      // width values, or null
+    void* y;               // out: rows x width values
+    int64_t y_stride;      // values from one row of y to the next
+    bool as_many = false;  // whether few rows are summed in the order of many
 };
 
 // All of them in one parallel region. Left factors whose rows are scattered (a step that is not 1) are replaced by

@@ -112,7 +112,7 @@ class Sum:
     """
 
     def __init__(
-        self, isa: int, rows: int, width: int, type: int, y_type: int, bias: int, y: int, y_stride: int
+        self, isa: int, rows: int, width: int, type: int, y_type: int, bias: int, y: int, y_stride: int, as_many: bool
     ) -> None:
         """A sum without terms; `type` is that of every x."""
 
@@ -248,6 +248,23 @@ class Decoder:
         """
         Add a layer. Norms: before and after attention, before and after the MLP, of queries, of keys; each None or
         fp32 weight, eps, rounded, centered. `window` 0: none; `angles` -1: none.
+        """
+
+    def set_mixture(
+        self,
+        experts: int,
+        chosen: int,
+        sigmoid: bool,
+        normalized: bool,
+        factor: float,
+        bias: int,
+        groups: int,
+        groups_kept: int,
+        shared: bool,
+        shared_gate: bool,
+    ) -> None:
+        """
+        Give the last layer a mixture of so many experts, the shared one included.
         """
 
     def set_last_norm(self, norm: tuple[int, float, bool, bool] | None) -> None:

@@ -16,6 +16,8 @@ from halfbyte.generate.decoder import PAGE
 from halfbyte.generate.decoders import decoder_for
 from halfbyte.generate.native_decoder import NativeDecoder, NativeSequence
 from halfbyte.hf.layers.decoding import NotNative
+from halfbyte.hf.layers.expert_adapters import own_words
+from halfbyte.hf.layers.experts import Experts, TakeApart, is_stacked, take_apart
 from halfbyte.hf.layers.fusion import fuse
 from halfbyte.hf.layers.prepare import prepare
 from halfbyte.kernels import can_decode
@@ -29,6 +31,7 @@ SIZES: dict[str, Any] = {
     "attn_implementation": "halfbyte",
 }  # fmt: skip
 LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 70}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
 FAMILIES = {
     "Llama": lambda: t.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "Mistral": lambda: t.MistralConfig(**SIZES, sliding_window=70),
@@ -48,7 +51,18 @@ FAMILIES = {
     "Olmo2": lambda: t.Olmo2Config(**SIZES),
     "Olmo3": lambda: t.Olmo3Config(**SIZES, **LAYERS),
     "Ministral": lambda: t.MinistralConfig(**SIZES, **LAYERS, head_dim=32),
+    "Mixtral": lambda: t.MixtralConfig(**SIZES, sliding_window=70, num_local_experts=4),
+    "Qwen2Moe": lambda: t.Qwen2MoeConfig(
+        **SIZES, **EXPERTS, mlp_only_layers=[1], shared_expert_intermediate_size=256, qkv_bias=True
+    ),
+    "Qwen3Moe": lambda: t.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True, head_dim=48),
+    "Olmoe": lambda: t.OlmoeConfig(**SIZES, num_experts=9, num_experts_per_tok=8),
+    "Glm4Moe": lambda: t.Glm4MoeConfig(
+        **SIZES, moe_intermediate_size=64, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2,
+        first_k_dense_replace=1, use_qk_norm=True, head_dim=64, routed_scaling_factor=1.5,
+    ),
 }  # fmt: skip
+MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Glm4Moe")
 KINDS: dict[str, Any] = {
     "nf4": Linear4bit.from_linear,
     "plain nf4": lambda linear: Linear4bit.from_linear(linear, blocksize=128, double_quant=False),
@@ -61,6 +75,7 @@ def make(family: str = "Llama", kind: str = "nf4", dtype: torch.dtype = torch.fl
     """A random model of a family over frozen weights, fused."""
     torch.manual_seed(7)
     model = t.AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype).eval()
+    give_layers(model)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and "lm_head" not in name:
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -68,17 +83,35 @@ def make(family: str = "Llama", kind: str = "nf4", dtype: torch.dtype = torch.fl
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and ("norm" in name or "bias" in name):
             nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            nn.init.normal_(buffer, std=0.2)
     model.requires_grad_(False)
     fuse(model)
     return model
 
 
+def give_layers(model: nn.Module) -> None:
+    """Take stacks of experts apart."""
+    stacks = {path: dict(module.named_parameters()) for path, module in model.named_modules() if is_stacked(module)}
+    take_apart(model)
+    for path, values in stacks.items():
+        for stack, value in values.items():
+            first = model.get_submodule(path).layers_of[stack][0]
+            matrices = TakeApart(stack).convert({stack: value.detach()}, model, f"{path}.0.{first}.weight")
+            model.load_state_dict(matrices, strict=False, assign=True)
+
+
 def adapted(model: t.PreTrainedModel, *names: str, **options: Any) -> PeftModel:
     """A model with adapters that were trained, as far as anybody can see."""
     given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
-    peft = get_peft_model(model, LoraConfig(**given), adapter_name=names[0])
-    for number, name in enumerate(names[1:], start=1):
-        peft.add_adapter(name, LoraConfig(**given | {"r": 4 + 3 * number}))
+    has_experts = any(isinstance(module, Experts) for module in model.modules())
+    if has_experts:
+        given |= {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    with own_words():
+        peft = get_peft_model(model, LoraConfig(**given), adapter_name=names[0])
+        for number, name in enumerate(names[1:], start=1):
+            peft.add_adapter(name, LoraConfig(**given | {"r": 4 + 3 * number}))
     prepare(peft)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in peft.named_parameters():
@@ -186,6 +219,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", [*VARIANTS.values()], ids=[*VARIANTS])
 @pytest.mark.parametrize("family", ["Llama", "Phi3"])
 def test_each_row_has_its_adapter(family: str, options: dict[str, Any]) -> None:
+    check_rows(family, options)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_each_row_s_experts_have_its_adapter(family: str) -> None:
+    check_rows(family, {})
+
+
+def check_rows(family: str, options: dict[str, Any]) -> None:
     if family == "Phi3":  # which has no biases
         options = {"target_modules": ["qkv_proj", "o_proj"]} if "target_modules" in options else dict(options)
         options.pop("lora_bias", None)
@@ -208,9 +250,12 @@ def test_each_row_has_its_adapter(family: str, options: dict[str, Any]) -> None:
             assert off(rows[row], expected[name][20 + row + step]) < 1e-3
 
 
+@pytest.mark.parametrize("family", ["Qwen3", "Glm4Moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_bitwise_the_same_beside_any_others_and_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    model = adapted(make("Qwen3", dtype=dtype), "one", "two")
+def test_a_row_is_bitwise_the_same_beside_any_others_and_for_any_number_of_threads(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = adapted(make(family, dtype=dtype), "one", "two")
     decoder = NativeDecoder(model)
     threads = torch.get_num_threads()
     names = [None, "one", "two"]

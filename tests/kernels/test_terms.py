@@ -150,8 +150,8 @@ def test_sums_of_different_types_and_sizes_are_taken_together(tier: None) -> Non
             sums.append(Sum([Term(x, factor)], torch.full((rows, width), torch.nan)))
             expected.append(x.double() @ factor.double().T)
     native.matmul_sums(sums)
-    for (_, got, _), result in zip(sums, expected, strict=True):
-        torch.testing.assert_close(got.double(), result, rtol=1e-5, atol=1e-4)
+    for one, result in zip(sums, expected, strict=True):
+        torch.testing.assert_close(one.out.double(), result, rtol=1e-5, atol=1e-4)
 
 
 def test_any_number_of_terms_and_any_depth_do(tier: None) -> None:
@@ -228,3 +228,17 @@ def test_wrong_terms_are_named() -> None:
     short = Weight4bit(weight.packed[:-1], weight.statistics, weight.shape)
     with pytest.raises(ValueError, match="packed holds 19 bytes; it must hold 20"):
         kernels.matmul_sums([Sum([Term(x, short)], out)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_as_many_are_bitwise_rows_of_many(tier: None, dtype: torch.dtype) -> None:
+    if not native.multiplies():
+        pytest.skip("its products are torch's")
+    random = Random(1)
+    x, weight = random.dense(40, 640, dtype), random.weight(96, 640)
+    many = torch.empty(40, 96, dtype=torch.float32)
+    native.matmul_sums([Sum([Term(x, weight)], many)])
+    for rows in (1, 5, 16):
+        few = torch.empty(rows, 96, dtype=torch.float32)
+        native.matmul_sums([Sum([Term(x[:rows], weight)], few, as_many=True)])
+        assert torch.equal(few, many[:rows])

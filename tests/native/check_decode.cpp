@@ -80,8 +80,8 @@ class Model {
         // whatever the depth, the product has to be a multiple of 64 values
         while (heads_ * size_ % 64) ++heads_, heads_ = (heads_ + kv_heads_ - 1) / kv_heads_ * kv_heads_;
         c.note("heads", heads_);
-        const DecoderShape shape{type_,       cache_, width_, heads_, kv_heads_, size_, inner_,
-                                 vocabulary_, gelu_,  0.3f,   cap_,   1.5f,      0.5f,  5.0f};
+        const DecoderShape shape{type_, cache_, width_, heads_, kv_heads_, size_, vocabulary_,
+                                 gelu_, 0.3f,   cap_,   1.5f,   0.5f,      5.0f};
         decoder_ = std::make_unique<Decoder>(c.tier, shape);
         embedding_ = &values(c, vocabulary_ * width_, type_, 1);
         decoder_->embedding = {embedding_->buffer.data, type_, vocabulary_, width_, width_};
@@ -93,8 +93,13 @@ class Model {
             const int64_t of_heads = (heads_ + 2 * kv_heads_) * size_;
             add(c, layer.qkv, exact.qkv, of_heads, width_);
             add(c, layer.o, exact.o, width_, heads_ * size_);
-            add(c, layer.gate_up, exact.gate_up, 2 * inner_, width_);
-            add(c, layer.down, exact.down, width_, inner_);
+            if (c.note("mixes", c.random.once_in(2))) {
+                add_mixture(c, layer.mixture, exact);
+            } else {
+                exact.experts.resize(1);
+                add(c, layer.gate_up, exact.experts[0].gate_up, 2 * inner_, width_);
+                add(c, layer.down, exact.experts[0].down, width_, inner_);
+            }
             if (norms_ < 2) layer.before_attention = norm(c, width_, exact.before_attention);
             if (norms_ > 0) layer.after_attention = norm(c, width_, exact.after_attention);
             if (norms_ < 2) layer.before_mlp = norm(c, width_, exact.before_mlp);
@@ -113,8 +118,10 @@ class Model {
         sin_ = &values(c, kPositions * std::max(turned_, int64_t{1}), Type::fp32, 0.5f);
         angles_ = {{cos_->floats(), sin_->floats(), turned_}};
         DecodeAdapter& adapter = decoder_->adapters.emplace_back();
-        adapter.places.resize(static_cast<size_t>(layers_ * kPlaces));
-        for (int64_t l = 0; l < layers_; ++l) add_low_rank(c, adapter, l);
+        for (const DecodeLayer& layer : decoder_->layers) {
+            adapter.layers.emplace_back(kPlaces + 2 * layer.mixture.experts.size());
+        }
+        for (int64_t l = 0; l < layers_; ++l) add_low_ranks(c, adapter, l);
     }
 
     static constexpr int64_t kPositions = 200;
@@ -165,15 +172,14 @@ class Model {
             text.values[static_cast<size_t>(l)].push_back(kept(v));
             const Doubles attended = attend(text, static_cast<size_t>(l), q, position);
             add_to(h, normalized(layer.after_attention, product(layer.o, rounded(attended), adapted)));
-            const Doubles both = product(layer.gate_up, rounded(normalized(layer.before_mlp, h)), adapted);
-            Doubles inner;
-            for (int64_t i = 0; i < inner_; ++i) {
-                const double g = both[static_cast<size_t>(i)], u = both[static_cast<size_t>(inner_ + i)];
-                const double silu = g / (1 + std::exp(-g));
-                const double gelu = g / 2 * (1 + std::tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)));
-                inner.push_back((gelu_ ? gelu : silu) * u);
+            const Doubles x = rounded(normalized(layer.before_mlp, h));
+            const Mixture& mixture = decoder_->layers[static_cast<size_t>(l)].mixture;
+            Doubles y(static_cast<size_t>(width_), 0.0);
+            for (const auto& [expert, share] : chosen(mixture, layer, x)) {
+                const Doubles given = of_mlp(layer.experts[static_cast<size_t>(expert)], x, adapted);
+                for (size_t i = 0; i < y.size(); ++i) y[i] += share * given[i];
             }
-            add_to(h, normalized(layer.after_mlp, product(layer.down, rounded(inner), adapted)));
+            add_to(h, normalized(layer.after_mlp, y));
         }
         Doubles logits = product(head_, rounded(normalized(last_norm_, h)), false);
         for (double& z : logits) z = 5 * std::tanh(0.5 * z / 5);
@@ -196,8 +202,13 @@ class Model {
         const Values *a = nullptr, *b = nullptr, *rescale = nullptr;
         int64_t rank = 0, first = 0, part = 0;
     };
+    struct ExactMlp {
+        ExactProduct gate_up, down;
+    };
     struct ExactLayer {
-        ExactProduct qkv, o, gate_up, down;
+        ExactProduct qkv, o, router;
+        std::vector<ExactMlp> experts;  // or the one MLP
+        const Values* bias = nullptr;   // of the choice
         ExactNorm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
     };
 
@@ -238,20 +249,105 @@ class Model {
         return {true, weight.floats(), 1e-5f, exact.round, exact.centered};
     }
 
+    void add_mixture(Case& c, Mixture& m, ExactLayer& exact) {
+        m.groups = c.random.of<int64_t>({1, 1, 2, 3});
+        const int64_t routed = c.note("routed", m.groups * (1 + c.random.below(4)));
+        m.groups_kept = 1 + c.random.below(m.groups);
+        m.chosen = c.note("chosen", 1 + c.random.below(routed / m.groups * m.groups_kept));
+        m.sigmoid = c.random.once_in(2);
+        m.normalized = c.random.once_in(2);
+        m.factor = 1.3f;
+        m.shared = c.note("shared", c.random.once_in(2));
+        m.shared_gate = m.shared && c.random.once_in(2);
+        // Logits that differ: a choice that rounding tips would make another model.
+        add(c, m.router, exact.router, routed + m.shared_gate, width_);
+        exact.bias = &values(c, routed, Type::fp32, 3.0f);
+        m.bias = exact.bias->floats();
+        m.experts.resize(static_cast<size_t>(routed + m.shared));
+        exact.experts.resize(m.experts.size());
+        for (size_t e = 0; e < m.experts.size(); ++e) {
+            const int64_t inner = e == static_cast<size_t>(routed) ? inner_ + 64 : inner_;
+            add(c, m.experts[e].gate_up, exact.experts[e].gate_up, 2 * inner, width_);
+            add(c, m.experts[e].down, exact.experts[e].down, width_, inner);
+        }
+    }
+
+    // The experts of a row and what each counts; of a layer without any, its MLP.
+    std::vector<std::pair<int64_t, double>> chosen(const Mixture& m, const ExactLayer& layer, const Doubles& x) const {
+        if (m.experts.empty()) return {{0, 1.0}};
+        const Doubles logits = product(layer.router, x, false);
+        const int64_t routed = static_cast<int64_t>(m.experts.size()) - m.shared, size = routed / m.groups;
+        double total = 0;
+        for (int64_t e = 0; e < routed; ++e) total += std::exp(logits[static_cast<size_t>(e)]);
+        std::vector<std::pair<double, int64_t>> wanted;
+        Doubles score;
+        for (int64_t e = 0; e < routed; ++e) {
+            const double z = std::exp(logits[static_cast<size_t>(e)]);
+            score.push_back(m.sigmoid ? z / (1 + z) : z / total);
+            wanted.emplace_back(score.back() + (*layer.bias)[e], e);
+        }
+        std::vector<std::pair<double, int64_t>> groups;
+        for (int64_t g = 0; g < m.groups; ++g) {
+            Doubles of;
+            for (int64_t e = g * size; e < (g + 1) * size; ++e) of.push_back(wanted[static_cast<size_t>(e)].first);
+            std::sort(of.rbegin(), of.rend());
+            groups.emplace_back(size > 1 ? of[0] + of[1] : of[0], g);
+        }
+        std::sort(groups.rbegin(), groups.rend());
+        std::vector<std::pair<double, int64_t>> left;
+        for (const auto& one : wanted) {
+            for (int64_t k = 0; k < m.groups_kept; ++k) {
+                if (one.second / size == groups[static_cast<size_t>(k)].second) left.push_back(one);
+            }
+        }
+        std::sort(left.rbegin(), left.rend());
+        std::vector<std::pair<int64_t, double>> found;
+        double sum = 0;
+        for (int64_t k = 0; k < m.chosen; ++k) {
+            const int64_t e = left[static_cast<size_t>(k)].second;
+            found.emplace_back(e, score[static_cast<size_t>(e)]);
+            sum += found.back().second;
+        }
+        for (auto& one : found) one.second *= static_cast<double>(m.factor) / (m.normalized ? sum : 1);
+        if (m.shared) {
+            found.emplace_back(routed, m.shared_gate ? 1 / (1 + std::exp(-logits[static_cast<size_t>(routed)])) : 1);
+        }
+        return found;
+    }
+
+    Doubles of_mlp(const ExactMlp& mlp, const Doubles& x, bool adapted) const {
+        const Doubles both = product(mlp.gate_up, x, adapted);
+        const size_t n = both.size() / 2;
+        Doubles inner;
+        for (size_t i = 0; i < n; ++i) {
+            const double g = both[i], u = both[n + i];
+            const double silu = g / (1 + std::exp(-g));
+            const double gelu = g / 2 * (1 + std::tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)));
+            inner.push_back((gelu_ ? gelu : silu) * u);
+        }
+        return product(mlp.down, rounded(inner), adapted);
+    }
+
     // Of a random part of the columns of each place.
-    void add_low_rank(Case& c, DecodeAdapter& adapter, int64_t l) {
+    void add_low_ranks(Case& c, DecodeAdapter& adapter, int64_t l) {
         ExactLayer& layer = exact_[static_cast<size_t>(l)];
-        ExactProduct* const places[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
-        for (int64_t place = 0; place < kPlaces; ++place) {
+        std::vector<std::pair<int, ExactProduct*>> places = {{of_qkv, &layer.qkv}, {of_o, &layer.o}};
+        const bool mixes = !decoder_->layers[static_cast<size_t>(l)].mixture.experts.empty();
+        for (size_t e = 0; e < layer.experts.size(); ++e) {
+            const int64_t number = static_cast<int64_t>(e);
+            places.emplace_back(mixes ? place_of_expert(number, of_gate_up) : of_gate_up, &layer.experts[e].gate_up);
+            places.emplace_back(mixes ? place_of_expert(number, of_down) : of_down, &layer.experts[e].down);
+        }
+        for (const auto& [place, product] : places) {
             if (c.random.once_in(4)) continue;
-            ExactProduct& exact = *places[place];
+            ExactProduct& exact = *product;
             exact.first = 64 * c.random.below(exact.width / 64);
             exact.part = exact.width - exact.first;
             exact.rank = rank_;
             exact.a = &values(c, rank_ * exact.depth, type_, 1 / std::sqrt(static_cast<float>(exact.depth)));
             exact.b = &values(c, rank_ * exact.part, type_, 0.3f / std::sqrt(static_cast<float>(rank_)));
             if (c.random.once_in(2)) exact.rescale = &values(c, exact.part, Type::fp32, 0.1f, 1);
-            LowRanks& low = adapter.places[static_cast<size_t>(l * kPlaces + place)];
+            LowRanks& low = adapter.layers[static_cast<size_t>(l)][static_cast<size_t>(place)];
             low.a = exact.a->buffer.data;
             low.rank = rank_;
             low.parts.push_back({exact.first, exact.part, rank_, exact.b->buffer.data,

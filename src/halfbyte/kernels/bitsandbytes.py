@@ -133,7 +133,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     One or two terms (a projection and its adapter) are summed by the second product itself, over the narrower one
     rounded: what an adapter adds is rounded by itself, at its own size. More than two, and sums in fp32, are fp32.
     """
-    for terms, out, bias in sums:
+    for terms, out, bias, _ in sums:
         products = [_factors(x, factor, transposed) for x, factor, transposed in sorted(terms, key=_width)]
         if len(products) > 2 or out.dtype != terms[0].x.dtype:
             total = None if bias is None else bias.float().expand_as(out)

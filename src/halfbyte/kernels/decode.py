@@ -27,11 +27,13 @@ MOST_ROWS = 64
 LARGEST_HEAD = 512
 CACHES = ("float32", "bfloat16", "float16", "int8")
 """What keys and values are kept in, as the extension counts them."""
-Place = Literal["qkv", "o", "gate_up", "down"]
-PLACES: tuple[Place, ...] = ("qkv", "o", "gate_up", "down")
+Name = Literal["qkv", "o", "gate_up", "down"]
+Place = Name | tuple[int, Literal["gate_up", "down"]]
+"""Of a layer's products; those of an expert with its number."""
+MLP: tuple[Literal["gate_up", "down"], ...] = ("gate_up", "down")
 PHASES = (
-    "embedding", "qkv", "heads", "attention", "gather", "o", "after attention", "gate_up", "activation", "down",
-    "after the MLP", "last norm", "head",
+    "embedding", "qkv", "heads", "attention", "gather", "o", "after attention", "router", "choice", "gate_up",
+    "activation", "down", "after the MLP", "last norm", "head",
 )  # fmt: skip
 """What a step does one after the other, those in the middle in each layer; csrc/decode.cpp."""
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -97,14 +99,60 @@ class LowRankPart:
 
 
 @dataclass(frozen=True)
+class DecodeMLP:
+    """An MLP: ``(f(g) u) Wdᵀ``.
+
+    Attributes:
+        gate_up: gate, then up.
+        down: of their product.
+    """
+
+    gate_up: Products
+    down: Products
+
+
+@dataclass(frozen=True)
+class DecodeMixture:
+    """A mixture of experts: for each row the sum of what its experts give, each times its share.
+
+    A row takes the ``chosen`` experts of the highest scores, which are softmax or sigmoid of the router's logits.
+
+    Attributes:
+        router: a logit for each routed expert; with ``shared_gate`` one more, of the shared one.
+        chosen: experts of a row, the shared one aside.
+        experts: those that are routed, then the shared one.
+        sigmoid: whether scores are that.
+        normalized: whether shares are divided by their sum.
+        factor: of shares.
+        bias: fp32 ``[routed]``, added to scores for choosing, or None.
+        groups: of as many experts each, of which ``groups_kept`` take part: those whose two highest sum to the most.
+        groups_kept: likewise.
+        shared: whether the last expert is one that all rows take.
+        shared_gate: whether for the sigmoid of its logit, otherwise for 1.
+    """
+
+    router: Products
+    chosen: int
+    experts: Sequence[DecodeMLP]
+    sigmoid: bool = False
+    normalized: bool = True
+    factor: float = 1.0
+    bias: Tensor | None = None
+    groups: int = 1
+    groups_kept: int = 1
+    shared: bool = False
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True)
 class DecodeLayer:
     """A decoder layer; norms that a family lacks are None.
 
     Attributes:
         qkv: of queries, keys and values, in this order, heads of ``size`` values.
         o: of what was attended to.
-        gate_up: gate, then up.
-        down: of their product.
+        mlp: or None where there is a mixture.
+        mixture: or None.
         whole_norms: whether ``q_norm`` and ``k_norm`` go over all heads together.
         window: keys that a query reads, itself included, or None for all.
         angles: index of the layer's table of cosines and sines, or None for no rotation.
@@ -112,8 +160,8 @@ class DecodeLayer:
 
     qkv: Products
     o: Products
-    gate_up: Products
-    down: Products
+    mlp: DecodeMLP | None = None
+    mixture: DecodeMixture | None = None
     before_attention: DecodeNorm | None = None
     after_attention: DecodeNorm | None = None
     before_mlp: DecodeNorm | None = None
@@ -124,9 +172,20 @@ class DecodeLayer:
     window: int | None = None
     angles: int | None = None
 
+    @property
+    def places(self) -> Sequence[Place]:
+        """The places of its products."""
+        if self.mixture is None:
+            return ("qkv", "o", "gate_up", "down")
+        return ("qkv", "o", *((e, name) for e in range(len(self.mixture.experts)) for name in MLP))
+
     def of(self, place: Place) -> Products:
         """Return the products of a place."""
-        found: Products = getattr(self, place)
+        if isinstance(place, tuple):
+            assert self.mixture is not None
+            found: Products = getattr(self.mixture.experts[place[0]], place[1])
+        else:
+            found = getattr(self.mlp if place in MLP else self, place)
         return found
 
 
@@ -266,6 +325,11 @@ class Decoder:
         return out
 
 
+def products_of(layer: DecodeLayer) -> Sequence[Products]:
+    """Return all products of a layer, the router's too."""
+    return [*(layer.of(place) for place in layer.places), *([layer.mixture.router] if layer.mixture else [])]
+
+
 def _check(parts: DecoderParts, cache: str) -> None:
     def need(true: bool, what: str) -> None:
         if not true:
@@ -279,7 +343,7 @@ def _check(parts: DecoderParts, cache: str) -> None:
     need(parts.activation in ACTIVATIONS, f"the activation {parts.activation}")
     width = parts.embedding.shape[1]
     for layer in [*parts.layers, None]:
-        for products in [layer.of(place) for place in PLACES] if layer else [parts.head]:
+        for products in products_of(layer) if layer else [parts.head]:
             for weight in products.weights:
                 depth = weight.shape[1]
                 need(depth == products.depth and depth % 64 == 0, f"a weight over {depth} values; a multiple of 64")
@@ -293,7 +357,13 @@ def _check(parts: DecoderParts, cache: str) -> None:
         if layer:
             of_heads = (parts.heads + 2 * parts.kv_heads) * parts.size
             need(layer.qkv.width == of_heads and layer.o.depth == parts.heads * parts.size, "such projections")
-            need(layer.qkv.depth == layer.o.width == layer.gate_up.depth == layer.down.width == width, "such widths")
-            need(layer.gate_up.width == 2 * layer.down.depth, "such an MLP")
-    inner = {layer.down.depth for layer in parts.layers}
-    need(len(inner) == 1, "MLPs of several widths")
+            mlps = [layer.mlp] if layer.mlp else layer.mixture.experts if layer.mixture else []
+            depths = {layer.qkv.depth, layer.o.width, *(size for m in mlps for size in (m.gate_up.depth, m.down.width))}
+            need(depths == {width}, "such widths")
+            need(bool(mlps) and all(m.gate_up.width == 2 * m.down.depth for m in mlps), "such an MLP")
+            if (mixture := layer.mixture) is not None:
+                routed = len(mixture.experts) - mixture.shared
+                fits = mixture.router.depth == width and mixture.router.width == routed + mixture.shared_gate
+                need(fits, f"a router of {mixture.router.width} experts for {routed}")
+                need(routed % mixture.groups == 0, f"{mixture.groups} groups of {routed} experts")
+                need(0 < mixture.chosen <= routed // mixture.groups * mixture.groups_kept, "so many experts of a row")

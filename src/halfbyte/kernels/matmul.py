@@ -79,7 +79,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     if not sums:
         return
     device = sums[0].out.device
-    for terms, out, bias in sums:
+    for terms, out, bias, _ in sums:
         _check_sum(terms, out, bias, device)
     with _no_autocast(device):
         provider_for(device).matmul_sums(sums)

@@ -161,7 +161,7 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
 
     The factors ``R`` are rounded to the dtype of ``x``; sums are fp32 and rounded once.
     """
-    for terms, out, bias in sums:
+    for terms, out, bias, _ in sums:
         y = torch.zeros_like(out, dtype=torch.float32) if bias is None else bias.float().expand_as(out)
         for x, factor, transposed in terms:
             if isinstance(factor, WeightInt8):

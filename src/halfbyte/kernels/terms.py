@@ -30,8 +30,10 @@ class Sum(NamedTuple):
         terms: one or more, whose ``x`` have one dtype.
         out: where to write ``y``, ``[rows, width]`` of any floating dtype; contiguous rows.
         bias: ``[width]`` in the dtype of ``out``, contiguous, or None.
+        as_many: whether few rows are summed in the order of many, so that no row depends on how many there are.
     """
 
     terms: Sequence[Term]
     out: Tensor
     bias: Tensor | None = None
+    as_many: bool = False

@@ -86,9 +86,12 @@ def routes_of(chosen: Tensor, experts: int) -> Routes:
 
 
 def take_rows(x: Tensor, routes: Routes) -> Tensor:
-    """Return the token of each row, ``[rows, width]``; a projection that would keep it keeps ``x`` instead."""
+    """Return the token of each row, ``[rows, width]``; a projection that would keep it keeps ``x`` instead, or its."""
     rows: Tensor = _TakeRows.apply(x, routes)  # type: ignore[no-untyped-call]
-    return recomputed(rows, lambda x: _taken(x, routes), x)
+    source = source_of(x)
+    if source is None:
+        return recomputed(rows, lambda x: _taken(x, routes), x)
+    return recomputed(rows, lambda *kept: _taken(source.compute(*kept), routes), *source.tensors)
 
 
 def weigh_rows(x: Tensor, shares: Tensor, routes: Routes) -> Tensor:
@@ -171,6 +174,8 @@ def experts_linear(
     biases: Mapping[int, Tensor] | None = None,
     adapters: Sequence[StackedLowRank] = (),
     dropout: float = 0.0,
+    *,
+    as_many: bool = False,
 ) -> Tensor:
     """Return what each row's expert makes of it, differentiable in ``x`` and the adapters.
 
@@ -182,12 +187,13 @@ def experts_linear(
         biases: of each of these experts ``[sum of out]``, frozen, or None.
         adapters: any number, which add up.
         dropout: the probability with which a value of ``x`` is zero for the adapters; the others are scaled up.
+        as_many: whether a row's result does not depend on how many rows its expert has; few take longer then.
 
     Returns:
         ``[rows, sum of out]`` in the dtype of ``x``.
     """
     cast = None if biases is None else {e: bias.detach().to(x.dtype) for e, bias in biases.items()}
-    call = _Call(routes, weights, cast, adapters, dropout)
+    call = _Call(routes, weights, cast, adapters, dropout, as_many)
     factors = [adapter.a for adapter in adapters] + [adapter.bt for adapter in adapters]
     y: Tensor = _ExpertsLinear.apply(  # type: ignore[no-untyped-call]
         x.contiguous(), call, source_of(x), *(factor.contiguous() for factor in factors)
@@ -207,6 +213,7 @@ class _Call:
         scalings: of the adapters.
         ranks: of each adapter, where it lies among the stacked ranks.
         dropout: the probability, and ``seed``, from torch's own generator.
+        as_many: of the forward's sums.
     """
 
     def __init__(
@@ -216,7 +223,9 @@ class _Call:
         biases: Mapping[int, Tensor] | None,
         adapters: Sequence[StackedLowRank],
         dropout: float,
+        as_many: bool,
     ) -> None:
+        self.as_many = as_many
         self.bounds, self.weights, self.biases = routes.bounds, weights, biases
         some = next(iter(weights.values()))
         self.columns, self.width = _slices([weight.shape[0] for weight in some])
@@ -253,7 +262,8 @@ class _ExpertsLinear(torch.autograd.Function):
             low_rank = [(u[i:j, r], b[e]) for r, b in zip(call.ranks, factors_b, strict=True)]
             for weight, c in zip(call.weights[e], call.columns, strict=True):
                 terms = [Term(rows, weight), *(Term(part, b[:, c], transposed=False) for part, b in low_rank)]
-                sums.append(Sum(terms, y[i:j, c], None if call.biases is None else call.biases[e][c]))
+                bias = None if call.biases is None else call.biases[e][c]
+                sums.append(Sum(terms, y[i:j, c], bias, call.as_many))
         kernels.matmul_sums(sums)
         kept = () if not any(ctx.needs_input_grad[3 : 3 + len(factors_a)]) else source.tensors if source else (x,)
         ctx.save_for_backward(u, *tensors, *kept)

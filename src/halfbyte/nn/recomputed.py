@@ -38,3 +38,12 @@ def source_of(value: Tensor) -> Source | None:
     """Return what ``value`` can be computed from again, if that is known."""
     source, version = getattr(value, _NOTE, (None, 0))
     return source if source is not None and value._version == version else None
+
+
+def flattened(value: Tensor) -> Tensor:
+    """Return ``[..., width]`` as ``[rows, width]``, with the note that is on it."""
+    rows, source = value.view(-1, value.shape[-1]), source_of(value)
+    if source is None:
+        return rows
+    compute, shape = source.compute, rows.shape
+    return recomputed(rows, lambda *kept: compute(*kept).view(shape), *source.tensors)

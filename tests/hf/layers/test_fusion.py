@@ -25,6 +25,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 # Lengths beyond the sliding windows, which differ between layers where the family has that.
 FAMILIES: dict[str, Any] = {
     "Llama": lambda: t.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
@@ -43,6 +44,21 @@ FAMILIES: dict[str, Any] = {
     "Olmo2": lambda: t.Olmo2Config(**SIZES),
     "Olmo3": lambda: t.Olmo3Config(**SIZES, **LAYERS),
     "Ministral": lambda: t.MinistralConfig(**SIZES, **LAYERS, head_dim=12),
+    "Mixtral": lambda: t.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=5),
+    "Qwen2Moe": lambda: t.Qwen2MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1], shared_expert_intermediate_size=24),
+    "Qwen3Moe": lambda: t.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),
+    "Olmoe": lambda: t.OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=3),
+    "Glm4Moe": lambda: t.Glm4MoeConfig(
+        **SIZES,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        use_qk_norm=True,
+        head_dim=16,
+    ),
 }
 IDS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS).index_put((torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])), torch.tensor(0))
@@ -95,6 +111,9 @@ def test_bf16_is_about_as_far_from_fp32_as_the_family_s_own(family: str) -> None
     # Mostly the noise of the products between the fused pieces, which differs by some percent either way.
     config = FAMILIES[family]()
     config.resid_pdrop = 0.0
+    if hasattr(config, "num_experts_per_tok"):  # all, since a choice that rounding tips makes another model
+        config.topk_group = getattr(config, "n_group", 1)
+        config.num_experts_per_tok = getattr(config, "num_experts", None) or config.num_local_experts
     model = make(config)
     rounded = copy.deepcopy(model).bfloat16()
     truth = run(copy.deepcopy(rounded).float())

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from halfbyte.hf.layers import dora, starts
 from halfbyte.hf.layers.adapters import LoraLinear4bit, is_frozen, untouched
-from halfbyte.hf.layers.fusion import ACTIVATIONS, Fused, FusedNorm, activation_of
+from halfbyte.hf.layers.expert_adapters import LoraExperts, low_rank
+from halfbyte.hf.layers.experts import HALVES, Experts
+from halfbyte.hf.layers.fusion import ACTIVATIONS, Fused, FusedMixture, FusedNorm, activation_of, shared_expert_of
 from halfbyte.hf.layers.head import base_of, head_of
 from halfbyte.kernels import DecodeLayer, DecodeNorm, DecoderParts, LowRankPart, Products, can_decode
-from halfbyte.kernels.decode import PLACES, Place
+from halfbyte.kernels.decode import MLP, DecodeMixture, DecodeMLP, Place
 from halfbyte.nn import DenseLinear, LowRank
 from halfbyte.quant import quantize_4bit, quantize_int8
 
@@ -83,8 +85,9 @@ def read(model: PreTrainedModel | PeftModel, *, head: str | None = None) -> Read
     caps = {extra.get("softcap") for extra in extras}
     scales = {layer.self_attn.scaling for layer in layers}
     sizes = {layer.self_attn.head_dim for layer in layers}
-    if len(caps) > 1 or len(scales) > 1 or len(sizes) > 1:
-        raise NotNative("its layers differ in scale, soft cap or size of heads")
+    activations = {name for layer in layers for name in _activations(layer)}
+    if len(caps) > 1 or len(scales) > 1 or len(sizes) > 1 or len(activations) > 1:
+        raise NotNative("its layers differ in scale, soft cap, activation or size of heads")
     logits = head_of(base)
     if logits is None:
         raise NotNative("its head is not known")
@@ -101,7 +104,7 @@ def read(model: PreTrainedModel | PeftModel, *, head: str | None = None) -> Read
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         size=attention.head_dim,
-        activation=ACTIVATIONS[type(activation_of(layers[0].mlp))],
+        activation=activations.pop(),
         scale=float(scales.pop()),
         cap=caps.pop(),
         embedding_factor=float(embedding.embed_scale.to(embedding.weight.dtype))
@@ -135,8 +138,16 @@ def adapter_parts(
     """
     if not isinstance(model, PeftModel) or name not in model.peft_config:
         raise NotNative(f"there is no adapter {name}")
-    found = {at: list(_low_ranks(modules, name, reading.parts.dtype)) for at, modules in reading.linears.items()}
+    dtype = reading.parts.dtype
+    found = {at: list(_low_ranks(modules, name, dtype)) for at, modules in reading.linears.items()}
     known = {id(module) for modules in reading.linears.values() for module in modules}
+    layers: Any = getattr(base_of(model).base_model, "layers", ())
+    for number, layer in enumerate(layers):
+        for wrapper in _wrappers(layer):
+            known.add(id(wrapper))
+            place: Any = "down" if wrapper.parameter_name == "down_proj" else "gate_up"
+            for expert, part in enumerate(_of_experts(wrapper, name, dtype)):
+                found[number, (expert, place)].append(part)
     for module in model.modules():
         held = any(name in vars(module).get("_modules", {}).get(kind, {}) for kind in _HOLDERS)
         if held and id(module) not in known:
@@ -164,19 +175,85 @@ def agrees(model: PreTrainedModel | PeftModel, logits: Tensor, ids: Sequence[int
 
 
 def _linears(layer: Any) -> dict[Place, list[Any]]:
-    attention, mlp = layer.self_attn, layer.mlp
-    if not (isinstance(attention, Fused) and isinstance(mlp, Fused) and untouched(attention) and untouched(mlp)):
-        raise NotNative(f"{type(layer).__name__} has an attention or an MLP that is not known")
-    if type(activation_of(mlp)) not in ACTIVATIONS or not untouched(activation_of(mlp)):
-        raise NotNative("its activation is not known")
+    attention = layer.self_attn
+    if not (isinstance(attention, Fused) and untouched(attention)):
+        raise NotNative(f"{type(layer).__name__} has an attention that is not known")
     qkv = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
-    gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
-    return {
-        "qkv": [getattr(attention, name) for name in qkv],
-        "o": [attention.o_proj],
-        "gate_up": [getattr(mlp, name) for name in gate_up],
-        "down": [mlp.down_proj],
-    }
+    found: dict[Place, list[Any]] = {"qkv": [getattr(attention, name) for name in qkv], "o": [attention.o_proj]}
+    for number, mlp in enumerate(_mlps(layer)):
+        gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else [*HALVES]
+        of: dict[str, list[Any]] = {"gate_up": [getattr(mlp, name) for name in gate_up], "down": [mlp.down_proj]}
+        for name in MLP:
+            found[(number, name) if isinstance(layer.mlp, FusedMixture) else name] = of[name]
+    return found
+
+
+def _mlps(layer: Any) -> list[Any]:
+    """Return the MLP of a layer, or all of its mixture's, the shared one last."""
+    mlp = layer.mlp
+    if not isinstance(mlp, FusedMixture):
+        return [mlp]
+    experts, shared = _experts(mlp), shared_expert_of(mlp)
+    return [experts.get_submodule(str(e)) for e in range(experts.num_experts)] + ([] if shared is None else [shared])
+
+
+def _activations(layer: Any) -> set[str]:
+    """Return the activations in a layer, all of them known."""
+    mlp = layer.mlp
+    plain = [shared_expert_of(mlp)] if isinstance(mlp, FusedMixture) else [mlp]
+    plain = [one for one in plain if one is not None]
+    if not untouched(mlp) or not all(isinstance(one, Fused) and untouched(one) for one in plain):
+        raise NotNative(f"{type(layer).__name__} has an MLP that is not known")
+    found: list[Any] = [activation_of(one) for one in plain]
+    found += [_experts(mlp).act_fn] if isinstance(mlp, FusedMixture) else []
+    if not all(type(activation) in ACTIVATIONS and untouched(activation) for activation in found):
+        raise NotNative("its activation is not known")
+    return {ACTIVATIONS[type(activation)] for activation in found}
+
+
+def _experts(mixture: Any) -> Experts:
+    """Return the experts of a mixture, below their adapters."""
+    module = mixture.experts
+    experts = module.get_base_layer() if isinstance(module, LoraExperts) else module
+    if not isinstance(experts, Experts) or experts.layers_of.get("gate_up_proj") != HALVES or not untouched(experts):
+        raise NotNative(f"{type(mixture).__name__} has experts that are not known")
+    return experts
+
+
+def _wrappers(layer: Any) -> list[LoraExperts]:
+    """Return what holds the adapters of a layer's experts, of each stack one."""
+    found = []
+    module = getattr(layer.mlp, "experts", None)
+    while isinstance(module, LoraExperts):
+        found.append(module)
+        module = module.base_layer
+    return found
+
+
+def _mixture(mixture: Any, mlps: Sequence[DecodeMLP], dtype: torch.dtype) -> DecodeMixture:
+    """Return a mixture with these MLPs; which formula the router's is, its attributes tell in each known family."""
+    router, shared_gate = mixture.gate, getattr(mixture, "shared_expert_gate", None)
+    if not mixture.family.is_router(router) or not untouched(router):
+        raise NotNative("its router has an adapter, or is changed")
+    weights = [router.weight.detach().to(dtype).contiguous()]
+    if shared_gate is not None:
+        if not (is_frozen(shared_gate) or type(shared_gate) is nn.Linear) or not untouched(shared_gate):
+            raise NotNative("the gate of its shared expert has an adapter, or is changed")
+        weights.append(_weight(shared_gate, dtype))
+    bias = getattr(router, "e_score_correction_bias", None)
+    return DecodeMixture(
+        router=Products(weights),
+        chosen=router.top_k,
+        experts=mlps,
+        sigmoid=bias is not None,
+        normalized=getattr(router, "norm_topk_prob", True),
+        factor=float(getattr(router, "routed_scaling_factor", 1.0)),
+        bias=None if bias is None else bias.detach().float().contiguous(),
+        groups=getattr(router, "num_group", 1),
+        groups_kept=getattr(router, "topk_group", 1),
+        shared=shared_expert_of(mixture) is not None,
+        shared_gate=shared_gate is not None,
+    )
 
 
 def _layer(
@@ -184,9 +261,12 @@ def _layer(
 ) -> DecodeLayer:
     attention = layer.self_attn
     products = {
-        place: Products([_weight(m, dtype) for m in linears[number, place]], _bias(linears[number, place]))
-        for place in PLACES
+        place: Products([_weight(m, dtype) for m in modules], _bias(modules))
+        for (of_layer, place), modules in linears.items()
+        if of_layer == number
     }
+    mixes = isinstance(layer.mlp, FusedMixture)
+    mlps = [DecodeMLP(*(products[(i, name) if mixes else name] for name in MLP)) for i in range(len(_mlps(layer)))]
     around = {
         "before": ("input_layernorm", None, "post_attention_layernorm", None),
         "around": (
@@ -199,8 +279,14 @@ def _layer(
         _norm(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
     )
     whole = q_norm is not None and q_norm.weight is not None and len(q_norm.weight) != attention.head_dim
+    window = layer.family.extras(attention).get("sliding_window")
+    if window is None and getattr(attention, "sliding_window", None):
+        raise NotNative("the window of its attention is not known")
     return DecodeLayer(
-        **products,
+        qkv=products["qkv"],
+        o=products["o"],
+        mlp=None if mixes else mlps[0],
+        mixture=_mixture(layer.mlp, mlps, dtype) if mixes else None,
         before_attention=norms[0],
         after_attention=norms[1],
         before_mlp=norms[2],
@@ -208,7 +294,7 @@ def _layer(
         q_norm=q_norm,
         k_norm=k_norm,
         whole_norms=whole,
-        window=layer.family.extras(attention).get("sliding_window"),
+        window=window,
         angles=rotary.table_of(number, attention),
     )
 
@@ -311,6 +397,15 @@ def _embedding(module: Any) -> Tensor:
         raise NotNative("its embedding has an adapter, or is no plain one")
     weight: Tensor = module.weight.detach()
     return weight.contiguous()
+
+
+def _of_experts(wrapper: LoraExperts, name: str, dtype: torch.dtype) -> Iterator[LowRankPart]:
+    """Yield what the adapter ``name`` adds to a stack's results, expert by expert."""
+    if name in wrapper.lora_A:
+        part = low_rank(wrapper, name)
+        with torch.no_grad():
+            for a, bt in zip(part.a, part.bt, strict=True):
+                yield LowRankPart(0, (a * part.scaling).to(dtype).contiguous(), bt.to(dtype).contiguous())
 
 
 def _low_ranks(modules: Sequence[nn.Module], name: str, dtype: torch.dtype) -> Iterator[LowRankPart]:

@@ -26,6 +26,8 @@ from halfbyte.nn.frozen import FrozenLinear, QuantizedLinear
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """transformers' names of the stacks; ``up_proj`` where there is no gate."""
 LLAMA4 = "Llama4TextExperts"
+FEW = 16
+"""Rows up to which a product sums in another order (csrc/matmul.h; on Arm 8)."""
 HALVES = ("gate_proj", "up_proj")
 """The layers of ``gate_up_proj`` where gate and up do not alternate."""
 
@@ -142,7 +144,10 @@ class Experts(nn.Module):
         if some.bias is not None:
             biases = {number: torch.cat([layer.bias for layer in each]) for number, each in layers.items()}
         weights = {number: [layer.frozen_weight for layer in each] for number, each in layers.items()}
-        y = experts_linear(x.to(some.compute_dtype or x.dtype), routes, weights, biases, low_rank, dropout)
+        # as dense layers: what is read of a text does not depend on what else is read, but for few tokens
+        as_many = not self.training and routes.firsts.numel() > FEW
+        x_given = x.to(some.compute_dtype or x.dtype)
+        y = experts_linear(x_given, routes, weights, biases, low_rank, dropout, as_many=as_many)
         return y.to(x.dtype)
 
     def restacked(self) -> nn.Module:

@@ -8,6 +8,7 @@ that is known, and runs as it is.
 import ast
 import hashlib
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Family:
         offset: of its RMSNorm's weight.
         rounded: whether its RMSNorm rounds before the weight.
         fp32_angles: whether cosines and sines are fp32 whatever the model's dtype, and queries and keys stay in it.
+        mixture: its classes of a mixture of experts and of that one's router, or none.
     """
 
     name: str
@@ -58,11 +60,13 @@ class Family:
     offset: float = 0.0
     rounded: bool = True
     fp32_angles: bool = False
+    mixture: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
         """The module that defines the family."""
-        return f"transformers.models.{self.name.lower()}.modeling_{self.name.lower()}"
+        folder = re.sub("Moe$", "_moe", self.name).lower()
+        return f"transformers.models.{folder}.modeling_{folder}"
 
     def of(self, part: str) -> Any:
         """Return the family's own class or function, or None."""
@@ -77,10 +81,19 @@ class Family:
         attention, mlp = layer.self_attn, layer.mlp
         return (
             type(attention) is self.of(f"{self.name}Attention")
-            and type(mlp) is self.of(f"{self.name}MLP")
+            and (type(mlp) is self.of(f"{self.name}MLP") or self.is_mixture(mlp))
             and not any("forward" in vars(module) for module in (layer, attention, mlp))
             and getattr(attention.config, "clip_qkv", None) is None
+            and not getattr(mlp, "jitter_noise", 0)
         )
+
+    def is_mixture(self, mlp: Any) -> bool:
+        """Whether this is the family's own mixture of experts, and its router the family's own."""
+        return bool(self.mixture) and type(mlp) is self.of(self.mixture[0]) and self.is_router(mlp.gate)
+
+    def is_router(self, gate: Any) -> bool:
+        """Whether this is the family's own router."""
+        return type(gate) is self.of(self.mixture[1])
 
     def turns(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
         """Whether rotation by these angles keeps the dtype of queries and keys."""
@@ -103,6 +116,20 @@ FAMILIES = {
         Family("Olmo2", "fb26469ba89f4d25", "after", rounded=False, fp32_angles=True),
         Family("Olmo3", "78418882ebfa3781", "after", _own_window, rounded=False, fp32_angles=True),
         Family("Ministral", "5d7ce114dd406178", extras=_own_window),
+        Family(
+            "Mixtral",
+            "68f3abdc35466202",
+            extras=_configured_window,
+            mixture=("MixtralSparseMoeBlock", "MixtralTopKRouter"),
+        ),
+        Family("Qwen2Moe", "1aeeee6725244ace", mixture=("Qwen2MoeSparseMoeBlock", "Qwen2MoeTopKRouter")),
+        Family(
+            "Qwen3Moe", "139d6a744355dd35", extras=_own_window, mixture=("Qwen3MoeSparseMoeBlock", "Qwen3MoeTopKRouter")
+        ),
+        Family(
+            "Olmoe", "2acfb88894d9b429", extras=_configured_window, mixture=("OlmoeSparseMoeBlock", "OlmoeTopKRouter")
+        ),
+        Family("Glm4Moe", "6faa9cbcafc20318", mixture=("Glm4MoeMoE", "Glm4MoeTopkRouter")),
     )
 }
 
@@ -124,8 +151,10 @@ def digest_of(family: Family) -> str:
     It is taken over arguments and statements, without annotations, docstrings and comments.
     """
     classes = [family.of(f"{family.name}{part}") for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm")]
+    norm = classes[-1]
+    classes += [family.of(name) for name in family.mixture]
     functions = [inspect.unwrap(cls.forward) for cls in classes if cls is not None]
-    functions += [family.of("apply_rotary_pos_emb"), family.of("rotate_half"), getattr(classes[-1], "_norm", None)]
+    functions += [family.of("apply_rotary_pos_emb"), family.of("rotate_half"), getattr(norm, "_norm", None)]
     lines = []
     for function in functions:
         if function is not None:

@@ -17,7 +17,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, sigmoid
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from halfbyte.hf.layers.adapters import project, untouched
 from halfbyte.hf.layers.families import FAMILIES, FUSED_ON, Family, recognise
 from halfbyte.nn import gated, gated_halves, rms_norm, rotary
+from halfbyte.nn.recomputed import flattened
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = {type(ACT2FN["silu"]): "silu", nn.SiLU: "silu", type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh"}
@@ -43,8 +44,11 @@ def fuse(model: nn.Module) -> str:
         if family is None or not family.fits(layer):
             continue
         layer.self_attn.__class__ = _fused(_Attention, type(layer.self_attn), family)
-        if type(activation_of(layer.mlp)) in ACTIVATIONS:
-            layer.mlp.__class__ = _fused(_Mlp, type(layer.mlp), family)
+        if family.is_mixture(layer.mlp):
+            layer.mlp.__class__ = _fused(FusedMixture, type(layer.mlp), family)
+        for mlp in [layer.mlp, shared_expert_of(layer.mlp)]:
+            if type(mlp) is family.of(f"{family.name}MLP") and type(activation_of(mlp)) in ACTIVATIONS:
+                mlp.__class__ = _fused(_Mlp, type(mlp), family)
         layer.__class__ = _fused(_LAYERS[family.norms], type(layer), family)
     norms = {
         layer.family.of(f"{layer.family.name}RMSNorm"): layer.family for layer in layers if isinstance(layer, Fused)
@@ -256,6 +260,35 @@ class _Mlp(Fused):
             gate, up = project([self.gate_proj, self.up_proj], x)
             y = self.down_proj(gated(gate, up, name))
         return y
+
+
+class FusedMixture(Fused):
+    """A mixture of experts, with one that all tokens take or without."""
+
+    gate: nn.Module
+    experts: nn.Module
+    shared_expert_gate: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, length, width]`` to the same."""
+        if not _plain(x):
+            theirs: Tensor = super().forward(x)
+            return theirs
+        rows = flattened(x)
+        _, shares, chosen = self.gate(rows)
+        y = self.experts(rows, chosen, shares)
+        if (shared := shared_expert_of(self)) is not None:
+            of_all = shared(rows)
+            if hasattr(self, "shared_expert_gate"):
+                of_all = sigmoid(self.shared_expert_gate(rows)) * of_all
+            y = y + of_all
+        mixed: Tensor = y.view(x.shape)
+        return mixed
+
+
+def shared_expert_of(mixture: nn.Module) -> Any:
+    """Return the MLP of a mixture that all tokens take, or None."""
+    return getattr(mixture, "shared_expert", None) or getattr(mixture, "shared_experts", None)
 
 
 class FusedNorm(Fused):

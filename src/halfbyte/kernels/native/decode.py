@@ -11,10 +11,18 @@ from halfbyte.kernels.native.runtime import TYPES, extension, threads, tier_inde
 from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
 if TYPE_CHECKING:
-    from halfbyte.kernels.decode import DecodeLayer, DecodeNorm, DecoderParts, LowRankPart, Place, Products
+    from halfbyte.kernels.decode import (
+        DecodeLayer,
+        DecodeMixture,
+        DecodeNorm,
+        DecoderParts,
+        LowRankPart,
+        Place,
+        Products,
+    )  # fmt: skip
 
 PLACES = ("qkv", "o", "gate_up", "down")
-HEAD = 4
+HEAD, ROUTER = -1, -2
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -30,10 +38,8 @@ class Decoder:
         self._kept: list[Any] = [parts]
         self._adapters: dict[int, list[Any]] = {}
         self._free: list[int] = []
-        embedding, layer = parts.embedding, parts.layers[0]
-        widths = (
-            embedding.shape[1], parts.heads, parts.kv_heads, parts.size, layer.down.depth, parts.head.width,
-        )  # fmt: skip
+        embedding = parts.embedding
+        widths = embedding.shape[1], parts.heads, parts.kv_heads, parts.size, parts.head.width
         self._handle: Any = extension.Decoder(
             tier_index(), TYPES[parts.dtype], cache, widths, ACTIVATIONS.index(parts.activation), parts.scale,
             parts.cap or 0.0, parts.embedding_factor, parts.logit_factor, parts.logit_cap or 0.0,
@@ -72,7 +78,7 @@ class Decoder:
                 continue
             a = torch.cat([part.a for part in parts]).contiguous()
             kept.append((a, parts))
-            at = number, layer, PLACES.index(place)
+            at = number, layer, _number(place)
             self._handle.set_factor_a(*at, a.data_ptr(), a.shape[0])
             for part in parts:
                 rank, width = part.b.shape
@@ -107,8 +113,17 @@ class Decoder:
         )  # fmt: skip
         angles = -1 if layer.angles is None else layer.angles
         self._handle.add_layer([_norm(norm) for norm in norms], layer.whole_norms, layer.window or 0, angles)
-        for number, place in enumerate(PLACES):
-            self._add_products(number, getattr(layer, place))
+        if layer.mixture is not None:
+            self._set_mixture(layer.mixture)
+        for place in layer.places:
+            self._add_products(_number(place), layer.of(place))
+
+    def _set_mixture(self, mixture: "DecodeMixture") -> None:
+        self._handle.set_mixture(
+            len(mixture.experts), mixture.chosen, mixture.sigmoid, mixture.normalized, mixture.factor,
+            _address(mixture.bias), mixture.groups, mixture.groups_kept, mixture.shared, mixture.shared_gate,
+        )  # fmt: skip
+        self._add_products(ROUTER, mixture.router)
 
     def _add_products(self, place: int, products: "Products") -> None:
         for weight in products.weights:
@@ -126,6 +141,14 @@ class Decoder:
                 self._handle.add_dense(place, weight.data_ptr(), rows, columns)
         if products.bias is not None:
             self._handle.set_bias(place, products.bias.data_ptr())
+
+
+def _number(place: "Place") -> int:
+    """Return what a place is in csrc/decode.h."""
+    if isinstance(place, str):
+        return PLACES.index(place)
+    expert, name = place
+    return len(PLACES) + 2 * expert + (name == "down")
 
 
 def _norm(norm: "DecodeNorm | None") -> tuple[int, float, bool, bool] | None:

@@ -31,17 +31,17 @@ def matmul_sums(sums: Sequence[Sum]) -> None:
     """Sums of products, each value rounded once, all in one parallel region.
 
     As :func:`matmul_4bit`, bitwise the same for any number of threads and whatever the other rows are; few rows are
-    summed in another order than more where the first term is a quantized weight, transposed.
+    summed in another order than more where the first term is a quantized weight, transposed, but for those ``as_many``.
     """
     isa = tier_index()
     if not extension.multiplies(isa):
         return reference.matmul_sums(sums)
     gathered, kept = [], []
-    for terms, out, bias in sums:
+    for terms, out, bias, as_many in sums:
         rows, width = out.shape
         types = TYPES[terms[0].x.dtype], TYPES[out.dtype]
         addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
-        gathered.append(extension.Sum(isa, rows, width, *types, *addresses, out.stride(0)))
+        gathered.append(extension.Sum(isa, rows, width, *types, *addresses, out.stride(0), as_many))
         for x, factor, transposed in terms:
             gradient = not transposed
             address, stride, step = x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 1
