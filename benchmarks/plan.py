@@ -36,6 +36,10 @@ CROWDED = 1.15
 WORDS = "the small river runs over old stones while two birds sing and nobody writes "
 
 LLAMA: dict[str, Any] = {"kind": "LlamaConfig", "tie_word_embeddings": True}
+QWEN3: dict[str, Any] = {
+    "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "vocab_size": 151_936, "tie_word_embeddings": False,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama-135m": LLAMA
     | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -66,6 +70,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32_064, "tie_word_embeddings": False,
         "resid_pdrop": 0.0,
     },
+    "qwen3-30b-a3b": QWEN3
+    | {"kind": "Qwen3MoeConfig", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+       "intermediate_size": 6144, "norm_topk_prob": True},
+    "qwen3-as-a3b": QWEN3 | {"kind": "Qwen3Config", "intermediate_size": 8 * 768},
     "mistral-7b": {
         "kind": "MistralConfig", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_000, "sliding_window": None,
@@ -116,7 +124,7 @@ def configuration(model: str) -> Any:
 
 
 def write_packed(model: str, folder: Path) -> None:
-    """Write a model with random values in 4 bits, a file a layer; every layer has the values of the first."""
+    """Write a model with random values in 4 bits, a file a layer; layers have the same values, experts of one too."""
     import torch
     from safetensors.torch import save_file
     from torch import nn
@@ -124,11 +132,13 @@ def write_packed(model: str, folder: Path) -> None:
 
     from halfbyte import hf
     from halfbyte.bench.shapes import byte_tokenizer
+    from halfbyte.hf.layers.experts import take_apart
     from halfbyte.quant import quantize_4bit
 
     config = configuration(model)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
+    take_apart(skeleton)
     folder.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save_pretrained(folder)
     head, made, index, size = skeleton.get_output_embeddings(), {}, {}, 0
@@ -137,7 +147,7 @@ def write_packed(model: str, folder: Path) -> None:
     for name, parameter in skeleton.named_parameters():
         number = re.search(r"layers\.(\d+)\.", name)
         file = f"model-{number[1] if number else 'rest'}.safetensors"
-        alike = re.sub(r"layers\.\d+\.", "", name)
+        alike = re.sub(r"(layers|experts)\.\d+\.", "", name)
         if alike not in made:
             values = torch.randn(parameter.shape, dtype=torch.float32) * 0.02
             if parameter.ndim == 1:
@@ -147,7 +157,7 @@ def write_packed(model: str, folder: Path) -> None:
         tensors = {name: found} if isinstance(found, torch.Tensor) else found.state_dict(name)
         files.setdefault(file, {}).update(tensors)
     for file, tensors in files.items():
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / file, {"format": "pt"})
         index.update(dict.fromkeys(tensors, file))
         size += sum(tensor.nbytes for tensor in tensors.values())
     (folder / "model.safetensors.index.json").write_text(

@@ -29,6 +29,8 @@ from halfbyte.nn import (
 )  # fmt: skip
 from halfbyte.nn.dora import rescale
 
+CHANGES_NOTHING = "_halfbyte_changes_nothing"
+"""An attribute of hooks of ours, which look and leave what passes as it is."""
 KINDS = (
     *("LORA", "ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "FOURIERFT", "GRALORA", "IA3"),
     *("LILY", "LN_TUNING", "MISS", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD"),
@@ -191,10 +193,14 @@ def _probability(dropout: nn.Module) -> float | None:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Return whether calling ``module`` is its class's forward and no more; what torch 2.13's ``__call__`` asks."""
+    """Return whether calling ``module`` is its class's forward and no more; what torch 2.13's ``__call__`` asks.
+
+    Hooks with :data:`CHANGES_NOTHING` set do not count.
+    """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    changing = any(not hasattr(hook, CHANGES_NOTHING) for some in hooks for hook in some.values())
     everywhere = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-    return "forward" not in vars(module) and not any(hooks) and not everywhere
+    return "forward" not in vars(module) and not changing and not everywhere
 
 
 def active_adapter(model: PeftModel) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from halfbyte import mapped
 from halfbyte.errors import size_text
 from halfbyte.hf.layers.activations import AROUND, recomputable_layers
+from halfbyte.hf.layers.adapters import CHANGES_NOTHING
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.models.pager import Pager, Unit, least_of
 from halfbyte.memory import free_memory
@@ -113,8 +114,10 @@ def attach(model: nn.Module, budget: int) -> Pager | None:
     for number, layer in enumerate(layers):
         around = functools.partial(_around, pager, number)
         setattr(layer, AROUND, around)
-        hooks.append(layer.register_forward_pre_hook(functools.partial(_before, pager, number)))
-        hooks.append(layer.register_forward_hook(functools.partial(_after, pager, number)))
+        before, after = (functools.partial(hook, pager, number) for hook in (_before, _after))
+        for hook in (before, after):
+            setattr(hook, CHANGES_NOTHING, True)
+        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
     _attached[base_of(model)] = _Attached(pager, hooks, layers)
     weakref.finalize(base_of(model), pager.close)
     return pager
