@@ -4,8 +4,8 @@ All is fp32 with a file of f32 (the cache and attention too). With one of f16, l
 matrix is multiplied by to fp16.
 """
 
-import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from llama import opened
 from made_tokenizers import bytes_cut
 from made_tokenizers import save as save_words
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import halfbyte
 from halfbyte.deploy.export.gguf import export_gguf
@@ -29,6 +29,7 @@ from halfbyte.hf.models.dense import dense_model
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
 from halfbyte.hf.models.foreign.gguf_mixture import gguf_tensors
 from halfbyte.hf.models.gguf_form.family import FORMS
+from halfbyte.hf.models.gguf_form.mixtures import config_of
 from halfbyte.hf.models.gguf_form.splits import WAYS
 from halfbyte.hf.models.gguf_scale import scaled_by
 from halfbyte.hf.models.hub import locate
@@ -61,6 +62,7 @@ OSS = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 16,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
+FOUR = {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128}
 TOLD = {
     "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
@@ -102,6 +104,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss in another round": ("GptOss", {**OSS, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
     "glm 4.5": ("Glm4Moe", {**TOLD, "use_qk_norm": True, "attention_bias": True, "head_dim": 32}),
     "glm 4.5 air": ("Glm4Moe", {**TOLD, "first_k_dense_replace": 2, "norm_topk_prob": False}),
+    "dots1": ("Dots1", {**TOLD, "head_dim": 32, "num_key_value_heads": 4, "layer_types": ["full_attention"] * 4}),
+    "llama 4": ("Llama4Text", {**FOUR, "num_hidden_layers": 5}),
+    "llama 4 with dense layers": (
+        "Llama4Text", {**FOUR, "interleave_moe_layer_step": 2, "rope_parameters": LLAMA3, "num_experts_per_tok": 2},
+    ),
     "deepseek v2": ("DeepseekV2", {**TOLD, **LATENT, "topk_method": "greedy", "n_shared_experts": 2}),
     "deepseek v2 lite": ("DeepseekV2", {**TOLD, **LATENT, "q_lora_rank": None, "num_hidden_layers": 27}),
     "deepseek v3": ("DeepseekV3", {**TOLD, **LATENT}),
@@ -163,12 +170,16 @@ TIPPING = ("glm", "deepseek")
 """Families whose experts weigh alike, so that where fp16's rounding makes one the last that is chosen, logits jump."""
 
 
+def configured(family: str, options: dict[str, Any]) -> Any:
+    """The configuration of a small model."""
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
+    return config(**{**SHAPE, "vocab_size": 264, **options})
+
+
 def save(name: str, folder: Path, tokenizer: Path) -> PreTrainedModel:
     """A model of random weights, wide enough that logits are far from each other."""
     family, options = MODELS[name]
-    family = family.replace("Gemma3", "Gemma3Text") if family == "Gemma3" else family
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, "vocab_size": 264, **options})
-    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(configured(family, options))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for path, x in model.named_parameters():
@@ -264,7 +275,9 @@ def test_our_reader_gives_the_file_s_values_back_bit_for_bit(
 
 
 MIXTURES = [
-    n for n, (family, _) in MODELS.items() if family in ("Mixtral", "GptOss") or re.search("moe|deep", family, re.I)
+    name
+    for name, (family, options) in MODELS.items()
+    if FORMS[configured(family, options).model_type].experts and options.get("rope_parameters") is not LLAMA3
 ]
 UNSAID = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 
@@ -291,6 +304,60 @@ def test_a_mixture_is_read_again_bit_for_bit_with_its_configuration(
     for target, key in targets.items():
         assert read.form(target).shape == wanted.tensors[key].shape
         assert torch.equal(read.read(target), wanted.read(key)), key
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("llama 4 with dense layers", "none", None, r"^\S+ is a llama4 with a factor for each frequency"),
+        ("deepseek v3", "attention.key_length_mla", None, "before llama.cpp took kv_b_proj apart"),
+        ("deepseek v2", "expert_group_count", 4, "chosen in groups, or weighed to a sum of 1, after a softmax"),
+    ],
+)
+def test_what_is_not_read_of_a_mixture_is_told(
+    name: str, key: str, value: int | None, message: str, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    save(name, tmp_path / "model", tiny_model_folder)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f16")
+    reader = GGUFReader(copy.file)
+    fields: dict[str, Any] = dict(reader.fields)
+    fields.pop(f"deepseek2.{key}", None)
+    if value is not None:
+        fields[f"deepseek2.{key}"] = SimpleNamespace(contents=lambda: value)
+    with pytest.raises(InputError, match=message):
+        config_of(copy.file, fields, frozenset(tensor.name for tensor in reader.tensors))
+
+
+@pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe"])
+def test_a_mixture_that_transformers_reads_is_what_it_makes_of_it(
+    name: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the family's usual width of experts, which transformers takes whatever a file says."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    family, options = MODELS[name]
+    usual = {key: value for key, value in options.items() if not key.endswith("_size")} | {"num_hidden_layers": 1}
+    monkeypatch.setitem(MODELS, name, (family, usual))
+    save(name, tmp_path / "model", tiny_model_folder)
+    file = export_gguf(tmp_path / "model", tmp_path / "out", to="q8_0").file
+    config = config_at(locate(file), False)
+    read = gguf_tensors(file, skeleton_of(config, torch.float32))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )  # fmt: skip
+    for key, x in theirs.state_dict().items():
+        if ".experts." not in key:
+            wanted = [(key, x)]
+        else:
+            layers = ("gate_proj", "up_proj") if key.endswith("gate_up_proj") else ("down_proj",)
+            path = key.rpartition(".")[0]
+            wanted = [
+                (f"{path}.{number}.{layer}.weight", part)
+                for number, rows in enumerate(x)
+                for layer, part in zip(layers, rows.chunk(len(layers)), strict=True)
+            ]
+        for target, part in wanted:
+            assert torch.equal(read.read(target), part), target
 
 
 def test_gpt_oss_s_own_positions_are_written_with_a_note_and_read_again(

@@ -64,6 +64,8 @@ def config_at(place: Place, trust_remote_code: bool) -> Any:
     try:
         mixture = mixture_config(place.gguf) if place.gguf and not is_kept else None
         config = mixture or AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except InputError:
+        raise
     except (
         OSError,
         ValueError,

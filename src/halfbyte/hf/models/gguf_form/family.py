@@ -77,6 +77,8 @@ FORMS = {
     "granitemoeshared": Form("granitemoe", paired=True, frequencies=True, biases=ALL, experts="normed"),
     "gpt_oss": Form("gpt-oss", windows=2, head="must", biases=_QKV | _OSS, experts="normed"),
     "glm4_moe": Form("glm4moe", biases=_QKV, experts="told", gating=_SIGMOID),
+    "dots1": Form("dots1", experts="told", gating=_SIGMOID),
+    "llama4_text": Form("llama4", frequencies=True, experts="plain"),
     "deepseek_v2": Form("deepseek2", experts="told", gating=_SOFTMAX),
     "deepseek_v3": Form("deepseek2", experts="told", gating=_SIGMOID),
     "smollm3": Form("smollm3", paired=True),
@@ -145,7 +147,7 @@ def metadata(writer: Any, config: Any, form: Form, rows: int) -> None:
     writer.add_context_length(text.max_position_embeddings)
     writer.add_embedding_length(text.hidden_size)
     writer.add_block_count(text.num_hidden_layers)
-    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_feed_forward_length(getattr(text, "intermediate_size_mlp", text.intermediate_size))
     writer.add_head_count(text.num_attention_heads)
     if form.arch == "deepseek2":  # what is kept of keys and values is one vector for all heads
         writer.add_head_count_kv(1)
@@ -208,6 +210,8 @@ def _problems(text: Any, form: Form) -> Sequence[str]:
             found.append("its attention has no biases, and some are taken")
         if text.sliding_window is None or _period(text.layer_types) == 1:
             found.append("none of its layers sees a window, and some are taken to")
+    if form.arch == "llama4":
+        found += _of_llama4(text)
     if form.arch == "deepseek2":
         if (text.q_lora_rank is None) != (layers in LITE):
             found.append(f"it has {layers} layers, by which it is taken {'' if layers in LITE else 'not '}to be Lite")
@@ -232,6 +236,22 @@ def _problems(text: Any, form: Form) -> Sequence[str]:
     if form.windows and _period(text.layer_types) is None:
         found.append("its layers with a window follow no rule")
     return found
+
+
+def _of_llama4(text: Any) -> Sequence[str]:
+    every = range(1, text.num_hidden_layers + 1)
+    taken = {
+        "attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1, "attn_temperature_tuning": True,
+        "use_qk_norm": text.num_local_experts != 128, "attention_bias": False,
+        "no_rope_layers": [int(i % 4 != 0) for i in every],
+        "layer_types": ["chunked_attention" if i % 4 else "full_attention" for i in every],
+        "moe_layers": [i - 1 for i in every if i % text.interleave_moe_layer_step == 0],
+    }  # fmt: skip
+    return [
+        f"its {key} is {getattr(text, key)}, and {value} is taken"
+        for key, value in taken.items()
+        if getattr(text, key) != value
+    ]
 
 
 def _period(kinds: Sequence[str]) -> int | None:

@@ -42,6 +42,8 @@ EXPERTS: dict[str, dict[str, str]] = {
     "granitemoeshared": _LOCAL | {"expert_shared_feed_forward_length": "shared_intermediate_size"},
     "gpt_oss": _LOCAL | _AS_FFN,
     "glm4_moe": _TOLD | _GROUPED,
+    "dots1": _TOLD | _GROUPED,
+    "llama4_text": _LOCAL | _AS_FFN | {"interleave_moe_layer_step": "interleave_moe_layer_step"},
     "deepseek_v2": _TOLD | _MLA,
     "deepseek_v3": _TOLD | _GROUPED | _MLA,
 }
@@ -122,6 +124,14 @@ def config_of(file: Path, fields: Mapping[str, Any], tensors: frozenset[str]) ->
             "full_attention" if (i + 1) % period == 0 else "sliding_attention"
             for i in range(found["num_hidden_layers"])
         ]
+    if family == "deepseek_v2" and (said("expert_weights_norm") or (said("expert_group_count") or 1) > 1):
+        raise InputError(
+            f"{file} is a deepseek2 whose experts are chosen in groups, or weighed to a sum of 1, after a softmax, "
+            "which transformers does not compute so; take the model's folder with safetensors."
+        )
+    if arch == "llama4":
+        found["intermediate_size_mlp"] = said("feed_forward_length")
+        found["use_qk_norm"] = said("expert_count") != 128
     if arch == "deepseek2":
         if said("attention.key_length_mla") is None:
             raise InputError(

@@ -1,10 +1,11 @@
 """What tensors of transformers' are called in GGUF, and how llama.cpp has their rows; both ways.
 
-    queries, keys        [heads, 2, d/2] rows become [heads, d/2, 2] where the family is paired
-    experts              one tensor for the same matrix of all experts of a layer
-    gpt-oss's experts    rows of gate and up, which alternate, in two tensors
-    Granite's shared expert    its gate and its up, one above the other, in two tensors
-    DeepSeek's kv_b_proj       of each head, what makes keys (transposed: it is multiplied with queries) and values
+    queries, keys           [heads, 2, d/2] rows become [heads, d/2, 2] where the family is paired
+    experts                 one tensor for the same matrix of all experts of a layer
+    gpt-oss's experts       rows of gate and up, which alternate, in two tensors
+    Granite's shared one    its gate and its up, one above the other, in two tensors
+    Qwen 2's shared gate    a matrix of one row: a vector
+    DeepSeek's kv_b_proj    of each head, what makes keys (transposed: queries are multiplied by it) and values
 
 Names are those of the package gguf (0.19).
 """
@@ -33,7 +34,7 @@ SUFFIXED = ("sinks",)
 
 
 class Cut(NamedTuple):
-    """A matrix that is several tensors in GGUF.
+    """A matrix that is several tensors in GGUF, or one of another shape.
 
     Attributes:
         layer: its name.
@@ -68,6 +69,10 @@ CUTS = {
         ".shared_mlp.input_linear.", (".mlp.shared_experts.gate_proj.", ".mlp.shared_experts.up_proj."),
         lambda _, x: x.chunk(2), lambda _, pieces: torch.cat([*pieces]),
     ),
+    "qwen2moe": Cut(
+        ".mlp.shared_expert_gate.", (".mlp.shared_expert_gate.",),
+        lambda _, x: (x[0],), lambda _, pieces: pieces[0].view(1, -1),
+    ),
     "deepseek2": Cut(
         ".self_attn.kv_b_proj.", (".self_attn.k_b_proj.", ".self_attn.v_b_proj."), _keys_and_values, _heads
     ),
@@ -91,9 +96,10 @@ class Names:
 
     def of(self, target: str) -> str | None:
         """Return GGUF's name, or None where llama.cpp reads no such tensor, or has it in pieces."""
+        return None if len(self._pieces(target)) > 1 else self._name(target)
+
+    def _name(self, target: str) -> str | None:
         if target.endswith(".bias") and target.split(".")[-2] not in self.form.biases:
-            return None
-        if self._pieces(target):
             return None
         if target.endswith(SUFFIXED):
             target = f"{target}.weight"
@@ -105,7 +111,7 @@ class Names:
     def parts(self, target: str) -> list[str] | None:
         """Return GGUF's names of what a tensor is written as, or None where llama.cpp reads no such tensor."""
         found = []
-        for name in [self.of(piece) for piece in self._pieces(target) or (target,)]:
+        for name in [self._name(piece) for piece in self._pieces(target) or (target,)]:
             if name is None:
                 return None
             found.append(name)

@@ -15,7 +15,13 @@ from halfbyte.hf.models.gguf_form.family import Form
 from halfbyte.hf.models.gguf_form.names import EXPERT, Names, plain_target
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+SEEING = (
+    "vision_tower.",
+    "vision_model.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 
 
 class Source(Protocol):
