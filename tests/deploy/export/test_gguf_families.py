@@ -477,6 +477,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "DeepseekV2", {**TOLD, **LATENT, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
         "its topk_method is group_limited_greedy",
     ),
+    "chunks": ("Llama4Text", {**FOUR, "attention_chunk_size": 16}, "its attention_chunk_size is 16, and 8192 is taken"),
+    "layers of experts": ("Llama4Text", {**FOUR, "moe_layers": [0]}, r"its moe_layers is \[0\], and"),
     "halves": ("DeepseekV3", {**TOLD, **LATENT, "rope_interleave": False}, "turns halves"),
     "two mscales": (
         "DeepseekV3", {**TOLD, **LATENT, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},

@@ -247,10 +247,9 @@ def _of_llama4(text: Any) -> Sequence[str]:
         "layer_types": ["chunked_attention" if i % 4 else "full_attention" for i in every],
         "moe_layers": [i - 1 for i in every if i % text.interleave_moe_layer_step == 0],
     }  # fmt: skip
+    own = {key: type(value)(getattr(text, key)) for key, value in taken.items() if getattr(text, key) is not None}
     return [
-        f"its {key} is {getattr(text, key)}, and {value} is taken"
-        for key, value in taken.items()
-        if getattr(text, key) != value
+        f"its {key} is {own.get(key)}, and {value} is taken" for key, value in taken.items() if own.get(key) != value
     ]
 
 
