@@ -5,16 +5,19 @@ matrix is multiplied by to fp16.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from llama import opened
 from made_tokenizers import bytes_cut
 from made_tokenizers import save as save_words
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import halfbyte
 from halfbyte.deploy.export.gguf import export_gguf
@@ -22,11 +25,16 @@ from halfbyte.errors import InputError
 from halfbyte.hf import HalfbyteConfig
 from halfbyte.hf.layers.families import FAMILIES
 from halfbyte.hf.models.configs import config_at
+from halfbyte.hf.models.dense import dense_model
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
+from halfbyte.hf.models.foreign.gguf_mixture import gguf_tensors
 from halfbyte.hf.models.gguf_form.family import FORMS
+from halfbyte.hf.models.gguf_form.mixtures import config_of
 from halfbyte.hf.models.gguf_form.splits import WAYS
 from halfbyte.hf.models.gguf_scale import scaled_by
 from halfbyte.hf.models.hub import locate
+from halfbyte.hf.models.quantize_files import skeleton_of
+from halfbyte.nn import QuantizedLinear
 
 F32, F16, TABLE = 1e-4, 3e-2, 3e-3
 """Bounds of the largest difference over the logits' standard deviation; with GELU, which llama.cpp has in a table."""
@@ -47,6 +55,22 @@ LONG = {
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
 }  # fmt: skip
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SCALED = {
+    "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 0.5,
+}  # fmt: skip
+OSS = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+FOUR = {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128}
+TOLD = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 32,
+}  # fmt: skip
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -70,6 +94,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**EXPERTS, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
     ),
     "qwen3 moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+    "olmoe": ("Olmoe", {**EXPERTS, "num_key_value_heads": 4, "norm_topk_prob": False}),
+    "granite moe": ("GraniteMoe", {"num_local_experts": 6, "num_experts_per_tok": 2, **SCALED}),
+    "granite moe with a shared expert": (
+        "GraniteMoeShared",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "shared_intermediate_size": 64, **SCALED},
+    ),
+    "gpt-oss": ("GptOss", {**OSS, "rope_parameters": YARN}),
+    "gpt-oss in another round": ("GptOss", {**OSS, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
+    "glm 4.5": ("Glm4Moe", {**TOLD, "use_qk_norm": True, "attention_bias": True, "head_dim": 32}),
+    "glm 4.5 air": ("Glm4Moe", {**TOLD, "first_k_dense_replace": 2, "norm_topk_prob": False}),
+    "dots1": ("Dots1", {**TOLD, "head_dim": 32, "num_key_value_heads": 4, "layer_types": ["full_attention"] * 4}),
+    "llama 4": ("Llama4Text", {**FOUR, "num_hidden_layers": 5}),
+    "llama 4 with dense layers": (
+        "Llama4Text", {**FOUR, "interleave_moe_layer_step": 2, "rope_parameters": LLAMA3, "num_experts_per_tok": 2},
+    ),
+    "deepseek v2": ("DeepseekV2", {**TOLD, **LATENT, "topk_method": "greedy", "n_shared_experts": 2}),
+    "deepseek v2 lite": ("DeepseekV2", {**TOLD, **LATENT, "q_lora_rank": None, "num_hidden_layers": 27}),
+    "deepseek v3": ("DeepseekV3", {**TOLD, **LATENT}),
+    "deepseek v3 with groups": ("DeepseekV3", {**TOLD, **LATENT, "n_group": 4, "topk_group": 2}),
+    "deepseek v3 with yarn": (
+        "DeepseekV3", {**TOLD, **LATENT, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
     "phi3": ("Phi3", {}),
     "phi4": ("Phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}}),
@@ -120,14 +166,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 QUICK = ("llama",)
+TIPPING = ("glm", "deepseek")
+"""Families whose experts weigh alike, so that where fp16's rounding makes one the last that is chosen, logits jump."""
+
+
+def configured(family: str, options: dict[str, Any]) -> Any:
+    """The configuration of a small model."""
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
+    return config(**{**SHAPE, "vocab_size": 264, **options})
 
 
 def save(name: str, folder: Path, tokenizer: Path) -> PreTrainedModel:
     """A model of random weights, wide enough that logits are far from each other."""
     family, options = MODELS[name]
-    family = family.replace("Gemma3", "Gemma3Text") if family == "Gemma3" else family
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, "vocab_size": 264, **options})
-    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(configured(family, options))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for path, x in model.named_parameters():
@@ -136,6 +188,9 @@ def save(name: str, folder: Path, tokenizer: Path) -> PreTrainedModel:
                 x.copy_(values * (0.5 if "embed" in path else 1.2 / x.shape[-1] ** 0.5))
             else:
                 x.copy_(0.2 * values + (1.0 if "norm" in path and "Gemma" not in family else 0.0))
+        for path, x in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                x.copy_(0.2 * torch.randn(x.shape, generator=generator))
     model.eval().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return model
@@ -172,6 +227,8 @@ def test_llama_cpp_computes_the_model(name: str, tmp_path: Path, tiny_model_fold
         found = llama.logits(IDS)
     assert apart(found, wanted) < (TABLE if "gemma" in name else F32)
 
+    if name.startswith(TIPPING):
+        return
     half = export_gguf(tmp_path / "model", tmp_path / "half", to="f16")
     with torch.no_grad():
         for path, x in model.named_parameters():
@@ -217,6 +274,126 @@ def test_our_reader_gives_the_file_s_values_back_bit_for_bit(
         assert torch.equal(read.read(key), wanted), key
 
 
+MIXTURES = [
+    name
+    for name, (family, options) in MODELS.items()
+    if FORMS[configured(family, options).model_type].experts and options.get("rope_parameters") is not LLAMA3
+]
+UNSAID = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_is_read_again_bit_for_bit_with_its_configuration(
+    name: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    model = save(name, tmp_path / "model", tiny_model_folder)
+    wanted = dense_model(tmp_path / "model", dtype=torch.float32)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f32")
+    config = config_at(locate(copy.file), False)
+    ours, theirs = config.to_dict(), model.config.to_dict()
+    unsaid = UNSAID | (
+        {"n_group", "topk_group"} if "v2" in name else {"rope_parameters"} if name == "gpt-oss" else set()
+    )
+    if theirs.get("head_dim") is None:
+        unsaid |= {"head_dim"}
+    assert {key: ours[key] for key in ours if key not in unsaid and ours[key] != theirs.get(key)} == {}
+    read = gguf_tensors(copy.file, skeleton_of(config, torch.float32))
+    targets = {planned.target: name for name, planned in wanted.tensors.items()}
+    assert sorted(read.names) == sorted(targets)
+    for target, key in targets.items():
+        assert read.form(target).shape == wanted.tensors[key].shape
+        assert torch.equal(read.read(target), wanted.read(key)), key
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("llama 4 with dense layers", "none", None, r"^\S+ is a llama4 with a factor for each frequency"),
+        ("deepseek v3", "attention.key_length_mla", None, "before llama.cpp took kv_b_proj apart"),
+        ("deepseek v2", "expert_group_count", 4, "chosen in groups, or weighed to a sum of 1, after a softmax"),
+    ],
+)
+def test_what_is_not_read_of_a_mixture_is_told(
+    name: str, key: str, value: int | None, message: str, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    save(name, tmp_path / "model", tiny_model_folder)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="f16")
+    reader = GGUFReader(copy.file)
+    fields: dict[str, Any] = dict(reader.fields)
+    fields.pop(f"deepseek2.{key}", None)
+    if value is not None:
+        fields[f"deepseek2.{key}"] = SimpleNamespace(contents=lambda: value)
+    with pytest.raises(InputError, match=message):
+        config_of(copy.file, fields, frozenset(tensor.name for tensor in reader.tensors))
+
+
+@pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe"])
+def test_a_mixture_that_transformers_reads_is_what_it_makes_of_it(
+    name: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the family's usual width of experts, which transformers takes whatever a file says."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    family, options = MODELS[name]
+    usual = {key: value for key, value in options.items() if not key.endswith("_size")} | {"num_hidden_layers": 1}
+    monkeypatch.setitem(MODELS, name, (family, usual))
+    save(name, tmp_path / "model", tiny_model_folder)
+    file = export_gguf(tmp_path / "model", tmp_path / "out", to="q8_0").file
+    config = config_at(locate(file), False)
+    read = gguf_tensors(file, skeleton_of(config, torch.float32))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )  # fmt: skip
+    for key, x in theirs.state_dict().items():
+        if ".experts." not in key:
+            wanted = [(key, x)]
+        else:
+            layers = ("gate_proj", "up_proj") if key.endswith("gate_up_proj") else ("down_proj",)
+            path = key.rpartition(".")[0]
+            wanted = [
+                (f"{path}.{number}.{layer}.weight", part)
+                for number, rows in enumerate(x)
+                for layer, part in zip(layers, rows.chunk(len(layers)), strict=True)
+            ]
+        for target, part in wanted:
+            assert torch.equal(read.read(target), part), target
+
+
+def test_gpt_oss_s_own_positions_are_written_with_a_note_and_read_again(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenAI has them, whose ramp llama.cpp rounds."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(MODELS, "own", ("GptOss", OSS | {"rope_parameters": None, "max_position_embeddings": 131072}))
+    model = save("own", tmp_path / "model", tiny_model_folder)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="q8_0")
+    assert any("ends of YaRN's ramp" in note for note in copy.notes)
+    assert config_at(locate(copy.file), False).rope_parameters == model.config.rope_parameters
+
+
+@pytest.mark.parametrize("to", ["bf16", "q8_0", "q4_0"])
+def test_of_a_stack_an_expert_is_expanded_to_what_the_package_gguf_makes_of_it(
+    to: Any, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    save("gpt-oss in another round", tmp_path / "model", tiny_model_folder)
+    dense = dense_model(tmp_path / "model", dtype=torch.float32)
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to=to)
+    read = gguf_tensors(copy.file, skeleton_of(config_at(locate(copy.file), False), torch.float32))
+    held = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)) for t in GGUFReader(copy.file).tensors}
+    sizes = {"bf16": 2**-8, "q8_0": 0.01, "q4_0": 0.15}
+    for number in range(4):
+        found = read.read(f"model.layers.1.mlp.experts.{number}.gate_up_proj.weight")
+        assert torch.equal(found[0::2], held["blk.1.ffn_gate_exps.weight"][number])
+        assert torch.equal(found[1::2], held["blk.1.ffn_up_exps.weight"][number])
+        targets = {planned.target: name for name, planned in dense.tensors.items()}
+        for target in (f"model.layers.1.mlp.experts.{number}.{x}" for x in ("gate_up_proj.weight", "down_proj.bias")):
+            wanted = dense.read(targets[target])
+            error = float((read.read(target) - wanted).norm() / wanted.norm())
+            assert error <= (0.0 if target.endswith("bias") else sizes[to])
+
+
 @pytest.mark.parametrize(
     "name", [name for name, (family, _) in MODELS.items() if family in ("Qwen3", "Gemma2", "Gemma3")]
 )
@@ -260,12 +437,54 @@ def test_the_file_opens_in_halfbyte_again(tmp_path: Path, monkeypatch: pytest.Mo
         assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.filterwarnings("ignore:.*rounded a second time")
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "gpt-oss in another round", "deepseek v3"])
+def test_a_mixture_opens_in_halfbyte_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts are chosen, since at the edge of the choice a small error makes another one."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    family, options = MODELS[name]
+    count = options.get("n_routed_experts") or options.get("num_local_experts") or options["num_experts"]
+    tokenizer = bytes_cut(WAYS[0])
+    tokenizer.save_pretrained(tmp_path / "words")
+    options = options | {"num_experts_per_tok": count, "vocab_size": len(tokenizer)}
+    monkeypatch.setitem(MODELS, name, (family, options))
+    model = save(name, tmp_path / "model", tmp_path / "words")
+    copy = export_gguf(tmp_path / "model", tmp_path / "out", to="bf16")
+    again = halfbyte.load_tokenizer(copy.file)
+    for text in ("Hello world, it's 12", "<|im_start|>user\nhi<|im_end|>"):
+        assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+    opened_again = halfbyte.load(copy.file, quantization_config=HalfbyteConfig(quant_type="int8"))
+    assert type(opened_again) is type(model)
+    assert sum(isinstance(module, QuantizedLinear) for module in opened_again.modules()) > 3 * count
+    found, wanted = logits(opened_again, IDS), logits(model, IDS)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a family": ("GPTNeoX", {}, "gpt_neox model is not written as GGUF; gemma, "),
+    "a family": ("GPTNeoX", {}, "gpt_neox model is not written as GGUF; deepseek_v2, "),
     "experts": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False}, "its norm_topk_prob is False, and True is taken"),
     "layers without experts": (
         "Qwen2Moe", {**EXPERTS, "decoder_sparse_step": 2}, "not all of its layers have experts",
     ),
+    "weights that sum to 1": ("Olmoe", {**EXPERTS, "norm_topk_prob": True}, "its norm_topk_prob is True, and False"),
+    "grouped keys": ("Olmoe", {**EXPERTS, "norm_topk_prob": False}, "it has 2 heads of keys, and 4 are taken"),
+    "clipping": ("Olmoe", {**EXPERTS, "num_key_value_heads": 4, "clip_qkv": 3.0}, r"\(clip_qkv 3.0\)"),
+    "a mixer": ("Phimoe", {"num_local_experts": 4}, "A phimoe model is not written as GGUF"),
+    "a gate": ("GptOss", {**OSS, "swiglu_limit": 5.0}, "its swiglu_alpha and swiglu_limit are 1.702 and 5.0"),
+    "no windows": ("GptOss", {**OSS, "layer_types": ["full_attention"] * 4}, "none of its layers sees a window"),
+    "queries of one matrix": ("DeepseekV2", {**TOLD, **LATENT, "q_lora_rank": None}, "is taken not to be Lite"),
+    "groups by their best": (
+        "DeepseekV2", {**TOLD, **LATENT, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+        "its topk_method is group_limited_greedy",
+    ),
+    "chunks": ("Llama4Text", {**FOUR, "attention_chunk_size": 16}, "its attention_chunk_size is 16, and 8192 is taken"),
+    "layers of experts": ("Llama4Text", {**FOUR, "moe_layers": [0]}, r"its moe_layers is \[0\], and"),
+    "halves": ("DeepseekV3", {**TOLD, **LATENT, "rope_interleave": False}, "turns halves"),
+    "two mscales": (
+        "DeepseekV3", {**TOLD, **LATENT, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+        "no other mscale of YaRN than mscale_all_dim for deepseek2",
+    ),
+    "biases of queries": ("DeepseekV3", {**TOLD, **LATENT, "attention_bias": True}, "deepseek2 has no place for"),
     "an activation": ("Llama", {"hidden_act": "relu"}, "its activation is 'relu'"),
     "a scale": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 100}, "query_pre_attn_scalar is 100, and 32"),
     "no soft caps": ("Gemma2", {**GEMMA, "attn_logit_softcapping": None}, "no soft caps"),

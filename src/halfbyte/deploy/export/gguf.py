@@ -35,6 +35,7 @@ from halfbyte.errors import InputError, check_room
 from halfbyte.files import whole_folder
 from halfbyte.hf.models.dense import Dense, dense_model, sources, tokenizer_of
 from halfbyte.hf.models.gguf_form.family import Form, form_of, metadata, notes_of
+from halfbyte.hf.models.gguf_form.mixtures import say_experts
 from halfbyte.hf.models.gguf_form.positions import positions
 from halfbyte.hf.models.gguf_form.tensors import EMBEDDING, HEAD, Entry, seen, tensors
 from halfbyte.hf.models.gguf_form.words import Words, words_of
@@ -158,7 +159,8 @@ def formats(entries: Sequence[Entry], to: str) -> dict[str, str]:
     heads = {HEAD if any(entry.name == HEAD for entry in entries) else EMBEDDING}
     found = {}
     for entry in entries:
-        kind = "f32" if len(entry.shape) == 1 or ROUTER in entry.name else to
+        plain = len(entry.shape) == 1 or ROUTER in entry.name or entry.name.endswith(".bias")
+        kind = "f32" if plain else to
         if entry.name in heads and kind in CODES:
             kind = "q8_0"
         if kind in CODES and entry.shape[-1] % BLOCK:
@@ -180,6 +182,7 @@ def _writer(
     writer.add_file_type(_file_type(to))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     metadata(writer, model.config, form, rows)
+    say_experts(writer, model.config, form)
     words.write(writer)
     given = generation.to_diff_dict() if generation is not None else {}
     for key, add in (

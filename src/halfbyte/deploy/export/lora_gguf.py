@@ -30,7 +30,8 @@ from halfbyte.files import whole_folder
 from halfbyte.hf.models.base_files import Source, check_base
 from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.gguf_form.family import form_of
-from halfbyte.hf.models.gguf_form.tensors import HEAD, Names, plain_target
+from halfbyte.hf.models.gguf_form.names import Names, plain_target
+from halfbyte.hf.models.gguf_form.tensors import HEAD
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.loader import base_of_adapter
 from halfbyte.hf.models.low_rank import LowRankAdapter, Part, read_low_rank

@@ -25,7 +25,7 @@ from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.converted import converted
-from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
+from halfbyte.hf.models.foreign.gguf_mixture import gguf_tensors
 from halfbyte.hf.models.foreign.packed import PackedCheckpoint, packing_of
 from halfbyte.hf.models.hub import Place
 from halfbyte.hf.models.quantize_files import Plan, on_disk, skeleton_of
@@ -174,7 +174,7 @@ def _opened(
         )
     if place.gguf:
         skeleton = skeleton_of(config, torch.float32, trust_remote_code)
-        return config, GgufCheckpoint(place.gguf, skeleton), place, folder, None
+        return config, gguf_tensors(place.gguf, skeleton), place, folder, None
     files = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
     return config, PackedCheckpoint(files, packing) if packing else files, place, folder, lies
 

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.models.foreign.gguf import complete, header_of, keep_header, open_gguf
+from halfbyte.hf.models.foreign.gguf import complete, header_of, keep_header, mixture_config, open_gguf
 from halfbyte.hf.models.hub import ADAPTER as ADAPTER
 from halfbyte.hf.models.hub import Place, locate
 
@@ -60,8 +60,12 @@ def config_at(place: Place, trust_remote_code: bool) -> Any:
             raise InputError(f"The folder {place.path} holds neither {CONFIG} nor {ADAPTER}: there is no model in it.")
         if not json_of(file).get("model_type"):
             raise InputError(f"{file} has no model_type, which says what it describes; add the family's, as llama.")
+    mixture = None
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        mixture = mixture_config(place.gguf) if place.gguf and not is_kept else None
+        config = mixture or AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except InputError:
+        raise
     except (
         OSError,
         ValueError,
@@ -78,10 +82,11 @@ def config_at(place: Place, trust_remote_code: bool) -> Any:
         text = error.args[0] if isinstance(error, KeyError) else error
         raise InputError(sentence(f"{file if place.is_folder else place.path} cannot be used: {text}")) from error
     _check_choices(config, file if place.is_folder else place.path)
-    if is_kept:
+    if is_kept or mixture:
         config.name_or_path = place.path
-    elif place.gguf:
-        complete(config, place.gguf)
+    if place.gguf and not is_kept:
+        if not mixture:
+            complete(config, place.gguf)
         keep_header(place.gguf, config)
     return config
 

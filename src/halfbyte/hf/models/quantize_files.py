@@ -34,7 +34,8 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
 from halfbyte.hf.models.fingerprint import Fingerprint, Row, Rows, dense_digests, times
-from halfbyte.hf.models.foreign.gguf import GgufCheckpoint, tokenizer_source
+from halfbyte.hf.models.foreign.gguf import tokenizer_source
+from halfbyte.hf.models.foreign.gguf_mixture import gguf_tensors
 from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, Packing, packing_of
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
@@ -362,7 +363,7 @@ def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedMode
         InputError: the files are not whole.
     """
     if place.gguf:
-        return GgufCheckpoint(place.gguf, skeleton)
+        return gguf_tensors(place.gguf, skeleton)
     held = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
     return PackedCheckpoint(held, packing) if packing else apart(held, skeleton)
 

@@ -5,7 +5,8 @@ llama.cpp's conversion did to it (Llama's rotated rows, Gemma's norms), is trans
 whose loader would expand the whole model first. Read from its private module are ``TENSOR_PROCESSORS`` and
 ``get_gguf_hf_weights_map``.
 
-Left out: mixtures of experts, whose tensors it puts together from several, and architectures of its newer loader.
+Left out: mixtures of experts, whose tensors it puts together from several (those that are known are read by
+:mod:`halfbyte.hf.models.foreign.gguf_mixture`), and architectures of its newer loader.
 """
 
 import contextlib
@@ -22,19 +23,20 @@ import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from halfbyte import __version__
 from halfbyte.errors import InputError
 from halfbyte.files import cache_folder, stamp, whole_folder
+from halfbyte.hf.models.gguf_form.mixtures import config_of, family_of
 from halfbyte.hf.models.gguf_scale import scaled_by
 
 logger = logging.getLogger(__name__)
 
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 PLAIN = ("F32", "F16", "BF16")
-HEADER = 2
+HEADER = 3
 """Counts up when what is kept of a file's description changes."""
 
 
@@ -86,6 +88,16 @@ def complete(config: PreTrainedConfig, file: Path) -> None:
         text.query_pre_attn_scalar = scaled_by(text)
 
 
+def mixture_config(file: Path) -> PreTrainedConfig | None:
+    """Return the configuration of the mixture of experts in a GGUF file, or None where it is none that is known.
+
+    Raises:
+        InputError: as :func:`open_gguf`, or the file says something that is not read.
+    """
+    reader = open_gguf(file)
+    return config_of(file, reader.fields, frozenset(tensor.name for tensor in reader.tensors))
+
+
 def header_of(file: Path) -> Path:
     """Return the folder in the cache that has configuration and tokenizer of a GGUF file, once :func:`keep_header` has
     made it: to read them anew takes transformers three passes over a vocabulary, of seconds each."""
@@ -97,13 +109,17 @@ def keep_header(file: Path, config: PreTrainedConfig) -> None:
     """Keep a GGUF file's configuration and tokenizer, as far as they can be kept."""
     with contextlib.suppress(OSError), whole_folder(header_of(file)) as folder:
         config.save_pretrained(folder)
+        # AutoTokenizer asks transformers for the family, and it knows few mixtures.
+        kind: Any = PreTrainedTokenizerFast if family_of(open_gguf(file).fields) else AutoTokenizer
         with contextlib.suppress(Exception):  # transformers' of any kind; who wants the tokenizer is told
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+            kind.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 def tokenizer_source(file: Path) -> tuple[str, dict[str, str]]:
     """Return where a GGUF file's tokenizer is opened, and with which options."""
     kept = header_of(file)
+    if not kept.is_dir() and (config := mixture_config(file)) is not None:
+        keep_header(file, config)
     if (kept / "tokenizer_config.json").is_file():
         return str(kept), {}
     return str(file.parent), {"gguf_file": file.name}

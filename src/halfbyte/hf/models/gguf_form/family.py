@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gguf import ExpertGatingFuncType
+
 from halfbyte.errors import InputError
 from halfbyte.hf.models.gguf_scale import head_size, scaled_by
 
@@ -38,8 +40,9 @@ class Form:
         biases: layers that may have one.
         offset: what its norms' weights lack.
         activations: of the gated layer.
-        shares_sum_to_one: of a mixture of experts, whether llama.cpp makes the chosen experts' weights sum to 1; None
-            where there are none.
+        experts: of a mixture, whether llama.cpp makes the chosen experts' weights sum to 1 (``normed``), leaves them as
+            they are (``plain``), or is told by the file, as much else (``told``); empty where there are none.
+        gating: what the file says of how experts are scored (gguf's ``ExpertGatingFuncType``); 0 where it says nothing.
     """
 
     arch: str
@@ -51,19 +54,33 @@ class Form:
     biases: frozenset[str] = frozenset()
     offset: float = 0.0
     activations: tuple[str, ...] = SWIGLU
-    shares_sum_to_one: bool | None = None
+    experts: Literal["", "normed", "plain", "told"] = ""
+    gating: int = 0
 
 
 _QKV = frozenset(("q_proj", "k_proj", "v_proj"))
+LITE = (26, 27)
+"""Layers of those of DeepSeek's models whose queries are of one matrix, by which llama.cpp tells them."""
+_OSS = frozenset(("o_proj", "router", "gate_proj", "up_proj", "down_proj"))
+_SOFTMAX, _SIGMOID = int(ExpertGatingFuncType.SOFTMAX), int(ExpertGatingFuncType.SIGMOID)
 FORMS = {
     "llama": Form("llama", paired=True, frequencies=True, biases=ALL),
     "mistral": Form("llama", paired=True, frequencies=True),
     "ministral": Form("llama", paired=True, frequencies=True),
     "qwen2": Form("qwen2", biases=_QKV),
     "qwen3": Form("qwen3"),
-    "mixtral": Form("llama", paired=True, frequencies=True, shares_sum_to_one=True),
-    "qwen2_moe": Form("qwen2moe", biases=_QKV, shares_sum_to_one=False),
-    "qwen3_moe": Form("qwen3moe", shares_sum_to_one=True),
+    "mixtral": Form("llama", paired=True, frequencies=True, experts="normed"),
+    "qwen2_moe": Form("qwen2moe", biases=_QKV, experts="plain"),
+    "qwen3_moe": Form("qwen3moe", experts="normed"),
+    "olmoe": Form("olmoe", head="must", experts="plain"),
+    "granitemoe": Form("granitemoe", paired=True, frequencies=True, biases=ALL, experts="normed"),
+    "granitemoeshared": Form("granitemoe", paired=True, frequencies=True, biases=ALL, experts="normed"),
+    "gpt_oss": Form("gpt-oss", windows=2, head="must", biases=_QKV | _OSS, experts="normed"),
+    "glm4_moe": Form("glm4moe", biases=_QKV, experts="told", gating=_SIGMOID),
+    "dots1": Form("dots1", experts="told", gating=_SIGMOID),
+    "llama4_text": Form("llama4", frequencies=True, experts="plain"),
+    "deepseek_v2": Form("deepseek2", experts="told", gating=_SOFTMAX),
+    "deepseek_v3": Form("deepseek2", experts="told", gating=_SIGMOID),
     "smollm3": Form("smollm3", paired=True),
     "phi3": Form("phi3", yarn=False),
     "gemma": Form("gemma", yarn=False, head="never", offset=1.0, activations=GEGLU),
@@ -100,6 +117,11 @@ def form_of(config: Any, architecture: str) -> Form:
 def notes_of(config: Any, form: Form) -> list[str]:
     """Return in sentences where llama.cpp computes something else than the model does."""
     text = config.get_text_config()
+    if form.arch == "gpt-oss" and text.rope_parameters.get("truncate") is False:
+        return [
+            "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, which the model does not: its logits differ "
+            "slightly."
+        ]
     window = getattr(text, "sliding_window", None)
     if form.windows or window is None or window >= text.max_position_embeddings:
         return []
@@ -125,19 +147,17 @@ def metadata(writer: Any, config: Any, form: Form, rows: int) -> None:
     writer.add_context_length(text.max_position_embeddings)
     writer.add_embedding_length(text.hidden_size)
     writer.add_block_count(text.num_hidden_layers)
-    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_feed_forward_length(getattr(text, "intermediate_size_mlp", text.intermediate_size))
     writer.add_head_count(text.num_attention_heads)
-    writer.add_head_count_kv(text.num_key_value_heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
+    if form.arch == "deepseek2":  # what is kept of keys and values is one vector for all heads
+        writer.add_head_count_kv(1)
+        writer.add_key_length(text.kv_lora_rank + text.qk_rope_head_dim)
+        writer.add_value_length(text.kv_lora_rank)
+    else:
+        writer.add_head_count_kv(text.num_key_value_heads)
+        writer.add_key_length(size)
+        writer.add_value_length(size)
     writer.add_vocab_size(rows)
-    if form.shares_sum_to_one is not None:
-        writer.add_expert_count(text.num_experts)
-        writer.add_expert_used_count(text.num_experts_per_tok)
-        if form.arch != "llama":
-            writer.add_expert_feed_forward_length(text.moe_intermediate_size)
-        if form.arch == "qwen2moe":
-            writer.add_expert_shared_feed_forward_length(text.shared_expert_intermediate_size)
     if form.arch == "olmo":
         writer.add_layer_norm_eps(1e-5)  # transformers' OlmoLayerNorm has no other
         if text.clip_qkv is not None:
@@ -151,16 +171,16 @@ def metadata(writer: Any, config: Any, form: Form, rows: int) -> None:
         writer.add_final_logit_softcapping(text.final_logit_softcapping)
     elif form.arch == "phi3":
         writer.add_sliding_window(text.sliding_window or 0)  # 0 tells Phi-4 from Phi-3
-    elif form.arch == "granite":
+    elif form.arch in ("granite", "granitemoe"):
         writer.add_attention_scale(text.attention_multiplier)
         writer.add_embedding_scale(text.embedding_multiplier)
         writer.add_residual_scale(text.residual_multiplier)
         writer.add_logit_scale(text.logits_scaling)
     if form.windows:
         period = _period(text.layer_types)
-        if period != 1 and text.sliding_window is not None:
+        if text.sliding_window is not None and (period != 1 or form.arch == "gpt-oss"):
             writer.add_sliding_window(text.sliding_window)
-        if period != 1 or form.arch == "gemma2":
+        if period != 1 or form.arch in ("gemma2", "gpt-oss"):
             writer.add_sliding_window_pattern(period)
 
 
@@ -171,19 +191,40 @@ def _problems(text: Any, form: Form) -> Sequence[str]:
     named = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
     if named not in form.activations:
         found.append(f"its activation is {named!r}, and {form.activations[0]} is computed")
-    if form.arch in ("phi3", "olmo", "olmo2") and size * text.num_attention_heads != text.hidden_size:
+    if form.arch in ("phi3", "olmo", "olmo2", "olmoe") and size * text.num_attention_heads != text.hidden_size:
         found.append(f"its heads are {size} wide, and {text.hidden_size // text.num_attention_heads} is taken")
-    if form.shares_sum_to_one is not None:
-        if getattr(text, "norm_topk_prob", True) != form.shares_sum_to_one:
-            found.append(f"its norm_topk_prob is {text.norm_topk_prob}, and {form.shares_sum_to_one} is taken")
+    if form.experts in ("normed", "plain"):
+        taken = form.experts == "normed"
+        if getattr(text, "norm_topk_prob", taken) != taken:
+            found.append(f"its norm_topk_prob is {text.norm_topk_prob}, and {taken} is taken")
         if getattr(text, "decoder_sparse_step", 1) != 1 or getattr(text, "mlp_only_layers", None):
             found.append("not all of its layers have experts")
+    if form.arch == "olmoe" and text.num_key_value_heads != text.num_attention_heads:
+        found.append(f"it has {text.num_key_value_heads} heads of keys, and {text.num_attention_heads} are taken")
+    if form.arch == "olmoe" and text.clip_qkv is not None:
+        found.append(f"it clips queries, keys and values (clip_qkv {text.clip_qkv})")
+    if form.arch == "gpt-oss":
+        if (text.swiglu_alpha, text.swiglu_limit) != (1.702, 7.0):
+            found.append(f"its swiglu_alpha and swiglu_limit are {text.swiglu_alpha} and {text.swiglu_limit}")
+        if not text.attention_bias:
+            found.append("its attention has no biases, and some are taken")
+        if text.sliding_window is None or _period(text.layer_types) == 1:
+            found.append("none of its layers sees a window, and some are taken to")
+    if form.arch == "llama4":
+        found += _of_llama4(text)
+    if form.arch == "deepseek2":
+        if (text.q_lora_rank is None) != (layers in LITE):
+            found.append(f"it has {layers} layers, by which it is taken {'' if layers in LITE else 'not '}to be Lite")
+        if getattr(text, "topk_method", None) not in (None, "greedy"):
+            found.append(f"its topk_method is {text.topk_method}, and greedy is taken")
+        if not getattr(text, "rope_interleave", True):
+            found.append("its rotary embedding turns halves (rope_interleave)")
     if getattr(text, "use_bidirectional_attention", None):
         found.append("it sees what follows (use_bidirectional_attention)")
     if form.arch in ("gemma2", "gemma3"):
-        taken = scaled_by(text)
-        if not math.isclose(text.query_pre_attn_scalar, taken):
-            found.append(f"its query_pre_attn_scalar is {text.query_pre_attn_scalar}, and {taken} is taken")
+        scale = scaled_by(text)
+        if not math.isclose(text.query_pre_attn_scalar, scale):
+            found.append(f"its query_pre_attn_scalar is {text.query_pre_attn_scalar}, and {scale} is taken")
     if form.arch == "gemma2" and None in (text.attn_logit_softcapping, text.final_logit_softcapping):
         found.append("it has no soft caps, and some are taken")
     if form.arch == "gemma3" and text.attn_logit_softcapping is not None:
@@ -195,6 +236,21 @@ def _problems(text: Any, form: Form) -> Sequence[str]:
     if form.windows and _period(text.layer_types) is None:
         found.append("its layers with a window follow no rule")
     return found
+
+
+def _of_llama4(text: Any) -> Sequence[str]:
+    every = range(1, text.num_hidden_layers + 1)
+    taken = {
+        "attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1, "attn_temperature_tuning": True,
+        "use_qk_norm": text.num_local_experts != 128, "attention_bias": False,
+        "no_rope_layers": [int(i % 4 != 0) for i in every],
+        "layer_types": ["chunked_attention" if i % 4 else "full_attention" for i in every],
+        "moe_layers": [i - 1 for i in every if i % text.interleave_moe_layer_step == 0],
+    }  # fmt: skip
+    own = {key: type(value)(getattr(text, key)) for key, value in taken.items() if getattr(text, key) is not None}
+    return [
+        f"its {key} is {own.get(key)}, and {value} is taken" for key, value in taken.items() if own.get(key) != value
+    ]
 
 
 def _period(kinds: Sequence[str]) -> int | None:

@@ -23,6 +23,8 @@ from halfbyte.hf.models.gguf_scale import head_size
 
 FACTORS = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+PARTIAL = ("phi3", "glm4moe")
+"""Architectures that may turn a part of each head."""
 LOCAL_BASE = ("gemma3",)
 """Architectures whose layers with a window have a base frequency of their own."""
 
@@ -40,7 +42,7 @@ def positions(writer: Any, config: Any, form: Form) -> dict[str, Tensor]:
     rope = held[layer] if layer else held
     kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
     part = float(rope.get("partial_rotary_factor") or 1.0)
-    if part != 1.0 and form.arch != "phi3":
+    if part != 1.0 and form.arch not in PARTIAL:
         raise _refused(form, f"positions on {part} of each head")
     writer.add_rope_dimension_count(int(head_size(text) * part))
     writer.add_rope_freq_base(theta)
@@ -73,7 +75,10 @@ def positions(writer: Any, config: Any, form: Form) -> dict[str, Tensor]:
 def _yarn(writer: Any, text: Any, rope: dict[str, Any], layer: str | None, form: Form) -> None:
     original = rope["original_max_position_embeddings"]
     own, attention = ROPE_INIT_FUNCTIONS["yarn"](text, None, layer_type=layer)
-    plain = {key: rope[key] for key in ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")}
+    keys = ["rope_type", "rope_theta", "factor", "original_max_position_embeddings"]
+    if form.arch == "gpt-oss" and "truncate" in rope:  # of which there is a note
+        keys.append("truncate")
+    plain = {key: rope[key] for key in keys}
     held = text.rope_parameters | {layer: plain} if layer else plain
     taken, usual = ROPE_INIT_FUNCTIONS["yarn"](
         type(text).from_dict(text.to_dict() | {"rope_parameters": held}), None, layer_type=layer
@@ -83,7 +88,11 @@ def _yarn(writer: Any, text: Any, rope: dict[str, Any], layer: str | None, form:
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope["factor"] or text.max_position_embeddings / original)
     writer.add_rope_scaling_orig_ctx_len(original)
-    if attention != usual:
+    if form.arch == "deepseek2" and rope.get("mscale_all_dim"):  # scales the products of queries and keys
+        if attention != 1.0:
+            raise _refused(form, "other mscale of YaRN than mscale_all_dim")
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    elif attention != usual:
         writer.add_rope_scaling_attn_factors(attention / usual)
 
 

@@ -1,32 +1,40 @@
-"""A model's tensors under GGUF's names, in llama.cpp's order of rows.
+"""A model's tensors under GGUF's names, in llama.cpp's order of rows (:mod:`halfbyte.hf.models.gguf_form.names`).
 
-    queries, keys    [heads, 2, d/2] rows become [heads, d/2, 2] where the family is paired
-    norms            with what transformers adds to them
-    head             left out where it is the embedding, unless llama.cpp asks for it
-    experts          one tensor for the same matrix of all experts of a layer
-
-Names are those of the package gguf.
+norms            with what transformers adds to them
+head             left out where it is the embedding, unless llama.cpp asks for it
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from torch import Tensor
 
 from halfbyte.errors import InputError, named
-from halfbyte.hf.models.dense import Dense
 from halfbyte.hf.models.gguf_form.family import Form
+from halfbyte.hf.models.gguf_form.names import EXPERT, Names, plain_target
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
-"""How the text part of a model that sees images is called."""
-SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+SEEING = (
+    "vision_tower.",
+    "vision_model.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 
 
-EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+\.weight)")
+class Source(Protocol):
+    """What is written: as :class:`halfbyte.hf.models.dense.Dense`, as far as it is asked here."""
+
+    config: Any
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """By its name in the files, which tensor of the model each is (``target``), and its ``shape``."""
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``."""
 
 
 class Entry(NamedTuple):
@@ -43,31 +51,23 @@ class Entry(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def tensors(model: Dense, form: Form) -> list[Entry]:
+def tensors(model: Source, form: Form) -> list[Entry]:
     """Return what is written of a model, in the file's order.
 
     Raises:
         InputError: it has a tensor that llama.cpp does not read.
     """
-    text = model.config.get_text_config()
-    names = Names(form, text)
+    names = Names(form, model.config.get_text_config())
     targets = {name: planned.target for name, planned in model.tensors.items() if not _is_seen(planned.target)}
     places = {plain_target(target): name for name, target in targets.items()}
-    found, strange = {}, []
-    for target, matrices in _stacks(places).items():
-        gguf = names.of(target)
-        if gguf is None:
+    found: dict[str, Entry] = {}
+    strange = []
+    for target, held in _stacks(places).items():
+        parts = names.parts(target)
+        if parts is None:
             strange.append(target)
         else:
-            found[gguf] = _stack(model, matrices, gguf)
-    for target, name in places.items():
-        if EXPERT.fullmatch(target):
-            continue
-        gguf = names.of(target)
-        if gguf is None:
-            strange.append(target)
-        else:
-            found[gguf] = _entry(model, name, gguf, target, names)
+            found |= {part: _entry(model, held, part, i, target, names) for i, part in enumerate(parts)}
     if strange:
         raise InputError(
             f"llama.cpp's {form.arch} has no place for {named(sorted(strange))}; keep the model in the format hf."
@@ -84,65 +84,33 @@ def tensors(model: Dense, form: Form) -> list[Entry]:
     return [found[name] for name in sorted(found, key=_order)]
 
 
-class Names:
-    """GGUF's name of a tensor of transformers', and the order of its rows.
-
-    Args:
-        form: of the family.
-        text: the configuration of the model that reads text.
-    """
-
-    def __init__(self, form: Form, text: Any) -> None:
-        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == form.arch)
-        self.form, self._heads = form, {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
-        self._map = get_tensor_name_map(MODEL_ARCH(arch), text.num_hidden_layers)
-
-    def of(self, target: str) -> str | None:
-        """Return GGUF's name, or None where llama.cpp reads no such tensor."""
-        if target.endswith(".bias") and target.split(".")[-2] not in self.form.biases:
-            return None
-        found: str | None = self._map.get_name(target, try_suffixes=(".weight", ".bias"))
-        return found
-
-    def ordered(self, target: str, x: Tensor) -> Tensor:
-        """Return a tensor ``[out, ...]`` with its rows as llama.cpp has them."""
-        heads = self._heads.get(target.split(".")[-2]) if self.form.paired else None
-        if heads is None:
-            return x
-        return x.view(heads, 2, -1, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
-
-
-def _entry(model: Dense, name: str, gguf: str, target: str, names: Names) -> Entry:
-    shape = tuple(model.tensors[name].shape)
-
-    def read() -> Tensor:
-        x = names.ordered(target, model.read(name).to(torch.float32))
-        return x + names.form.offset if target.endswith("norm.weight") else x
-
-    return Entry(gguf, shape, read)
-
-
-def _stacks(places: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return of the matrices of experts, by what they are called without numbers, their names in the order of these."""
-    found: dict[str, dict[int, str]] = {}
+def _stacks(places: Mapping[str, str]) -> dict[str, str | list[str]]:
+    """Return names in the files by those in the model: of matrices of experts, by what they are called without numbers,
+    all of them in the order of these."""
+    found: dict[str, str | list[str]] = {}
+    experts: dict[str, dict[int, str]] = {}
     for target, name in places.items():
         if expert := EXPERT.fullmatch(target):
-            found.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = name
-    return {target: [name for _, name in sorted(names.items())] for target, names in found.items()}
+            experts.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = name
+        else:
+            found[target] = name
+    return found | {target: [name for _, name in sorted(held.items())] for target, held in experts.items()}
 
 
-def _stack(model: Dense, matrices: list[str], gguf: str) -> Entry:
-    shape = (len(matrices), *model.tensors[matrices[0]].shape)
-    return Entry(gguf, shape, lambda: torch.stack([model.read(name).to(torch.float32) for name in matrices]))
+def _entry(model: Source, held: str | list[str], gguf: str, part: int, target: str, names: Names) -> Entry:
+    def piece(x: Tensor) -> Tensor:
+        return names.apart(target, x)[part]
 
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(piece(torch.empty(model.tensors[name].shape, device="meta")).shape)
 
-def plain_target(target: str) -> str:
-    """Return a tensor's name as it is in a model that reads text alone."""
-    for prefix in PREFIXES:
-        if target.startswith(prefix):
-            rest = target.removeprefix(prefix)
-            return rest if rest.startswith("lm_head.") else f"model.{rest.removeprefix('model.')}"
-    return target
+    def one(name: str) -> Tensor:
+        x = piece(model.read(name).to(torch.float32))
+        return x + names.form.offset if target.endswith("norm.weight") else x
+
+    if isinstance(held, str):
+        return Entry(gguf, shape(held), lambda: one(held))
+    return Entry(gguf, (len(held), *shape(held[0])), lambda: torch.stack([one(name) for name in held]))
 
 
 def _is_seen(target: str) -> bool:
@@ -157,6 +125,6 @@ def _order(name: str) -> tuple[int, int, str]:
     return (2 if name == HEAD else 0, 0, name)
 
 
-def seen(model: Dense) -> Iterator[str]:
+def seen(model: Source) -> Iterator[str]:
     """Yield the tensors of a model's part that sees images, which is left out."""
     yield from (planned.target for planned in model.tensors.values() if _is_seen(planned.target))
