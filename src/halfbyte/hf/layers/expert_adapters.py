@@ -94,7 +94,7 @@ def stacks_of(folder: Path, config: LoraConfig, rows: Mapping[str, int]) -> dict
         whole = {name.rpartition(".")[2] for name in named_so if "." in name and _is_of(path, name)}
         if not whole and (not config.target_modules or not check_target_module_exists(config, path)):
             whole = {name for name in named_so if "." not in name}
-        if not whole or (whole == {"weight"} and rows[path] in (rank_of(config, path), rank_of(config, path + WEIGHT))):
+        if not whole or (whole == {"weight"} and rows[names[0]] in (rank_of(config, path), rank_of(config, path + WEIGHT))):
             continue
         parameters = sorted(whole, key=lambda name: STACKS.index(name) if name in STACKS else -1)
         names = sorted(names, key=len, reverse=True)
