@@ -347,16 +347,24 @@ def test_the_load_is_that_of_the_busiest_expert_since_it_was_asked(mixtral: Path
     assert load_of(model) == 3 / (4 / 5) and load_of(model) is None
 
 
-def test_peft_opens_an_adapter_of_the_shared_expert_alone(tmp_path: Path, give_values: Give) -> None:
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    "patterns", [{}, {"rank_pattern": {"gate_proj": 5}, "alpha_pattern": {"shared_expert.gate_proj|q_proj": 9}}]
+)
+def test_peft_opens_an_adapter_of_the_shared_expert_alone(
+    patterns: dict[str, Any], tmp_path: Path, give_values: Give
+) -> None:
     dense = mixture("Qwen2Moe", tmp_path / "m")
     model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
     give_values(model, dense)
-    ours = adapted(model, target_modules=["shared_expert.gate_proj", "q_proj"]).eval()
+    ours = adapted(model, target_modules=["shared_expert.gate_proj", "q_proj"], **patterns).eval()
     ours.save_pretrained(tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    again = put_adapter(halfbyte.load(tmp_path / "m", quantization_config=FP32), tmp_path / "adapter")
     with torch.no_grad():
         wanted = theirs(input_ids=IDS).logits
-        assert (ours(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+        for one in (ours, halfbyte.prepare(again)):
+            assert (one(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_gradients_are_the_same_where_activations_are_recomputed(mixtral: Path) -> None:

@@ -14,7 +14,7 @@ names.
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,8 @@ def stacks_of(folder: Path, config: LoraConfig, rows: Mapping[str, int]) -> dict
         whole = {name.rpartition(".")[2] for name in named_so if "." in name and _is_of(path, name)}
         if not whole and (not config.target_modules or not check_target_module_exists(config, path)):
             whole = {name for name in named_so if "." not in name}
-        if not whole or (whole == {"weight"} and rows[names[0]] in (rank_of(config, path), rank_of(config, path + WEIGHT))):
+        of_one = {rank_of(config, path), rank_of(config, path + WEIGHT)}
+        if not whole or (whole == {"weight"} and rows[names[0]] in of_one):  # a layer that is named by its parameter
             continue
         parameters = sorted(whole, key=lambda name: STACKS.index(name) if name in STACKS else -1)
         names = sorted(names, key=len, reverse=True)
@@ -313,6 +314,26 @@ def set_dropout(model: nn.Module, name: str, dropout: float) -> None:
             module.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
+BY_WEIGHT = "(?:", r")(\.weight)?"
+"""What is around a pattern that is to match a layer that is named by its parameter, too."""
+
+
+def with_weight(pattern: str) -> str:
+    """Return a pattern of ranks or alphas that matches a layer by its parameter too."""
+    return pattern.join(BY_WEIGHT)
+
+
+def _without_weight(pattern: str) -> str:
+    bare = pattern.removeprefix(BY_WEIGHT[0]).removesuffix(BY_WEIGHT[1])
+    return bare if pattern == with_weight(bare) else pattern
+
+
+def _repattern(config: Any, change: Callable[[str], str]) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name, None) or {}
+        setattr(config, name, {change(key): value for key, value in patterns.items()})
+
+
 def as_peft_reads(config: LoraConfig) -> None:
     """Make a configuration of an adapter of a mixture what PEFT opens over transformers' own, in place; see above."""
     modules = config.target_modules
@@ -321,6 +342,7 @@ def as_peft_reads(config: LoraConfig) -> None:
         config.target_modules = {*modules} - read_otherwise
         named_so = {name + WEIGHT for name in read_otherwise}
         config.target_parameters = sorted({*(config.target_parameters or ()), *named_so})
+        _repattern(config, with_weight)
 
 
 def as_we_read(config: Any) -> None:
@@ -330,3 +352,4 @@ def as_we_read(config: Any) -> None:
     if layers:
         config.target_modules = {*(config.target_modules or ()), *layers}
         config.target_parameters = sorted(name for name in parameters if not name.endswith(WEIGHT)) or None
+        _repattern(config, _without_weight)

@@ -30,6 +30,7 @@ from halfbyte.hf.layers.expert_adapters import (
     names_in_file,
     stacks_of,
     together,
+    with_weight,
 )
 from halfbyte.hf.models.adapter_files import BESIDE, check_numbers
 from halfbyte.hf.models.base_format import FILE as BASE_FORMAT
@@ -198,16 +199,14 @@ def save_low_rank(adapter: LowRankAdapter, output: Path) -> None:
     Tokenizer and settings beside it are copied. The folder appears whole.
     """
     config = copy.deepcopy(adapter.config)
-    by_weight = {name.removesuffix(WEIGHT) for name in config.target_parameters or () if name.endswith(WEIGHT)}
     stack_of, ranks = adapter.stack_of, {}
     for name, part in adapter.parts.items():
         ranks[stack_of[name].name if name in stack_of else name] = part.rank
     # PEFT (0.21) says of patterns for stacks that they match nothing, though they do: so few as can be
     config.r = config.lora_alpha = max([ranks[name] for name in adapter.stacks] or ranks.values())
-    others = {
-        re.escape(name) + (rf"(\{WEIGHT})?" if any(f".{name}".endswith(f".{one}") for one in by_weight) else ""): rank
-        for name, rank in ranks.items() if rank != config.r
-    }  # fmt: skip
+    others = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    if any(name.endswith(WEIGHT) for name in config.target_parameters or ()):
+        others = {with_weight(pattern): rank for pattern, rank in others.items()}
     config.rank_pattern, config.alpha_pattern = dict(others), dict(others)
     config.use_rslora, config.init_lora_weights, config.inference_mode = False, True, True
     weights = {key: x.contiguous() for key, x in adapter.others.items()}
