@@ -109,6 +109,17 @@ def test_an_expert_s_pair_is_what_peft_adds_to_its_matrix(kind: str, tmp_path: P
         assert module.effective == 1 or kept[module.effective - 2] < 0.99
 
 
+def test_stacks_that_peft_has_named_itself_are_known(tmp_path: Path) -> None:
+    names = {"target_modules": ["q_proj", "w1", "w2", "w3"], "target_parameters": None}  # as before stacks
+    folder = adapter(tmp_path / "a", mixture("Mixtral"), **names)
+    about = json.loads((folder / "adapter_config.json").read_text())
+    assert {*about["target_parameters"]} == {"gate_up_proj", "down_proj"} and about["target_modules"] == ["q_proj"]
+    wanted = sums("Mixtral", folder)
+    made = truncate(folder, tmp_path / "whole", rank=8)
+    assert made.ranks == (4, 8) and made.error < 1e-6 and len(wanted) == 2 + 2 * 2 * 5
+    near(sums("Mixtral", tmp_path / "whole"), wanted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncating_is_the_nearest_of_each_expert_and_one_rank_of_a_stack(kind: str, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", mixture(kind), r=6)

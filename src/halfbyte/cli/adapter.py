@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Adapter = Annotated[str, typer.Argument(help="Run folder, or a PEFT adapter's folder or hub id.")]
 Output = Annotated[Path, typer.Argument(help="Folder for the new adapter.")]
-Modules = Annotated[bool, typer.Option("--modules", help="Each module by itself, or each stack of experts.")]
+Modules = Annotated[bool, typer.Option("--modules", help="Each module by itself, not those of a name together.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The figures of every module as JSON.")]
 
 
