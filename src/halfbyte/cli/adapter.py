@@ -38,7 +38,7 @@ def info(adapter: Adapter, modules: Modules = False, as_json: AsJson = False) ->
         return
     groups: dict[str, list[Any]] = defaultdict(list)
     for module in found.modules:
-        groups[module.name if modules else module.name.rpartition(".")[2]].append(module)
+        groups[_group(module, modules)].append(module)
     table = Table("module", "layers", "shape", "rank", "parameters", "norm", f"{ENERGY:.0%} of the energy in")
     for name, group in groups.items():
         norm = math.sqrt(sum(module.norm**2 for module in group) / len(group))
@@ -128,7 +128,7 @@ def diff(one: Adapter, other: Adapter, modules: Modules = False) -> None:
     found, settings = compared(one, other)
     groups: dict[str, list[Any]] = defaultdict(list)
     for module in found:
-        groups[module.name if modules else module.name.rpartition(".")[2]].append(module)
+        groups[_group(module, modules)].append(module)
     table = Table("module", "norm of the first", "of the second", "apart", "cosine")
     for name, group in groups.items():
         norms = [math.sqrt(sum(module.norms[i] ** 2 for module in group)) for i in (0, 1)]
@@ -138,6 +138,12 @@ def diff(one: Adapter, other: Adapter, modules: Modules = False) -> None:
     print_table(table)
     for key, (before, after) in settings.items():
         typer.echo(f"{key}: {before} in the first, {after} in the second")
+
+
+def _group(module: Any, alone: bool) -> str:
+    """Return what a row of a table is called: the experts of a stack are in one."""
+    name = module.stack or module.name
+    return name if alone else ".".join(name.split(".")[-2 if module.stack else -1 :])
 
 
 def _range(values: list[Any]) -> str:

@@ -7,7 +7,7 @@
     diff       how far two are apart
 
 The energy of singular values is the sum of their squares; the part of it that is left out is the square of the relative
-error.
+error. An expert of a mixture is a module like others, but that those of a stack keep one rank, as PEFT's form has it.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from torch import Tensor
 from halfbyte.choices import CombineMethod
 from halfbyte.errors import InputError, named
 from halfbyte.files import absolute
+from halfbyte.hf.layers.expert_adapters import as_peft_reads
 from halfbyte.hf.models.fingerprint import Fingerprint
 from halfbyte.hf.models.low_rank import LowRankAdapter, Part, read_low_rank, save_low_rank
 from halfbyte.hf.models.merging import Merged
@@ -40,6 +41,7 @@ class Module:
 
     Attributes:
         name: of the module.
+        stack: the stack of experts that it is of, or "".
         shape: of the weight.
         rank: of A and B.
         parameters: of both.
@@ -49,6 +51,7 @@ class Module:
     """
 
     name: str
+    stack: str
     shape: tuple[int, int]
     rank: int
     parameters: int
@@ -81,7 +84,8 @@ def info(adapter: str | Path) -> Info:
         InputError: it is none.
     """
     read = read_low_rank(adapter)
-    modules = [_module(name, part) for name, part in read.parts.items()]
+    stacks = _stacks(read)
+    modules = [_module(name, stacks.get(name, ""), part) for name, part in read.parts.items()]
     ranks = [module.effective for module in modules]
     rank, most = max(module.rank for module in modules), max(ranks)
     if not any(module.norm for module in modules):
@@ -98,13 +102,17 @@ def info(adapter: str | Path) -> Info:
     return Info(modules, sum(x.numel() for x in read.others.values()), advice, Fingerprint.of_adapter(read.folder))
 
 
-def _module(name: str, part: Part) -> Module:
+def _stacks(*adapters: LowRankAdapter) -> dict[str, str]:
+    """Return of each expert's matrix the name of its stack."""
+    return {name: stack.name for one in adapters for name, stack in one.stack_of.items()}
+
+
+def _module(name: str, stack: str, part: Part) -> Module:
     _, values, _ = part.svd()
     energy = float(values.square().sum())
     stable = energy / float(values[0]) ** 2 if energy else 0.0
-    shape = (part.b.shape[0], part.a.shape[1])
     parameters = part.a.numel() + part.b.numel()
-    return Module(name, shape, part.rank, parameters, math.sqrt(energy), _ranks_of(values, ENERGY), stable)
+    return Module(name, stack, part.shape, part.rank, parameters, math.sqrt(energy), _ranks_of(values, ENERGY), stable)
 
 
 def _ranks_of(values: Tensor, energy: float) -> int:
@@ -141,7 +149,8 @@ def truncate(adapter: str | Path, output: str | Path, *, rank: int | None = None
         adapter: folder or hub id of LoRA.
         output: the new folder.
         rank: of every module, at most.
-        energy: the part of each module's energy that is to be kept, by as few ranks as it takes.
+        energy: the part of each module's energy that is to be kept, by as few ranks as it takes; of a stack of experts
+            by as many as that of its experts takes which needs most.
 
     Raises:
         InputError: neither or both are given, it is no LoRA adapter or one of DoRA, or the folder is there already.
@@ -158,11 +167,13 @@ def truncate(adapter: str | Path, output: str | Path, *, rank: int | None = None
         raise InputError(
             f"{adapter} is DoRA, whose sum is no product of B and A; halfbyte adapter convert makes plain LoRA of it."
         )
-    parts, errors = {}, _Errors()
-    for name, part in read.parts.items():
-        found = part.svd()
-        keep = rank if rank is not None else max(1, _ranks_of(found[1], energy or 1.0))
-        parts[name] = errors.cut(name, found, keep, part.form)
+    parts: dict[str, Part] = {}
+    errors, stack_of = _Errors(), read.stack_of
+    together = [[name] for name in read.parts if name not in stack_of]
+    for names in (*together, *(stack.members for stack in read.stacks.values())):
+        found = {name: read.parts[name].svd() for name in names}
+        keep = rank or max(1, *(_ranks_of(values, energy or 1.0) for _, values, _ in found.values()))
+        parts |= {name: errors.cut(name, svd, keep, read.parts[name].form) for name, svd in found.items()}
     return _made(dataclasses.replace(read, parts=parts), output, errors)
 
 
@@ -275,9 +286,14 @@ def combine(
         )
     names = list(dict.fromkeys(name for one in read for name in one.parts))
     sums = {name: _sum(name, read, weights) for name in names}
+    read[0].stacks = {name: stack for one in read for name, stack in one.stacks.items()}
     if len(names) > len(read[0].parts):
-        read[0].config.target_modules, read[0].config.exclude_modules = set(names), None
-        read[0].config.layers_to_transform = read[0].config.layers_pattern = None
+        stacks, config = _stacks(*read), read[0].config
+        config.target_modules, config.exclude_modules = {name for name in names if name not in stacks}, None
+        config.layers_to_transform = config.layers_pattern = None
+        if any(one.config.target_parameters for one in read):
+            config.target_parameters = [*read[0].stacks]
+            as_peft_reads(config)
     if method == "cat":
         return _made(dataclasses.replace(read[0], parts=sums), output, _Errors())
     if method == "svd":
@@ -306,12 +322,14 @@ class Difference:
 
     Attributes:
         name: of the module.
+        stack: the stack of experts that it is of, or "".
         norms: of what each adds; 0 where it has nothing.
         apart: ``‖D₂ − D₁‖ / ‖D₁‖``; infinite where the first has nothing.
         cosine: of the angle between them.
     """
 
     name: str
+    stack: str
     norms: tuple[float, float]
     apart: float
     cosine: float
@@ -326,13 +344,15 @@ def diff(one: str | Path, other: str | Path) -> tuple[list[Difference], dict[str
     first, second = read_low_rank(one), read_low_rank(other)
     _check_shapes([str(one), str(other)], [first, second])
     found = []
+    stacks = _stacks(first, second)
     for name in dict.fromkeys((*first.parts, *second.parts)):
         a, b = first.parts.get(name), second.parts.get(name)
         norms = [0.0 if part is None else math.sqrt(_product(part, part)) for part in (a, b)]
         product = 0.0 if a is None or b is None else _product(a, b)
         apart = math.sqrt(max(0.0, norms[0] ** 2 + norms[1] ** 2 - 2 * product))
         cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
-        found.append(Difference(name, (norms[0], norms[1]), apart / norms[0] if norms[0] else math.inf, cosine))
+        ratio = apart / norms[0] if norms[0] else math.inf
+        found.append(Difference(name, stacks.get(name, ""), (norms[0], norms[1]), ratio, cosine))
     configs = [json.loads((adapter.folder / "adapter_config.json").read_text()) for adapter in (first, second)]
     keys = sorted({*configs[0], *configs[1]} - {"peft_version", "inference_mode", "revision"})
     pairs = {key: (_plain(configs[0].get(key)), _plain(configs[1].get(key))) for key in keys}
@@ -363,14 +383,21 @@ def _sum(name: str, adapters: Sequence[LowRankAdapter], weights: Sequence[float]
 
 def _check_shapes(paths: Sequence[str], adapters: Sequence[LowRankAdapter]) -> None:
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    counts: dict[str, tuple[str, int]] = {}
     for path, adapter in zip(paths, adapters, strict=True):
-        for name, part in adapter.parts.items():
-            shape = (part.b.shape[0], part.a.shape[1])
-            first, known = shapes.setdefault(name, (path, shape))
-            if known != shape:
+        for name, stack in adapter.stacks.items():
+            first, count = counts.setdefault(stack.path, (path, stack.experts))
+            if count != stack.experts:
                 raise InputError(
-                    f"{path} and {first} are of different models: {name} is {list(shape)} in one and {list(known)} in "
-                    "the other."
+                    f"{path} and {first} are of different models: {name} has {stack.experts} experts in one and "
+                    f"{count} in the other."
+                )
+        for name, part in adapter.parts.items():
+            first, known = shapes.setdefault(name, (path, part.shape))
+            if known != part.shape:
+                raise InputError(
+                    f"{path} and {first} are of different models: {name} is {list(part.shape)} in one and "
+                    f"{list(known)} in the other."
                 )
 
 

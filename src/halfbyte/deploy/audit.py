@@ -218,7 +218,7 @@ def audit(
             except InputError as error:
                 if ways:
                     raise
-                left_out[name] = str(error)
+                left_out[name] = str(error).replace(f"{made}/", "")
                 continue
             size = sum(file.stat().st_size for file in (*made.glob("*.safetensors"), *made.glob("*.gguf")))
             figures = compared.of(opened)

@@ -24,8 +24,10 @@ from halfbyte.hf.layers.expert_adapters import LoraExperts, as_peft_reads, own_w
 from halfbyte.hf.layers.experts import Experts, load_of
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.base_files import Source, fingerprint
 from halfbyte.hf.models.four_bits import In4Bits
-from halfbyte.hf.models.low_rank import read_low_rank
+from halfbyte.hf.models.hub import locate
+from halfbyte.hf.models.more_adapters import add_adapter
 from halfbyte.quant import quantize_4bit
 
 SHAPE: dict[str, Any] = {
@@ -212,11 +214,40 @@ def test_what_experts_do_not_take_is_told(mixtral: Path, options: dict[str, Any]
         lora_config(model, rank=4, lora_alpha=8, **options)
 
 
-def test_an_adapter_of_another_number_of_experts_is_told(mixtral: Path, tmp_path: Path) -> None:
-    adapted(halfbyte.load(mixtral, quantization_config=FP32)).save_pretrained(tmp_path / "adapter")
-    mixture("Mixtral", tmp_path / "other", num_local_experts=3, num_experts=3)
-    with pytest.raises(InputError, match=r"lora_A.weight is \[15, .* should be \[9, "):
-        put_adapter(halfbyte.load(tmp_path / "other", quantization_config=FP32), tmp_path / "adapter")
+@pytest.mark.parametrize(
+    ("kind", "other", "given", "theirs"),
+    [
+        ("Mixtral", "Mixtral", {"num_local_experts": 3, "num_experts": 3}, r"'s 3 of \[192, 64\]"),
+        ("Mixtral", "Mixtral", {"intermediate_size": 80}, r"'s 5 of \[160, 64\]"),
+        ("GptOss", "GptOss", {"num_local_experts": 3, "num_experts": 3}, r"'s 3 of \[192, 64\]"),
+        ("Llama4Text", "Llama4Text", {"intermediate_size": 80}, r"'s 5 of \[160, 64\]"),
+        ("Mixtral", "Llama", {}, " has no experts there"),
+    ],
+)
+def test_an_adapter_of_other_experts_is_told(
+    kind: str, other: str, given: dict[str, int], theirs: str, tmp_path: Path
+) -> None:
+    mixture(kind, tmp_path / "m")
+    mixture(other, tmp_path / "other", **given)
+    ours = adapted(halfbyte.load(tmp_path / "m", quantization_config=FP32))
+    ours.peft_config["default"].base_model_name_or_path = str(tmp_path / "other")
+    ours.save_pretrained(tmp_path / "adapter")
+    for use in (
+        lambda: put_adapter(halfbyte.load(tmp_path / "other", quantization_config=FP32), tmp_path / "adapter"),
+        lambda: halfbyte.load(tmp_path / "adapter"),
+        lambda: add_adapter(halfbyte.load(tmp_path / "other", quantization_config=FP32), tmp_path / "adapter", "it"),
+        lambda: merge(tmp_path / "adapter", tmp_path / "merged"),
+        lambda: merge(tmp_path / "adapter", tmp_path / "merged", to="nf4", rounding="random"),
+    ):
+        with pytest.raises(InputError, match=r"gate_up_proj has 5 experts of \[192, 64\], and the base model" + theirs):
+            use()
+    assert not (tmp_path / "merged").exists()
+    found = fingerprint(Source(locate(tmp_path / "m")), [halfbyte.HalfbyteConfig()])
+    assert found
+    found.called("m").save(tmp_path / "adapter")
+    counts = r"experts has 3 experts and not 5" if "num_local_experts" in given else "is .* and not "
+    with pytest.raises(InputError, match=rf"was trained on another base model \(m\).*{counts}"):
+        halfbyte.load(tmp_path / "adapter")
 
 
 def test_some_layers_alone(mixtral: Path) -> None:
@@ -279,12 +310,6 @@ def test_merging_into_4_bits_is_opened_here(kind: str, tmp_path: Path) -> None:
         assert torch.isfinite(merged(IDS).logits).all() and exact(IDS).logits.shape == merged(IDS).logits.shape
 
 
-def test_tools_for_single_matrices_say_that_experts_are_none(mixtral: Path, tmp_path: Path) -> None:
-    adapted(halfbyte.load(mixtral, quantization_config=FP32)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match=r"is on experts \(experts.down_proj\)"):
-        read_low_rank(tmp_path / "adapter")
-
-
 def test_the_model_computes_the_same_when_it_is_not_prepared(mixtral: Path) -> None:
     model = adapted(halfbyte.load(mixtral, quantization_config=FP32)).eval()
     with torch.no_grad():
@@ -322,16 +347,24 @@ def test_the_load_is_that_of_the_busiest_expert_since_it_was_asked(mixtral: Path
     assert load_of(model) == 3 / (4 / 5) and load_of(model) is None
 
 
-def test_peft_opens_an_adapter_of_the_shared_expert_alone(tmp_path: Path, give_values: Give) -> None:
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    "patterns", [{}, {"rank_pattern": {"gate_proj": 5}, "alpha_pattern": {"shared_expert.gate_proj|q_proj": 9}}]
+)
+def test_peft_opens_an_adapter_of_the_shared_expert_alone(
+    patterns: dict[str, Any], tmp_path: Path, give_values: Give
+) -> None:
     dense = mixture("Qwen2Moe", tmp_path / "m")
     model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
     give_values(model, dense)
-    ours = adapted(model, target_modules=["shared_expert.gate_proj", "q_proj"]).eval()
+    ours = adapted(model, target_modules=["shared_expert.gate_proj", "q_proj"], **patterns).eval()
     ours.save_pretrained(tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    again = put_adapter(halfbyte.load(tmp_path / "m", quantization_config=FP32), tmp_path / "adapter")
     with torch.no_grad():
         wanted = theirs(input_ids=IDS).logits
-        assert (ours(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+        for one in (ours, halfbyte.prepare(again)):
+            assert (one(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_gradients_are_the_same_where_activations_are_recomputed(mixtral: Path) -> None:

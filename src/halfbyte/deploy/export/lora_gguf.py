@@ -138,6 +138,12 @@ def export_lora_gguf(
 
 def _check_kind(read: LowRankAdapter, adapter: str | Path, rows: int) -> None:
     merged = "export the merged model (--format gguf)"
+    if read.stacks:
+        name, stack = next(iter(read.stacks.items()))
+        raise InputError(
+            f"{adapter} is on experts ({name}, {stack.experts} of {list(read.parts[stack.members[0]].shape)}), which "
+            f"is not written as an adapter of llama.cpp's; {merged}."
+        )
     if read.is_dora:
         raise InputError(
             f"{adapter} is DoRA, which GGUF has no words for; halfbyte adapter convert makes plain LoRA of it, or "
@@ -166,7 +172,7 @@ def _check_kind(read: LowRankAdapter, adapter: str | Path, rows: int) -> None:
 def _check_shapes(read: LowRankAdapter, adapter: str | Path, config: Any, trust_remote_code: bool) -> None:
     weights = skeleton_of(config, torch.bfloat16, trust_remote_code).state_dict()
     for name, part in read.parts.items():
-        shape, wanted = (len(part.b), part.a.shape[1]), tuple(getattr(weights.get(f"{name}.weight"), "shape", ()))
+        shape, wanted = part.shape, tuple(getattr(weights.get(f"{name}.weight"), "shape", ()))
         if wanted and shape != wanted:
             raise InputError(
                 f"{adapter} and its base do not fit: {name} is {list(wanted)} in the model, and what the adapter adds "

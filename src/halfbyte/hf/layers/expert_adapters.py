@@ -3,6 +3,8 @@
 PEFT adapts a stack of experts by its name (``target_parameters``): of all experts together it holds ``A [E·r, in]``, an
 expert's rows together, and ``B [out, r·E]``, an expert's columns E apart, and computes with ``W + BA`` of all experts.
 Here only the rows of an expert pass its A and B, after dropout, which PEFT refuses there; files are PEFT's.
+PEFT's wrappers of the stacks of one module hold each other, ``down_proj``'s outermost, so that files call its A
+``experts.lora_A`` and that of ``gate_up_proj``, if both are there, ``experts.base_layer.lora_A``.
 
 PEFT reads ``gate_proj``, ``up_proj``, ``down_proj`` and ``gate`` among a mixture's ``target_modules`` as experts and
 router, since they were layers once, and so cannot name an ordinary layer that is called so (a shared expert's). Files
@@ -11,25 +13,159 @@ names.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import _find_minimal_target_modules
+from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from peft.utils import transformers_weight_conversion
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from halfbyte.errors import InputError, named
 from halfbyte.hf.layers.adapters import refuse_merge
-from halfbyte.hf.layers.experts import Adapters, Experts
+from halfbyte.hf.layers.experts import STACKS, Adapters, Experts
 from halfbyte.nn.experts import StackedLowRank
 
 READ_AS_EXPERTS = frozenset(
     name for names in transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING.values() for name in names
 )
 WEIGHT = ".weight"
+NESTED = ".base_layer"
+"""What a file has in a name for each of PEFT's wrappers that are around."""
+
+
+class Stack(NamedTuple):
+    """A stack of experts that an adapter is on.
+
+    Attributes:
+        path: of the module that holds it.
+        parameter: its name there.
+        experts: how many matrices it has.
+    """
+
+    path: str
+    parameter: str
+    experts: int
+
+    @property
+    def name(self) -> str:
+        """Of the parameter, as PEFT's patterns and ``target_parameters`` have it."""
+        return f"{self.path}.{self.parameter}"
+
+    @property
+    def members(self) -> list[str]:
+        """What each expert's matrix is called."""
+        return [f"{self.path}.{number}.{self.parameter}" for number in range(self.experts)]
+
+
+def apart(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return views of a stack's A ``[E·r, in]`` and B ``[out, r·E]``: ``[E, r, in]``, ``[E, out, r]``."""
+    return a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def together(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Inverse of :func:`apart`, of ``[r, in]`` and ``[out, r]`` of each expert; all have one rank."""
+    all_a, all_b = zip(*pairs, strict=True)
+    return torch.cat(all_a), torch.stack(all_b, dim=2).flatten(1)
+
+
+def stacks_of(folder: Path, config: LoraConfig, rows: Mapping[str, int]) -> dict[str, Stack]:
+    """Return the stacks that an adapter is on, by what its file calls their A and B.
+
+    Args:
+        folder: of the adapter.
+        config: as it lies beside the file.
+        rows: of each A in the file, by its name without ``base_model.model.`` and ``.lora_A.weight``.
+
+    Raises:
+        InputError: names, rank and file are not of one adapter.
+    """
+    named_so = [*(config.target_parameters or ())]
+    within: dict[str, list[str]] = {}
+    for name in rows if named_so else ():
+        within.setdefault(name.replace(NESTED, ""), []).append(name)
+    found = {}
+    for path, names in within.items():
+        whole = {name.rpartition(".")[2] for name in named_so if "." in name and _is_of(path, name)}
+        if not whole and (not config.target_modules or not check_target_module_exists(config, path)):
+            whole = {name for name in named_so if "." not in name}
+        of_one = {rank_of(config, path), rank_of(config, path + WEIGHT)}
+        if not whole or (whole == {"weight"} and rows[names[0]] in of_one):  # a layer that is named by its parameter
+            continue
+        parameters = sorted(whole, key=lambda name: STACKS.index(name) if name in STACKS else -1)
+        names = sorted(names, key=len, reverse=True)
+        if len(names) != len(parameters) or len(whole - {*STACKS}) > 1:
+            raise InputError(
+                f"The adapter {folder} is on {named(parameters)} of {path} by its adapter_config.json "
+                f"(target_parameters), and its file has {named(names)}, which PEFT does not write so; copy both again."
+            )
+        for name, parameter in zip(names, parameters, strict=True):
+            rank = rank_of(config, f"{path}.{parameter}")
+            if rows[name] % rank:
+                raise InputError(
+                    f"The adapter {folder} has {rows[name]} rows in A of {path}.{parameter}, no multiple of its rank, "
+                    f"which adapter_config.json says is {rank}; copy both again."
+                )
+            found[name] = Stack(path, parameter, rows[name] // rank)
+    return found
+
+
+def names_in_file(stacks: Iterable[Stack]) -> dict[str, Stack]:
+    """Inverse of :func:`stacks_of`: return what a file calls the A and B of stacks, all that an adapter is on."""
+    found = {}
+    around: dict[str, int] = {}
+    for stack in sorted(stacks, key=lambda one: -STACKS.index(one.parameter) if one.parameter in STACKS else 1):
+        depth = around.get(stack.path, 0)
+        found[stack.path + NESTED * depth] = stack
+        around[stack.path] = depth + 1
+    return found
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    """Return the rank of the module or parameter ``name``, as PEFT (0.21) has it."""
+    patterns = config.rank_pattern or {}
+    return int(patterns.get(get_pattern_key(list(patterns), name), config.r))
+
+
+def _is_of(path: str, parameter: str) -> bool:
+    """Whether ``parameter``, or the end of its name, is one of the module ``path``."""
+    return f".{path}.{parameter.rpartition('.')[2]}".endswith(f".{parameter}")
+
+
+def stack_misfits(
+    model: nn.Module, folder: Path, config: Any, shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
+) -> list[str]:
+    """Return what tells an adapter's stacks from those of a base model, a clause each.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        config: of the adapter.
+        shapes: of each A and B in its file, by the name without ``base_model.model.`` and ``.lora_A.weight``.
+    """
+    if not isinstance(config, LoraConfig):
+        return []
+    modules = {name.replace(NESTED, ""): module for name, module in model.named_modules()}
+    told = []
+    for name, stack in stacks_of(folder, config, {name: a[0] for name, (a, _) in shapes.items()}).items():
+        (_, width), (out, _) = shapes[name]
+        experts = modules.get(stack.path)
+        if isinstance(experts, Experts):
+            count, *wanted = experts.shapes.get(stack.parameter, (0, 0, 0))
+            given = [width, out] if experts.swapped else [out, width]
+            if (stack.experts, given) != (count, wanted):
+                theirs = f"{count} of {wanted}" if count else "no such matrix"
+                told.append(f"{stack.name} has {stack.experts} experts of {given}, and the base model's {theirs}")
+        elif experts is None and not has_experts(model):
+            told.append(
+                f"{stack.name} has {stack.experts} experts of {[out, width]}, and the base model has no experts there"
+            )
+    return told
 
 
 class LoraExperts(ParamWrapper):
@@ -59,8 +195,8 @@ class LoraExperts(ParamWrapper):
 def low_rank(wrapper: Any, name: str) -> StackedLowRank:
     """Return the adapter ``name`` of PEFT's wrapper of a stack, expert by expert; its tensors are views."""
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    experts = wrapper.num_experts
-    a, bt = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 1, 0)
+    a, b = apart(a, b, wrapper.num_experts)
+    bt = b.transpose(1, 2)
     return StackedLowRank(*((bt, a) if wrapper.get_base_layer().swapped else (a, bt)), wrapper.scaling[name])
 
 
@@ -160,11 +296,13 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
 
 @contextlib.contextmanager
 def own_words() -> Iterator[None]:
-    """Have PEFT take configurations as they are meanwhile."""
+    """Have PEFT take configurations as they are meanwhile, and not say of patterns for stacks that nothing matches."""
     converting = transformers_weight_conversion.convert_peft_config_for_transformers
     transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+            yield
     finally:
         transformers_weight_conversion.convert_peft_config_for_transformers = converting
 
@@ -176,6 +314,26 @@ def set_dropout(model: nn.Module, name: str, dropout: float) -> None:
             module.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
+BY_WEIGHT = "(?:", r")(\.weight)?"
+"""What is around a pattern that is to match a layer that is named by its parameter, too."""
+
+
+def with_weight(pattern: str) -> str:
+    """Return a pattern of ranks or alphas that matches a layer by its parameter too."""
+    return pattern.join(BY_WEIGHT)
+
+
+def _without_weight(pattern: str) -> str:
+    bare = pattern.removeprefix(BY_WEIGHT[0]).removesuffix(BY_WEIGHT[1])
+    return bare if pattern == with_weight(bare) else pattern
+
+
+def _repattern(config: Any, change: Callable[[str], str]) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name, None) or {}
+        setattr(config, name, {change(key): value for key, value in patterns.items()})
+
+
 def as_peft_reads(config: LoraConfig) -> None:
     """Make a configuration of an adapter of a mixture what PEFT opens over transformers' own, in place; see above."""
     modules = config.target_modules
@@ -184,6 +342,7 @@ def as_peft_reads(config: LoraConfig) -> None:
         config.target_modules = {*modules} - read_otherwise
         named_so = {name + WEIGHT for name in read_otherwise}
         config.target_parameters = sorted({*(config.target_parameters or ()), *named_so})
+        _repattern(config, with_weight)
 
 
 def as_we_read(config: Any) -> None:
@@ -193,3 +352,4 @@ def as_we_read(config: Any) -> None:
     if layers:
         config.target_modules = {*(config.target_modules or ()), *layers}
         config.target_parameters = sorted(name for name in parameters if not name.endswith(WEIGHT)) or None
+        _repattern(config, _without_weight)

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import check_kind
-from halfbyte.hf.layers.expert_adapters import as_peft_reads, as_we_read, has_experts, own_words
+from halfbyte.hf.layers.expert_adapters import as_peft_reads, as_we_read, has_experts, own_words, stack_misfits
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.models.base_files import check_base
 from halfbyte.nn import QuantizedLinear
@@ -75,6 +75,7 @@ def put_adapter(
         weights = _with_all_ranks(config, weights)
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         check_kind(config.peft_type)
+    _check_stacks(model, config, weights, folder)
     _resize(model, config, weights, folder, may=name is None)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     words: Any = contextlib.nullcontext()
@@ -189,6 +190,26 @@ def _load(
     for names, words in ((unexpected, "has no place for"), (missing, "needs, and the file lacks,")):
         if names:
             raise _misfit(model, folder, f"the base model {words} {_listed(names)}")
+
+
+def _check_stacks(
+    model: PreTrainedModel | PeftModel, config: PeftConfig, weights: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Hold the stacks of experts that an adapter is on to be the base's.
+
+    Raises:
+        InputError: they have another number of experts, or another width.
+    """
+    first, second = (f".lora_{letter}.weight" for letter in "AB")
+    bare = {_bare(name): list(x.shape) for name, x in weights.items()}
+    pairs = {
+        name.removesuffix(first): (shape, bare[other])
+        for name, shape in bare.items()
+        if name.endswith(first) and (other := name.removesuffix(first) + second) in bare
+    }
+    if found := stack_misfits(base_of(model), folder, config, pairs):
+        more = f", as {len(found) - 1} more stacks differ" if len(found) > 1 else ""
+        raise _misfit(model, folder, found[0] + more)
 
 
 def is_on_meta(model: PreTrainedModel | PeftModel) -> bool:

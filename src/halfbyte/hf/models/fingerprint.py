@@ -24,6 +24,7 @@ if no tensor differs, and that is known if some are equal.
 import functools
 import hashlib
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,6 +128,10 @@ class Fingerprint:
     def _other_structure(self, given: "Fingerprint") -> str:
         if self.architecture != given.architecture:
             return f"it is a {given.architecture} and not a {self.architecture}"
+        counts = _experts(given.rows)
+        for path, count in _experts(self.rows).items():
+            if counts.get(path, count) != count:
+                return f"{path} has {counts[path]} experts and not {count}"
         for name, row in self.rows.items():
             if name not in given.rows:
                 return f"it has no {name}"
@@ -191,6 +196,12 @@ class Fingerprint:
         """Return it with the model's name: of a path the last part, since adapters are given away."""
         path = Path(model).expanduser()
         return replace(self, model=path.absolute().name if path.exists() else model, files={})
+
+
+def _experts(names: Iterable[str]) -> Counter[str]:
+    """Return how many experts each mixture has among the tensors of a model."""
+    members = {match[0] for name in names if (match := re.match(r".*\bexperts\.\d+(?=\.)", name))}
+    return Counter(member.rpartition(".")[0] for member in members)
 
 
 def dense_digest(tensor: Tensor) -> str:
