@@ -27,7 +27,7 @@ from halfbyte.errors import InputError
 CHUNK = 2**23
 """Bytes that are read at a time."""
 ADVISED = 2**17
-"""Bytes that the system is advised of at a time: of more it may read only as much as its read-ahead, by default this."""
+"""Bytes that the system is advised of at a time: of more it may read only what its read-ahead is, by default this."""
 GAP = 2**16
 """Bytes between two tensors up to which they are read as one piece."""
 _POPULATE_READ = 22
