@@ -135,13 +135,12 @@ def attach(model: nn.Module, budget: int) -> Pager | None:
     pager = Pager(units, budget, _table(model))
     hooks: list[Any] = []
     layers = recomputable_layers(model)
+    few = _few(model)
     for number, layer in enumerate(layers):
         around = functools.partial(_around, pager, number)
         setattr(layer, AROUND, around)
-        few = 0.0
         if (experts := _experts(layer)) is not None:
             experts.before_use = functools.partial(pager.choose, number)
-            few = MANY * experts.num_experts / _choices(model)
         hooks.append(layer.register_forward_pre_hook(functools.partial(_before, pager, number, few)))
         hooks.append(layer.register_forward_hook(functools.partial(_after, pager, number)))
     _attached[base_of(model)] = _Attached(pager, hooks, layers)
@@ -220,7 +219,7 @@ def _around(pager: Pager, number: int, forward: Callable[..., Any], *args: Any) 
 
 
 def _before(pager: Pager, number: int, few: float, layer: Any, args: Any) -> None:
-    """Tell that a layer is to compute; with fewer tokens than ``few``, and no gradients, its experts one by one."""
+    """Tell that a layer is to compute; with fewer tokens than ``few``, and no gradients, its experts are chosen."""
     if not _is_recomputed(layer):
         training = torch.is_grad_enabled()
         tokens = args[0].shape[:-1].numel() if args else few
@@ -232,10 +231,14 @@ def _after(pager: Pager, number: int, layer: Any, _: Any, output: Any) -> None:
         _tell_of_gradient(pager, number, output)
 
 
-def _choices(model: nn.Module) -> int:
-    """Return how many experts a token is given to; 1 where the configuration has another word for it."""
+def _few(model: nn.Module) -> float:
+    """Return how many tokens leave many experts without rows if they are fewer: 0 of a model that has no experts."""
+    experts = _experts(model)
+    if experts is None:
+        return 0.0
     config: Any = base_of(model).config
-    return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
+    choices = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1  # some have another word for it
+    return float(MANY * experts.num_experts / choices)
 
 
 def _is_recomputed(layer: Any) -> bool:
