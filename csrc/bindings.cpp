@@ -528,6 +528,10 @@ class BoundDecoder {
 
     Address at() const { return reinterpret_cast<Address>(&decoder_.at); }
 
+    void advise(bool on) { decoder_.advises = on; }
+
+    std::vector<std::vector<int64_t>> chosen() const { return decoder_.chosen; }
+
     std::vector<std::pair<int64_t, int64_t>> phase_times() const {
         std::vector<std::pair<int64_t, int64_t>> found;
         for (const Decoder::Times& time : decoder_.times) found.emplace_back(time.working, time.waiting);
@@ -717,6 +721,9 @@ NB_MODULE(_native, module) {
         .def("profile", &BoundDecoder::profile, "on"_a,
              "Take the processor time of the phases of each step from now on, or no more.")
         .def("at", &BoundDecoder::at, "Return the address of the number of the layer that a step is at, int64.")
+        .def("advise", &BoundDecoder::advise, "on"_a,
+             "Tell the system of all experts of a layer as soon as they are chosen from now on, or no more.")
+        .def("chosen", &BoundDecoder::chosen, "Return of each layer the experts that the last step chose.")
         .def("phase_times", &BoundDecoder::phase_times,
              "Return it for each kind of phase, in nanoseconds: in its items, in waiting for those of other threads.")
         .def("step", &BoundDecoder::step, "threads"_a, "tokens"_a, "positions"_a, "pages"_a, "adapters"_a, "tables"_a,

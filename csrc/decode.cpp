@@ -9,6 +9,10 @@
 #include "parallel.h"
 #include "rows.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace halfbyte {
 namespace {
 
@@ -68,6 +72,50 @@ class Arrangement {
     bool codes_;
 };
 
+// A piece of memory.
+struct Piece {
+    uintptr_t begin, bytes;
+};
+
+// Where a weight and its constants lie.
+void add_pieces(const Factor& factor, std::vector<Piece>& pieces) {
+    const int64_t values = factor.width() * factor.depth();
+    const auto add = [&](const void* begin, int64_t bytes) {
+        pieces.push_back({reinterpret_cast<uintptr_t>(begin), static_cast<uintptr_t>(bytes)});
+    };
+    if (factor.kind == Factor::four_bits) {
+        const Weight4bit& w = factor.weight_4bit;
+        const int64_t blocks = w.blocksize.quotient(values - 1) + 1;
+        add(w.codes, values / 2);
+        add(w.scales.absmax, blocks * (w.scales.nested ? 1 : 4));
+        if (w.scales.nested) add(w.scales.nested_absmax, (w.nested_blocksize.quotient(blocks - 1) + 1) * 4);
+    } else if (factor.kind == Factor::bytes) {
+        const Weight8bit& w = factor.weight_8bit;
+        add(w.codes, values);
+        add(w.absmax, (w.blocksize.quotient(values - 1) + 1) * 4);
+    }
+}
+
+// Have the system read what lies in mapped files, all at once and nothing beside: told piece by piece before the first
+// is waited for, it reads no more than them.
+void bring(const std::vector<Piece>& pieces) {
+#if defined(__linux__)
+    constexpr uintptr_t page = 4096, most = 1 << 17;
+    constexpr int populate_read = 22;  // MADV_POPULATE_READ, of Linux 5.14
+    for (const Piece& piece : pieces) {
+        for (uintptr_t at = piece.begin & ~(page - 1); at < piece.begin + piece.bytes; at += most) {
+            madvise(reinterpret_cast<void*>(at), std::min(most, piece.begin + piece.bytes - at), MADV_WILLNEED);
+        }
+    }
+    for (const Piece& piece : pieces) {
+        const uintptr_t first = piece.begin & ~(page - 1);
+        madvise(reinterpret_cast<void*>(first), piece.begin + piece.bytes - first, populate_read);
+    }
+#else
+    static_cast<void>(pieces);
+#endif
+}
+
 }  // namespace
 
 class DecodeStep : public Phases {
@@ -94,6 +142,7 @@ class DecodeStep : public Phases {
         }
         for (const DecodeLayer& layer : d_.layers) most_taken_ = std::max(most_taken_, layer.mixture.taken());
         for (const DecodeRow& one : rows_) chunks_ = std::max(chunks_, parts(one.position + 1, kChunkOfPages));
+        d_.chosen.resize(d_.layers.size());
         lay_out();
         count_items();
     }
@@ -616,6 +665,7 @@ class DecodeStep : public Phases {
                 arrange_taken(one.gate_up, x_ + take.row * deepest_ * size_, s, 0, one.gate_up.depth);
             }
         }
+        note_chosen(m, l);
         items_[static_cast<size_t>(l * kPhases + 9)] = up;
         items_[static_cast<size_t>(l * kPhases + 11)] = down;
     }
@@ -668,6 +718,22 @@ class DecodeStep : public Phases {
         for (size_t k = static_cast<size_t>(m.groups_kept); k < groups; ++k) {
             std::fill_n(gone_.begin() + static_cast<int64_t>(sums[k].second * size), size, true);
         }
+    }
+
+    void note_chosen(const Mixture& m, int64_t l) {
+        std::vector<int64_t>& chosen = d_.chosen[static_cast<size_t>(l)];
+        chosen.clear();
+        std::vector<Piece> pieces;
+        for (const Slot& slot : slots_) {
+            if (slot.expert == m.routed() || (!chosen.empty() && chosen.back() == slot.expert)) continue;
+            chosen.push_back(slot.expert);
+            if (!d_.advises) continue;
+            const Expert& one = m.experts[static_cast<size_t>(slot.expert)];
+            for (const Products* p : {&one.gate_up, &one.down}) {
+                for (const Factor& factor : p->factors) add_pieces(factor, pieces);
+            }
+        }
+        bring(pieces);
     }
 
     struct Take {

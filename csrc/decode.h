@@ -152,6 +152,11 @@ class Decoder {
     };
     bool profiles = false;
 
+    // Of each layer the experts that any row of the last step was given, in order. Where weights lie in mapped files
+    // that do not fit into memory, `advises`: the system is told of all of a layer's at once, as they are chosen.
+    std::vector<std::vector<int64_t>> chosen;
+    bool advises = false;
+
     // The layer that a step is at, for whoever reads weights ahead of it; of the head their number.
     std::atomic<int64_t> at{0};
 

@@ -324,6 +324,14 @@ class Decoder:
         Return the address of the number of the layer that a step is at, int64.
         """
 
+    def advise(self, on: bool) -> None:
+        """
+        Tell the system of all experts of a layer as soon as they are chosen from now on, or no more.
+        """
+
+    def chosen(self) -> list[list[int]]:
+        """Return of each layer the experts that the last step chose."""
+
     def phase_times(self) -> list[tuple[int, int]]:
         """
         Return it for each kind of phase, in nanoseconds: in its items, in waiting for those of other threads.

@@ -6,7 +6,9 @@ they come in large pieces and go when they are told to. What is computed with th
 is not there is read when it is touched.
 
 ``MADV_POPULATE_READ`` from one thread, front to back, is all it takes: the system reads ahead in large pages, for a
-tenth of the processor time of reading or advising (LOG.md).
+tenth of the processor time of reading or advising (LOG.md). But it reads some megabytes around what it is asked for, so
+pieces that lie scattered (experts) are advised first, all of them, and then populated: the disk has them in its queue
+together, and gives no more than them.
 """
 
 import bisect
@@ -14,7 +16,7 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +26,15 @@ from halfbyte.errors import InputError
 
 CHUNK = 2**23
 """Bytes that are read at a time."""
+ADVISED = 2**17
+"""Bytes that the system is advised of at a time: of more it may read only what its read-ahead is, by default this."""
 GAP = 2**16
 """Bytes between two tensors up to which they are read as one piece."""
 _POPULATE_READ = 22
 """Linux's ``MADV_POPULATE_READ`` (5.14), which Python 3.11 lacks: maps pages, and fails where a touch would kill."""
+_NORMAL = 0
+_RANDOM = 1
+_WILLNEED = 3
 _DONTNEED = 4
 
 
@@ -52,24 +59,40 @@ def available() -> bool:
     return hasattr(os, "posix_fadvise") and Path("/proc/self/maps").is_file()
 
 
-def pieces_of(tensors: Iterable[Tensor]) -> list[Piece]:
+def pieces_of(tensors: Iterable[Tensor], maps: "Maps | None" = None) -> list[Piece]:
     """Return the pieces of files that CPU ``tensors`` are views of, in the order of their addresses.
 
     Tensors in memory of the process's own have none. What lies close together is one piece.
+
+    Args:
+        tensors: on the CPU.
+        maps: of this process, for whoever asks often; looked up if not given.
     """
-    maps = _Maps()
-    found: list[Piece] = []
+    maps = maps or Maps()
     spans = {(t.untyped_storage().data_ptr() + _first(t), _last(t) - _first(t)) for t in tensors if t.numel()}
-    for address, nbytes in sorted(spans):
-        piece = maps.piece(address, nbytes)
-        if piece is None:
-            continue
-        if found and _follows(found[-1], piece):
+    return joined(piece for span in spans if (piece := maps.piece(*span)) is not None)
+
+
+def joined(pieces: Iterable[Piece], gap: int = GAP) -> list[Piece]:
+    """Return ``pieces`` in the order of their addresses, as one where no more than ``gap`` bytes lie between two."""
+    found: list[Piece] = []
+    for piece in sorted(pieces):
+        if found and _follows(found[-1], piece, gap):
             before = found.pop()
             end = max(before.address + before.nbytes, piece.address + piece.nbytes)
             piece = before._replace(nbytes=end - before.address)
         found.append(piece)
     return found
+
+
+def inner(pieces: Iterable[Piece]) -> list[Piece]:
+    """Return ``pieces`` without their first and last pages, which others may lie on too."""
+    rim = 2 * mmap.PAGESIZE
+    return [
+        Piece(p.address + mmap.PAGESIZE, p.nbytes - rim, p.file, p.offset + mmap.PAGESIZE)
+        for p in pieces
+        if p.nbytes > rim
+    ]
 
 
 def _first(tensor: Tensor) -> int:
@@ -81,13 +104,13 @@ def _last(tensor: Tensor) -> int:
     return _first(tensor) + (steps + 1) * tensor.element_size()
 
 
-def _follows(before: Piece, piece: Piece) -> bool:
-    close = piece.address <= before.address + before.nbytes + GAP
+def _follows(before: Piece, piece: Piece, gap: int) -> bool:
+    close = piece.address <= before.address + before.nbytes + gap
     return close and before.file == piece.file and piece.address - before.address == piece.offset - before.offset
 
 
-class _Maps:
-    """What files are mapped where in this process."""
+class Maps:
+    """What files are mapped where in this process, when it is made."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -100,6 +123,7 @@ class _Maps:
                 self._maps.append((end, int(offset, 16), name[0].removesuffix(" (deleted)")))
 
     def piece(self, address: int, nbytes: int) -> Piece | None:
+        """Return the pages on which bytes from an address on lie, or None where they are of no file."""
         place = bisect.bisect_right(self._starts, address) - 1
         if place < 0:
             return None
@@ -135,14 +159,21 @@ class Files:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def read(self, pieces: Iterable[Piece]) -> Iterator[int]:
+    def read(self, pieces: Sequence[Piece], scattered: bool = False) -> Iterator[int]:
         """Have pieces in memory; yield the bytes of each chunk that is.
+
+        Args:
+            pieces: in the order of their addresses.
+            scattered: whether they lie among others that are not wanted: these are not read, at more processor time.
 
         Raises:
             InputError: the disk fails, or the file is shorter now.
         """
+        if scattered:
+            for chunk in (chunk for piece in pieces for chunk in _chunks(piece, ADVISED)):
+                self._libc.madvise(chunk.address, chunk.nbytes, _WILLNEED)
         for piece in pieces:
-            for chunk in _chunks(piece):
+            for chunk in _chunks(piece, CHUNK):
                 if self._libc.madvise(chunk.address, chunk.nbytes, _POPULATE_READ):
                     self._otherwise(chunk, ctypes.get_errno())
                 yield chunk.nbytes
@@ -152,6 +183,11 @@ class Files:
         for piece in pieces:
             self._libc.madvise(piece.address, piece.nbytes, _DONTNEED)
             os.posix_fadvise(self._open[piece.file], piece.offset, piece.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def read_around(self, pieces: Iterable[Piece], around: bool) -> None:
+        """Let the system read around a page of pieces that is touched, as it does by itself, or that page alone."""
+        for piece in pieces:
+            self._libc.madvise(piece.address, piece.nbytes, _NORMAL if around else _RANDOM)
 
     def _otherwise(self, chunk: Piece, code: int) -> None:
         """Tell why a chunk did not come; a system that does not know how to be asked is asked in the older way."""
@@ -171,7 +207,7 @@ def _gone(piece: Piece, why: str) -> InputError:
     )
 
 
-def _chunks(piece: Piece) -> Iterator[Piece]:
-    for first in range(0, piece.nbytes, CHUNK):
-        nbytes = min(CHUNK, piece.nbytes - first)
+def _chunks(piece: Piece, size: int) -> Iterator[Piece]:
+    for first in range(0, piece.nbytes, size):
+        nbytes = min(size, piece.nbytes - first)
         yield Piece(piece.address + first, nbytes, piece.file, piece.offset + first)

@@ -271,7 +271,7 @@ class NativeDecoder:
 
     def _read_ahead(self) -> contextlib.AbstractContextManager[None]:
         """Where the base does not fit into memory, have it read ahead of a native call."""
-        return following(self.model, self.paged.decoder.at)
+        return following(self.model, self.paged.decoder)
 
     @contextlib.contextmanager
     def _adapter(self, name: str | None) -> Iterator[None]:

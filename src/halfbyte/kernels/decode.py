@@ -258,6 +258,14 @@ class Decoder:
         """Address of an int64: the number of the layer that a step is at, and for the head how many there are."""
         return self._handle.at
 
+    def advise(self, on: bool) -> None:
+        """Tell the system of all experts of a layer as soon as they are chosen, from now on, or no more: if mapped."""
+        self._handle.advise(on)
+
+    def chosen(self) -> list[list[int]]:
+        """Return of each layer the experts that any row of the last step was given; of one without a mixture none."""
+        return self._handle.chosen()
+
     def profile(self, on: bool) -> None:
         """Take the processor time of each phase of a step from now on, or no more; it costs some time itself."""
         self._handle.profile(on)

@@ -1,6 +1,5 @@
 """A base that is paged computes what one in memory computes, to the last bit, within its budget."""
 
-import ctypes
 import mmap
 import os
 import shutil
@@ -27,6 +26,8 @@ from halfbyte.hf.models import paging
 from halfbyte.hf.trainers.layer_major import LayerMajor
 from halfbyte.optim.paged import IN_MEMORY, filesystem
 
+from .pages import resident
+
 pytestmark = pytest.mark.skipif(not mapped.available(), reason="what is mapped is told on Linux alone")
 LAYERS = 5
 """Of ``mapped_folder``."""
@@ -42,19 +43,6 @@ def opened(folder: Path, dropout: float = 0.1) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False)
     return hf.prepare_for_training(get_peft_model(model, config)).train()
-
-
-def resident(pieces: tuple[mapped.Piece, ...]) -> float:
-    """Return the share of pages that are in memory, as the system says."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    there = pages = 0
-    for piece in pieces:
-        count = -(-piece.nbytes // mmap.PAGESIZE)
-        found = (ctypes.c_ubyte * count)()
-        assert libc.mincore(ctypes.c_void_p(piece.address), ctypes.c_size_t(piece.nbytes), found) == 0
-        there += sum(one & 1 for one in found)
-        pages += count
-    return there / pages
 
 
 def test_pieces_are_the_bytes_of_the_file_that_tensors_are(folder: Path) -> None:
@@ -149,8 +137,8 @@ def test_no_more_is_in_memory_than_the_budget(folder: Path) -> None:
     def watched(number: int, **kinds: bool) -> None:
         enter(number, **kinds)
         with pager._changed:
-            most.append(sum(pager._units[unit].nbytes for unit in pager._here))
-            assert number in pager._here
+            most.append(sum(pager._units[unit].nbytes for unit, _ in pager._here))
+            assert (number, 0) in pager._here
 
     pager.enter = watched  # type: ignore[method-assign]
     gradients(model, torch.randint(0, 256, (1, 16)), Policy(0, 3, LAYERS - 3, 0, 0))
@@ -286,9 +274,9 @@ def test_a_disk_that_stalls_is_told_and_waited_for(
     model = opened(folder)
     read = mapped.Files.read
 
-    def late(files: mapped.Files, pieces: Any) -> Any:
+    def late(files: mapped.Files, *args: Any) -> Any:
         time.sleep(1.5)
-        return read(files, pieces)
+        return read(files, *args)
 
     monkeypatch.setattr(mapped.Files, "read", late)
     monkeypatch.setattr(pager_module, "PATIENCE", 0.2)

@@ -46,8 +46,11 @@ class Experts(nn.Module):
         is_transposed: whether PEFT finds the stack as ``[experts, in, out]``.
         has_bias: whether its layers have one.
         rows: how many each expert was given in training since :func:`load_of` looked.
+        before_use: called with the experts that have rows, before their weights are read; None: nobody wants to know.
         swapped: whether PEFT (0.21) takes that for ``[experts, out, in]``, so that its A and B are the other way round.
     """
+
+    before_use: Callable[[Sequence[int]], None] | None = None
 
     def __init__(self, stacks: Any) -> None:
         super().__init__()
@@ -114,6 +117,8 @@ class Experts(nn.Module):
         if self.training:
             for number, begin, end in routes.bounds:
                 self.rows[number] += end - begin
+        if self.before_use is not None:
+            self.before_use([number for number, _, _ in routes.bounds])
         x = take_rows(hidden_states, routes)
         shares = top_k_weights.to(hidden_states.dtype)
         if before:

@@ -2,7 +2,8 @@
 
 The weights of a 4-bit folder are mapped, so a model larger than memory runs as it is; but then its pages come when they
 are touched, in small pieces, and the system drops those that are wanted next. Here :mod:`halfbyte.hf.models.pager`
-knows the order, and hooks of the layers tell it where a pass is.
+knows the order, and hooks of the layers tell it where a pass is. Where few tokens leave most of a mixture's experts
+without rows, those are read that the router has chosen; a hook of :class:`halfbyte.hf.layers.experts.Experts` tells.
 
 Results are those of a base in memory to the last bit: the weights are where they were, and whoever touches a page that
 is not there waits for it. Several processes share what is read: it is the system's page cache.
@@ -12,7 +13,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from halfbyte import mapped
 from halfbyte.errors import size_text
 from halfbyte.hf.layers.activations import AROUND, recomputable_layers
 from halfbyte.hf.layers.adapters import CHANGES_NOTHING
+from halfbyte.hf.layers.experts import Experts
 from halfbyte.hf.layers.head import base_of
-from halfbyte.hf.models.pager import Pager, Unit, least_of
+from halfbyte.hf.models.pager import Pager, Part, Unit, least_of
 from halfbyte.memory import free_memory
 from halfbyte.nn import QuantizedLinear
 from halfbyte.quant import QuantizedInt8, QuantizedWeight
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.8
 """Of the memory that is free, what a model that only runs may take of a base that is larger."""
+MANY = 2
+"""Choices of tokens for each expert from which on a layer is read whole: 86 % of experts that are drawn evenly."""
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -39,11 +43,11 @@ def units_of(model: nn.Module) -> list[Unit]:
 
     A head that is the embedding too is none of them: it is looked up in all the time.
     """
-    layers = recomputable_layers(model)
-    units = [_unit(_tensors(layer)) for layer in layers]
+    layers, maps = recomputable_layers(model), mapped.Maps()
+    units = [_unit(layer, maps) for layer in layers]
     head, tied = _head(model)
     if layers and head is not None and not tied:
-        units.append(_unit(_tensors(head)))
+        units.append(_unit(head, maps))
     return units
 
 
@@ -60,7 +64,7 @@ def least_bytes(model: nn.Module) -> int:
 def beside_bytes(model: nn.Module) -> int:
     """Return the bytes of a head that is the embedding too, as far as they are views of files."""
     head, tied = _head(model)
-    return _unit(_tensors(head)).nbytes if head is not None and tied and mapped.available() else 0
+    return _unit(head, mapped.Maps()).nbytes if head is not None and tied and mapped.available() else 0
 
 
 def _head(model: nn.Module) -> tuple[nn.Module | None, bool]:
@@ -72,9 +76,30 @@ def _head(model: nn.Module) -> tuple[nn.Module | None, bool]:
     return head, getattr(head, "weight", None) is getattr(embedding, "weight", None)
 
 
-def _unit(tensors: list[Tensor]) -> Unit:
-    pieces = tuple(mapped.pieces_of(tensors))
-    return Unit(pieces, sum(piece.nbytes for piece in pieces))
+def _table(model: nn.Module) -> list[mapped.Piece]:
+    """Return where the embedding lies, unless it is the head too, which is read from end to end."""
+    base: Any = base_of(model)
+    embedding = None if _head(model)[1] else base.get_input_embeddings()
+    return mapped.pieces_of(_tensors(embedding)) if isinstance(embedding, nn.Module) else []
+
+
+def _experts(layer: nn.Module) -> Experts | None:
+    return next((module for module in layer.modules() if isinstance(module, Experts)), None)
+
+
+def _unit(module: nn.Module, maps: mapped.Maps) -> Unit:
+    experts = _experts(module)
+    each = []
+    if experts is not None:
+        each = [_tensors(experts.get_submodule(str(number))) for number in range(experts.num_experts)]
+    apart = {id(tensor) for tensors in each for tensor in tensors}
+    always = [tensor for tensor in _tensors(module) if id(tensor) not in apart]
+    return Unit(_part(always, maps), tuple(_part(tensors, maps) for tensors in each))
+
+
+def _part(tensors: list[Tensor], maps: mapped.Maps) -> Part:
+    pieces = tuple(mapped.pieces_of(tensors, maps))
+    return Part(pieces, sum(piece.nbytes for piece in pieces))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -108,13 +133,17 @@ def attach(model: nn.Module, budget: int) -> Pager | None:
     units = units_of(model) if mapped.available() else []
     if sum(unit.nbytes for unit in units) <= budget:
         return None
-    pager = Pager(units, budget)
+    pager = Pager(units, budget, _table(model))
     hooks: list[Any] = []
     layers = recomputable_layers(model)
+    few = _few(model)
     for number, layer in enumerate(layers):
         around = functools.partial(_around, pager, number)
         setattr(layer, AROUND, around)
-        before, after = (functools.partial(hook, pager, number) for hook in (_before, _after))
+        if (experts := _experts(layer)) is not None:
+            experts.before_use = functools.partial(pager.choose, number)
+        before = functools.partial(_before, pager, number, few)
+        after = functools.partial(_after, pager, number)
         for hook in (before, after):
             setattr(hook, CHANGES_NOTHING, True)
         hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
@@ -137,10 +166,26 @@ def attach_if_needed(model: nn.Module) -> None:
         logger.info("The base is read from its file as it is used, %s of it in memory at a time.", size_text(room))
 
 
-def following(model: nn.Module, at: int) -> contextlib.AbstractContextManager[None]:
-    """Return :meth:`Pager.follow` of what pages the layers of ``model``; if nothing does, what does nothing."""
+@contextlib.contextmanager
+def following(model: nn.Module, decoder: Any) -> Iterator[None]:
+    """If the layers of ``model`` are paged, read them ahead of a native call, and note which experts it used.
+
+    What each token needs is read ahead; the experts of a layer come when they are chosen.
+
+    Args:
+        model: whose layers may be paged.
+        decoder: that is called (:class:`halfbyte.kernels.Decoder`): where it is, and which experts it chose.
+    """
     pager = pager_of(model)
-    return pager.follow(at) if pager else contextlib.nullcontext()
+    decoder.advise(pager is not None)
+    if pager is None:
+        yield
+        return
+    with pager.follow(decoder.at):
+        yield
+    for layer, experts in enumerate(decoder.chosen()):
+        if experts:
+            pager.used(layer, experts)
 
 
 def detach(model: nn.Module) -> None:
@@ -150,6 +195,8 @@ def detach(model: nn.Module) -> None:
             hook.remove()
         for layer in found.layers:
             delattr(layer, AROUND)
+            if (experts := _experts(layer)) is not None:
+                experts.before_use = None
         found.pager.close()
 
 
@@ -176,14 +223,27 @@ def _around(pager: Pager, number: int, forward: Callable[..., Any], *args: Any) 
     return output
 
 
-def _before(pager: Pager, number: int, layer: Any, _: Any) -> None:
+def _before(pager: Pager, number: int, few: float, layer: Any, args: Any) -> None:
+    """Tell that a layer is to compute; with fewer tokens than ``few``, and no gradients, its experts are chosen."""
     if not _is_recomputed(layer):
-        pager.enter(number, backward=False, training=torch.is_grad_enabled())
+        training = torch.is_grad_enabled()
+        tokens = args[0].shape[:-1].numel() if args else few
+        pager.enter(number, backward=False, training=training, few=not training and tokens < few)
 
 
 def _after(pager: Pager, number: int, layer: Any, _: Any, output: Any) -> None:
     if not _is_recomputed(layer):
         _tell_of_gradient(pager, number, output)
+
+
+def _few(model: nn.Module) -> float:
+    """Return how many tokens leave many experts without rows if they are fewer: 0 of a model that has no experts."""
+    experts = _experts(model)
+    if experts is None:
+        return 0.0
+    config: Any = base_of(model).config
+    choices = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1  # some have another word for it
+    return float(MANY * experts.num_experts / choices)
 
 
 def _is_recomputed(layer: Any) -> bool:

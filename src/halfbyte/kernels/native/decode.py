@@ -60,6 +60,15 @@ class Decoder:
         """Address of the number of the layer that a step is at, int64."""
         return int(self._handle.at())
 
+    def advise(self, on: bool) -> None:
+        """Tell the system of chosen experts, or no more."""
+        self._handle.advise(on)
+
+    def chosen(self) -> list[list[int]]:
+        """Return the experts of the last step, by layer."""
+        found: list[list[int]] = self._handle.chosen()
+        return found
+
     def profile(self, on: bool) -> None:
         """Take the processor time of phases from now on, or no more."""
         self._handle.profile(on)
