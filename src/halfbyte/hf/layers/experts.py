@@ -286,14 +286,8 @@ class TakeApart(ConversionOps):
         dense: Tensor = value[0] if isinstance(value, list) else value
         path, kind = full_layer_name.rpartition(".0.")[0], full_layer_name.rpartition(".")[2]
         experts: Any = model.get_submodule(path)
-        shape = experts.shapes[self.stack]
+        check_stack(path, experts, self.stack, kind, dense.shape)
         of_inputs = experts.is_transposed or experts.swapped
-        wanted = shape[:2] if kind == "bias" else (shape[0], shape[2], shape[1]) if of_inputs else shape
-        if tuple(dense.shape) != tuple(wanted):
-            raise InputError(
-                f"{path}.{self.stack} is {list(dense.shape)} in the checkpoint, but config.json makes it "
-                f"{list(wanted)}: copy both from the model's source again."
-            )
         found = {}
         for number, matrix in enumerate(dense):
             rows = matrix.T if of_inputs and kind == "weight" else matrix
@@ -304,6 +298,30 @@ class TakeApart(ConversionOps):
                 )
                 found[f"{path}.{number}.{layer}.{kind}"] = part if becomes_other else part.clone().contiguous()
         return found
+
+
+def check_stack(path: str, experts: Any, stack: str, kind: str, found: Sequence[int]) -> None:
+    """Check that a checkpoint's stack has the shape that the model's configuration says.
+
+    Args:
+        path: of the experts.
+        experts: they.
+        stack: its name.
+        kind: ``weight`` or ``bias``.
+        found: its shape.
+
+    Raises:
+        InputError: it has another one.
+    """
+    shape = experts.shapes[stack]
+    of_inputs = experts.is_transposed or experts.swapped
+    wanted = shape[:2] if kind == "bias" else (shape[0], shape[2], shape[1]) if of_inputs else shape
+    if tuple(found) != tuple(wanted):
+        tensor = f"{stack}_bias" if kind == "bias" else stack
+        raise InputError(
+            f"{path}.{tensor} is {list(found)} in the checkpoint, but config.json makes it {list(wanted)}: copy both "
+            "from the model's source again."
+        )
 
 
 def put_together(model: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.choices import Onto
 from halfbyte.errors import InputError
-from halfbyte.hf.models.apart import ApartCheckpoint, apart
+from halfbyte.hf.models.apart import ApartCheckpoint, apart, stacks_of
 from halfbyte.hf.models.apart import Place as Part
 from halfbyte.hf.models.check import Fit, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
@@ -26,7 +26,7 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.converted import converted
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint
-from halfbyte.hf.models.foreign.packed import PackedCheckpoint, packing_of
+from halfbyte.hf.models.foreign.packed import packing_of, unpacked
 from halfbyte.hf.models.hub import Place
 from halfbyte.hf.models.quantize_files import Plan, on_disk, skeleton_of
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
@@ -132,7 +132,9 @@ class BaseWeights:
     @property
     def stacks(self) -> Mapping[str, Mapping[str, Part]]:
         """Of tensors that hold all experts of a layer, the matrices that they are read as here."""
-        return self._checkpoint.stacks if isinstance(self._checkpoint, ApartCheckpoint) else {}
+        if isinstance(self._checkpoint, ApartCheckpoint):
+            return self._checkpoint.stacks
+        return stacks_of(self.names, self.model)
 
     @property
     def quantized_names(self) -> set[str]:
@@ -162,7 +164,7 @@ def _opened(
     config = config_at(place, trust_remote_code)
     packing = None if place.gguf else packing_of(config)
     if (place.gguf or packing) and onto == "quantized":
-        place, _ = converted(place, form, trust_remote_code)
+        place, _ = converted(place, packing, form, trust_remote_code)
         config, packing = config_at(place, trust_remote_code), None
     folder = on_disk(place)
     held = config.__dict__.pop("quantization_config", None)
@@ -176,7 +178,7 @@ def _opened(
         skeleton = skeleton_of(config, torch.float32, trust_remote_code)
         return config, GgufCheckpoint(place.gguf, skeleton), place, folder, None
     files = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
-    return config, PackedCheckpoint(files, packing) if packing else files, place, folder, lies
+    return config, unpacked(files, packing) if packing else files, place, folder, lies
 
 
 def _dict(held: Any) -> dict[str, Any]:

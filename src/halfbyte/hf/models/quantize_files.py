@@ -35,7 +35,7 @@ from halfbyte.hf.models.configs import config_at, model_class
 from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
 from halfbyte.hf.models.fingerprint import Fingerprint, Row, Rows, dense_digests, times
 from halfbyte.hf.models.foreign.gguf import GgufCheckpoint, tokenizer_source
-from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, Packing, packing_of
+from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, Packing, packing_of, unpacked
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
@@ -62,7 +62,7 @@ class QuantizedCopy:
         packed: those of them in 4 or 8 bits.
         bytes_before: of the source's weight files.
         bytes_after: of the copy's.
-        error: of a source that was quantized otherwise (GGUF, GPTQ, AWQ): how far the copy's weights are from the
+        error: of a source that was quantized otherwise (GGUF, GPTQ, AWQ, MXFP4): how far the copy's weights are from the
             source's, ``‖W' − W‖ / ‖W‖``; None of a dense one.
     """
 
@@ -95,7 +95,7 @@ def quantize_checkpoint(
     which they leave dense; a warning is logged then.
 
     Args:
-        model: a folder or hub id with weights in 16 or 32 bits, or in GPTQ's or AWQ's; or a GGUF file.
+        model: a folder or hub id with weights in 16 or 32 bits, or in GPTQ's, AWQ's or MXFP4's; or a GGUF file.
         output: the new folder.
         config: how to quantize; None takes the defaults.
         finish: adds to the folder before it appears.
@@ -349,7 +349,7 @@ def skeleton_of(
 
 
 def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedModel, packing: Packing | None) -> Tensors:
-    """Return the tensors of a model's files: of GGUF, GPTQ and AWQ as those of the dense model.
+    """Return the tensors of a model's files: of GGUF, GPTQ, AWQ and MXFP4 as those of the dense model.
 
     Args:
         place: of the model.
@@ -364,7 +364,7 @@ def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedMode
     if place.gguf:
         return GgufCheckpoint(place.gguf, skeleton)
     held = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
-    return PackedCheckpoint(held, packing) if packing else apart(held, skeleton)
+    return apart(unpacked(held, packing) if packing else held, skeleton)
 
 
 def shapes_of(skeleton: PreTrainedModel) -> dict[str, torch.Size]:
