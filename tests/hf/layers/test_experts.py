@@ -252,6 +252,22 @@ def test_merging_files_gives_the_model_that_transformers_opens(
         assert (opened(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe", "Llama4Text"])
+def test_merging_onto_a_copy_in_4_bits_gives_what_merging_onto_its_source_does(kind: str, tmp_path: Path) -> None:
+    dense = mixture(kind, tmp_path / "m")
+    quantize_checkpoint(tmp_path / "m", tmp_path / "q", FP32)
+    ours = adapted(halfbyte.load(tmp_path / "q", quantization_config=FP32))
+    states = []
+    for base in ("m", "q"):
+        ours.peft_config["default"].base_model_name_or_path = str(tmp_path / base)
+        ours.save_pretrained(tmp_path / f"{base}-adapter")
+        about = tmp_path / f"{base}-adapter" / "base_format.json"
+        about.write_text('{"quant_type": "nf4", "compute_dtype": "float32"}')
+        merge(tmp_path / f"{base}-adapter", tmp_path / f"{base}-merged", to="fp32")
+        states.append(type(dense).from_pretrained(tmp_path / f"{base}-merged", dtype=torch.float32).state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 def test_merging_into_4_bits_is_opened_here(kind: str, tmp_path: Path) -> None:
     mixture(kind, tmp_path / "m")

@@ -16,7 +16,6 @@ from halfbyte.hf.models.check import Names
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors
 from halfbyte.hf.models.foreign.mxfp4 import Mxfp4Checkpoint
 
-
 KINDS = {"weight": "", "bias": "_bias"}
 """Of a layer's parameters, how the names of their stacks end."""
 

@@ -53,6 +53,7 @@ class BaseWeights:
         fit: what the checkpoint lacks.
         names: what each tensor of the model is called in the checkpoint; of tied weights one is there.
         tied: of tied weights, which other one each is.
+        stacks: of tensors that hold all experts of a layer, the matrices that they are read as here.
         quantization: how its weights lie, or are quantized; None where all are dense.
         transposed: modules whose weight is ``[in, out]`` (``Conv1D``).
 
@@ -101,6 +102,8 @@ class BaseWeights:
         self.names = {plan.target[name]: name for name in plan.names if plan.target[name] in there}
         self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        held = self._checkpoint.stacks if isinstance(self._checkpoint, ApartCheckpoint) else None
+        self.stacks: Mapping[str, Mapping[str, Part]] = stacks_of(self.names, self.model) if held is None else held
 
     def read(self, target: str) -> Tensor:
         """Return a tensor by its name in the model: a weight that is quantized in fp32, another one as it lies there.
@@ -128,13 +131,6 @@ class BaseWeights:
         x = self._checkpoint.read(name).to(self._form.compute_dtype)
         weight: QuantizedWeight | QuantizedInt8 = quantized(name, x, self._layers[target], self.quantization)
         return weight
-
-    @property
-    def stacks(self) -> Mapping[str, Mapping[str, Part]]:
-        """Of tensors that hold all experts of a layer, the matrices that they are read as here."""
-        if isinstance(self._checkpoint, ApartCheckpoint):
-            return self._checkpoint.stacks
-        return stacks_of(self.names, self.model)
 
     @property
     def quantized_names(self) -> set[str]:

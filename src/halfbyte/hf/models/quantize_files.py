@@ -41,6 +41,7 @@ from halfbyte.hf.models.linears import is_linear, is_subclass
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
+from halfbyte.memory import give_back_freed
 from halfbyte.nn import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5",
 
 LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG, FINGERPRINT)
 
+FREED = 64 << 20
+"""After so many bytes of tensors, what the heap holds of them beyond use is given back."""
+ROWS = 64
+"""Of a weight, so many are compared at once."""
 BESIDE = ".seen.json"
 """Ends the name of what was seen of a file's tensors, while the folder grows."""
 
@@ -62,8 +67,8 @@ class QuantizedCopy:
         packed: those of them in 4 or 8 bits.
         bytes_before: of the source's weight files.
         bytes_after: of the copy's.
-        error: of a source that was quantized otherwise (GGUF, GPTQ, AWQ, MXFP4): how far the copy's weights are from the
-            source's, ``‖W' − W‖ / ‖W‖``; None of a dense one.
+        error: of a source that was quantized otherwise (GGUF, GPTQ, AWQ, MXFP4): how far the copy's weights are from
+            the source's, ``‖W' − W‖ / ‖W‖``; None of a dense one.
     """
 
     values: int
@@ -237,6 +242,7 @@ class _Made:
         self._places = dict(plan.places(shapes))
         self._about = _About()
         self._rows = Rows()
+        self._read = 0
 
     def sizes(self) -> dict[str, int]:
         """Return about how many bytes each tensor will have."""
@@ -254,7 +260,11 @@ class _Made:
         Raises:
             InputError: a value is not finite.
         """
+        if self._read >= FREED:
+            give_back_freed()
+            self._read = 0
         plan, tensor = self._plan, self._checkpoint.read(name)
+        self._read += tensor.nbytes
         self._about.values += tensor.numel()
         layer = plan.layers.get(name)
         made: dict[str, Tensor]
@@ -262,9 +272,11 @@ class _Made:
             weight = quantized(name, tensor.to(self._config.compute_dtype), layer, self._config)
             made = weight.state_dict(name)
             if self._measured:
-                exact = (tensor.T if layer.transposed else tensor).float()
-                self._about.apart += float((weight.dequantize(torch.float32) - exact).square().sum())
-                self._about.size += float(exact.square().sum())
+                exact = tensor.T if layer.transposed else tensor
+                made_of = weight.dequantize(torch.float32)
+                for ours, theirs in zip(torch.split(made_of, ROWS), torch.split(exact, ROWS), strict=True):
+                    self._about.apart += float((ours - theirs).square().sum())
+                    self._about.size += float(theirs.float().square().sum())
             self._about.packed += tensor.numel()
             digested: list[dict[str, Tensor] | Tensor] = [made]
         else:

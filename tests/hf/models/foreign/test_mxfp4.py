@@ -24,7 +24,12 @@ from halfbyte.hf.models.foreign.mxfp4 import dequantize
 IDS = torch.arange(2, 14)[None]
 ABOUT = {
     "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
 }
 """As the published config.json has it."""
 STACK = "model.layers.1.mlp.experts.down_proj"
@@ -186,7 +191,7 @@ def test_damaged_stacks_are_told(folder: Path, tensors: dict[str, Tensor | None]
 
 def test_a_configuration_that_says_mxfp4_of_a_dense_model_is_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "dense" / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(InputError, match="are not in MXFP4, as config.json says they are: no tensor's name ends in"):
+    with pytest.raises(InputError, match=r"are not in MXFP4, as config\.json says they are: no tensor's name ends in"):
         halfbyte.load(tmp_path / "dense")
 
 

@@ -7,8 +7,8 @@
     E2M1     sign, two bits of exponent, one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero
 
 ``gate_up_proj_blocks`` and ``gate_up_proj_scales`` are one stack ``gate_up_proj [E, K, N]``, which is what transformers
-(5.23, ``integrations/mxfp4.py``) makes of them, transposed. Every value is one of bf16's. An expert's matrix is made when
-it is read, alone.
+(5.23, ``integrations/mxfp4.py``) makes of them, transposed. Every value is one of bf16's. An expert's matrix is made when it
+is read, alone.
 """
 
 import torch
@@ -21,6 +21,8 @@ BLOCK = 32
 """Values that share a scale."""
 BIAS = 127
 """Of the exponents."""
+ROWS = 64
+"""So many are made at once, since what their codes are looked up by takes as much room as they."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCKS, SCALES = "_blocks", "_scales"
 
@@ -100,5 +102,7 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
     pairs = torch.stack([codes.repeat(16), codes.repeat_interleave(16)], -1)  # [256, 2], by the byte
     powers = torch.ldexp(torch.ones(256), torch.arange(256) - BIAS).bfloat16()
     powers[-1] = torch.nan
-    values = pairs[blocks.int()].flatten(-2)
-    return values.mul_(powers[scales.int()].unsqueeze(-1)).flatten(-2)
+    values = torch.empty((*blocks.shape[:-1], BLOCK), dtype=torch.bfloat16)
+    for some, held, scale in zip(*(torch.split(x, ROWS) for x in (values, blocks, scales)), strict=True):
+        torch.mul(pairs[held.int()].flatten(-2), powers[scale.int()].unsqueeze(-1), out=some)
+    return values.flatten(-2)
