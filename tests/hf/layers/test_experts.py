@@ -295,6 +295,38 @@ def test_merging_into_4_bits_is_opened_here(kind: str, tmp_path: Path) -> None:
         assert torch.isfinite(merged(IDS).logits).all() and exact(IDS).logits.shape == merged(IDS).logits.shape
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "GptOss", "NemotronH"])
+def test_transformers_own_stacks_are_computed_as_by_its_loop(kind: str) -> None:
+    torch.manual_seed(0)
+    shape = SHAPE | {"initializer_range": 0.2}
+    if kind == "NemotronH":  # without a gate
+        shape |= {
+            "layers_block_type": ["moe", "attention"],
+            "n_routed_experts": 5,
+            "moe_shared_expert_intermediate_size": 32,
+        }
+    model = (
+        t.AutoModelForCausalLM.from_config(getattr(t, f"{kind}Config")(**shape)).float().eval().requires_grad_(False)
+    )
+    x = torch.randn(2, 9, 64, requires_grad=True)
+    found = []
+    for way in ("eager", "halfbyte"):
+        model.set_experts_implementation(way)
+        assert model.config._experts_implementation == way
+        logits = model(inputs_embeds=x).logits
+        found.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
+    for wanted, got in zip(*found, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_stacks_that_are_to_be_trained_are_told() -> None:
+    model = t.AutoModelForCausalLM.from_config(t.MixtralConfig(**SHAPE), experts_implementation="halfbyte")
+    with torch.no_grad():
+        assert torch.isfinite(model(IDS).logits).all()
+    with pytest.raises(InputError, match=r"MixtralExperts's gate_up_proj is to be trained, but .* frozen experts"):
+        model(IDS)
+
+
 def test_tools_for_single_matrices_say_that_experts_are_none(mixtral: Path, tmp_path: Path) -> None:
     adapted(halfbyte.load(mixtral, quantization_config=FP32)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match=r"is on experts \(experts.down_proj\)"):

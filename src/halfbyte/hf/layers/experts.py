@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.integrations.moe import ExpertsInterface
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.fusion import ACTIVATIONS
@@ -25,6 +26,8 @@ from halfbyte.nn.frozen import FrozenLinear, QuantizedLinear
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """transformers' names of the stacks; ``up_proj`` where there is no gate."""
+NAME = "halfbyte"
+"""What our forward of dense stacks is called in transformers' registry."""
 LLAMA4 = "Llama4TextExperts"
 HALVES = ("gate_proj", "up_proj")
 """The layers of ``gate_up_proj`` where gate and up do not alternate."""
@@ -95,18 +98,7 @@ class Experts(nn.Module):
         Raises:
             InputError: a weight is not finite, or there is no such expert.
         """
-        first, last = top_k_index.aminmax()
-        if first < 0 or last > self.num_experts:
-            raise InputError(
-                f"A router chooses expert {int(first if first < 0 else last)}, and its layer has {self.num_experts}, "
-                "counted from 0: config.json and the weights are not of one model; copy both from its source again."
-            )
-        if not bool(torch.isfinite(top_k_weights).all()):
-            raise InputError(
-                f"A router gives weights that are not finite to the {self.num_experts} experts of a layer: the model "
-                "is damaged, or its values overflow; take an undamaged copy, or another compute dtype."
-            )
-        routes = routes_of(top_k_index, self.num_experts)
+        routes = _checked_routes(top_k_index, top_k_weights, self.num_experts)
         if not routes.bounds:
             return hidden_states * 0
         if self.training:
@@ -334,6 +326,63 @@ def put_together(model: Any) -> None:
             module.__class__ = type(module).__bases__[1]
 
 
+def stacked_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' own module of dense stacks computes, by our products: ``experts_implementation="halfbyte"``.
+
+    Args:
+        self: a module of ``use_experts_implementation`` (5.23), its stacks ``[E, out, in]``, or transposed.
+        hidden_states: ``[tokens, width]``.
+        top_k_index: int64 ``[tokens, k]``; the number of experts stands for none.
+        top_k_weights: ``[tokens, k]``.
+
+    Raises:
+        InputError: a stack is to be trained; a weight is not finite, or there is no such expert.
+    """
+    names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
+    stacks: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+    for name, stack in stacks.items():
+        if stack.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"{type(self).__name__}'s {name} is to be trained, but experts_implementation 'halfbyte' computes with "
+                "frozen experts: call requires_grad_(False), or take another implementation."
+            )
+    experts = stacks["down_proj"].shape[0]
+    routes = _checked_routes(top_k_index, top_k_weights, experts)
+    if not routes.bounds:
+        return hidden_states * 0
+    x = take_rows(hidden_states, routes)
+    for name, stack in stacks.items():
+        held = {number: stack[number].detach() for number, _, _ in routes.bounds}
+        weights = {number: [matrix.T.contiguous() if self.is_transposed else matrix] for number, matrix in held.items()}
+        biases = {number: getattr(self, f"{name}_bias")[number] for number in held} if self.has_bias else None
+        x = experts_linear(x, routes, weights, biases)
+        if name != "down_proj":
+            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+    if self.has_post_expert_norm:
+        x = self.post_expert_norm(x)
+    return sum_rows(weigh_rows(x, top_k_weights.to(x.dtype), routes), routes)
+
+
+def _checked_routes(chosen: Tensor, weights: Tensor, experts: int) -> Routes:
+    """Return the rows of each expert, as a router chose.
+
+    Raises:
+        InputError: a weight is not finite, or there is no such expert.
+    """
+    first, last = chosen.aminmax()
+    if first < 0 or last > experts:
+        raise InputError(
+            f"A router chooses expert {int(first if first < 0 else last)}, and its layer has {experts}, counted from "
+            "0: config.json and the weights are not of one model; copy both from its source again."
+        )
+    if not bool(torch.isfinite(weights).all()):
+        raise InputError(
+            f"A router gives weights that are not finite to the {experts} experts of a layer: the model is damaged, "
+            "or its values overflow; take an undamaged copy, or another compute dtype."
+        )
+    return routes_of(chosen, experts)
+
+
 def _dense(layer: Any) -> Tensor:
     if isinstance(layer, FrozenLinear):
         return layer.dequantize(layer.compute_dtype)
@@ -358,3 +407,6 @@ def _gated(y: Tensor, act_fn: Any) -> Tensor:
     gate, up = y.chunk(2, dim=-1)
     product: Tensor = act_fn(gate) * up
     return product
+
+
+ExpertsInterface.register(NAME, stacked_forward)

@@ -7,8 +7,8 @@
     E2M1     sign, two bits of exponent, one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero
 
 ``gate_up_proj_blocks`` and ``gate_up_proj_scales`` are one stack ``gate_up_proj [E, K, N]``, which is what transformers
-(5.23, ``integrations/mxfp4.py``) makes of them, transposed. Every value is one of bf16's. An expert's matrix is made when it
-is read, alone.
+(5.23, ``integrations/mxfp4.py``) makes of them, transposed. Every value is one of bf16's. An expert's matrix is
+made when it is read, alone.
 """
 
 import torch
