@@ -50,7 +50,7 @@ WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5",
 
 LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG, FINGERPRINT)
 
-FREED = 64 << 20
+FREED = 16 << 20
 """After so many bytes of tensors, what the heap holds of them beyond use is given back."""
 ROWS = 64
 """Of a weight, so many are compared at once."""
