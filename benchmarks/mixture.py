@@ -36,10 +36,10 @@ def train(folder: Path, models: list[str], tokens: tuple[int, int], more: dict[s
 def decode(folder: Path, models: list[str]) -> None:
     import torch
 
+    from halfbyte import load
     from halfbyte.bench.decode import CALLS, READ_BYTES, _fastest
     from halfbyte.bench.decode_sides import weight_bytes
     from halfbyte.generate.decoders import decoder_for
-    from halfbyte import load
     from halfbyte.quiet import quiet
 
     memory = torch.ones(READ_BYTES // 4)
@@ -59,7 +59,8 @@ def decode(folder: Path, models: list[str]) -> None:
                 sequence = decoder.begin(row, None)
                 decoder.read(sequence, row[sequence.length :])
                 begun[model].append(sequence)
-            print(json.dumps({"model": model, "prompt_tokens_per_second": rows * PROMPT / (time.perf_counter() - started)}))
+            taken = time.perf_counter() - started
+            print(json.dumps({"model": model, "prompt_tokens_per_second": rows * PROMPT / taken}))
         for _ in range(ROUNDS):
             bandwidth = READ_BYTES / _fastest(memory.sum, CALLS)
             for model, decoder in opened.items():

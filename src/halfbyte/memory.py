@@ -5,6 +5,7 @@ The memory limit of a container is read from its control groups, version 2 (``me
 """
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +26,17 @@ def anonymous_memory() -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process().memory_info().rss)
+
+
+def give_back_freed() -> None:
+    """Give pages of the heap that hold nothing back to the system, where the C library can (glibc's ``malloc_trim``).
+
+    Tensors below 32 MiB come from the heap, and torch asks for aligned ones: where one was freed the next of its size
+    does not always fit, so the heap grows to many times what is in it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def peak_anonymous_memory() -> int:

@@ -283,6 +283,22 @@ def test_merging_files_gives_the_model_that_transformers_opens(
         assert (opened(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe", "Llama4Text"])
+def test_merging_onto_a_copy_in_4_bits_gives_what_merging_onto_its_source_does(kind: str, tmp_path: Path) -> None:
+    dense = mixture(kind, tmp_path / "m")
+    quantize_checkpoint(tmp_path / "m", tmp_path / "q", FP32)
+    ours = adapted(halfbyte.load(tmp_path / "q", quantization_config=FP32))
+    states = []
+    for base in ("m", "q"):
+        ours.peft_config["default"].base_model_name_or_path = str(tmp_path / base)
+        ours.save_pretrained(tmp_path / f"{base}-adapter")
+        about = tmp_path / f"{base}-adapter" / "base_format.json"
+        about.write_text('{"quant_type": "nf4", "compute_dtype": "float32"}')
+        merge(tmp_path / f"{base}-adapter", tmp_path / f"{base}-merged", to="fp32")
+        states.append(type(dense).from_pretrained(tmp_path / f"{base}-merged", dtype=torch.float32).state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 def test_merging_into_4_bits_is_opened_here(kind: str, tmp_path: Path) -> None:
     mixture(kind, tmp_path / "m")
@@ -308,6 +324,38 @@ def test_merging_into_4_bits_is_opened_here(kind: str, tmp_path: Path) -> None:
         assert (got - wanted).norm() <= 0.12 * wanted.norm()  # NF4 rounds normal values by 9 % of their norm
     with torch.no_grad():
         assert torch.isfinite(merged(IDS).logits).all() and exact(IDS).logits.shape == merged(IDS).logits.shape
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "GptOss", "NemotronH"])
+def test_transformers_own_stacks_are_computed_as_by_its_loop(kind: str) -> None:
+    torch.manual_seed(0)
+    shape = SHAPE | {"initializer_range": 0.2}
+    if kind == "NemotronH":  # without a gate
+        shape |= {
+            "layers_block_type": ["moe", "attention"],
+            "n_routed_experts": 5,
+            "moe_shared_expert_intermediate_size": 32,
+        }
+    model = (
+        t.AutoModelForCausalLM.from_config(getattr(t, f"{kind}Config")(**shape)).float().eval().requires_grad_(False)
+    )
+    x = torch.randn(2, 9, 64, requires_grad=True)
+    found = []
+    for way in ("eager", "halfbyte"):
+        model.set_experts_implementation(way)
+        assert model.config._experts_implementation == way
+        logits = model(inputs_embeds=x).logits
+        found.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
+    for wanted, got in zip(*found, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_stacks_that_are_to_be_trained_are_told() -> None:
+    model = t.AutoModelForCausalLM.from_config(t.MixtralConfig(**SHAPE), experts_implementation="halfbyte")
+    with torch.no_grad():
+        assert torch.isfinite(model(IDS).logits).all()
+    with pytest.raises(InputError, match=r"MixtralExperts's gate_up_proj is to be trained, but .* frozen experts"):
+        model(IDS)
 
 
 def test_the_model_computes_the_same_when_it_is_not_prepared(mixtral: Path) -> None:

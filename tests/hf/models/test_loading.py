@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -42,6 +43,50 @@ def test_a_4_bit_folder_is_mapped(tmp_path: Path) -> None:
     assert packed == 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) / 2 / 2**20
     # What is left are Python's objects; none of the 16 MiB of weights is among them.
     assert anonymous < packed / 4, done.stdout
+
+
+PEAK = """
+import sys, threading, time
+import halfbyte
+from halfbyte.memory import anonymous_memory
+
+small, large = sys.argv[1:]
+halfbyte.load(small)
+before = peak = anonymous_memory()
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous_memory())
+        time.sleep(0.001)
+
+threading.Thread(target=watch, daemon=True).start()
+model = halfbyte.load(large)
+print(peak - before - sum(x.nbytes for x in model.parameters()))
+"""
+
+
+def stacks(folder: Path, kind: str, width: int) -> Path:
+    """A model of one layer with 32 experts, in stacks under the model's own names, as gpt-oss publishes them."""
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=64, num_local_experts=32, num_experts_per_tok=2, pad_token_id=0, dtype="bfloat16",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "Mixtral"])
+def test_no_stack_of_experts_is_in_memory_beside_the_4_bit_model(kind: str, tmp_path: Path) -> None:
+    small, large = stacks(tmp_path / "small", kind, 64), stacks(tmp_path / "large", kind, 512)
+    stack = 2 * 32 * 512 * 2 * 512  # bytes in 16 bits
+    assert max(x.nbytes for x in load_file(large / "model.safetensors").values()) == stack
+    command = [sys.executable, "-c", PEAK, str(small), str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < stack / 2, int(done.stdout) / stack
 
 
 def test_no_user_object_is_changed(tiny_model_folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.integrations.moe import ExpertsInterface
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.fusion import ACTIVATIONS
@@ -25,6 +26,8 @@ from halfbyte.nn.frozen import FrozenLinear, QuantizedLinear
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """transformers' names of the stacks; ``up_proj`` where there is no gate."""
+NAME = "halfbyte"
+"""What our forward of dense stacks is called in transformers' registry."""
 LLAMA4 = "Llama4TextExperts"
 FEW = 16
 """Rows up to which a product sums in another order (csrc/matmul.h; on Arm 8)."""
@@ -100,18 +103,7 @@ class Experts(nn.Module):
         Raises:
             InputError: a weight is not finite, or there is no such expert.
         """
-        first, last = top_k_index.aminmax()
-        if first < 0 or last > self.num_experts:
-            raise InputError(
-                f"A router chooses expert {int(first if first < 0 else last)}, and its layer has {self.num_experts}, "
-                "counted from 0: config.json and the weights are not of one model; copy both from its source again."
-            )
-        if not bool(torch.isfinite(top_k_weights).all()):
-            raise InputError(
-                f"A router gives weights that are not finite to the {self.num_experts} experts of a layer: the model "
-                "is damaged, or its values overflow; take an undamaged copy, or another compute dtype."
-            )
-        routes = routes_of(top_k_index, self.num_experts)
+        routes = _checked_routes(top_k_index, top_k_weights, self.num_experts)
         if not routes.bounds:
             return hidden_states * 0
         if self.training:
@@ -296,14 +288,8 @@ class TakeApart(ConversionOps):
         dense: Tensor = value[0] if isinstance(value, list) else value
         path, kind = full_layer_name.rpartition(".0.")[0], full_layer_name.rpartition(".")[2]
         experts: Any = model.get_submodule(path)
-        shape = experts.shapes[self.stack]
+        check_stack(path, experts, self.stack, kind, dense.shape)
         of_inputs = experts.is_transposed or experts.swapped
-        wanted = shape[:2] if kind == "bias" else (shape[0], shape[2], shape[1]) if of_inputs else shape
-        if tuple(dense.shape) != tuple(wanted):
-            raise InputError(
-                f"{path}.{self.stack} is {list(dense.shape)} in the checkpoint, but config.json makes it "
-                f"{list(wanted)}: copy both from the model's source again."
-            )
         found = {}
         for number, matrix in enumerate(dense):
             rows = matrix.T if of_inputs and kind == "weight" else matrix
@@ -316,6 +302,30 @@ class TakeApart(ConversionOps):
         return found
 
 
+def check_stack(path: str, experts: Any, stack: str, kind: str, found: Sequence[int]) -> None:
+    """Check that a checkpoint's stack has the shape that the model's configuration says.
+
+    Args:
+        path: of the experts.
+        experts: they.
+        stack: its name.
+        kind: ``weight`` or ``bias``.
+        found: its shape.
+
+    Raises:
+        InputError: it has another one.
+    """
+    shape = experts.shapes[stack]
+    of_inputs = experts.is_transposed or experts.swapped
+    wanted = shape[:2] if kind == "bias" else (shape[0], shape[2], shape[1]) if of_inputs else shape
+    if tuple(found) != tuple(wanted):
+        tensor = f"{stack}_bias" if kind == "bias" else stack
+        raise InputError(
+            f"{path}.{tensor} is {list(found)} in the checkpoint, but config.json makes it {list(wanted)}: copy both "
+            "from the model's source again."
+        )
+
+
 def put_together(model: Any) -> None:
     """Undo :func:`take_apart`, in place: a dense model of transformers' own classes."""
     for path, module in list(model.named_modules()):
@@ -324,6 +334,63 @@ def put_together(model: Any) -> None:
             model._weight_conversions = None  # those of the class, by which it is saved
         elif isinstance(module, Llama4Moe):
             module.__class__ = type(module).__bases__[1]
+
+
+def stacked_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' own module of dense stacks computes, by our products: ``experts_implementation="halfbyte"``.
+
+    Args:
+        self: a module of ``use_experts_implementation`` (5.23), its stacks ``[E, out, in]``, or transposed.
+        hidden_states: ``[tokens, width]``.
+        top_k_index: int64 ``[tokens, k]``; the number of experts stands for none.
+        top_k_weights: ``[tokens, k]``.
+
+    Raises:
+        InputError: a stack is to be trained; a weight is not finite, or there is no such expert.
+    """
+    names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
+    stacks: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+    for name, stack in stacks.items():
+        if stack.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"{type(self).__name__}'s {name} is to be trained, but experts_implementation 'halfbyte' computes with "
+                "frozen experts: call requires_grad_(False), or take another implementation."
+            )
+    experts = stacks["down_proj"].shape[0]
+    routes = _checked_routes(top_k_index, top_k_weights, experts)
+    if not routes.bounds:
+        return hidden_states * 0
+    x = take_rows(hidden_states, routes)
+    for name, stack in stacks.items():
+        held = {number: stack[number].detach() for number, _, _ in routes.bounds}
+        weights = {number: [matrix.T.contiguous() if self.is_transposed else matrix] for number, matrix in held.items()}
+        biases = {number: getattr(self, f"{name}_bias")[number] for number in held} if self.has_bias else None
+        x = experts_linear(x, routes, weights, biases)
+        if name != "down_proj":
+            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+    if self.has_post_expert_norm:
+        x = self.post_expert_norm(x)
+    return sum_rows(weigh_rows(x, top_k_weights.to(x.dtype), routes), routes)
+
+
+def _checked_routes(chosen: Tensor, weights: Tensor, experts: int) -> Routes:
+    """Return the rows of each expert, as a router chose.
+
+    Raises:
+        InputError: a weight is not finite, or there is no such expert.
+    """
+    first, last = chosen.aminmax()
+    if first < 0 or last > experts:
+        raise InputError(
+            f"A router chooses expert {int(first if first < 0 else last)}, and its layer has {experts}, counted from "
+            "0: config.json and the weights are not of one model; copy both from its source again."
+        )
+    if not bool(torch.isfinite(weights).all()):
+        raise InputError(
+            f"A router gives weights that are not finite to the {experts} experts of a layer: the model is damaged, "
+            "or its values overflow; take an undamaged copy, or another compute dtype."
+        )
+    return routes_of(chosen, experts)
 
 
 def _dense(layer: Any) -> Tensor:
@@ -350,3 +417,6 @@ def _gated(y: Tensor, act_fn: Any) -> Tensor:
     gate, up = y.chunk(2, dim=-1)
     product: Tensor = act_fn(gate) * up
     return product
+
+
+ExpertsInterface.register(NAME, stacked_forward)

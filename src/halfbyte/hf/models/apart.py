@@ -1,17 +1,23 @@
 """A checkpoint that holds experts in stacks, read as if it held their matrices: one expert is in memory at a time."""
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from halfbyte.hf.layers.experts import Experts, TakeApart
+from halfbyte.hf.layers.experts import Experts, TakeApart, check_stack
 from halfbyte.hf.models.check import Names
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors
+from halfbyte.hf.models.foreign.mxfp4 import Mxfp4Checkpoint
+
+KINDS = {"weight": "", "bias": "_bias"}
+"""Of a layer's parameters, how the names of their stacks end."""
 
 
 class Place(NamedTuple):
@@ -38,6 +44,9 @@ def apart(held: Tensors, model: PreTrainedModel) -> Tensors:
     Args:
         held: the checkpoint.
         model: its, on the meta device, whose experts were taken apart.
+
+    Raises:
+        InputError: a stack has another shape than the model's configuration says.
     """
     mixtures = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
     if not mixtures:
@@ -56,6 +65,7 @@ def apart(held: Tensors, model: PreTrainedModel) -> Tensors:
             continue
         path, _, first = target.rpartition(".0.")
         kind, experts = first.rpartition(".")[2], mixtures[path]
+        check_stack(path, experts, stacks[source], kind, held.form(name).shape)
         of_inputs = kind == "weight" and (experts.is_transposed or experts.swapped)
         layers = experts.layers_of[stacks[source]]
         found[name] = {
@@ -64,6 +74,33 @@ def apart(held: Tensors, model: PreTrainedModel) -> Tensors:
             for part, layer in enumerate(layers)
         }
     return ApartCheckpoint(held, found) if found else held
+
+
+def stacks_of(names: Mapping[str, str], model: PreTrainedModel) -> dict[str, dict[str, Place]]:
+    """Return the stacks to be written in the place of matrices of which transformers (5.23) puts none together itself.
+
+    Such are gpt-oss' and Llama 4's, whose checkpoints have stacks; a copy in 4 bits holds their matrices.
+
+    Args:
+        names: what each tensor of the model is called in the checkpoint.
+        model: its, on the meta device, whose experts were taken apart.
+    """
+    gathered = {
+        entry.target_patterns[-1].rpartition(".")[2]
+        for entry in get_model_conversion_mapping(model)
+        if isinstance(entry, WeightConverter) and "*" in entry.source_patterns[0]
+    }
+    found: dict[str, dict[str, Place]] = {}
+    for path, experts in model.named_modules():
+        if not isinstance(experts, Experts):
+            continue
+        for stack, layers in experts.layers_of.items():
+            for number, (part, layer), kind in product(range(experts.num_experts), enumerate(layers), KINDS):
+                target, name = f"{path}.{number}.{layer}.{kind}", f"{path}.{stack}{KINDS[kind]}"
+                if stack not in gathered and target in names:
+                    of_inputs = kind == "weight" and (experts.is_transposed or experts.swapped)
+                    found.setdefault(name, {})[names[target]] = Place(name, number, part, len(layers), of_inputs)
+    return found
 
 
 class ApartCheckpoint:
@@ -91,7 +128,8 @@ class ApartCheckpoint:
         if place is None:
             return self.held.read(name)
         held: Any = self.held
-        whole = held.read_row if isinstance(held, Checkpoint) else lambda stack, number: held.read(stack)[number]
+        by_row = isinstance(held, Checkpoint | Mxfp4Checkpoint)
+        whole = held.read_row if by_row else lambda stack, number: held.read(stack)[number]
         return _part(whole(place.stack, place.expert), place).contiguous()
 
 

@@ -1,6 +1,6 @@
 """The fingerprint of the base model in a folder: read where it is stored, kept in the cache once it was made.
 
-    16 or 32 bits, GGUF, GPTQ, AWQ   made of all values; what they are quantized to, for each format that is asked for
+    dense, GGUF, GPTQ, AWQ, MXFP4    made of all values; what they are quantized to, for each format that is asked for
     4 or 8 bits, by halfbyte         stored in the folder, with the digests of what was read; where its files are not as
                                      they were written (a copy, a changed byte), made of them, and what is stored holds
                                      if that agrees

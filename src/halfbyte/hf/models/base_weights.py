@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.choices import Onto
 from halfbyte.errors import InputError
-from halfbyte.hf.models.apart import ApartCheckpoint, apart
+from halfbyte.hf.models.apart import ApartCheckpoint, apart, stacks_of
 from halfbyte.hf.models.apart import Place as Part
 from halfbyte.hf.models.check import Fit, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files
@@ -26,7 +26,7 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.converted import converted
 from halfbyte.hf.models.foreign.gguf_mixture import gguf_tensors
-from halfbyte.hf.models.foreign.packed import PackedCheckpoint, packing_of
+from halfbyte.hf.models.foreign.packed import packing_of, unpacked
 from halfbyte.hf.models.hub import Place
 from halfbyte.hf.models.quantize_files import Plan, on_disk, skeleton_of
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
@@ -53,6 +53,7 @@ class BaseWeights:
         fit: what the checkpoint lacks.
         names: what each tensor of the model is called in the checkpoint; of tied weights one is there.
         tied: of tied weights, which other one each is.
+        stacks: of tensors that hold all experts of a layer, the matrices that they are read as here.
         quantization: how its weights lie, or are quantized; None where all are dense.
         transposed: modules whose weight is ``[in, out]`` (``Conv1D``).
 
@@ -101,6 +102,8 @@ class BaseWeights:
         self.names = {plan.target[name]: name for name in plan.names if plan.target[name] in there}
         self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        held = self._checkpoint.stacks if isinstance(self._checkpoint, ApartCheckpoint) else None
+        self.stacks: Mapping[str, Mapping[str, Part]] = stacks_of(self.names, self.model) if held is None else held
 
     def read(self, target: str) -> Tensor:
         """Return a tensor by its name in the model: a weight that is quantized in fp32, another one as it lies there.
@@ -130,11 +133,6 @@ class BaseWeights:
         return weight
 
     @property
-    def stacks(self) -> Mapping[str, Mapping[str, Part]]:
-        """Of tensors that hold all experts of a layer, the matrices that they are read as here."""
-        return self._checkpoint.stacks if isinstance(self._checkpoint, ApartCheckpoint) else {}
-
-    @property
     def quantized_names(self) -> set[str]:
         """Names in the model of the weights in 4 or 8 bits."""
         return set(self._layers) | {target for target, name in self.names.items() if name in self._packed}
@@ -162,7 +160,7 @@ def _opened(
     config = config_at(place, trust_remote_code)
     packing = None if place.gguf else packing_of(config)
     if (place.gguf or packing) and onto == "quantized":
-        place, _ = converted(place, form, trust_remote_code)
+        place, _ = converted(place, packing, form, trust_remote_code)
         config, packing = config_at(place, trust_remote_code), None
     folder = on_disk(place)
     held = config.__dict__.pop("quantization_config", None)
@@ -176,7 +174,7 @@ def _opened(
         skeleton = skeleton_of(config, torch.float32, trust_remote_code)
         return config, gguf_tensors(place.gguf, skeleton), place, folder, None
     files = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
-    return config, PackedCheckpoint(files, packing) if packing else files, place, folder, lies
+    return config, unpacked(files, packing) if packing else files, place, folder, lies
 
 
 def _dict(held: Any) -> dict[str, Any]:

@@ -74,8 +74,8 @@ class HalfbyteConfig(QuantizationConfigMixin):
         if method is None and {"group_size", "bits"} <= about.keys():
             method = "MLX"
         raise InputError(
-            f"The model is already quantized ({method}), which is not opened: bitsandbytes' 4 and 8 bits, GPTQ, AWQ "
-            "and GGUF are; start from its 16-bit original."
+            f"The model is already quantized ({method}), which is not opened: bitsandbytes' 4 and 8 bits, GPTQ, AWQ, "
+            "MXFP4 and GGUF are; start from its 16-bit original."
         )
 
     @property

@@ -1,6 +1,6 @@
 """Models in others' number formats, opened: quantized anew once, tensor by tensor, and kept in the cache.
 
-A GGUF file, or a folder in GPTQ's or AWQ's, becomes a folder of our own in ``~/.cache/halfbyte/models``
+A GGUF file, or a folder in GPTQ's, AWQ's or MXFP4's, becomes one of our own in ``~/.cache/halfbyte/models``
 (``XDG_CACHE_HOME`` and ``HALFBYTE_CACHE`` move it), under a name made of the source's files (path, size, times) and of
 the number format; it is mapped as any. What the second rounding costs is measured and said.
 
@@ -20,6 +20,7 @@ from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.files import cache_folder, write_text
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
+from halfbyte.hf.models.foreign.packed import Packing
 from halfbyte.hf.models.hub import Place
 from halfbyte.hf.models.quantize_files import on_disk, quantize_checkpoint
 
@@ -31,8 +32,16 @@ ABOUT = "converted.json"
 """A file in the folder: source and relative error."""
 
 
-def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bool = False) -> tuple[Place, str]:
+def converted(
+    place: Place, packing: Packing | None, config: HalfbyteConfig | None, trust_remote_code: bool = False
+) -> tuple[Place, str]:
     """Return where the model in ``place`` lies in ``config``'s format, made unless it is there, and what that cost.
+
+    Args:
+        place: of the model.
+        packing: how its weights are packed; None of a GGUF file.
+        config: the format; None takes the defaults.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: as :func:`halfbyte.hf.models.quantize_files.quantize_checkpoint`.
@@ -41,7 +50,8 @@ def converted(place: Place, config: HalfbyteConfig | None, trust_remote_code: bo
     source = place.gguf or on_disk(place)
     folder = _made(source, config, trust_remote_code)
     error = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["error"]
-    told = f"rounded a second time, {100 * error:.1f} % off those of the source"
+    held = packing.method.upper() if packing else "GGUF"
+    told = f"rounded a second time, from another grid ({held}), {100 * error:.1f} % off those of the source"
     logger.warning("%s is opened in %s, its weights %s; it is kept in %s.", source, config.quant_type, told, folder)
     return Place(str(folder), True, {}), told
 

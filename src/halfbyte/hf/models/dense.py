@@ -76,7 +76,7 @@ class Dense(Written, Protocol):
 
 
 class Plain:
-    """A model without an adapter: 16 bits as they lie, 4 and 8 bits (and GGUF, GPTQ, AWQ) as what they stand for.
+    """A model without an adapter: 16 bits as they lie, 4 and 8 bits (GGUF, GPTQ, AWQ, MXFP4 too) as what they mean.
 
     Args:
         place: where it is.

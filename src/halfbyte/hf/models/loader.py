@@ -63,8 +63,8 @@ def load(
 
     Args:
         path: a folder or a hub id: a 16-bit or 32-bit model, a model in bitsandbytes' 4-bit or 8-bit format, or a LoRA
-            adapter (a run's folder is one), which is put on its base model. Or a GGUF file, or a folder in GPTQ's or
-            AWQ's format: quantized anew, once, and kept in the cache.
+            adapter (a run's folder is one), which is put on its base model. Or a GGUF file, or a folder in GPTQ's,
+            AWQ's or MXFP4's format: quantized anew, once, and kept in the cache.
         quantization_config: how to quantize; None takes the defaults, or for an adapter what it was trained over. For a
             folder already in 4 or 8 bits only its ``compute_dtype`` counts; None keeps the folder's.
         auto_class: the transformers class to open it with; None takes the one that the model's architecture names,
@@ -114,8 +114,9 @@ def _load_at(
     adapter: Path | None = None,
 ) -> PreTrainedModel:
     config = None if place.gguf else config_at(place, trust_remote_code)
-    if config is None or packing_of(config):
-        kept, told = converted(place, quantization_config, trust_remote_code)
+    packing = None if config is None else packing_of(config)
+    if config is None or packing:
+        kept, told = converted(place, packing, quantization_config, trust_remote_code)
         model = _load_at(kept, None, auto_class, trust_remote_code, kwargs, task, classes, head_follows, adapter)
         model.name_or_path = str(place.gguf or place.path)  # what adapters call their base
         model.rounded_again = told

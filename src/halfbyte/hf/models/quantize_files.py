@@ -36,12 +36,13 @@ from halfbyte.hf.models.fingerprint import FILE as FINGERPRINT
 from halfbyte.hf.models.fingerprint import Fingerprint, Row, Rows, dense_digests, times
 from halfbyte.hf.models.foreign.gguf import tokenizer_source
 from halfbyte.hf.models.foreign.gguf_mixture import gguf_tensors
-from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, PackedCheckpoint, Packing, packing_of
+from halfbyte.hf.models.foreign.packed import QUANTIZE_CONFIG, Packing, packing_of, unpacked
 from halfbyte.hf.models.hub import Place, locate
 from halfbyte.hf.models.linears import is_linear, is_subclass
 from halfbyte.hf.models.quantizer import HalfbyteQuantizer, dense_dtype, quantized
 from halfbyte.hf.models.shards import write_shards
 from halfbyte.locks import Locked
+from halfbyte.memory import give_back_freed
 from halfbyte.nn import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5",
 
 LEFT_OUT = (*WEIGHTS, QUANTIZE_CONFIG, FINGERPRINT)
 
+FREED = 16 << 20
+"""After so many bytes of tensors, what the heap holds of them beyond use is given back."""
+ROWS = 64
+"""Of a weight, so many are compared at once."""
 BESIDE = ".seen.json"
 """Ends the name of what was seen of a file's tensors, while the folder grows."""
 
@@ -63,8 +68,8 @@ class QuantizedCopy:
         packed: those of them in 4 or 8 bits.
         bytes_before: of the source's weight files.
         bytes_after: of the copy's.
-        error: of a source that was quantized otherwise (GGUF, GPTQ, AWQ): how far the copy's weights are from the
-            source's, ``‖W' − W‖ / ‖W‖``; None of a dense one.
+        error: of a source that was quantized otherwise (GGUF, GPTQ, AWQ, MXFP4): how far the copy's weights are from
+            the source's, ``‖W' − W‖ / ‖W‖``; None of a dense one.
     """
 
     values: int
@@ -96,7 +101,7 @@ def quantize_checkpoint(
     which they leave dense; a warning is logged then.
 
     Args:
-        model: a folder or hub id with weights in 16 or 32 bits, or in GPTQ's or AWQ's; or a GGUF file.
+        model: a folder or hub id with weights in 16 or 32 bits, or in GPTQ's, AWQ's or MXFP4's; or a GGUF file.
         output: the new folder.
         config: how to quantize; None takes the defaults.
         finish: adds to the folder before it appears.
@@ -238,6 +243,7 @@ class _Made:
         self._places = dict(plan.places(shapes))
         self._about = _About()
         self._rows = Rows()
+        self._read = 0
 
     def sizes(self) -> dict[str, int]:
         """Return about how many bytes each tensor will have."""
@@ -255,7 +261,11 @@ class _Made:
         Raises:
             InputError: a value is not finite.
         """
+        if self._read >= FREED:
+            give_back_freed()
+            self._read = 0
         plan, tensor = self._plan, self._checkpoint.read(name)
+        self._read += tensor.nbytes
         self._about.values += tensor.numel()
         layer = plan.layers.get(name)
         made: dict[str, Tensor]
@@ -263,9 +273,11 @@ class _Made:
             weight = quantized(name, tensor.to(self._config.compute_dtype), layer, self._config)
             made = weight.state_dict(name)
             if self._measured:
-                exact = (tensor.T if layer.transposed else tensor).float()
-                self._about.apart += float((weight.dequantize(torch.float32) - exact).square().sum())
-                self._about.size += float(exact.square().sum())
+                exact = tensor.T if layer.transposed else tensor
+                made_of = weight.dequantize(torch.float32)
+                for ours, theirs in zip(torch.split(made_of, ROWS), torch.split(exact, ROWS), strict=True):
+                    self._about.apart += float((ours - theirs).square().sum())
+                    self._about.size += float(theirs.float().square().sum())
             self._about.packed += tensor.numel()
             digested: list[dict[str, Tensor] | Tensor] = [made]
         else:
@@ -350,7 +362,7 @@ def skeleton_of(
 
 
 def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedModel, packing: Packing | None) -> Tensors:
-    """Return the tensors of a model's files: of GGUF, GPTQ and AWQ as those of the dense model.
+    """Return the tensors of a model's files: of GGUF, GPTQ, AWQ and MXFP4 as those of the dense model.
 
     Args:
         place: of the model.
@@ -365,7 +377,7 @@ def tensors_of(place: Place, folder: Path, config: Any, skeleton: PreTrainedMode
     if place.gguf:
         return gguf_tensors(place.gguf, skeleton)
     held = Checkpoint(weight_files(folder, getattr(config, "transformers_weights", None)))
-    return PackedCheckpoint(held, packing) if packing else apart(held, skeleton)
+    return apart(unpacked(held, packing) if packing else held, skeleton)
 
 
 def shapes_of(skeleton: PreTrainedModel) -> dict[str, torch.Size]:

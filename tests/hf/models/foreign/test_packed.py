@@ -241,7 +241,7 @@ def test_an_old_folder_says_how_in_quantize_config(tmp_path: Path) -> None:
         ),
         (
             {"quant_method": "fbgemm_fp8"},
-            r"quantized \(fbgemm_fp8\), which is not opened: .* GPTQ, AWQ and GGUF",
+            r"quantized \(fbgemm_fp8\), which is not opened: .* GPTQ, AWQ, MXFP4 and GGUF",
         ),
     ],
 )

@@ -13,7 +13,7 @@
 The lowest bits of an integer hold the first value; AWQ's eight are those of the columns 0 2 4 6 1 3 5 7. GPTQ's files
 hold ``z - 1``, unless their format is ``gptq_v2`` or AutoRound's of GPTQModel: 1 is taken from each value of an integer
 by one subtraction of integers (GPTQModel 7.7, ``convert_gptq_v2_to_v1_format_module``), so that a zero of 0 borrows
-from the next, and is put back so.
+from the next, and is put back so. MXFP4, which is packed otherwise, is read in :mod:`halfbyte.hf.models.foreign.mxfp4`.
 """
 
 import json
@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, named
-from halfbyte.hf.models.checkpoint import Checkpoint
+from halfbyte.hf.models.checkpoint import Checkpoint, Tensors
+from halfbyte.hf.models.foreign.mxfp4 import BLOCK, Mxfp4Checkpoint
 
-METHODS = ("gptq", "awq", "auto-round")
+MXFP4 = "mxfp4"
+METHODS = ("gptq", "awq", "auto-round", MXFP4)
 """What ``quant_method`` in config.json calls them."""
 QUANTIZE_CONFIG = "quantize_config.json"
 """Where AutoGPTQ wrote what config.json says since."""
@@ -49,7 +51,7 @@ class Packing:
     """How a folder's weights are packed.
 
     Attributes:
-        method: ``gptq`` or ``awq``.
+        method: ``gptq``, ``awq`` or ``mxfp4``.
         bits: of a code.
         group_size: values along K that share scale and zero; -1 is all.
         offset: what was taken from the zeros of the file.
@@ -62,12 +64,14 @@ class Packing:
 
     @classmethod
     def of(cls, about: dict[str, Any]) -> "Packing":
-        """Read the ``quantization_config`` of a GPTQ, AWQ or AutoRound folder.
+        """Read the ``quantization_config`` of a GPTQ, AWQ, AutoRound or MXFP4 folder.
 
         Raises:
             InputError: it lacks a number, or says something that is not known here.
         """
         method, form = str(about.get("quant_method")), str(about.get("packing_format", ""))
+        if method == MXFP4:
+            return cls(MXFP4, 4, BLOCK, 0)
         offset = 1 if method == "gptq" and about.get("checkpoint_format") != "gptq_v2" else 0
         if method == "auto-round":
             kind = about.get("data_type", "int")
@@ -150,6 +154,15 @@ def packing_of(config: Any) -> Packing | None:
         about = _read(file) | {"quant_method": "gptq"} if file.is_file() else None
     about = about if about is None or isinstance(about, dict) else about.to_dict()
     return None if about is None or about.get("quant_method") not in METHODS else Packing.of(about)
+
+
+def unpacked(held: Checkpoint, packing: Packing) -> Tensors:
+    """Return the tensors of a folder that is packed as those of the dense model.
+
+    Raises:
+        InputError: parts of a weight are missing.
+    """
+    return Mxfp4Checkpoint(held) if packing.method == MXFP4 else PackedCheckpoint(held, packing)
 
 
 def unpack(packed: Tensor, bits: int, order: Sequence[int] | None = None) -> Tensor:
