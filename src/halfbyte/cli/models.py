@@ -18,7 +18,7 @@ from halfbyte.quiet import quiet
 def quantize(
     model: Annotated[
         str,
-        typer.Argument(help="Model in 16 or 32 bits, in GPTQ or AWQ: folder or hub id; or a GGUF file."),
+        typer.Argument(help="Model in 16 or 32 bits, in GPTQ, AWQ or MXFP4: folder or hub id; or a GGUF file."),
     ],
     output: Annotated[Path, typer.Argument(help="Folder for the quantized model.")],
     quant_type: Annotated[SaveableType, typer.Option(help="Number format.")] = QUANT_TYPE,
