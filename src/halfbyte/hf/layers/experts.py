@@ -103,7 +103,7 @@ class Experts(nn.Module):
                 f"A router chooses expert {int(first if first < 0 else last)}, and its layer has {self.num_experts}, "
                 "counted from 0: config.json and the weights are not of one model; copy both from its source again."
             )
-        if not bool(torch.isfinite(top_k_weights).all()):
+        if not bool(torch.isfinite(top_k_weights.detach()).all()):
             raise InputError(
                 f"A router gives weights that are not finite to the {self.num_experts} experts of a layer: the model "
                 "is damaged, or its values overflow; take an undamaged copy, or another compute dtype."
