@@ -37,6 +37,8 @@ UNUSED = 16 * 2**20
 """Bytes of the pool that lie unused at the peak, about; it may have 64 MiB so (:data:`halfbyte.kernels.pool.SLACK`)."""
 PER_LAYER = 2**19
 """Bytes of a layer's Python objects, PEFT's modules among them."""
+PER_EXPERT = 30 * 2**10
+"""Bytes of the objects of each of an expert's matrices."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,8 @@ def memory_of(
 
 def objects(shape: Shape) -> int:
     """Return what the run takes whatever its work: tokenizer, tables, the trainer's and the layers' objects."""
-    return PROCESS + PER_LAYER * shape.layers
+    of_experts = sum(linear.matrices[0] for linear in shape.linears if linear.parts)
+    return PROCESS + (PER_LAYER + PER_EXPERT * of_experts) * shape.layers
 
 
 def adapter_sizes(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> list[int]:
