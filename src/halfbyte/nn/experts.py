@@ -107,7 +107,9 @@ def weigh_rows(x: Tensor, shares: Tensor, routes: Routes) -> Tensor:
     if source is None:
         return weighed
     compute = source.compute
-    return recomputed(weighed, lambda weights, *kept: compute(*kept) * weights.unsqueeze(1), weights, *source.tensors)
+    return recomputed(
+        weighed, lambda weights, *kept: _times(compute(*kept), weights.unsqueeze(1)), weights, *source.tensors
+    )
 
 
 def sum_rows(y: Tensor, routes: Routes) -> Tensor:
@@ -154,7 +156,7 @@ class _Weigh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, source: Source | None) -> Tensor:
         ctx.save_for_backward(weights, *((x,) if source is None else source.tensors))
         ctx.compute = None if source is None else source.compute
-        return x * weights.unsqueeze(1)
+        return _times(x, weights.unsqueeze(1))
 
     @staticmethod
     @once_differentiable
@@ -164,7 +166,7 @@ class _Weigh(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x = kept[0] if ctx.compute is None else ctx.compute(*kept)
             dweights = (dy * x).sum(1, dtype=torch.float32).to(weights.dtype)
-        return dy * weights.unsqueeze(1), dweights, None
+        return _times(dy, weights.unsqueeze(1)), dweights, None
 
 
 def experts_linear(
@@ -341,4 +343,4 @@ def _slices(sizes: Sequence[int]) -> tuple[list[slice], int]:
 
 
 def _times(x: Tensor, noise: Tensor | None) -> Tensor:
-    return x if noise is None else torch.mul(x, noise, out=pool.empty(noise.shape, noise.dtype, noise.device))
+    return x if noise is None else torch.mul(x, noise, out=pool.empty(x.shape, x.dtype, x.device))

@@ -310,7 +310,8 @@ def _tried(model: PreTrainedModel, layer: nn.Linear | _Rows) -> Head | None:
         if not 0 < largest < math.inf:
             return None
         hidden *= PROBED_LOGIT / largest
-        without = {"output_router_logits": False} if "output_router_logits" in _parameters(type(model)) else {}
+        known = _parameters(type(model))  # type: ignore[arg-type]
+        without = {"output_router_logits": False} if "output_router_logits" in known else {}
         try:
             with _returning(_backbone(model), hidden):
                 own = type(model).forward(model, input_ids=torch.zeros_like(labels), labels=labels, **without)
