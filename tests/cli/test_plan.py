@@ -45,6 +45,19 @@ def test_a_plan_without_data_tells_memory_time_and_what_fits(
     )
 
 
+def test_a_mixture_is_told_with_its_experts_and_what_of_it_is_at_work(plan: Run, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = t.MixtralConfig(hidden_size=64, intermediate_size=96, vocab_size=96, head_dim=16, pad_token_id=0, **sizes)
+    config.save_pretrained(tmp_path)
+    code, out, err = plan(tmp_path, "--json", tmp_path / "plan.json", "--card", "A100 80GB")
+    assert code == 0, err
+    found = json.loads((tmp_path / "plan.json").read_text())
+    idle = 2 * 6 * 3 * 64 * 96  # layers, experts that a token does not pass, their matrices
+    assert found["active_parameters"] == found["parameters"] - idle
+    assert "2 Mixtral layers of 8 experts each, 2 for a token, " in out
+    assert f"{found['active_parameters']:,} of them at work for a token" in out
+
+
 def test_one_is_told_as_one(plan: Run, tiny_model_folder: Path, tmp_path: Path) -> None:
     t.LlamaConfig.from_pretrained(tiny_model_folder, num_hidden_layers=1).save_pretrained(tmp_path / "one")
     numbers = tmp_path / "plan.json"

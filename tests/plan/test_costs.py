@@ -1,13 +1,19 @@
 """What layers keep and what models have, by formula, against autograd's own count and the models themselves."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as t
+from peft import get_peft_model
 
+from halfbyte import hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
+from halfbyte.hf.layers.attention_choice import choose_attention
+from halfbyte.hf.layers.expert_adapters import own_words, set_dropout
+from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.plan.costs import layer_costs
 from halfbyte.plan.layer_overhead import adapted
 from halfbyte.plan.shape import shape_from, shape_of
@@ -35,6 +41,13 @@ FAMILIES: dict[str, Any] = {
     "Olmo3": lambda sizes: t.Olmo3Config(**sizes, **WINDOWS),
     "Ministral": lambda sizes: t.MinistralConfig(**sizes, **WINDOWS, head_dim=32),
 }
+EXPERTS = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MIXTURES: dict[str, Any] = {
+    "Mixtral": lambda sizes: t.MixtralConfig(**sizes, **EXPERTS, sliding_window=20),
+    "Qwen2Moe": lambda sizes: t.Qwen2MoeConfig(**sizes, **EXPERTS, shared_expert_intermediate_size=128),
+    "Qwen3Moe": lambda sizes: t.Qwen3MoeConfig(**sizes, **EXPERTS, head_dim=32, norm_topk_prob=True),
+    "Olmoe": lambda sizes: t.OlmoeConfig(**sizes, **EXPERTS),
+}
 
 
 def ranks(shape: Any, rank: int) -> list[dict[str, int]]:
@@ -50,12 +63,69 @@ def test_a_layer_keeps_what_autograd_saves_in_it(family: str, sizes: dict[str, i
     assert layer_costs(shape, ranks(shape, 4), length=48, batch=3, dropout=True) == activations.measure(model, 48, 3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def mixture(config: Any, folder: Path, dropout: float = 0.0, **options: Any) -> Any:
+    """Return a random mixture in 4 bits with an adapter, ready to train, as a run makes it."""
+    t.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    model = hf.load(folder, quantization_config=hf.HalfbyteConfig(compute_dtype="bfloat16"))
+    choose_attention(model)
+    with own_words():
+        wrapped = get_peft_model(model, lora_config(model, lora_alpha=8, never=hf.not_linear(model), **options))
+    set_dropout(wrapped, "default", dropout)
+    return hf.prepare(wrapped).train()
+
+
+@pytest.mark.parametrize("sizes", [SMALL, MIDDLE], ids=["small", "middle"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_layer_of_a_mixture_keeps_what_autograd_saves_in_it(
+    family: str, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    config = MIXTURES[family](sizes)
+    model = mixture(config, tmp_path, dropout=0.1, rank=4)
+    shape = shape_of(config)
+    assert layer_costs(shape, ranks(shape, 4), length=48, batch=3, dropout=True) == activations.measure(model, 48, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_parameters_are_those_of_the_model(family: str) -> None:
-    model = t.AutoModelForCausalLM.from_config(FAMILIES[family](SMALL))
+    model = t.AutoModelForCausalLM.from_config((FAMILIES | MIXTURES)[family](SMALL))
     shape = shape_of(model.config)
     assert shape.parameters == model.num_parameters()
     assert shape_from(model) == shape
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "active"),
+    [
+        (
+            t.Qwen3MoeConfig(
+                hidden_size=2048, num_hidden_layers=48, num_experts=128, num_experts_per_tok=8, head_dim=128,
+                moe_intermediate_size=768, num_attention_heads=32, num_key_value_heads=4, vocab_size=151_936,
+                tie_word_embeddings=False, pad_token_id=0,
+            ),
+            30_532_122_624,  # Qwen3-30B-A3B: 30.5 billion, 3.3 of them active
+            3.3,
+        ),
+        (t.MixtralConfig(vocab_size=32_000, pad_token_id=0), 46_702_792_704, 12.9),  # 8x7B
+    ],
+    ids=["Qwen3-30B-A3B", "Mixtral-8x7B"],
+)  # fmt: skip
+def test_published_mixtures_have_the_sizes_that_are_published(config: Any, parameters: int, active: float) -> None:
+    shape = shape_of(config)
+    assert shape.parameters == parameters
+    assert shape.active_parameters / 1e9 == pytest.approx(active, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        t.Qwen2MoeConfig(**SMALL, **EXPERTS, mlp_only_layers=[0]),
+        t.Glm4MoeConfig(**SMALL, **EXPERTS, first_k_dense_replace=1, n_routed_experts=4),
+    ],
+    ids=["Qwen2Moe", "Glm4Moe"],
+)
+def test_a_mixture_with_a_layer_of_another_kind_is_refused(config: Any) -> None:
+    with pytest.raises(InputError, match="whose layers are not all alike"):
+        shape_of(config)
 
 
 def test_layers_without_adapters_keep_less() -> None:

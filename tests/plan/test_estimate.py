@@ -6,10 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers as t
+from peft import get_peft_model
 
 from halfbyte import hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
+from halfbyte.hf.layers.attention_choice import choose_attention
+from halfbyte.hf.layers.expert_adapters import own_words
+from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models import paging
 from halfbyte.nn import Linear4bit
 from halfbyte.plan import advice, words
@@ -24,6 +28,10 @@ SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "max_position_embeddings": 4096,
 }  # fmt: skip
+EXPERTS = {
+    "num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 192, "pad_token_id": 0,
+}  # fmt: skip
 GIB = 2**30
 
 
@@ -35,6 +43,27 @@ def config_of(**options: Any) -> TrainConfig:
 @pytest.fixture(scope="module")
 def model() -> Model:
     return Model("m", shape_of(t.LlamaConfig(**SIZES)), "nf4", 64, True, True, True)
+
+
+def test_the_policy_of_a_mixture_is_the_one_that_a_run_chooses(tmp_path: Path) -> None:
+    config = t.Qwen3MoeConfig(**SIZES | EXPERTS | {"norm_topk_prob": True, "head_dim": 64})
+    t.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "a")
+    hf.quantize_checkpoint(tmp_path / "a", tmp_path / "b")
+    loaded = hf.load(tmp_path / "b")
+    choose_attention(loaded)
+    with own_words():
+        wrapped = get_peft_model(loaded, lora_config(loaded, rank=8, lora_alpha=16))
+    wrapped = hf.prepare(wrapped).train()
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    options = config_of(model=str(tmp_path / "b"), batch_size=4, max_length=512, optimizer="paged_adamw_8bit")
+    found, kept = look_at(options), set()
+    for free in (240 * 2**20, 260 * 2**20, 290 * 2**20, 64 * GIB):
+        plan = plan_run(options, model=found, free=free + 4 * trained)
+        assert plan.trained == trained
+        expected = activations.plan(wrapped, length=512, batch_size=4, free=free, base=found.pageable(2), state=0)
+        assert plan.policy == expected
+        kept.add(plan.policy.kept)
+    assert len(kept) > 1
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch"])
@@ -51,17 +80,21 @@ def test_the_policy_is_the_one_that_a_run_chooses(model: Model, free: int, optim
     assert plan.policy == expected
 
 
+@pytest.mark.parametrize("kind", [t.LlamaConfig, t.Qwen2MoeConfig, t.MixtralConfig])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(tmp_path: Path, tied: bool) -> None:
-    t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"tie_word_embeddings": tied})).bfloat16().save_pretrained(
-        tmp_path / "a"
-    )
+def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(tmp_path: Path, tied: bool, kind: Any) -> None:
+    sizes: dict[str, Any] = SIZES | (EXPERTS if kind is not t.LlamaConfig else {})
+    config = kind(**sizes | {"tie_word_embeddings": tied})
+    t.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "a")
     hf.quantize_checkpoint(tmp_path / "a", tmp_path / "b")
     loaded = hf.load(tmp_path / "b")
     found = look_at(config_of(model=str(tmp_path / "b")))
     assert found.mapped_linears and found.mapped_dense
     found_all, found_least, found_beside = found.pageable(2)
-    pages = 3 * 4096  # of each unit, which are whole ones
+    matrices = sum(linear.matrices[0] for linear in found.shape.linears)
+    pages = max(3 * 4096, 2 * 4096 + 1536 * matrices)  # of each unit, whole ones; its matrices' tables lie in between
+    mixture = found.shape.mixture
+    pages += 0 if mixture is None else 4096 * (mixture.experts + 1)  # those that two experts, or one and others, lie on
     assert 0 <= paging.mapped_bytes(loaded) - found_all <= (SIZES["num_hidden_layers"] + 1) * pages
     assert 0 <= paging.least_bytes(loaded) - found_least <= 2 * pages
     assert found_beside == (loaded.get_input_embeddings().weight.nbytes if tied else 0)

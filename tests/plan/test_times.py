@@ -3,11 +3,14 @@
 import dataclasses
 
 import pytest
+from transformers import MixtralConfig
 
 from halfbyte.plan import calibrate
 from halfbyte.plan.calibrate import fitted
 from halfbyte.plan.machine import stated_rates
 from halfbyte.plan.published import everywhere, llama
+from halfbyte.plan.ranks import active_adapter
+from halfbyte.plan.shape import shape_of
 from halfbyte.plan.times import Pass, disk_seconds, step_time
 
 RATES = stated_rates(2)
@@ -21,6 +24,17 @@ def test_base_products_are_their_flop_at_the_rate() -> None:
     # the first projections of the first layer's kind have no gradient of their own only there; a bound is enough
     whole = 4 * 2048 * shape.linear_weights * 1e-12
     assert 0.98 * whole <= found.base <= whole
+
+
+def test_a_mixture_takes_the_time_of_what_a_token_passes() -> None:
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "pad_token_id": 0}
+    shape = shape_of(MixtralConfig(hidden_size=256, intermediate_size=512, vocab_size=512, **sizes))
+    ranks = everywhere(shape, 16)
+    assert shape.active_weights < shape.linear_weights / 3
+    flop = {"forward": (1e-12, 0.0), "backward": (1e-12, 0.0), "lora_forward": (1e-12, 0.0)}
+    found = step_time(RATES.model_copy(update=flop), shape, ranks, WORK, backward=False)
+    assert found.base == pytest.approx(2 * 2048 * shape.active_weights * 1e-12)
+    assert found.lora == pytest.approx(2 * 2048 * active_adapter(shape, ranks) * 1e-12)
 
 
 def test_recomputing_all_layers_costs_a_forward_of_them() -> None:

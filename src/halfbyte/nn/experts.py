@@ -107,7 +107,9 @@ def weigh_rows(x: Tensor, shares: Tensor, routes: Routes) -> Tensor:
     if source is None:
         return weighed
     compute = source.compute
-    return recomputed(weighed, lambda weights, *kept: compute(*kept) * weights.unsqueeze(1), weights, *source.tensors)
+    return recomputed(
+        weighed, lambda weights, *kept: _times(compute(*kept), weights.unsqueeze(1)), weights, *source.tensors
+    )
 
 
 def sum_rows(y: Tensor, routes: Routes) -> Tensor:
@@ -154,7 +156,7 @@ class _Weigh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, source: Source | None) -> Tensor:
         ctx.save_for_backward(weights, *((x,) if source is None else source.tensors))
         ctx.compute = None if source is None else source.compute
-        return x * weights.unsqueeze(1)
+        return _times(x, weights.unsqueeze(1))
 
     @staticmethod
     @once_differentiable
@@ -164,7 +166,7 @@ class _Weigh(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x = kept[0] if ctx.compute is None else ctx.compute(*kept)
             dweights = (dy * x).sum(1, dtype=torch.float32).to(weights.dtype)
-        return dy * weights.unsqueeze(1), dweights, None
+        return _times(dy, weights.unsqueeze(1)), dweights, None
 
 
 def experts_linear(
@@ -196,7 +198,7 @@ def experts_linear(
     call = _Call(routes, weights, cast, adapters, dropout, as_many)
     factors = [adapter.a for adapter in adapters] + [adapter.bt for adapter in adapters]
     y: Tensor = _ExpertsLinear.apply(  # type: ignore[no-untyped-call]
-        x.contiguous(), call, source_of(x), *(factor.contiguous() for factor in factors)
+        x.contiguous(), call, source_of(x), *factors
     )
     return y
 
@@ -250,7 +252,7 @@ class _ExpertsLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, source: Source | None, *tensors: Tensor) -> Tensor:
-        factors_a, factors_b = tensors[: len(call.scalings)], tensors[len(call.scalings) :]
+        factors_a, factors_b = _parted(tensors, len(call.scalings))
         u = x.new_empty(x.shape[0], call.rank)
         if call.rank:
             stacked, dropped = call.stacked(factors_a), _times(x, call.noise(u))
@@ -276,7 +278,8 @@ class _ExpertsLinear(torch.autograd.Function):
         call: _Call = ctx.call
         n = len(call.scalings)
         u, *saved = ctx.saved_tensors
-        factors_a, factors_b, kept = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        factors_a, factors_b = _parted(saved[: 2 * n], n)
+        kept = saved[2 * n :]
         need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
         dy = dy.contiguous()
         g = u.new_empty(u.shape[0], call.rank)
@@ -331,6 +334,12 @@ class _ExpertsLinear(torch.autograd.Function):
         return dx, None, None, *low_rank
 
 
+def _parted(factors: Sequence[Tensor], n: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return all A and all Bᵀ, contiguous; kept for the backward are the views of parameters that they are of."""
+    whole = [factor.contiguous() for factor in factors]
+    return whole[:n], whole[n:]
+
+
 def _slices(sizes: Sequence[int]) -> tuple[list[slice], int]:
     """Return where pieces of these sizes lie one after the other, and the sum."""
     slices, first = [], 0
@@ -341,4 +350,4 @@ def _slices(sizes: Sequence[int]) -> tuple[list[slice], int]:
 
 
 def _times(x: Tensor, noise: Tensor | None) -> Tensor:
-    return x if noise is None else torch.mul(x, noise, out=pool.empty(noise.shape, noise.dtype, noise.device))
+    return x if noise is None else torch.mul(x, noise, out=pool.empty(x.shape, x.dtype, x.device))

@@ -9,12 +9,16 @@ A layer of ``T`` tokens keeps (bytes; ``s`` is the compute dtype's, 2 in bf16; i
     attention       queries, keys, values, its result, T s (2 Q + 2 K); its log-sum-exp, 4 for each head and token;
                     ranges, 8 T                                                 (halfbyte.nn.attention)
     gated           gate and up, 2 T I s; what the last projection reads is made of them again
+    mixture         gate, up and u of the k experts that a token passes, as above; of each token the probabilities of
+                    all E, 4 E, which it passes and where their rows lie, 16 k, what they count, k s, and 4 (k + 1)
+                    where that is divided by its sum; what the expert of all tokens gives and how much that counts,
+                    (H + 1) s (Qwen2-MoE)                                       (halfbyte.nn.experts)
 
 Norms around attention and MLP (Gemma) keep their results' arguments too; norms behind them (OLMo 2) leave projections
 that read the residual stream itself. The first layer's first norm runs without autograd: nothing before it is trained.
 
 :func:`halfbyte.hf.layers.activations.measure` counts the same on a loaded model; tests hold one to the other, byte for
-byte.
+byte. Neither counts what the rows of a mixture are found by beside autograd's own values, 8 (2 k + 1) a token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +28,8 @@ from halfbyte.plan.shape import GATES, QKV, Linear, Shape
 
 FLOAT = 4
 """Bytes of a value of fp32."""
+INDEX = 8
+"""Bytes of an index."""
 
 
 def layer_costs(
@@ -64,10 +70,11 @@ def kept_bytes(
     """
     wide = length * itemsize
     hidden = wide * shape.hidden
-    kept = wide * sum(ranks.values()) + _norms(shape, ranks, length, first, hidden)
+    taken = {linear.path: linear.taken for linear in shape.linears}
+    kept = wide * sum(taken[path] * rank for path, rank in ranks.items()) + _norms(shape, ranks, length, first, hidden)
     kept += _heads(shape, length, rotated, itemsize)
     kept += 2 * wide * shape.inner
-    return kept
+    return kept + _choices(shape, length, itemsize)
 
 
 def _norms(shape: Shape, ranks: Mapping[str, int], length: int, first: bool, hidden: int) -> int:
@@ -98,6 +105,19 @@ def _heads(shape: Shape, length: int, rotated: bool, itemsize: int) -> int:
         numbers = shape.heads + shape.kv_heads if shape.head_norms == "head" else 2
         kept += wide * (shape.queries + shape.keys) + FLOAT * length * numbers
     return kept
+
+
+def _choices(shape: Shape, length: int, itemsize: int) -> int:
+    """What a mixture keeps beside what its experts do."""
+    mixture = shape.mixture
+    if mixture is None:
+        return 0
+    token = FLOAT * mixture.experts + (2 * INDEX + itemsize) * mixture.taken
+    if mixture.normalized:
+        token += FLOAT * (mixture.taken + 1)
+    if mixture.shared_gate:
+        token += itemsize * (shape.hidden + 1)
+    return length * token
 
 
 def _is(linear: Linear, names: Sequence[str]) -> bool:

@@ -81,7 +81,7 @@ class Model:
         shape = self.shape
         quantized = base_bytes(shape, self.quant_type, self.blocksize, self.double_quant, itemsize)[0]
         layer = quantized // shape.layers * self.mapped_linears
-        layer += itemsize * (shape.norm_weights - shape.hidden + shape.biases) // shape.layers * self.mapped_dense
+        layer += itemsize * (shape.dense_weights - shape.hidden + shape.biases) // shape.layers * self.mapped_dense
         head = itemsize * shape.vocabulary * shape.hidden * self.mapped_dense
         own = 0 if shape.tied else head
         return activations.Base(shape.layers * layer + own, layer + max(layer, own), head - own)
@@ -215,7 +215,7 @@ def plan_run(
         recompute = config.gradient_checkpointing
         try:
             pageable = model.pageable(itemsize)
-            pace = pace_of(machine.rates, model.shape.linear_weights, rows * facts.longest, pageable.all)
+            pace = pace_of(machine.rates, model.shape.active_weights, rows * facts.longest, pageable.all)
             return activations.decide(costs, trained, free, rows, recompute, pageable, together, state, pace)
         except InputError as error:
             raise DoesNotFitError(str(error)) from None

@@ -141,9 +141,10 @@ def gpu_parts(
     quantized, dense = base_bytes(shape, quant_type, 64, quant_type == "nf4")
     parameters = adapter_parameters(shape, [dict(layer) for layer in ranks])
     width = shape.hidden + shape.queries + shape.keys
-    one = 2 * (2 * width + 2 * shape.inner) + 2 * (3 * shape.inner + 3 * shape.hidden)
+    rows = 4 * shape.expert_rows  # what experts read, and its gradient
+    one = 2 * (2 * width + 2 * shape.inner) + 2 * (3 * shape.inner + 3 * shape.hidden) + rows
     if not stack.recomputes:
-        stock = 2 * (10 * shape.hidden + 3 * shape.queries + 4 * shape.keys + 4 * shape.inner)
+        stock = 2 * (10 * shape.hidden + 3 * shape.queries + 4 * shape.keys + 4 * shape.inner) + rows
         held = float(shape.layers * stock)
     else:
         held = 2.0 * shape.layers * shape.hidden if stack.inputs_here else 0.0
@@ -166,8 +167,8 @@ def longest_on(card_bytes: float, shape: Shape, ranks: Sequence[Mapping[str, int
 
 def gpu_seconds(card: Card, shape: Shape, parameters: int, work: Pass, passes: float = 1.0) -> float:
     """Return the seconds of a step with everything recomputed: arithmetic at :data:`REACHED` of the sheet's, or the
-    reading of the base three times, whichever is longer."""
-    flop = 6 * work.tokens * shape.linear_weights + 8 * work.tokens * parameters
+    reading of the base three times, whichever is longer; ``parameters`` are those of LoRA that a token passes."""
+    flop = 6 * work.tokens * shape.active_weights + 8 * work.tokens * parameters
     flop += 4 * work.trained * shape.vocabulary * shape.hidden
     flop += 18 * work.squares / 2 * shape.queries * shape.layers
     seconds = flop / (REACHED * card.tflops * 1e12)

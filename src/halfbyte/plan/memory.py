@@ -27,7 +27,7 @@ from halfbyte.nn.cross_entropy import ROWS, WIDTH
 from halfbyte.optim.adamw import BLOCKSIZE as MOMENT_BLOCK
 from halfbyte.optim.adamw import SMALLEST_8BIT
 from halfbyte.plan.costs import FLOAT, kept_bytes
-from halfbyte.plan.shape import Shape
+from halfbyte.plan.shape import GATES, Shape
 
 NESTED = 256
 """Block constants that share one of the second level."""
@@ -37,6 +37,8 @@ UNUSED = 16 * 2**20
 """Bytes of the pool that lie unused at the peak, about; it may have 64 MiB so (:data:`halfbyte.kernels.pool.SLACK`)."""
 PER_LAYER = 2**19
 """Bytes of a layer's Python objects, PEFT's modules among them."""
+PER_EXPERT = 30 * 2**10
+"""Bytes of the objects of each of an expert's matrices."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,12 @@ def base_bytes(
         itemsize: bytes of a dense value.
         distinct: different tokens of the data, of which alone untied embeddings are read; None: all.
     """
-    quantized = sum(weight_bytes(x.outputs, x.inputs, quant_type, blocksize, double_quant) for x in shape.linears)
+    quantized = 0
+    for count, rows, columns in (linear.matrices for linear in shape.linears):
+        quantized += count * weight_bytes(rows, columns, quant_type, blocksize, double_quant)
     read = shape.vocabulary if distinct is None else min(distinct, shape.vocabulary)
     embeddings = (shape.vocabulary + (0 if shape.tied else read)) * shape.hidden
-    return shape.layers * quantized, itemsize * (embeddings + shape.norm_weights + shape.biases)
+    return shape.layers * quantized, itemsize * (embeddings + shape.dense_weights + shape.biases)
 
 
 def weight_bytes(rows: int, columns: int, quant_type: str, blocksize: int | str | None, double_quant: bool) -> int:
@@ -190,7 +194,8 @@ def pooled_layer(shape: Shape, ranks: Mapping[str, int], tokens: int, first: boo
     The residual stream, ranks and numbers a row are torch's own tensors.
     """
     exact = kept_bytes(shape, ranks, tokens, first, rotated, itemsize)
-    gates = [2 * shape.inner] if any(x.name == "gate_up_proj" for x in shape.linears) else [shape.inner, shape.inner]
+    gates = [x.taken * x.outputs for x in shape.linears if x.name in GATES]
+    gates += [shape.hidden] if shape.mixture and shape.mixture.shared_gate else []
     joined = any(x.name == "qkv_proj" for x in shape.linears)
     heads = [shape.queries, shape.queries, shape.keys]
     heads += [shape.queries + 2 * shape.keys] if joined else [shape.keys]
@@ -201,11 +206,16 @@ def pooled_layer(shape: Shape, ranks: Mapping[str, int], tokens: int, first: boo
 
 
 def at_work(shape: Shape, tokens: int, trained: int, itemsize: int, dropout: bool) -> tuple[int, int]:
-    """Return what a layer's backward and what the output head take beside what is kept."""
-    wide, narrow = (pooled(tokens * width * itemsize) for width in (shape.inner, shape.hidden))
-    layer = 3 * wide + 3 * narrow
+    """Return what a layer's backward and what the output head take beside what is kept.
+
+    Of a mixture there are rows of the residual stream too, one for each expert of a token: the gradient of what the
+    experts read, and that again, from which their adapters' gradients are made.
+    """
+    widths = shape.inner, shape.hidden, shape.expert_rows
+    wide, narrow, of_experts = (pooled(tokens * width * itemsize) for width in widths)
+    layer = 3 * wide + 3 * narrow + 2 * of_experts
     if dropout:
-        layer += 6 * tokens * max(shape.inner, shape.hidden) * itemsize  # draws, noise and products with it
+        layer += 6 * tokens * max(widths) * itemsize  # draws, noise and products with it
     rows = min(trained, ROWS)
     chunk = rows * (shape.hidden * (2 * FLOAT + 2 * FLOAT + itemsize) + min(WIDTH, shape.vocabulary) * itemsize)
     head = 2 * narrow + 2 * trained * shape.hidden * itemsize + chunk
@@ -265,10 +275,11 @@ def memory_of(
 
 def objects(shape: Shape) -> int:
     """Return what the run takes whatever its work: tokenizer, tables, the trainer's and the layers' objects."""
-    return PROCESS + PER_LAYER * shape.layers
+    of_experts = sum(linear.matrices[0] for linear in shape.linears if linear.parts)
+    return PROCESS + (PER_LAYER + PER_EXPERT * of_experts) * shape.layers
 
 
 def adapter_sizes(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> list[int]:
     """Return how many values each of LoRA's matrices has, whose ``ranks`` are told by layer."""
     placed = [(x, layer.get(x.path, 0)) for layer in ranks for x in shape.linears]
-    return [size for x, rank in placed if rank for size in (rank * x.inputs, rank * x.outputs)]
+    return [size for x, rank in placed if rank for size in (x.count * rank * x.inputs, x.count * rank * x.outputs)]

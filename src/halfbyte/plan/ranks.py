@@ -1,14 +1,15 @@
 """The rank of LoRA on each linear layer, by a run's options, without a model: what PEFT (0.21) would put there."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft.utils.other import get_pattern_key
 
 from halfbyte.errors import InputError, nearest
+from halfbyte.hf.layers.expert_adapters import WEIGHT, check_plain, is_adapted
 from halfbyte.hf.layers.lora_config import check_expressions
 from halfbyte.hf.models.configs import ADAPTER, json_of
-from halfbyte.plan.shape import Shape
+from halfbyte.plan.shape import Linear, Shape
 from halfbyte.runs.config import TrainConfig
 
 ALL = "all-linear"
@@ -18,12 +19,15 @@ def ranks_of(config: TrainConfig, shape: Shape) -> list[dict[str, int]]:
     """Return of each layer the rank on each of its linears, by their paths within the layer.
 
     Raises:
-        InputError: the options match no layer.
+        InputError: the options match no layer, or say of experts what these do not take.
     """
-    rank, targets, pattern = config.rank, config.target_modules, config.rank_pattern or {}
+    rank, pattern = config.rank, config.rank_pattern or {}
+    targets: str | Sequence[str] = config.target_modules
+    parameters: Sequence[str] = ()
     if config.adapter and (config.adapter / ADAPTER).is_file():
         own = json_of(config.adapter / ADAPTER)
-        rank, targets, pattern = int(own["r"]), own["target_modules"], own.get("rank_pattern") or {}
+        rank, targets, pattern = int(own["r"]), own["target_modules"] or (), own.get("rank_pattern") or {}
+        parameters = own.get("target_parameters") or ()
     check_expressions("rank_pattern", pattern)
     exclude: Sequence[str] = config.exclude_modules or ()
     chosen: list[dict[str, int]] = []
@@ -32,27 +36,45 @@ def ranks_of(config: TrainConfig, shape: Shape) -> list[dict[str, int]]:
         found = {}
         for linear in shape.linears:
             path = f"{shape.prefix}.{index}.{linear.path}"
-            if among and _matches(path, targets) and not (exclude and _matches(path, exclude)):
+            by_parameter = _named(path if linear.parts else path + WEIGHT, parameters)
+            if among and (by_parameter or _takes(linear, path, targets, exclude)):
                 found[linear.path] = int(pattern.get(get_pattern_key(pattern.keys(), path), rank))
         chosen.append(found)
     if not any(chosen):
-        names = [linear.name for linear in shape.linears]
+        names = list(dict.fromkeys(name for linear in shape.linears for name in linear.parts or (linear.name,)))
         hint = nearest(targets, [*names, ALL]) if isinstance(targets, str) else ""
         raise InputError(
             f"target_modules {targets!r} matches no layer of the model{hint}, which has {', '.join(names)}."
         )
+    on_experts = any(linear.parts and linear.path in layer for layer in chosen for linear in shape.linears)
+    if on_experts and not config.adapter:
+        check_plain(config.use_dora, config.init_lora_weights == "default")
     return chosen
 
 
-def adapter_parameters(shape: Shape, ranks: Sequence[dict[str, int]]) -> int:
-    """Return the values of all A ``[rank, in]`` and B ``[out, rank]``."""
-    sizes = {linear.path: linear.inputs + linear.outputs for linear in shape.linears}
+def adapter_parameters(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> int:
+    """Return the values of all A ``[rank, in]`` and B ``[out, rank]``; experts have their own each."""
+    sizes = {linear.path: linear.count * (linear.inputs + linear.outputs) for linear in shape.linears}
+    return sum(rank * sizes[path] for layer in ranks for path, rank in layer.items())
+
+
+def active_adapter(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> int:
+    """Return how many of them are at work for a token."""
+    sizes = {linear.path: linear.values for linear in shape.linears}
     return sum(rank * sizes[path] for layer in ranks for path, rank in layer.items())
 
 
 def adapter_tensors(ranks: Sequence[dict[str, int]]) -> int:
     """Return how many matrices an adapter has."""
     return 2 * sum(len(layer) for layer in ranks)
+
+
+def _takes(linear: Linear, path: str, targets: str | Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether an adapter goes on a linear layer, on experts as :func:`target_experts` of a loaded model decides."""
+    experts = path.rpartition(".")[0]
+    layers = [f"{experts}.0.{part}" for part in linear.parts] or [path]
+    taken = {each for each in layers if _matches(each, targets) and not (exclude and _matches(each, exclude))}
+    return is_adapted(experts, linear.parts, taken) if linear.parts else bool(taken)
 
 
 def _matches(path: str, targets: str | Sequence[str]) -> bool:

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.errors import InputError, named
+from halfbyte.hf.layers.experts import HALVES, STACKS, is_stacked
 from halfbyte.hf.layers.families import FAMILIES, Family, recognise
+from halfbyte.hf.models.linears import ROUTERS
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 GATES = ("gate_proj", "up_proj", "gate_up_proj")
@@ -26,14 +28,17 @@ SHARED = (QKV, GATES)
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of each decoder layer.
+    """A linear layer of each decoder layer, or one of each of its experts.
 
     Attributes:
         name: its last name, such as ``q_proj``.
-        path: within the decoder layer, such as ``self_attn.q_proj``.
+        path: within the decoder layer, such as ``self_attn.q_proj``; of experts that of their stack.
         inputs: values that it reads a token.
         outputs: values that it writes a token.
         bias: whether it adds one.
+        count: how many there are, one for each expert.
+        taken: how many of them a token passes.
+        parts: of experts, the layers that are one here: gate and up, which have one adapter together.
     """
 
     name: str
@@ -41,11 +46,51 @@ class Linear:
     inputs: int
     outputs: int
     bias: bool
+    count: int = 1
+    taken: int = 1
+    parts: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
-        """Values of the weight."""
-        return self.inputs * self.outputs
+        """Values of all its weights."""
+        return self.count * self.inputs * self.outputs
+
+    @property
+    def active_weights(self) -> int:
+        """Values of the weights that a token passes."""
+        return self.taken * self.inputs * self.outputs
+
+    @property
+    def values(self) -> int:
+        """Values that it reads and writes a token."""
+        return self.taken * (self.inputs + self.outputs)
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Of the matrices that are quantized one by one: how many, their rows and columns."""
+        pieces = max(len(self.parts), 1)
+        return self.count * pieces, self.outputs // pieces, self.inputs
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What of each decoder layer is a mixture of experts.
+
+    Attributes:
+        experts: how many.
+        taken: of them by a token.
+        inner: width within an expert.
+        shared: width within the expert that all tokens pass; 0: there is none.
+        shared_gate: whether that one's result is multiplied by how much it counts (Qwen2-MoE).
+        normalized: whether the shares of a token's experts are divided by their sum.
+    """
+
+    experts: int
+    taken: int
+    inner: int
+    shared: int
+    shared_gate: bool
+    normalized: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +105,7 @@ class Shape:
         layers: how many.
         linears: of each layer.
         hidden: width of the residual stream.
-        inner: width within the MLP.
+        inner: width within the MLP; of a mixture, of all experts that a token passes together.
         heads: of queries.
         kv_heads: of keys and of values.
         head_dim: values of a head.
@@ -71,7 +116,8 @@ class Shape:
         windows: of each layer, the keys before its own that a query reads, or None for all.
         vocabulary: rows of the embeddings.
         tied: whether the output head is the embeddings.
-        norm_weights: values of all norms.
+        dense_weights: values of all norms, and of what chooses experts; they are never quantized.
+        mixture: of experts, or None.
         most_positions: tokens that the configuration allows, or None.
     """
 
@@ -93,13 +139,19 @@ class Shape:
     windows: tuple[int | None, ...]
     vocabulary: int
     tied: bool
-    norm_weights: int
+    dense_weights: int
+    mixture: Mixture | None = None
     most_positions: int | None = None
 
     @property
     def linear_weights(self) -> int:
         """Values of all weights that are quantized: those of the layers' linears."""
         return self.layers * sum(linear.weights for linear in self.linears)
+
+    @property
+    def active_weights(self) -> int:
+        """Those of them that a token passes."""
+        return self.layers * sum(linear.active_weights for linear in self.linears)
 
     @property
     def embedding_weights(self) -> int:
@@ -114,17 +166,26 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All of the model's parameters."""
-        return self.linear_weights + self.embedding_weights + self.biases + self.norm_weights
+        return self.linear_weights + self.embedding_weights + self.biases + self.dense_weights
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of them that are at work for a token."""
+        return self.parameters - self.linear_weights + self.active_weights
 
     @property
     def groups(self) -> list[tuple[Linear, ...]]:
-        """The linears by the operations that compute them."""
-        grouped: list[tuple[Linear, ...]] = []
-        for names in SHARED:
-            together = tuple(linear for linear in self.linears if linear.name in names)
-            grouped += [together] if together else []
-        known = {name for names in SHARED for name in names}
-        return grouped + [(linear,) for linear in self.linears if linear.name not in known]
+        """The linears by the operations that compute them: those of one module that read one input are one."""
+        grouped: dict[tuple[str, tuple[str, ...]], list[Linear]] = {}
+        for linear in self.linears:
+            names = next((names for names in SHARED if linear.name in names), (linear.name,))
+            grouped.setdefault((linear.path.rpartition(".")[0], names), []).append(linear)
+        return [tuple(together) for together in grouped.values()]
+
+    @property
+    def expert_rows(self) -> int:
+        """Values of the residual stream that a token's experts read; 0 where there are none."""
+        return self.mixture.taken * self.hidden if self.mixture else 0
 
     @property
     def queries(self) -> int:
@@ -180,12 +241,14 @@ def shape_from(model: Any, name: str = "The model") -> Shape:
     attention = first.self_attn
     head_dim = int(attention.head_dim)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    inside = {id(parameter) for _, layer in layers for p in layer.modules() for parameter in _linear_parameters(p)}
+    inside = {
+        id(p) for _, layer in layers for at, module in layer.named_modules() for p in _linear_parameters(at, module)
+    }
     outside = {id(embeddings.weight), id(head.weight)}
-    norm_weights = sum(p.numel() for p in model.parameters() if id(p) not in inside | outside)
+    dense_weights = sum(p.numel() for p in model.parameters() if id(p) not in inside | outside)
     q_norm = getattr(attention, "q_norm", None)
     frequencies = [b for n, b in model.named_buffers() if n.endswith("inv_freq") and "original" not in n]
-    gate = next(linear for linear in linears if linear.name in GATES)
+    gates = [linear for linear in linears if linear.name in ("up_proj", "gate_up_proj")]
     window = [_window(layer.self_attn, text, family) for _, layer in layers]
     return Shape(
         family=family.name,
@@ -195,7 +258,7 @@ def shape_from(model: Any, name: str = "The model") -> Shape:
         layers=len(layers),
         linears=linears,
         hidden=int(text.hidden_size),
-        inner=gate.outputs // (2 if gate.name == "gate_up_proj" else 1),
+        inner=sum(gate.taken * gate.outputs // (2 if gate.name == "gate_up_proj" else 1) for gate in gates),
         heads=int(text.num_attention_heads),
         kv_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
         head_dim=head_dim,
@@ -206,7 +269,8 @@ def shape_from(model: Any, name: str = "The model") -> Shape:
         windows=tuple(window),
         vocabulary=int(embeddings.weight.shape[0]),
         tied=bool(getattr(text, "tie_word_embeddings", False)) or head.weight is embeddings.weight,
-        norm_weights=norm_weights,
+        dense_weights=dense_weights,
+        mixture=_mixture(first.mlp, linears),
         most_positions=getattr(text, "max_position_embeddings", None),
     )
 
@@ -217,15 +281,47 @@ def _unknown(name: str, what: str) -> InputError:
 
 
 def _linears(layer: nn.Module) -> tuple[Linear, ...]:
-    return tuple(
-        Linear(path.rpartition(".")[2], path, module.in_features, module.out_features, module.bias is not None)
-        for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+    found = []
+    for path, module in layer.named_modules():
+        name = path.rpartition(".")[2]
+        if is_stacked(module):
+            mixture: Any = layer.get_submodule(path.rpartition(".")[0])
+            found += _stacks(path, module, int(mixture.gate.top_k))
+        elif _is_linear(name, module):
+            found.append(Linear(name, path, module.in_features, module.out_features, module.bias is not None))
+    return tuple(found)
+
+
+def _stacks(path: str, experts: nn.Module, taken: int) -> list[Linear]:
+    """Return the linears of experts, which are transformers' stacks ``[experts, outputs, inputs]``."""
+    stacks = [(name, stack.shape) for name, stack in experts.named_parameters() if name in STACKS]
+    return [
+        Linear(name, f"{path}.{name}", width, out, False, count, taken, HALVES if name == "gate_up_proj" else (name,))
+        for name, (count, out, width) in stacks
+    ]
+
+
+def _mixture(mlp: Any, linears: Sequence[Linear]) -> Mixture | None:
+    down = next((linear for linear in linears if linear.parts == ("down_proj",)), None)
+    if down is None:
+        return None
+    return Mixture(
+        experts=down.count,
+        taken=down.taken,
+        inner=down.inputs,
+        shared=sum(linear.outputs for linear in linears if linear.name == "up_proj"),
+        shared_gate=hasattr(mlp, "shared_expert_gate"),
+        normalized=bool(getattr(mlp.gate, "norm_topk_prob", True)),  # Mixtral's does without being asked
     )
 
 
-def _linear_parameters(module: nn.Module) -> Sequence[nn.Parameter]:
-    return list(module.parameters(recurse=False)) if isinstance(module, nn.Linear) else []
+def _linear_parameters(path: str, module: nn.Module) -> Sequence[nn.Parameter]:
+    is_one = is_stacked(module) or _is_linear(path.rpartition(".")[2], module)
+    return list(module.parameters(recurse=False)) if is_one else []
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and name not in ROUTERS
 
 
 def _window(attention: Any, text: Any, family: Family) -> int | None:

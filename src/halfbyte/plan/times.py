@@ -4,6 +4,7 @@ A pass of ``T`` tokens, of which ``n`` have a label, through layers of N frozen 
 
     base products     2 N T flop forward, 2 N T for the gradient of the input, 2 N T again where recomputed
     LoRA              2 R T flop forward and 4 R T backward, R being the adapter's values
+                      (N and R of a mixture: what a token passes)
     attention         4 P Q flop forward and 10 P Q backward; P pairs of query and key, Q values of a query
     element-wise      values that norms, rotary embedding, gating and residual sums pass
     head              4 n V H flop, and n V logits
@@ -12,6 +13,11 @@ A pass of ``T`` tokens, of which ``n`` have a label, through layers of N frozen 
 
 The first layer's input needs no gradient, so its first projections have none to compute. Where a base does not fit into
 memory a step reads it from the disk meanwhile and takes the longer of the two (:func:`disk_seconds`).
+
+Of a mixture it is too little where experts have few rows each. A weight is read and expanded once a pass, however many
+rows it has, and no rate here is of that: of Qwen3-30B-A3B's experts products took 1.05 (forward) and 1.10 (backward)
+times what a dense layer's take with 512 rows each, 1.15 and 1.37 times with 128 (benchmarks/README.md). Nor is there
+a rate of what Python takes for each expert, or of what chooses them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +25,7 @@ from dataclasses import dataclass
 
 from halfbyte.hf.layers.activations import Pace
 from halfbyte.plan.machine import Rates
+from halfbyte.plan.ranks import active_adapter
 from halfbyte.plan.shape import QKV, Shape
 
 
@@ -64,7 +71,7 @@ def pace_of(rates: Rates, weights: int, tokens: int, pageable: int) -> Pace:
 
     Args:
         rates: of the machine.
-        weights: of the layers' linears.
+        weights: of the layers' linears, those that a token passes.
         tokens: of a pass.
         pageable: bytes of the base that lie in files.
     """
@@ -99,12 +106,12 @@ def step_time(
     """
     tokens, layers = work.tokens, shape.layers
     again = layers if not backward else layers + recomputed
-    rows = sum(linear.inputs + linear.outputs for linear in shape.linears)
-    forward = rates.forward[0] * 2 * tokens * shape.linear_weights + rates.forward[1] * tokens * rows * layers
+    rows = sum(linear.values for linear in shape.linears)
+    forward = rates.forward[0] * 2 * tokens * shape.active_weights + rates.forward[1] * tokens * rows * layers
     spared = sum(linear.weights for linear in shape.linears if linear.name in QKV)
-    dx = rates.backward[0] * 2 * tokens * (shape.linear_weights - spared) + rates.backward[1] * tokens * rows * layers
-    low_rank = 2 * tokens * parameters
-    widths = {linear.path: linear.inputs + linear.outputs for linear in shape.linears}
+    dx = rates.backward[0] * 2 * tokens * (shape.active_weights - spared) + rates.backward[1] * tokens * rows * layers
+    low_rank = 2 * tokens * active_adapter(shape, ranks)
+    widths = {linear.path: linear.values for linear in shape.linears}
     touched = tokens * sum(widths[path] for layer in ranks for path in layer)
     lora_forward = rates.lora_forward[0] * low_rank + rates.lora_forward[1] * touched
     lora_backward = rates.lora_backward[0] * 2 * low_rank + rates.lora_backward[1] * touched
@@ -122,7 +129,7 @@ def step_time(
         "python": layers * (rates.layer[0] + (rates.layer[1] if backward else 0)),
     }
     if dropout:
-        read = sum(tokens * group[0].inputs for group in shape.groups) * layers
+        read = sum(tokens * group[0].taken * group[0].inputs for group in shape.groups) * layers
         times["lora"] += rates.dropout * read
     times = {name: passes * seconds for name, seconds in times.items()}
     if backward:
@@ -160,6 +167,8 @@ def _element_wise(rates: Rates, shape: Shape, tokens: float) -> tuple[float, flo
     if shape.head_norms:
         norms += shape.queries + shape.keys
     sums = shape.hidden * (1 if shape.norms == "before" else 2)
+    if shape.mixture:  # rows of experts: taken, weighed, summed; about what an addition takes
+        sums += 2 * shape.expert_rows + shape.mixture.taken * shape.mixture.inner
     parts = (
         (rates.norm, norms), (rates.gated, shape.inner), (rates.rotary, shape.queries + shape.keys),
         (rates.addition, sums),

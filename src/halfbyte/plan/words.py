@@ -8,6 +8,7 @@ from halfbyte.plan.advice import Advice, Limits
 from halfbyte.plan.estimate import Plan
 from halfbyte.plan.gpus import GB, OURS, Card, gpu_parts, gpu_seconds, longest_on
 from halfbyte.plan.machine import Machine
+from halfbyte.plan.ranks import active_adapter
 
 WIDTH = 28
 """Characters of the longest bar."""
@@ -68,9 +69,12 @@ def bars(parts: Mapping[str, float]) -> list[str]:
 def _about(plan: Plan) -> list[str]:
     shape, model = plan.model.shape, plan.model
     form = {"none": "in 16 bits", "int8": "in 8 bits"}.get(model.quant_type, f"in {model.quant_type.upper()}")
+    layers, parameters = counted(shape.layers, f"{shape.family} layer"), f"{shape.parameters:,} parameters"
+    if shape.mixture:
+        layers += f" of {counted(shape.mixture.experts, 'expert')} each, {shape.mixture.taken} for a token"
+        parameters += f", {shape.active_parameters:,} of them at work for a token"
     return [
-        f"{model.name}: {counted(shape.layers, f'{shape.family} layer')}, {shape.parameters:,} parameters, {form}; "
-        f"{plan.trained:,} trained (LoRA)",
+        f"{model.name}: {layers}, {parameters}, {form}; {plan.trained:,} trained (LoRA)",
         machine_line(plan.machine),
     ]
 
@@ -143,7 +147,7 @@ def card_lines(plan: Plan, card: Card, ranks: Sequence[Mapping[str, int]]) -> li
             f"{plan.model.name} needs about {whole / GB:.1f} GB on {card.name}, which has {card.memory:g} GB, by "
             f"estimate: {fits}; lower --batch-size or --max-length, or take another card."
         )
-    seconds = gpu_seconds(card, shape, plan.trained, plan.work, plan.passes)
+    seconds = gpu_seconds(card, shape, active_adapter(shape, ranks), plan.work, plan.passes)
     sheet = "" if card.confirmed else " (its arithmetic is not confirmed by a maker's sheet)"
     return [
         f"On {card.name}{sheet}, an estimate from published figures, not measured: {whole / GB:.1f} of "
@@ -223,6 +227,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "model": plan.model.name,
         "family": plan.model.shape.family,
         "parameters": plan.model.shape.parameters,
+        "active_parameters": plan.model.shape.active_parameters,
         "trained_parameters": plan.trained,
         "peak_bytes": plan.memory.peak,
         "memory": plan.memory.parts() | {"base_mapped": plan.memory.base_mapped},

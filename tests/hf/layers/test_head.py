@@ -144,6 +144,7 @@ def test_calls_for_more_than_the_loss_go_to_the_model(more: dict[str, Any]) -> N
 def test_a_mixture_of_experts_keeps_its_balancing_loss(kind: str, padded: bool) -> None:
     model, batch = small_model(kind).train(), some_batch()
     model.router_aux_loss_coef = model.config.router_aux_loss_coef = 0.5
+    model.config.output_router_logits = True  # as TRL has it in training
     if not padded:
         del batch["attention_mask"]
     ends = (".gate.weight", ".router.weight")

@@ -14,7 +14,7 @@ names.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,20 +269,11 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
             continue
         inside |= {name for name in paths if name.startswith(f"{path}.")}
         for stack, parts in experts.layers_of.items():
-            taken = [part for part in parts if f"{path}.0.{part}" in paths]
-            if taken and len(taken) < len(parts):
-                raise InputError(
-                    f"target_modules takes {taken[0]} of {path} without {named([p for p in parts if p not in taken])}: "
-                    "an expert's gate and up have one adapter together, so name both or neither."
-                )
-            if taken:
+            if is_adapted(path, parts, paths):
                 stacks.append(f"{path}.{stack}")
-    if stacks and config.use_dora:
-        raise InputError("use_dora does not go with experts, which take plain LoRA; leave it out, or the experts.")
-    if stacks and not plain:
-        raise InputError("Experts' adapters begin with zeros alone; leave init_lora_weights out, or the experts.")
     if not stacks:
         return
+    check_plain(bool(config.use_dora), plain)
     everywhere = [path for path, module in model.named_modules() if isinstance(module, Experts)]
     short = {f"experts.{name.rpartition('.')[2]}" for name in stacks}
     whole = len(stacks) == len(everywhere) * len(short) and all(path.endswith(".experts") for path in everywhere)
@@ -292,6 +283,42 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
     config.target_parameters = sorted(short if whole else stacks) or None
     config.exclude_modules = config.layers_to_transform = None  # what they say is in the names now
     config.lora_dropout = 0.0  # PEFT refuses another; see set_dropout
+
+
+def is_adapted(path: str, parts: Sequence[str], layers: Container[str]) -> bool:
+    """Return whether an adapter goes on a stack, as it does where it was to go on the layers of the first expert.
+
+    Args:
+        path: of the experts.
+        parts: the layers of an expert that are one stack.
+        layers: paths of all linear layers that the adapter was to go on.
+
+    Raises:
+        InputError: it was to go on some of them alone.
+    """
+    taken = [part for part in parts if f"{path}.0.{part}" in layers]
+    if taken and len(taken) < len(parts):
+        raise InputError(
+            f"target_modules takes {taken[0]} of {path} without {named([p for p in parts if p not in taken])}: "
+            "an expert's gate and up have one adapter together, so name both or neither."
+        )
+    return bool(taken)
+
+
+def check_plain(use_dora: bool, plain: bool) -> None:
+    """Refuse what adapters of experts cannot be.
+
+    Args:
+        use_dora: whether they would have magnitudes.
+        plain: whether they begin as the paper's do.
+
+    Raises:
+        InputError: they are no plain LoRA.
+    """
+    if use_dora:
+        raise InputError("use_dora does not go with experts, which take plain LoRA; leave it out, or the experts.")
+    if not plain:
+        raise InputError("Experts' adapters begin with zeros alone; leave init_lora_weights out, or the experts.")
 
 
 @contextlib.contextmanager

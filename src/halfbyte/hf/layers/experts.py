@@ -385,7 +385,7 @@ def _checked_routes(chosen: Tensor, weights: Tensor, experts: int) -> Routes:
             f"A router chooses expert {int(first if first < 0 else last)}, and its layer has {experts}, counted from "
             "0: config.json and the weights are not of one model; copy both from its source again."
         )
-    if not bool(torch.isfinite(weights).all()):
+    if not bool(torch.isfinite(weights.detach()).all()):
         raise InputError(
             f"A router gives weights that are not finite to the {experts} experts of a layer: the model is damaged, "
             "or its values overflow; take an undamaged copy, or another compute dtype."

@@ -310,9 +310,11 @@ def _tried(model: PreTrainedModel, layer: nn.Linear | _Rows) -> Head | None:
         if not 0 < largest < math.inf:
             return None
         hidden *= PROBED_LOGIT / largest
+        known = _parameters(type(model))  # type: ignore[arg-type]
+        without = {"output_router_logits": False} if "output_router_logits" in known else {}
         try:
             with _returning(_backbone(model), hidden):
-                own = type(model).forward(model, input_ids=torch.zeros_like(labels), labels=labels)
+                own = type(model).forward(model, input_ids=torch.zeros_like(labels), labels=labels, **without)
             scores, _ = _score(layer, head, hidden, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
         except Exception:  # a forward that needs more than ids and hidden states, or 4-bit rows that share a block
             return None
