@@ -145,7 +145,7 @@ def claims(found: Sequence[Point]) -> Iterator[str]:
 
 def _holds(claim: bool, point: Point) -> str:
     """Say whether a claim on halving what a run forgets holds, if it forgets anything."""
-    return tasks.holds(claim) if point.forgetting > 0 else "is not tested, since nothing is forgotten,"
+    return tasks.holds(claim) if point.forgetting > 0 else "is not tested (nothing is forgotten)"
 
 
 def _told(values: Sequence[float]) -> str:
