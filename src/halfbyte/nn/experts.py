@@ -243,8 +243,12 @@ class _Call:
 
     def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
         """Return all ``s A``, ``[experts, sum of ranks, in]``."""
-        scaled = [a if s == 1 else a * s for a, s in zip(factors_a, self.scalings, strict=True)]
-        return scaled[0] if len(scaled) == 1 else torch.cat(scaled, 1)
+        if self.scalings == [1]:
+            return factors_a[0]
+        scaled = pool.empty((len(factors_a[0]), self.rank, self.inputs), factors_a[0].dtype, factors_a[0].device)
+        for r, a, s in zip(self.ranks, factors_a, self.scalings, strict=True):
+            torch.mul(a, s, out=scaled[:, r])
+        return scaled
 
 
 class _ExpertsLinear(torch.autograd.Function):
@@ -335,8 +339,14 @@ class _ExpertsLinear(torch.autograd.Function):
 
 
 def _parted(factors: Sequence[Tensor], n: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return all A and all Bᵀ, contiguous; kept for the backward are the views of parameters that they are of."""
-    whole = [factor.contiguous() for factor in factors]
+    """Return all A and all Bᵀ, contiguous; kept for the backward are the views of parameters that they are of.
+
+    Copies lie in the pool, as what :meth:`_Call.stacked` makes: in the heap, layer after layer, they would leave gaps.
+    """
+    whole = [
+        factor if factor.is_contiguous() else pool.empty(factor.shape, factor.dtype, factor.device).copy_(factor)
+        for factor in factors
+    ]
     return whole[:n], whole[n:]
 
 
