@@ -275,6 +275,16 @@ def test_pissa_of_peft_becomes_plain_lora_exactly(tiny_model_folder: Path, tmp_p
     torch.testing.assert_close(logits(tiny_model_folder, tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_one_adapter_is_scaled(method: Any, tiny_model_folder: Path, tmp_path: Path) -> None:
+    one = adapter(tmp_path / "one", tiny_model_folder, use_rslora=True)
+    combine({str(one): -0.25}, tmp_path / "out", method=method)
+    before, after = sums(tiny_model_folder, one), sums(tiny_model_folder, tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], -0.25 * value, rtol=1e-4, atol=1e-6)
+
+
 def test_differences_are_those_of_the_sums(tiny_model_folder: Path, tmp_path: Path) -> None:
     one = adapter(tmp_path / "one", tiny_model_folder, 1)
     two = adapter(tmp_path / "two", tiny_model_folder, 2, r=3, target_modules=["q_proj", "up_proj"])

@@ -75,7 +75,10 @@ def truncate(
 @quiet()
 def combine(
     adapters: Annotated[
-        list[str], typer.Argument(help="Two or more, as PATH or PATH=WEIGHT, and the folder to write.")
+        list[str],
+        typer.Argument(
+            help="Two or more, as PATH or PATH=WEIGHT, or one PATH=WEIGHT to scale it; and the folder to write."
+        ),
     ],
     method: Annotated[
         choices.CombineMethod,
@@ -86,7 +89,7 @@ def combine(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of svd.  [default: the highest of the first]")] = None,
 ) -> None:
-    """Write a weighted sum of adapters of one base: combine ONE=0.7 OTHER=0.3 OUT."""
+    """Write a weighted sum of adapters of a base: combine ONE=0.7 OTHER=0.3 OUT. Or scale one: combine ONE=0.5 OUT."""
     from halfbyte.deploy.adapters import combine as combined
 
     *words, output = adapters

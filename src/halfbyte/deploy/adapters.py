@@ -244,7 +244,7 @@ def combine(
     density: float | None = None,
     rank: int | None = None,
 ) -> Made:
-    """Write a weighted sum of adapters of one base.
+    """Write a weighted sum of adapters of one base, or one of them scaled.
 
     Args:
         adapters: folders or hub ids, with the weight of each.
@@ -254,7 +254,8 @@ def combine(
         rank: of ``svd``.
 
     Raises:
-        InputError: fewer than two, or they differ in what they are or in their base; or the folder is there already.
+        InputError: there is none, or one as it is, or they differ in what they are or in their base; or the folder is
+            there already.
     """
     output = _free(output)
     for name, value, is_its in (("rank", rank, method == "svd"), ("density", density, method not in NO_DENSITY)):
@@ -264,8 +265,8 @@ def combine(
         raise InputError(f"A rank is 1 or more, not {rank}.")
     if len({str(Path(path).expanduser().resolve()) for path in adapters}) < len(adapters):
         raise InputError("One adapter is named twice; name it once, with the sum of the weights.")
-    if len(adapters) < 2:
-        raise InputError("Combining takes two adapters or more, as NAME=WEIGHT or NAME.")
+    if not adapters or list(adapters.values()) == [1]:
+        raise InputError("Combining takes two adapters or more, as NAME=WEIGHT or NAME, or one with a weight.")
     read = [read_low_rank(path) for path in adapters]
     weights = list(adapters.values())
     for path, one in zip(adapters, read, strict=True):
