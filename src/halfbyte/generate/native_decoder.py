@@ -34,10 +34,9 @@ from halfbyte.hf.models.limits import most_positions
 from halfbyte.hf.models.paging import following
 from halfbyte.kernels import Decoder as Kernels
 from halfbyte.kernels.decode import MOST_ROWS
+from halfbyte.kernels.terms import FEW
 from halfbyte.nn.decode import PagedDecoder, Text
 
-FEW = 16
-"""Rows up to which a product sums in another order (csrc/matmul.h; on Arm 8)."""
 TURN = 48
 """Tokens behind others up to which a native call takes less time than the training forward; its attention reads the
 cache once for each of them (measured on the 135M model at 1,000 held tokens; about equal at 8,000)."""

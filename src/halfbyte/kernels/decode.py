@@ -333,7 +333,7 @@ class Decoder:
         return out
 
 
-def products_of(layer: DecodeLayer) -> Sequence[Products]:
+def _products_of(layer: DecodeLayer) -> Sequence[Products]:
     """Return all products of a layer, the router's too."""
     return [*(layer.of(place) for place in layer.places), *([layer.mixture.router] if layer.mixture else [])]
 
@@ -351,7 +351,7 @@ def _check(parts: DecoderParts, cache: str) -> None:
     need(parts.activation in ACTIVATIONS, f"the activation {parts.activation}")
     width = parts.embedding.shape[1]
     for layer in [*parts.layers, None]:
-        for products in products_of(layer) if layer else [parts.head]:
+        for products in _products_of(layer) if layer else [parts.head]:
             for weight in products.weights:
                 depth = weight.shape[1]
                 need(depth == products.depth and depth % 64 == 0, f"a weight over {depth} values; a multiple of 64")

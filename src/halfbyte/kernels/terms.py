@@ -7,6 +7,9 @@ from torch import Tensor
 
 from halfbyte.kernels.weights import Weight4bit, WeightInt8
 
+FEW = 16
+"""Rows up to which a product sums in another order (csrc/matmul.h; on Arm 8)."""
+
 
 class Term(NamedTuple):
     """One product: ``x factorᵀ`` (``y = x Wᵀ``), or ``x factor`` where that is not ``transposed`` (``dx = dy W``).

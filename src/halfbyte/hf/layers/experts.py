@@ -20,6 +20,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.fusion import ACTIVATIONS
+from halfbyte.kernels.terms import FEW
 from halfbyte.nn import gated_halves
 from halfbyte.nn.experts import Routes, StackedLowRank, experts_linear, routes_of, sum_rows, take_rows, weigh_rows
 from halfbyte.nn.frozen import FrozenLinear, QuantizedLinear
@@ -29,8 +30,6 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 NAME = "halfbyte"
 """What our forward of dense stacks is called in transformers' registry."""
 LLAMA4 = "Llama4TextExperts"
-FEW = 16
-"""Rows up to which a product sums in another order (csrc/matmul.h; on Arm 8)."""
 HALVES = ("gate_proj", "up_proj")
 """The layers of ``gate_up_proj`` where gate and up do not alternate."""
 
