@@ -236,6 +236,9 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
             }
             continue;
         }
+        for (int64_t ahead = n + 32; ahead < n + 32 + L::kPerLane; ++ahead) {  // as below: no processor guesses it
+            _mm_prefetch(reinterpret_cast<const char*>(w.codes + ((ahead * w.columns + column) >> 1)), _MM_HINT_T0);
+        }
         for (int64_t c = 0; c < columns; c += piece) {
             const float* scale = scales[c > 0] + (n - first);
             const __m512i table0 = L::table(scaled(w.code, scale[0]));
