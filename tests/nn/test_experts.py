@@ -1,11 +1,15 @@
 """Experts' products against a loop over rows with dense weights in fp64, and one expert's against ``lora_linear``."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import pool
 from halfbyte.nn import LowRank, Projection, gated_halves, lora_linear
-from halfbyte.nn.experts import StackedLowRank, experts_linear, routes_of, sum_rows, take_rows, weigh_rows
+from halfbyte.nn.experts import StackedLowRank, experts_linear, routes_of, sum_rows, take_rows, turned, weigh_rows
 from halfbyte.quant import quantize_4bit, quantize_int8
 
 EXPERTS, TOKENS, WIDTH, HALF, RANK = 5, 23, 96, 40, 3
@@ -98,6 +102,32 @@ def test_the_copies_of_tokens_are_not_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         experts_linear(take_rows(x, routes), routes, weights, None, [adapter])
     assert not any(t.shape == (64 * EXPERTS, WIDTH) for t in kept)
+
+
+def test_gradients_are_kept_as_they_come_from_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, rank, width, out = 8, 16, 4096, 3072  # both gradients are large enough for the pool
+    a = torch.randn(experts * rank, width, requires_grad=True)
+    b = torch.randn(out, rank * experts, requires_grad=True)
+    routes = routes_of(torch.arange(6).unsqueeze(1), experts)  # the last two experts have no rows
+    weights = {e: [torch.randn(out, width)] for e in range(6)}
+    given: set[int] = set()
+
+    def told(*arguments: Any, empty: Callable[..., Tensor] = pool.empty) -> Tensor:
+        tensor = empty(*arguments)
+        given.add(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(pool, "empty", told)
+    adapter = StackedLowRank(a.view(experts, rank, width), turned(b, experts), 2.0)
+    gradient = torch.randn(6, out)
+    experts_linear(take_rows(x := torch.randn(6, width), routes), routes, weights, None, [adapter]).backward(gradient)
+    assert a.grad is not None and b.grad is not None and {a.grad.data_ptr(), b.grad.data_ptr()} <= given
+    for e in range(experts):
+        mine = slice(e, e + 1) if e < 6 else slice(0, 0)
+        of_a, of_b = a.detach()[e * rank : (e + 1) * rank], b.detach()[:, e::experts]
+        wanted = 2 * of_b.T @ gradient[mine].T @ x[mine], 2 * gradient[mine].T @ (x[mine] @ of_a.T)
+        assert torch.allclose(a.grad[e * rank : (e + 1) * rank], wanted[0], rtol=1e-4, atol=1e-2)
+        assert torch.allclose(b.grad[:, e::experts], wanted[1], rtol=1e-4, atol=1e-2)
 
 
 def test_rows_are_sorted_by_expert_and_each_choice_has_one() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from halfbyte import kernels
-from halfbyte.kernels import RunningSoftmax
+from halfbyte.kernels import RunningSoftmax, pool
 from halfbyte.quant import QuantizedInt8, QuantizedWeight
 
 ROWS = 2048
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         gradient = grad_enabled and ctx.needs_input_grad[0]
-        dhidden = torch.empty_like(hidden) if gradient else None
+        dhidden = pool.empty(hidden.shape, hidden.dtype, hidden.device) if gradient else None
         log_prob, entropy, log_sum_squares, mean_logit = hidden.new_empty(4, len(hidden), dtype=torch.float32)
         scores = Scores(log_prob, entropy, log_sum_squares, mean_logit, torch.empty_like(labels))
         log_sum = torch.empty_like(scores.log_prob)
@@ -128,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dhidden is not None and own is not None and taken is not None:
                 given = -known.expm1() * softmax.slope
                 taken.div_(softmax.sum.unsqueeze(1))
-                dhidden[rows] = torch.addcmul(-taken, given.unsqueeze(1), own)
+                dhidden[rows] = taken.neg_().addcmul_(given.unsqueeze(1), own)
             log_sum[rows] = softmax.log_sum()
             results = (
                 known,
@@ -195,11 +195,12 @@ def _fold_vocabulary(
     rows = len(hidden)
     softmax = RunningSoftmax.empty(rows, hidden.device)
     width = chunk_width(rows, hidden.device.type)
-    own, taken = (torch.zeros_like(hidden, dtype=torch.float32) if gradient else None for _ in range(2))
+    device = hidden.device
+    own, taken = (pool.empty(hidden.shape, torch.float32, device).zero_() if gradient else None for _ in range(2))
     if own is not None and isinstance(weight, Tensor):
-        own = weight.index_select(0, labels).to(dtype).float()
-    buffer = hidden.new_empty(rows * min(width, weight.shape[0]))
-    product = torch.empty_like(hidden)
+        own.copy_(weight.index_select(0, labels).to(dtype))
+    buffer = pool.empty((rows * min(width, weight.shape[0]),), hidden.dtype, device)
+    product = pool.empty(hidden.shape, hidden.dtype, device)
     for first, head, offset in _chunks(weight, bias, dtype, width):
         logits = buffer[: rows * len(head)].view(rows, len(head))
         torch.mm(hidden, head.T, out=logits)

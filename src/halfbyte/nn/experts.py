@@ -112,6 +112,16 @@ def weigh_rows(x: Tensor, shares: Tensor, routes: Routes) -> Tensor:
     )
 
 
+def turned(b: Tensor, experts: int) -> Tensor:
+    """Return Bᵀ of each expert, ``[experts, r, out]``: a view of PEFT's ``[out, r·experts]``, columns apart.
+
+    Its gradient comes from the pool, laid out as B, so that autograd keeps it as it is: one made in the heap beside
+    another of its size leaves gaps there, layer after layer.
+    """
+    view: Tensor = _Turned.apply(b, experts)  # type: ignore[no-untyped-call]
+    return view
+
+
 def sum_rows(y: Tensor, routes: Routes) -> Tensor:
     """Return the sum over each token's rows, ``[tokens, width]``, in fp32 and rounded once."""
     summed: Tensor = _SumRows.apply(y, routes)  # type: ignore[no-untyped-call]
@@ -151,6 +161,18 @@ class _SumRows(torch.autograd.Function):
         return _taken(dy, ctx.routes), None
 
 
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, experts: int) -> Tensor:
+        return b.view(len(b), -1, experts).permute(2, 1, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dbt: Tensor) -> tuple[Tensor | None, ...]:
+        db = pool.empty(dbt.shape[::-1], dbt.dtype, dbt.device).copy_(dbt.permute(2, 1, 0))
+        return db.flatten(1), None
+
+
 class _Weigh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, source: Source | None) -> Tensor:
@@ -165,7 +187,7 @@ class _Weigh(torch.autograd.Function):
         dweights = None
         if ctx.needs_input_grad[1]:
             x = kept[0] if ctx.compute is None else ctx.compute(*kept)
-            dweights = (dy * x).sum(1, dtype=torch.float32).to(weights.dtype)
+            dweights = _times(dy, x).sum(1)  # torch adds in fp32; asked for it, it casts all first
         return _times(dy, weights.unsqueeze(1)), dweights, None
 
 
@@ -317,12 +339,12 @@ class _ExpertsLinear(torch.autograd.Function):
         if any(need_a):
             x = kept[0] if ctx.compute is None else ctx.compute(*kept)
             x = _times(x, noise)
-            da = u.new_zeros(len(factors_a[0]), call.rank, call.inputs, dtype=torch.float32)
+            da = _zeros((len(factors_a[0]), call.rank, call.inputs), u.device)
             sums += [Sum([Term(g[i:j].T, x[i:j], transposed=False)], da[e]) for e, i, j in call.bounds]
         dbs: list[Tensor | None] = [None] * n
         for k, (r, b) in enumerate(zip(call.ranks, factors_b, strict=True)):
             if need_b[k]:
-                db = torch.zeros_like(b, dtype=torch.float32)
+                db = _zeros(b.shape, u.device)
                 sums += [Sum([Term(u[i:j, r].T, dy[i:j], transposed=False)], db[e]) for e, i, j in call.bounds]
                 dbs[k] = db
         kernels.matmul_sums(sums)
@@ -348,6 +370,11 @@ def _parted(factors: Sequence[Tensor], n: int) -> tuple[Sequence[Tensor], Sequen
         for factor in factors
     ]
     return whole[:n], whole[n:]
+
+
+def _zeros(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return fp32 zeros from the pool: gradients of experts that have no rows are not written."""
+    return pool.empty(shape, torch.float32, device).zero_()
 
 
 def _slices(sizes: Sequence[int]) -> tuple[list[slice], int]:

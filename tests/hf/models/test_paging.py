@@ -127,6 +127,28 @@ def test_what_is_read_is_in_memory_and_what_is_dropped_is_not(tmp_path: Path) ->
     assert bytes(tensor.numpy().tobytes()) == (tmp_path / "file").read_bytes()
 
 
+def test_what_was_read_of_the_embedding_is_given_back(folder: Path, tmp_path: Path) -> None:
+    if filesystem(tmp_path) in IN_MEMORY:
+        pytest.skip("files of a tmpfs are memory")
+    model = opened(Path(shutil.copytree(folder, tmp_path / "model")))  # a file that no other model has mapped
+    os.sync()
+    embedding = model.get_base_model().get_input_embeddings()
+    table = mapped.inner(mapped.pieces_of([embedding.weight]))
+    embedding.weight.sum()  # as whoever looks at all rows reads it
+    assert resident(table) == 1
+    assert paging.attach(model, paging.least_bytes(model))
+    assert resident(table) < 0.5  # pages that the cache holds together with others' stay
+
+
+def test_an_embedding_that_is_trained_stays_as_it_is(folder: Path) -> None:
+    model = hf.load(folder, device="cpu")
+    weight = model.get_input_embeddings().weight.requires_grad_()
+    with torch.no_grad():
+        changed = weight.add_(1).clone()  # in memory alone
+    assert paging.attach(model, paging.least_bytes(model))
+    assert torch.equal(weight, changed)
+
+
 def test_no_more_is_in_memory_than_the_budget(folder: Path) -> None:
     model = opened(folder)
     pager = paging.attach(model, paging.least_bytes(model))

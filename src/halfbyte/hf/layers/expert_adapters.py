@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from halfbyte.errors import InputError, named
 from halfbyte.hf.layers.adapters import refuse_merge
 from halfbyte.hf.layers.experts import STACKS, Adapters, Experts
-from halfbyte.nn.experts import StackedLowRank
+from halfbyte.nn.experts import StackedLowRank, turned
 
 READ_AS_EXPERTS = frozenset(
     name for names in transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING.values() for name in names
@@ -195,9 +195,9 @@ class LoraExperts(ParamWrapper):
 def low_rank(wrapper: Any, name: str) -> StackedLowRank:
     """Return the adapter ``name`` of PEFT's wrapper of a stack, expert by expert; its tensors are views."""
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    a, b = apart(a, b, wrapper.num_experts)
-    bt = b.transpose(1, 2)
-    return StackedLowRank(*((bt, a) if wrapper.get_base_layer().swapped else (a, bt)), wrapper.scaling[name])
+    a, bt = a.view(wrapper.num_experts, -1, a.shape[1]), turned(b, wrapper.num_experts)
+    first, second = (bt, a) if wrapper.get_base_layer().swapped else (a, bt)
+    return StackedLowRank(first, second, wrapper.scaling[name])
 
 
 def merged_weight(wrapper: Any, expert: int, layer: str, weight: Tensor, names: Sequence[str] | None = None) -> Tensor:

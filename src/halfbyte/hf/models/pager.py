@@ -186,7 +186,7 @@ class Pager:
         self._always = _Ahead(alone, [unit.always.nbytes for unit in units], budget - max(experts, default=0))
         self._mixtures = sum(map(bool, experts))
         self.traffic = Traffic()
-        self._files = Files(piece for unit in units for piece in unit.pieces)
+        self._files = Files([*(piece for unit in units for piece in unit.pieces), *table])
         self._table = table
         self._files.read_around(table, False)
         self._changed = threading.Condition()
@@ -203,6 +203,10 @@ class Pager:
         self._closed = False
         self._thread = threading.Thread(target=self._read_on, name="halfbyte-pager", daemon=True)
         self._thread.start()
+
+    def drop_table(self) -> None:
+        """Give back what was read of the embedding, which nobody has changed."""
+        self._files.drop(self._table)
 
     def enter(self, number: int, *, backward: bool, training: bool, few: bool = False) -> None:
         """Have a unit in memory, and those that come next on their way.

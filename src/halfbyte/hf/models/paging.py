@@ -76,11 +76,11 @@ def _head(model: nn.Module) -> tuple[nn.Module | None, bool]:
     return head, getattr(head, "weight", None) is getattr(embedding, "weight", None)
 
 
-def _table(model: nn.Module) -> list[mapped.Piece]:
-    """Return where the embedding lies, unless it is the head too, which is read from end to end."""
+def _table(model: nn.Module) -> nn.Module | None:
+    """Return the embedding, unless it is the head too, which is read from end to end."""
     base: Any = base_of(model)
     embedding = None if _head(model)[1] else base.get_input_embeddings()
-    return mapped.pieces_of(_tensors(embedding)) if isinstance(embedding, nn.Module) else []
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def _experts(layer: nn.Module) -> Experts | None:
@@ -133,7 +133,10 @@ def attach(model: nn.Module, budget: int) -> Pager | None:
     units = units_of(model) if mapped.available() else []
     if sum(unit.nbytes for unit in units) <= budget:
         return None
-    pager = Pager(units, budget, _table(model))
+    table = _table(model)
+    pager = Pager(units, budget, [] if table is None else mapped.pieces_of(_tensors(table)))
+    if table is not None and not any(parameter.requires_grad for parameter in table.parameters()):
+        pager.drop_table()  # which whoever looks for tokens that were never trained has read
     hooks: list[Any] = []
     layers = recomputable_layers(model)
     few = _few(model)

@@ -17,6 +17,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 SMALL = 0.1
 """A row is untrained if its norm, or its distance from the mean row, is below this share of what is usual."""
+ROWS = 1024
+"""Rows that are widened to fp32 at a time."""
 
 
 def check_stop_token(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> list[str]:
@@ -50,7 +52,7 @@ def untrained(weight: Tensor, row: int) -> str | None:
     if not own.any():
         return "is all zeros"
     norms, total, same = [], torch.zeros_like(own), 0
-    for part in torch.split(weight.detach(), 8192):
+    for part in torch.split(weight.detach(), ROWS):
         part = part.float()
         norms.append(part.norm(dim=1))
         total += part.sum(0)
@@ -60,7 +62,7 @@ def untrained(weight: Tensor, row: int) -> str | None:
         return f"is the same as that of {same - 1} other token{'s' * (same > 2)}"
     if own.norm() < SMALL * torch.cat(norms).median():
         return "is far smaller than those of other tokens"
-    distances = torch.cat([(part.float() - mean).norm(dim=1) for part in torch.split(weight.detach(), 8192)])
+    distances = torch.cat([(part.float() - mean).norm(dim=1) for part in torch.split(weight.detach(), ROWS)])
     if (own - mean).norm() < SMALL * distances.median():
         return "is the mean of the others"
     return None
