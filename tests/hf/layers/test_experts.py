@@ -187,6 +187,21 @@ def test_a_stack_of_another_number_of_experts_is_told(kind: str, tmp_path: Path)
         halfbyte.load(tmp_path / "m", quantization_config=FP32)
 
 
+def test_a_router_whose_weight_is_read_by_hand_stays_dense(tmp_path: Path, give_values: Give) -> None:
+    shape = {
+        "num_layers": 1, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2,
+        "n_routed_experts": 5, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+        "v_head_dim": 16, "num_key_value_heads": 4,
+    }  # fmt: skip
+    dense = mixture("LongcatFlash", tmp_path / "m", **shape)
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    give_values(model, dense)
+    with torch.no_grad():
+        wanted = dense(IDS).logits
+        assert (model(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    assert not any("classifier" in name for name in adapted(model).state_dict() if "lora_" in name)
+
+
 def test_a_router_that_gives_nan_is_told(mixtral: Path) -> None:
     model = halfbyte.load(mixtral, quantization_config=FP32)
     model.model.layers[1].mlp.gate.weight.data[0, 0] = torch.nan
