@@ -88,8 +88,12 @@ def test_each_matrix_has_bitsandbytes_bytes(mixtral: Path, tmp_path: Path, doubl
 
 
 @pytest.mark.parametrize(
-    "kind", ["Mixtral", "Qwen2Moe", "GraniteMoe", "GptOss", "Llama4Text", "DeepseekV2", "Glm4Moe", "Qwen3Next"]
-)
+    "kind",
+    [
+        "Mixtral", "Qwen2Moe", "GraniteMoe", "GptOss", "Llama4Text", "DeepseekV2", "Glm4Moe", "Qwen3Next",
+        "Inkling2Text",
+    ],
+)  # fmt: skip
 def test_peft_opens_the_adapter_over_the_16_bit_model_and_the_sum_is_saved(
     kind: str, tmp_path: Path, give_values: Give
 ) -> None:
@@ -163,7 +167,7 @@ def test_experts_that_bitsandbytes_left_dense_stay_so(mixtral: Path, tmp_path: P
     assert torch.equal(ours.model.layers[0].mlp.experts.get_submodule("3.down_proj").weight, stacks[3].float())
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe", "Llama4Text"])
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe", "Llama4Text", "Inkling2Text"])
 def test_a_copy_in_files_is_the_model_that_is_saved(kind: str, tmp_path: Path) -> None:
     mixture(kind, tmp_path / "m")
     quantize_checkpoint(tmp_path / "m", tmp_path / "q", FP32)
@@ -181,6 +185,21 @@ def test_a_stack_of_another_number_of_experts_is_told(kind: str, tmp_path: Path)
     save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"experts\.down_proj is \[4, .* config.json makes it \[5, "):
         halfbyte.load(tmp_path / "m", quantization_config=FP32)
+
+
+def test_a_router_whose_weight_is_read_by_hand_stays_dense(tmp_path: Path, give_values: Give) -> None:
+    shape = {
+        "num_layers": 1, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2,
+        "n_routed_experts": 5, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+        "v_head_dim": 16, "num_key_value_heads": 4,
+    }  # fmt: skip
+    dense = mixture("LongcatFlash", tmp_path / "m", **shape)
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    give_values(model, dense)
+    with torch.no_grad():
+        wanted = dense(IDS).logits
+        assert (model(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    assert not any("classifier" in name for name in adapted(model).state_dict() if "lora_" in name)
 
 
 def test_a_router_that_gives_nan_is_told(mixtral: Path) -> None:
@@ -259,7 +278,7 @@ def test_some_layers_alone(mixtral: Path) -> None:
 
 
 @pytest.mark.parametrize("onto", ["quantized", "original"])
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GptOss", "GraniteMoe", "Llama4Text"])
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GptOss", "GraniteMoe", "Llama4Text", "Inkling2Text"])
 def test_merging_files_gives_the_model_that_transformers_opens(
     kind: str, onto: Any, tmp_path: Path, give_values: Give
 ) -> None:
@@ -283,7 +302,7 @@ def test_merging_files_gives_the_model_that_transformers_opens(
         assert (opened(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe", "Llama4Text"])
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe", "Llama4Text", "Inkling2Text"])
 def test_merging_onto_a_copy_in_4_bits_gives_what_merging_onto_its_source_does(kind: str, tmp_path: Path) -> None:
     dense = mixture(kind, tmp_path / "m")
     quantize_checkpoint(tmp_path / "m", tmp_path / "q", FP32)

@@ -242,7 +242,7 @@ def is_stacked(module: nn.Module) -> bool:
 def conversions(found: Sequence[Any], model: nn.Module) -> list[Any]:
     """Return transformers' conversions of a checkpoint's tensors for a model whose experts were taken apart.
 
-    What merges matrices to stacks becomes a renaming of the matrices; what finds a stack takes it apart.
+    What merges matrices to stacks becomes a renaming of the matrices; what finds or makes a stack takes it apart.
     """
     some = next((module for module in model.modules() if isinstance(module, Experts)), None)
     if some is None:
@@ -250,12 +250,12 @@ def conversions(found: Sequence[Any], model: nn.Module) -> list[Any]:
     made: list[Any] = []
     for entry in found:
         target = entry.target_patterns[-1].rpartition(".")[2]
-        if (
-            not isinstance(entry, WeightConverter)
-            or target not in some.layers_of
-            or "*" not in entry.source_patterns[0]
-        ):
+        if not isinstance(entry, WeightConverter) or target not in some.layers_of:
             made.append(entry)
+            continue
+        if "*" not in entry.source_patterns[0]:  # a stack already, in another order
+            first = f"{entry.target_patterns[-1].removesuffix(target)}0.{some.layers_of[target][0]}.weight"
+            made.append(WeightConverter(entry.source_patterns, first, [*entry.operations, TakeApart(target)]))
             continue
         for source, layer in zip(entry.source_patterns, some.layers_of[target], strict=True):
             theirs = source.split(".")[-2]

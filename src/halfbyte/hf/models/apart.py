@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import Interleave, WeightConverter
 
 from halfbyte.hf.layers.experts import Experts, TakeApart, check_stack
 from halfbyte.hf.models.check import Names
@@ -29,6 +29,7 @@ class Place(NamedTuple):
         part: which of ``parts`` of its rows.
         parts: gate and up, or one.
         of_inputs: whether the stack has it transposed.
+        alternates: whether the rows of its parts take turns.
     """
 
     stack: str
@@ -36,6 +37,7 @@ class Place(NamedTuple):
     part: int
     parts: int
     of_inputs: bool
+    alternates: bool = False
 
 
 def apart(held: Tensors, model: PreTrainedModel) -> Tensors:
@@ -52,24 +54,24 @@ def apart(held: Tensors, model: PreTrainedModel) -> Tensors:
     if not mixtures:
         return held
     rules = Names(model)
-    stacks = {
-        source: entry.operations[0].stack
-        for entry in rules.converters
-        if isinstance(entry, WeightConverter) and isinstance(entry.operations[0], TakeApart)
-        for source in entry.source_patterns
-    }
+    stacks: dict[str | None, tuple[str, bool]] = {}
+    for entry in rules.converters:
+        *before, last = entry.operations
+        if isinstance(last, TakeApart) and all(isinstance(one, Interleave) and one.dim == 1 for one in before):
+            stacks |= {source: (last.stack, bool(before)) for source in entry.source_patterns}
     found: dict[str, dict[str, Place]] = {}
     for name in held.names:
         target, source = rules.of(name)
         if source not in stacks:
             continue
+        stack, alternates = stacks[source]
         path, _, first = target.rpartition(".0.")
         kind, experts = first.rpartition(".")[2], mixtures[path]
-        check_stack(path, experts, stacks[source], kind, held.form(name).shape)
+        check_stack(path, experts, stack, kind, held.form(name).shape)
         of_inputs = kind == "weight" and (experts.is_transposed or experts.swapped)
-        layers = experts.layers_of[stacks[source]]
+        layers = experts.layers_of[stack]
         found[name] = {
-            f"{path}.{number}.{layer}.{kind}": Place(name, number, part, len(layers), of_inputs)
+            f"{path}.{number}.{layer}.{kind}": Place(name, number, part, len(layers), of_inputs, alternates)
             for number in range(held.form(name).shape[0])
             for part, layer in enumerate(layers)
         }
@@ -148,12 +150,13 @@ def read_stack(parts: Mapping[str, Place], read: Callable[[str], Tensor]) -> Ten
     experts: dict[int, list[Tensor]] = {}
     for name, place in parts.items():
         experts.setdefault(place.expert, []).append(read(name))
-    of_inputs = next(iter(parts.values())).of_inputs
-    matrices = [torch.cat(matrices) for _, matrices in sorted(experts.items())]
-    return torch.stack([matrix.T if of_inputs else matrix for matrix in matrices])
+    first = next(iter(parts.values()))
+    join = (lambda each: torch.stack(each, 1).flatten(0, 1)) if first.alternates else torch.cat
+    matrices = [join(matrices) for _, matrices in sorted(experts.items())]
+    return torch.stack([matrix.T if first.of_inputs else matrix for matrix in matrices])
 
 
 def _part(matrix: Tensor, place: Place) -> Tensor:
     rows = matrix.T if place.of_inputs else matrix
-    part: Tensor = torch.chunk(rows, place.parts)[place.part]
+    part: Tensor = rows[place.part :: place.parts] if place.alternates else rows.chunk(place.parts)[place.part]
     return part

@@ -18,7 +18,7 @@ from halfbyte.nn import DenseLinear, FrozenLinear, Linear4bit, Linear8bit, Quant
 # Linear layers whose weight the model (of transformers 5.23) multiplies by hand, or rewrites in evaluation (RWKV), so
 # that it has to stay dense: by the ends of their names, and the model's type where the name says too little.
 READ_DIRECTLY = ("dt_proj",)
-ROUTERS = ("shared_expert_gate",)
+ROUTERS = ("shared_expert_gate", "router.classifier")
 """Linear layers that decide how much an expert counts, by the ends of their names: dense, and adapted by nobody."""
 REWRITTEN = {"rwkv": ("attention.output", "feed_forward.value")}
 

@@ -223,7 +223,7 @@ class HalfbyteQuantizer(HfQuantizer):
             conversion
             for conversion in model._weight_conversions
             if not isinstance(conversion, WeightConverter)
-            or not isinstance(conversion.operations[0], Deserialize | TakeApart)
+            or not isinstance(conversion.operations[-1], Deserialize | TakeApart)
         ]
         for name, parameter in model.named_parameters():
             # What is large in a 4-bit folder stays mapped and unread; it was looked at when the folder was made.
