@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import halfbyte
+from halfbyte.choices import Onto
 from halfbyte.deploy.audit import audit
 from halfbyte.deploy.merge import merge
+from halfbyte.errors import InputError
+from halfbyte.hf.models.base_weights import BaseWeights
+from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.verify import verify
 from halfbyte.train.rows import rows_again
 
@@ -123,3 +127,24 @@ def test_an_audit_s_figures_are_those_of_peft_s_sum(case: Case, tmp_path: Path) 
 
 def rows_of(case: Case) -> Any:
     return rows_again(case.adapter, [str(case.rows)], False).train.rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "lost"),
+    [
+        ("DeepseekV4", {"q_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 32}, "model.norm.weight"),
+        ("LongcatFlash", {"num_layers": 1, "expert_ffn_hidden_size": 32, "zero_expert_num": 1}, "experts.down_proj"),
+    ],
+)
+def test_a_model_whose_tensors_are_no_files_tensors_is_not_merged_from_files(
+    kind: str, more: dict[str, Any], lost: str, tmp_path: Path
+) -> None:
+    latent = {"num_key_value_heads": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 4, "moe_topk": 2}
+    config = getattr(t, f"{kind}Config")(**SHAPE | latent | {"vocab_size": 64, "pad_token_id": 0} | more)
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ways: tuple[Onto, ...] = ("quantized", "original")
+    for onto in ways:
+        with pytest.raises(
+            InputError, match=rf"{lost} from one tensor of its files, but .* call merge_and_unload\(\)\.$"
+        ):
+            BaseWeights(locate(tmp_path), onto, FP32, torch.float32)

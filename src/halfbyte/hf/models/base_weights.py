@@ -7,6 +7,8 @@ A base that lies in 16 bits is quantized here as :func:`halfbyte.load` quantizes
 lies in 4 or 8 bits there is no original.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,11 +91,6 @@ class BaseWeights:
             quantizer = HalfbyteQuantizer(form, pre_quantized=False)
             quantizer.preprocess_model(trained)
             plan = Plan(trained, self._checkpoint)
-            if plan.left_dense:
-                raise InputError(
-                    f"{type(trained).__name__} puts {min(plan.left_dense)} together from several tensors of its files, "
-                    "so that it cannot be read one by one; open it with halfbyte.load and call merge_and_unload()."
-                )
             self.quantization = quantizer.quantization_config
             self._layers = {plan.target[name]: layer for name, layer in plan.layers.items()}
         else:
@@ -102,6 +99,13 @@ class BaseWeights:
         self.names = {plan.target[name]: name for name in plan.names if plan.target[name] in there}
         self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        unread = plan.left_dense | self._not_one(plan)
+        if unread:
+            raise InputError(
+                f"{type(self.model).__name__} does not have {min(unread)} from one tensor of its files, but from "
+                "several or by a rule of its own, so that it cannot be read by itself; open it with halfbyte.load and "
+                "call merge_and_unload()."
+            )
         held = self._checkpoint.stacks if isinstance(self._checkpoint, ApartCheckpoint) else None
         self.stacks: Mapping[str, Mapping[str, Part]] = stacks_of(self.names, self.model) if held is None else held
 
@@ -141,6 +145,19 @@ class BaseWeights:
     def is_quantized(self) -> bool:
         """Whether some of it is what 4 or 8 bits stand for."""
         return bool(self._layers or self._packed)
+
+    def _not_one(self, plan: Plan) -> set[str]:
+        """Return the parameters that no tensor of the checkpoint is by itself, of those that it is to have."""
+        sources = Counter(plan.target[name] for name in plan.names)
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        found = set()
+        for name, _ in self.model.named_parameters():
+            first = self.tied.get(name, name)  # of weights that are one, one is there, or all are
+            held = {sources[one] for one in (first, *(one for one, of in self.tied.items() if of == first))}
+            is_ignored = name in self.fit.new or any(pattern.search(name) for pattern in ignored)
+            if max(held) != 1 and not is_ignored:
+                found.add(name)
+        return found
 
     def _name(self, target: str) -> str:
         return self.names.get(target) or self.names[self.tied[target]]
