@@ -313,6 +313,10 @@ def test_an_adapter_that_learnt_nothing_is_told(folder: Path, tmp_path: Path):
         tensors[name] += 0.1
     save_file(tensors, file, {"format": "pt"})
     assert found(tmp_path / "adapter") == []
+    save_file({name: tensor[..., :-1] + 0 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    [finding] = found(tmp_path / "adapter")
+    assert (finding.what, finding.level) == ("fit", "fault") and "does not fit the base model" in finding.value
+    save_file(tensors, file, {"format": "pt"})
     edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="/nowhere/at/all", from_the_future=1)
     findings = {finding.what: finding for finding in examine(str(tmp_path / "adapter"))}
     assert findings["base model"].level == "warning"

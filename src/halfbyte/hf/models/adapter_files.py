@@ -208,7 +208,7 @@ def _check_stacks(
         if name.endswith(first) and (other := name.removesuffix(first) + second) in bare
     }
     if found := stack_misfits(base_of(model), folder, config, pairs):
-        more = f", as {len(found) - 1} more stacks differ" if len(found) > 1 else ""
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise _misfit(model, folder, found[0] + more)
 
 

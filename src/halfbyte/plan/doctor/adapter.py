@@ -1,15 +1,20 @@
-"""An adapter's folder: its base, its file, and whether it learnt anything."""
+"""An adapter's folder: its base, whether it fits it, its file, and whether it learnt anything."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halfbyte.errors import InputError, counted, named, size_text
-from halfbyte.hf.models.configs import ADAPTER, json_of
+from halfbyte.hf.models.adapter_files import put_adapter
+from halfbyte.hf.models.configs import ADAPTER, config_at, json_of
+from halfbyte.hf.models.heads import adapter_classes, adapter_task, check_task, set_classes
+from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.loader import TOKENIZERS
+from halfbyte.hf.models.quantize_files import skeleton_of
 from halfbyte.hf.models.verify import verify
 from halfbyte.plan.doctor.finding import Finding, looked
 from halfbyte.plan.doctor.weights import sentence_of
@@ -55,6 +60,7 @@ def examine(folder: Path, progress: Callable[[int, int], None] = lambda *_: None
         findings.append(
             Finding("weights", f"{counted(found.tensors, 'tensor')} of {size_text(found.nbytes)}: no fault")
         )
+        findings += looked("fit", lambda: _fit(folder, about))
     findings += looked("learnt", lambda: learnt(seen))
     if not any((folder / name).is_file() for name in TOKENIZERS):
         findings.append(
@@ -105,6 +111,25 @@ def _base_there(folder: Path, about: dict[str, Any]) -> Iterator[Finding]:
             f"Put the model there, or change base_model_name_or_path in {folder / ADAPTER}.",
             "warning",
         )  # fmt: skip
+
+
+def _fit(folder: Path, about: dict[str, Any]) -> Iterator[Finding]:
+    """Yield whether LoRA's tensors fit the base, of which nothing but the configuration is read, if it is here."""
+    base = folder_of(_base(about))
+    if about.get("peft_type") != "LORA" or not base.exists():
+        return
+    try:
+        config, task = config_at(locate(base), False), adapter_task(about)
+    except InputError:  # a base that is damaged, or has code of its own, is looked at by itself
+        return
+    config.__dict__.pop("quantization_config", None)
+    if task == "classify" and (classes := adapter_classes(folder)):
+        set_classes(config, classes)
+    model = skeleton_of(config, torch.float32, auto_class=check_task(config, task, str(base)))
+    try:
+        put_adapter(model, folder)
+    except InputError as error:
+        yield Finding("fit", str(error), "It cannot be opened over that base.", "", "fault")
 
 
 def _options(about: dict[str, Any]) -> Iterator[Finding]:
