@@ -187,7 +187,9 @@ def test_a_stack_of_another_number_of_experts_is_told(kind: str, tmp_path: Path)
         halfbyte.load(tmp_path / "m", quantization_config=FP32)
 
 
-def test_a_router_whose_weight_is_read_by_hand_stays_dense(tmp_path: Path, give_values: Give) -> None:
+def test_a_router_whose_weight_is_read_by_hand_stays_dense_and_unknown_stacks_are_told(
+    tmp_path: Path, give_values: Give, caplog: pytest.LogCaptureFixture
+) -> None:
     shape = {
         "num_layers": 1, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2,
         "n_routed_experts": 5, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
@@ -195,6 +197,7 @@ def test_a_router_whose_weight_is_read_by_hand_stays_dense(tmp_path: Path, give_
     }  # fmt: skip
     dense = mixture("LongcatFlash", tmp_path / "m", **shape)
     model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    assert "mlp.experts.gate_up_proj of" in caplog.text and "(2 in all) holds experts in a form that" in caplog.text
     give_values(model, dense)
     with torch.no_grad():
         wanted = dense(IDS).logits

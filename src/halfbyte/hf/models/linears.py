@@ -174,6 +174,11 @@ def largest_dense(model: nn.Module) -> str:
     return max(dense, key=lambda name: dense[name])
 
 
+def dense_stacks(model: nn.Module) -> list[str]:
+    """Return the names of stacks of experts that were not taken apart, so that nothing of them is quantized."""
+    return [name for name, x in model.named_parameters() if x.ndim == 3 and "expert" in name]
+
+
 def _share(model: nn.Module, kind: type[QuantizedLinear]) -> float:
     packed, dense = _counts(model, kind)
     return packed / max(packed + sum(dense.values()), 1)

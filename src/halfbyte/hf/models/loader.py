@@ -30,7 +30,7 @@ from halfbyte.hf.models.foreign.gguf import tokenizer_source
 from halfbyte.hf.models.foreign.packed import packing_of
 from halfbyte.hf.models.heads import adapter_classes, adapter_task, check_task, hold_in_fp32, set_classes
 from halfbyte.hf.models.hub import Place, locate
-from halfbyte.hf.models.linears import bits_of, largest_dense, share_quantized
+from halfbyte.hf.models.linears import bits_of, dense_stacks, largest_dense, share_quantized
 from halfbyte.hf.models.quantizer import is_watched, kept_failures
 from halfbyte.kernels import native
 from halfbyte.memory import free_memory
@@ -195,6 +195,11 @@ def _load_at(
         logger.warning(
             "Only %.0f %% of the weights of %s are in %d bits; the others, of which %s is the largest, stay in %s.",
             100 * share, place.path, bits, largest_dense(model), str(model.dtype).removeprefix("torch."),
+        )  # fmt: skip
+    elif stacks := dense_stacks(model):
+        logger.warning(
+            "%s of %s (%d in all) holds experts in a form that is not known: they stay in %s.",
+            stacks[0], place.path, len(stacks), str(model.dtype).removeprefix("torch."),
         )  # fmt: skip
     return model
 
