@@ -11,7 +11,7 @@ from halfbyte.plan.machine import stated_rates
 from halfbyte.plan.published import everywhere, llama
 from halfbyte.plan.ranks import active_adapter
 from halfbyte.plan.shape import shape_of
-from halfbyte.plan.times import Pass, disk_seconds, step_time
+from halfbyte.plan.times import EXPANDING, Pass, disk_seconds, step_time
 
 RATES = stated_rates(2)
 WORK = Pass(tokens=2048, squares=4 * 512**2, trained=2044, longest=512)
@@ -33,7 +33,11 @@ def test_a_mixture_takes_the_time_of_what_a_token_passes() -> None:
     assert shape.active_weights < shape.linear_weights / 3
     flop = {"forward": (1e-12, 0.0), "backward": (1e-12, 0.0), "lora_forward": (1e-12, 0.0)}
     found = step_time(RATES.model_copy(update=flop), shape, ranks, WORK, backward=False)
-    assert found.base == pytest.approx(2 * 2048 * shape.active_weights * 1e-12)
+    experts = shape.layers * sum(linear.weights for linear in shape.linears if linear.parts)
+    assert found.base == pytest.approx(2 * (2048 * shape.active_weights + EXPANDING[0] * experts) * 1e-12)
+    token = Pass(tokens=1, squares=1, trained=0, longest=1)
+    one = step_time(RATES.model_copy(update=flop), shape, ranks, token, backward=False)
+    assert one.base == pytest.approx(2 * (shape.active_weights + EXPANDING[0] * experts * 2 / 8) * 1e-12)
     assert found.lora == pytest.approx(2 * 2048 * active_adapter(shape, ranks) * 1e-12)
 
 

@@ -14,10 +14,8 @@ A pass of ``T`` tokens, of which ``n`` have a label, through layers of N frozen 
 The first layer's input needs no gradient, so its first projections have none to compute. Where a base does not fit into
 memory a step reads it from the disk meanwhile and takes the longer of the two (:func:`disk_seconds`).
 
-Of a mixture it is too little where experts have few rows each. A weight is read and expanded once a pass, however many
-rows it has, and no rate here is of that: of Qwen3-30B-A3B's experts products took 1.05 (forward) and 1.10 (backward)
-times what a dense layer's take with 512 rows each, 1.15 and 1.37 times with 128 (benchmarks/README.md). Nor is there
-a rate of what Python takes for each expert, or of what chooses them.
+Of a mixture each expert's weights are expanded once a pass, however few rows it has, which takes as long as some rows
+more would (:data:`EXPANDING`). There is no rate of what Python takes for each expert, or of what chooses them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +25,10 @@ from halfbyte.hf.layers.activations import Pace
 from halfbyte.plan.machine import Rates
 from halfbyte.plan.ranks import active_adapter
 from halfbyte.plan.shape import QKV, Shape
+
+EXPANDING = (16, 18)
+"""Rows whose products take as long, forward and backward, as expanding a 4-bit weight: what times of Qwen3-30B-A3B's
+experts with 64 and with 128 rows each say (benchmarks/README.md, 2026-12-01); rates of dense layers include it."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,10 @@ def step_time(
     tokens, layers = work.tokens, shape.layers
     again = layers if not backward else layers + recomputed
     rows = sum(linear.values for linear in shape.linears)
-    forward = rates.forward[0] * 2 * tokens * shape.active_weights + rates.forward[1] * tokens * rows * layers
+    passed, dx_passed = (tokens * shape.active_weights + more * _expanded(shape, tokens) for more in EXPANDING)
+    forward = rates.forward[0] * 2 * passed + rates.forward[1] * tokens * rows * layers
     spared = sum(linear.weights for linear in shape.linears if linear.name in QKV)
-    dx = rates.backward[0] * 2 * tokens * (shape.active_weights - spared) + rates.backward[1] * tokens * rows * layers
+    dx = rates.backward[0] * 2 * (dx_passed - tokens * spared) + rates.backward[1] * tokens * rows * layers
     low_rank = 2 * tokens * active_adapter(shape, ranks)
     widths = {linear.path: linear.values for linear in shape.linears}
     touched = tokens * sum(widths[path] for layer in ranks for path in layer)
@@ -144,6 +147,12 @@ def disk_seconds(base: int, resident: int, rate: float) -> float:
     Forward and backward go through it once each, whatever the rows: ``2 (base - resident) / rate``.
     """
     return 2 * max(base - resident, 0) / rate
+
+
+def _expanded(shape: Shape, tokens: float) -> float:
+    """Return how many values of experts' weights a pass reads, if its tokens choose experts evenly."""
+    experts = [linear for linear in shape.linears if linear.parts]
+    return float(shape.layers * sum(x.weights * (1 - (1 - x.taken / x.count) ** tokens) for x in experts))
 
 
 def _attention(rates: Rates, shape: Shape, work: Pass) -> tuple[float, float]:
