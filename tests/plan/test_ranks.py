@@ -26,6 +26,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"target_modules": "q_proj,down_proj"},
     {"target_modules": r".*\.experts\..*\.(gate|up)_proj"},
     {"rank_pattern": {"gate_proj": 2}},
+    {"rank_pattern": {"gate_up_proj": 3}},
     {"target_modules": "gate_proj,up_proj,o_proj", "layers_to_transform": [1]},
     {"exclude_modules": ["shared_expert.down_proj", "v_proj"], "rank_pattern": {"down_proj": 2}},
 ]
@@ -77,7 +78,13 @@ def test_a_token_passes_the_adapters_of_its_experts_alone() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"target_modules": "gate_proj,q_proj"}, {"use_dora": True}, {"init_lora_weights": "pissa"}],
+    [
+        {"target_modules": "gate_proj,q_proj"},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"rank_pattern": {"experts.gate_proj": 2}},
+        {"rank_pattern": {"query": 2}},
+    ],
 )
 def test_what_experts_do_not_take_is_told_as_a_run_tells_it(folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError) as theirs:

@@ -7,7 +7,7 @@ from peft.utils.other import get_pattern_key
 
 from halfbyte.errors import InputError, nearest
 from halfbyte.hf.layers.expert_adapters import WEIGHT, check_plain, is_adapted
-from halfbyte.hf.layers.lora_config import check_expressions
+from halfbyte.hf.layers.lora_config import check_expressions, check_pattern
 from halfbyte.hf.models.configs import ADAPTER, json_of
 from halfbyte.plan.shape import Linear, Shape
 from halfbyte.runs.config import TrainConfig
@@ -47,6 +47,10 @@ def ranks_of(config: TrainConfig, shape: Shape) -> list[dict[str, int]]:
             f"target_modules {targets!r} matches no layer of the model{hint}, which has {', '.join(names)}."
         )
     on_experts = any(linear.parts and linear.path in layer for layer in chosen for linear in shape.linears)
+    if not config.adapter:
+        check_pattern(
+            "rank_pattern", pattern, [f"{shape.prefix}.{i}.{path}" for i, one in enumerate(chosen) for path in one]
+        )
     if on_experts and not config.adapter:
         check_plain(config.use_dora, config.init_lora_weights == "default")
     return chosen

@@ -249,6 +249,18 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
+def stacks_by_layer(model: nn.Module) -> dict[str, str]:
+    """Return by the path of each expert's layers the name of its stack, which PEFT's patterns are matched with."""
+    return {
+        f"{path}.{number}.{layer}": f"{path}.{stack}"
+        for path, experts in model.named_modules()
+        if isinstance(experts, Experts)
+        for stack, layers in experts.layers_of.items()
+        for layer in layers
+        for number in range(experts.num_experts)
+    }
+
+
 def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], *, plain: bool) -> None:
     """Make what a configuration says of experts' layers PEFT's words, in place.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.layers.expert_adapters import has_experts, target_experts
+from halfbyte.hf.layers.expert_adapters import has_experts, stacks_by_layer, target_experts
 from halfbyte.hf.layers.starts import PLAIN
 from halfbyte.hf.layers.targets import ALL, check_targets
 from halfbyte.nn import QuantizedLinear
@@ -97,8 +97,10 @@ def lora_config(
     for number in layers_to_transform or ():
         if not any(f".{number}." in path for path in layers):
             raise InputError(f"layers_to_transform {number} matches no layer of the model, counted from 0.")
+    stacks = stacks_by_layer(model)
+    names = dict.fromkeys(stacks.get(path, path) for path in layers)
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        _check_pattern(name, pattern or {}, layers)
+        check_pattern(name, pattern or {}, names)
     check_ranks(model, layers)
     _check_saved(model, modules_to_save)
     if has_experts(model):
@@ -109,11 +111,12 @@ def lora_config(
 def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, float]]:
     """Return the linear layers of a base model that an adapter goes on, by path, with its rank and scale there."""
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
-    found = {}
+    stacks, found = stacks_by_layer(model), {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and check_target_module_exists(config, path):
-            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
+            name = stacks.get(path, path)
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
             found[path] = (rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
     return found
 
@@ -131,7 +134,17 @@ def check_expressions(option: str, pattern: Iterable[str]) -> None:
             raise InputError(f"{option} {key!r} is no regular expression ({error}); name a layer.") from error
 
 
-def _check_pattern(option: str, pattern: Mapping[str, float], layers: Iterable[str]) -> None:
+def check_pattern(option: str, pattern: Mapping[str, float], layers: Iterable[str]) -> None:
+    """Refuse keys of an option that match no layer.
+
+    Args:
+        option: its name.
+        pattern: it.
+        layers: paths of those that an adapter goes on; of experts the names of their stacks.
+
+    Raises:
+        InputError: one matches none.
+    """
     paths = [*layers]
     for key in pattern:
         if not any(get_pattern_key([key], path) == key for path in paths):
@@ -144,7 +157,7 @@ def check_ranks(model: nn.Module, layers: Mapping[str, tuple[int, float]]) -> No
     wrong = [each for each in wrong if each[3] > min(each[:2])]
     if wrong:
         out, width, path, rank = min(wrong, key=lambda each: min(each[:2]))
-        name, most = path.rsplit(".", 1)[-1], min(out, width)
+        name, most = stacks_by_layer(model).get(path, path).rsplit(".", 1)[-1], min(out, width)
         raise InputError(
             f"rank {rank} is larger than the layer {path}, of {out} by {width}; take a rank of at most {most}, for "
             f"that layer alone with rank_pattern {name}={most}."
