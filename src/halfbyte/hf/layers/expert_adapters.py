@@ -192,6 +192,10 @@ class LoraExperts(ParamWrapper):
         return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
+LoraExperts.__name__ = ParamWrapper.__name__
+"""By which PEFT (0.21) tells that a stack has a wrapper, where one more adapter goes on it."""
+
+
 def low_rank(wrapper: Any, name: str) -> StackedLowRank:
     """Return the adapter ``name`` of PEFT's wrapper of a stack, expert by expert; its tensors are views."""
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
@@ -334,8 +338,15 @@ def check_plain(use_dora: bool, plain: bool) -> None:
 
 
 @contextlib.contextmanager
-def own_words() -> Iterator[None]:
-    """Have PEFT take configurations as they are meanwhile, and not say of patterns for stacks that nothing matches."""
+def own_words(others: Iterable[LoraConfig] = ()) -> Iterator[None]:
+    """Have PEFT take configurations as they are meanwhile, and not say of patterns for stacks that nothing matches.
+
+    Args:
+        others: of adapters that the model has by now, in PEFT's words; meanwhile they are in ours.
+    """
+    others = [*others]
+    for config in others:
+        as_we_read(config)
     converting = transformers_weight_conversion.convert_peft_config_for_transformers
     transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
@@ -344,6 +355,8 @@ def own_words() -> Iterator[None]:
             yield
     finally:
         transformers_weight_conversion.convert_peft_config_for_transformers = converting
+        for config in others:
+            as_peft_reads(config)
 
 
 def set_dropout(model: nn.Module, name: str, dropout: float) -> None:

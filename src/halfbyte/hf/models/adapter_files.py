@@ -81,7 +81,7 @@ def put_adapter(
     words: Any = contextlib.nullcontext()
     if experts := has_experts(base_of(model)):
         as_we_read(config)
-        words = own_words()
+        words = own_words(model.peft_config.values() if isinstance(model, PeftModel) else ())
     try:
         with words:
             adapted = _made(kind, model, config, name or "default")
