@@ -151,3 +151,5 @@ def test_experts_take_further_adapters_too(
             assert (gradients[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
     with model.disable_adapter():
         assert (logits(model) - logits(dense)).norm() <= 1e-5 * logits(dense).norm()
+    with pytest.raises(InputError, match="Rows cannot each have their adapter where it is on experts"):
+        model(input_ids=IDS.expand(2, -1), adapter_names=["two", "default"])

@@ -172,7 +172,15 @@ class LoraExperts(ParamWrapper):
     """PEFT's wrapper of a stack of experts, with our forward; wrappers of several stacks hold each other."""
 
     def forward(self, x: Tensor, *args: Any, adapters: Adapters | None = None, **kwargs: Any) -> Tensor:
-        """What :meth:`Experts.forward` returns, with the adapters that are active here too."""
+        """What :meth:`Experts.forward` returns, with the adapters that are active here too.
+
+        Raises:
+            InputError: adapters have another dropout each, or rows are to have an adapter each, as PEFT refuses too.
+        """
+        if kwargs.pop("adapter_names", None):
+            raise InputError(
+                "Rows cannot each have their adapter where it is on experts; activate one with set_adapter."
+            )
         found = dict(adapters or {})
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if names:
