@@ -437,6 +437,30 @@ def test_peft_opens_an_adapter_of_the_shared_expert_alone(
             assert (one(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ({"mlp_only_layers": [0]}, {"layers_to_transform": [0]}),
+        ({}, {"target_modules": r".*shared_expert\.(gate|up|down)_proj"}),
+        ({}, {"target_modules": ["shared_expert.down_proj"], "exclude_modules": ["0.mlp.shared_expert.down_proj"]}),
+    ],
+)
+def test_peft_opens_an_adapter_of_some_layers_without_experts_on_these_alone(
+    more: dict[str, Any], options: dict[str, Any], tmp_path: Path, give_values: Give
+) -> None:
+    dense = mixture("Qwen2Moe", tmp_path / "m", shared_expert_intermediate_size=32, **more)
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    give_values(model, dense)
+    ours = adapted(model, **options)
+    ours.save_pretrained(tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(dense, tmp_path / "adapter", is_trainable=True)
+    names = [{name for name, x in one.named_parameters() if x.requires_grad} for one in (ours, theirs)]
+    assert names[0] == names[1] and not any(".experts." in name for name in names[0])
+    with torch.no_grad():
+        wanted = theirs(input_ids=IDS).logits
+        assert (ours(input_ids=IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 def test_gradients_are_the_same_where_activations_are_recomputed(mixtral: Path) -> None:
     found = []
     for recompute in (False, True):

@@ -286,6 +286,8 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
         InputError: it names one of gate and up alone, which are one stack; or DoRA, or a beginning of their own.
     """
     paths = {*layers}
+    if not paths:
+        return
     stacks: list[str] = []
     inside: set[str] = set()
     for path, experts in model.named_modules():
@@ -295,9 +297,9 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
         for stack, parts in experts.layers_of.items():
             if is_adapted(path, parts, paths):
                 stacks.append(f"{path}.{stack}")
-    if not stacks:
-        return
-    check_plain(bool(config.use_dora), plain)
+    if stacks:
+        check_plain(bool(config.use_dora), plain)
+        config.lora_dropout = 0.0  # PEFT refuses another; see set_dropout
     everywhere = [path for path, module in model.named_modules() if isinstance(module, Experts)]
     short = {f"experts.{name.rpartition('.')[2]}" for name in stacks}
     whole = len(stacks) == len(everywhere) * len(short) and all(path.endswith(".experts") for path in everywhere)
@@ -306,7 +308,6 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
     config.target_modules = {*_find_minimal_target_modules([*outside], others)} if outside else set()
     config.target_parameters = sorted(short if whole else stacks) or None
     config.exclude_modules = config.layers_to_transform = None  # what they say is in the names now
-    config.lora_dropout = 0.0  # PEFT refuses another; see set_dropout
 
 
 def is_adapted(path: str, parts: Sequence[str], layers: Container[str]) -> bool:
