@@ -376,6 +376,7 @@ def test_layers_that_are_named_are_the_only_ones(targets: Any) -> None:
         ({"modules_to_save": "lm_heat"}, r"modules_to_save 'lm_heat' matches no module .*did you mean 'lm_head'"),
         ({"modules_to_save": "q_proj"}, r"modules_to_save 'q_proj' matches \S+, which holds frozen quantized weights"),
         ({"modules_to_save": "act_fn"}, r"modules_to_save 'act_fn' matches \S+, which has nothing to train"),
+        ({"exclude_modules": "mlp"}, r"exclude_modules 'mlp' matches model.layers.0.mlp, which is no layer but holds"),
         ({"exclude_modules": "o_prjo"}, r"exclude_modules 'o_prjo' matches no module of the model .did you mean"),
         ({"layers_to_transform": "1,2"}, r"layers_to_transform 2 matches no layer of the model, counted from 0"),
         ({"layers_to_transform": "1", "target_modules": ".*q_proj"}, r"layers_to_transform does not go with"),

@@ -61,9 +61,17 @@ def lora_config(
     check_start(init_lora_weights)
     targets = check_targets(model, target_modules)
     paths = [path for path, _ in model.named_modules() if path]
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     for name in exclude_modules:
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
+        found = [path for path in paths if path == name or path.endswith(f".{name}")]
+        if not found:
             raise InputError(f"exclude_modules {name!r} matches no module of the model{_near(name, paths)}.")
+        within = [[path for path in linear if path.startswith(f"{each}.")] for each in found]
+        if all(within):
+            raise InputError(
+                f"exclude_modules {name!r} matches {found[0]}, which is no layer but holds some; name layers, such as "
+                f"{within[0][0]}."
+            )
     config = LoraConfig(
         r=rank,
         lora_alpha=lora_alpha,
