@@ -236,6 +236,16 @@ def test_what_experts_do_not_take_is_told(mixtral: Path, options: dict[str, Any]
         lora_config(model, rank=4, lora_alpha=8, **options)
 
 
+def test_biases_of_experts_are_not_trained_with_all_others(tmp_path: Path) -> None:
+    mixture("GptOss", tmp_path / "m")
+    model = halfbyte.load(tmp_path / "m", quantization_config=FP32)
+    with pytest.raises(InputError, match=r"bias all does not go with biases of experts, .* take lora_only"):
+        lora_config(model, rank=4, lora_alpha=8, bias="all")
+    names = {name for name, x in adapted(model, bias="lora_only").named_parameters() if x.requires_grad}
+    assert any(name.endswith("q_proj.base_layer.bias") for name in names)
+    assert not any("bias" in name and ".experts." in name for name in names)
+
+
 @pytest.mark.parametrize(
     ("kind", "other", "given", "theirs"),
     [

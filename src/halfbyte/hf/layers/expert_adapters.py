@@ -283,7 +283,8 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
         plain: whether the adapter begins as the paper's does.
 
     Raises:
-        InputError: it names one of gate and up alone, which are one stack; or DoRA, or a beginning of their own.
+        InputError: it names one of gate and up alone, which are one stack; or DoRA, or a beginning of their own; or
+            all biases, and the experts have some.
     """
     paths = {*layers}
     if not paths:
@@ -294,6 +295,8 @@ def target_experts(model: nn.Module, config: LoraConfig, layers: Iterable[str], 
         if not isinstance(experts, Experts):
             continue
         inside |= {name for name in paths if name.startswith(f"{path}.")}
+        if config.bias == "all" and experts.has_bias:
+            raise InputError("bias all does not go with biases of experts, which stay frozen; take lora_only.")
         for stack, parts in experts.layers_of.items():
             if is_adapted(path, parts, paths):
                 stacks.append(f"{path}.{stack}")
