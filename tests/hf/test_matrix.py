@@ -86,6 +86,13 @@ MODELS |= {
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoX", ONE_HEAD_SIZE),
     "gpt2": ("GPT2LMHeadModel", "GPT2", GPT),
     "gptj": ("GPTJForCausalLM", "GPTJ", GPT | {"rotary_dim": 8}),
+    "jamba": (
+        "JambaForCausalLM", "Jamba",
+        SIZES | EXPERTS | {
+            "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+            "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False,
+        },
+    ),
     "llama4": (
         "Llama4ForCausalLM", "Llama4Text",
         SIZES | {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 6},

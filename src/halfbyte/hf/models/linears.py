@@ -132,12 +132,13 @@ def not_linear(model: nn.Module) -> list[str]:
     """Return the names of layers that PEFT (0.21) takes for linear ones by their class, though they act otherwise.
 
     They are routers that return indices too (Llama 4, Phi-3.5-MoE): not to be adapted (``exclude_modules``), nor is
-    what decides by one value how much a shared expert counts.
+    what decides by one value how much a shared expert counts, or a layer whose weight the dense model reads directly
+    (Jamba's ``dt_proj``): there an adapter over it does nothing.
     """
     return [
         name
         for name, module in model.named_modules()
-        if name.endswith(ROUTERS)
+        if name.endswith(READ_DIRECTLY + ROUTERS)
         or (is_subclass(module) and not isinstance(module, FrozenLinear) and not is_linear(module))
     ]
 
