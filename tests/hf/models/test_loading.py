@@ -148,6 +148,10 @@ def test_a_folder_without_or_with_a_broken_tokenizer_is_told_in_a_whole_sentence
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"^The tokenizer of .*model cannot be opened: "):
         halfbyte.load_tokenizer(folder)
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"hidden_size": None}))
+    with pytest.raises(InputError, match=r"config\.json cannot be used: .*'hidden_size'.* expected int, got NoneType"):
+        halfbyte.load_tokenizer(folder)
 
 
 def test_a_quantized_copy_brings_its_tokenizer(tiny_model_folder: Path, tmp_path: Path) -> None:

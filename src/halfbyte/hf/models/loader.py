@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ from halfbyte.hf.models.base_files import Source, check_base
 from halfbyte.hf.models.base_format import base_format
 from halfbyte.hf.models.checkpoint import weight_files
 from halfbyte.hf.models.config import HalfbyteConfig
-from halfbyte.hf.models.configs import ADAPTER, config_at, json_of, model_class, say_remote_code, sentence
+from halfbyte.hf.models.configs import ADAPTER, CONFIG, config_at, json_of, model_class, say_remote_code, sentence
 from halfbyte.hf.models.converted import converted, is_too_large, shared
 from halfbyte.hf.models.foreign.gguf import tokenizer_source
 from halfbyte.hf.models.foreign.packed import packing_of
@@ -237,6 +238,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     source, options = tokenizer_source(place.gguf) if place.gguf else (place.path, place.options)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except StrictDataclassError as error:  # the configuration says which tokenizer it is
+        raise InputError(sentence(f"{Path(place.path) / CONFIG} cannot be used: {error}")) from error
     except (OSError, ValueError) as error:
         say_remote_code(place.path, error)
         if place.is_folder and not place.gguf and not any((Path(place.path) / name).is_file() for name in TOKENIZERS):
