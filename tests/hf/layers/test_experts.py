@@ -187,6 +187,29 @@ def test_a_stack_of_another_number_of_experts_is_told(kind: str, tmp_path: Path)
         halfbyte.load(tmp_path / "m", quantization_config=FP32)
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "told"),
+    [
+        ("Qwen3Moe", {"num_experts_per_tok": 6}, r"each token go to 6 of the 5 experts in \S+0\.mlp\.experts"),
+        ("GptOss", {"num_experts_per_tok": 0}, "each token go to 0 of the 5 experts in"),
+        ("GraniteMoe", {"num_local_experts": 0}, r"no experts in model\.layers\.0\.block_sparse_moe\.experts"),
+        ("Glm4Moe", {"n_group": 2}, r"the 5 experts in \S+1\.mlp\.experts in 2 groups, which do not divide"),
+    ],
+)
+def test_numbers_of_experts_that_nothing_can_compute_with_are_told(
+    kind: str, given: dict[str, int], told: str, tmp_path: Path
+) -> None:
+    mixture(kind, tmp_path / "m", n_routed_experts=5, n_group=1, topk_group=1, first_k_dense_replace=1)
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    for use in (
+        lambda: halfbyte.load(tmp_path / "m", quantization_config=FP32),
+        lambda: quantize_checkpoint(tmp_path / "m", tmp_path / "q", FP32),
+    ):
+        with pytest.raises(InputError, match=f"config.json has {told}.*copy it from the model's source again"):
+            use()
+
+
 def test_a_router_whose_weight_is_read_by_hand_stays_dense_and_unknown_stacks_are_told(
     tmp_path: Path, give_values: Give, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -215,13 +215,38 @@ def load_of(model: nn.Module) -> float | None:
 
 
 def take_apart(model: nn.Module) -> None:
-    """Put :class:`Experts` in the place of every stack of experts in a model on the meta device."""
+    """Put :class:`Experts` in the place of every stack of experts in a model on the meta device.
+
+    Raises:
+        InputError: there are none, or fewer than each token is to go to, or groups do not divide them.
+    """
     for name, module in list(model.named_modules()):
         if is_stacked(module):
-            model.set_submodule(name, Experts(module))
+            experts = Experts(module)
+            _check_numbers(name, experts, model.get_submodule(name.rpartition(".")[0]))
+            model.set_submodule(name, experts)
         elif type(module).__name__ == "Llama4TextMoe" and not isinstance(module, Llama4Moe):
             theirs: Any = type(module)
             module.__class__ = _llama4(theirs)
+
+
+def _check_numbers(path: str, experts: Experts, block: nn.Module) -> None:
+    """Check what a configuration says of the experts at ``path``, which are in ``block``."""
+    many = experts.num_experts
+    if many < 1:
+        raise InputError(f"config.json has no experts in {path}: copy it from the model's source again.")
+    for module in (block, *block.children()):
+        chosen, groups = (getattr(module, name, None) for name in ("top_k", "num_group"))
+        if isinstance(chosen, int) and not 1 <= chosen <= many:
+            raise InputError(
+                f"config.json has each token go to {chosen} of the {many} experts in {path}: copy it from the model's "
+                "source again."
+            )
+        if isinstance(groups, int) and (groups < 1 or many % groups):
+            raise InputError(
+                f"config.json has the {many} experts in {path} in {groups} groups, which do not divide them: copy it "
+                "from the model's source again."
+            )
 
 
 @functools.cache
