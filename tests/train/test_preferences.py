@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig
 
 import halfbyte
 from halfbyte import data, hf
@@ -285,6 +286,29 @@ def test_a_trained_adapter_keeps_its_copy_as_reference(options: dict[str, Any], 
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     assert list(pair_trainer(model, tmp_path, tokenizer, rows).model.peft_config) == ["default", "ref"]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_mixture_with_shared_experts_has_a_reference_too(
+    method: str, options: dict[str, Any], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixture"
+    shutil.copytree(tiny_model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = Qwen2MoeConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, router_aux_loss_coef=0.0, bos_token_id=None, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    options |= {"model": str(folder), "method": method, "max_steps": 2}
+    first = fine_tune(TrainConfig(**options)).output
+    del options["rank"]
+    again = fine_tune(TrainConfig(**options | {"adapter": first, "output": tmp_path / "again"})).output
+    for run in (first, again):  # which begins as its reference
+        assert steps_of(run)[0].loss == pytest.approx({"dpo": math.log(2), "kto": 0.5}[method], abs=1e-4)
+        names = load_file(run / "adapter_model.safetensors")
+        assert any(".shared_expert.gate_proj.lora_B" in name for name in names)
+        assert not any(".ref" in name for name in names)
 
 
 def test_an_evaluation_is_the_mean_over_pairs_the_first_one_and_those_after_it(

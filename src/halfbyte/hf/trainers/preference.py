@@ -10,6 +10,7 @@ DPO's reference log-probabilities can be had in advance (``precompute_ref_log_pr
 in memory: 8 bytes a pair. TRL does it before they are in place, and hashes the model to keep the numbers in a file.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch.utils.data import DataLoader
 
+from halfbyte.hf.layers.expert_adapters import has_experts, own_words
 from halfbyte.hf.layers.starts import starts_of, untrained
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
@@ -50,7 +52,9 @@ class Preferences(Shared, BaseTrainer, _Theirs):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self._is_built = False
-        super().__init__(model, *args, **kwargs)
+        experts = isinstance(model, PeftModel) and has_experts(model)
+        with own_words(model.peft_config.values()) if experts else contextlib.nullcontext():
+            super().__init__(model, *args, **kwargs)
         self._is_built = True
         self.trained_tokens = 0
         if isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config:
