@@ -497,6 +497,29 @@ def test_experts_are_trained_with_dropout_and_resumed(
     assert len(moved) == 2 * 2 and all(one[name].any() for name in moved)
 
 
+SHARED = {"num_experts": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("experts_folder", [("Qwen2Moe", SHARED | {"num_experts_per_tok": 2})], indirect=True)
+def test_shared_experts_begin_with_eva_and_are_resumed(
+    options: dict[str, Any], experts_folder: Path, tmp_path: Path
+) -> None:
+    options |= {"model": str(experts_folder), "init_lora_weights": "eva", "rank": 4, "lora_dropout": 0.0}
+    options |= {"target_modules": "o_proj,shared_expert.gate_proj", "max_steps": 3}
+    whole = fine_tune(TrainConfig(**options)).output
+    parts = options | {"output": str(tmp_path / "parts"), "save_steps": 1}
+    with pytest.raises(Interrupted):
+        fine_tune(TrainConfig(**parts), Recorder(interrupt_after=1))
+    again = fine_tune(TrainConfig(**parts, resume=True)).output
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert sum(".shared_expert.gate_proj.lora_A" in name for name in one) == 2
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(experts_folder), whole)
+    assert sum(".shared_expert.gate_proj.lora_A" in name for name, _ in opened.named_parameters()) == 2
+
+
 @pytest.mark.parametrize("experts_folder", [("Llama4Text", {"intermediate_size_mlp": 48})], indirect=True)
 def test_experts_train_where_trl_cannot_balance_them(
     options: dict[str, Any], experts_folder: Path, caplog: pytest.LogCaptureFixture

@@ -17,7 +17,7 @@ from halfbyte import data, hf
 from halfbyte.choices import REFERENCED
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.eva import TOKENS, batches_of, begin_with_eva, eva_config
-from halfbyte.hf.layers.expert_adapters import as_peft_reads, has_experts, own_words, set_dropout
+from halfbyte.hf.layers.expert_adapters import as_peft_reads, as_we_read, has_experts, own_words, set_dropout
 from halfbyte.hf.layers.lora_config import adapted_layers, lora_config
 from halfbyte.hf.layers.starts import OF_WEIGHTS, begin_lengths, make_room
 from halfbyte.hf.layers.targets import ALL
@@ -91,8 +91,9 @@ class Beginning:
                 lora.init_lora_weights, lora.eva_config = "eva", eva_config([*ranks.values()], widths)
             else:
                 saved = json.loads((self.checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-                for name in ("rank_pattern", "alpha_pattern", "target_modules"):
+                for name in ("rank_pattern", "alpha_pattern", "target_modules", "target_parameters"):
                     setattr(lora, name, saved[name])
+                as_we_read(lora)
         set_seed(config.seed)
         try:
             with own_words() if has_experts(model) else contextlib.nullcontext():

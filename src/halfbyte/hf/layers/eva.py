@@ -46,13 +46,30 @@ def begin_with_eva(model: PeftModel, batches: Sequence[dict[str, Tensor]]) -> No
             f"init_lora_weights 'eva' looks for {needed} directions and found {fewest} tokens in a batch; take a lower "
             "rank or more data."
         )
-    initialize_lora_eva_weights(model, _Bounded(batches), show_progress_bar=False, gather_distributed_inputs=False)
+    initialize_lora_eva_weights(
+        model,
+        _Bounded(batches),
+        prepare_layer_inputs_fn=_tokens,
+        show_progress_bar=False,
+        gather_distributed_inputs=False,
+    )
     config = model.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None  # whoever opens the adapter has its values
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
             layer.lora_A.float()  # PEFT has made new ones, in the dtype of the model
             layer.lora_B.float()
+
+
+def _tokens(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """Return what a layer reads of the tokens at ``model_input``, rows and places: PEFT's (0.21), without padding.
+
+    A shared expert reads all rows of a batch as one, which PEFT does not know.
+    """
+    x: Tensor = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
+    if x.ndim == 2:
+        x = x.view(int(model_input[:, 0].max()) + 1, -1, x.shape[1])
+    return x[model_input.T.unbind()]
 
 
 class _Bounded:
