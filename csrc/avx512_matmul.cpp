@@ -124,6 +124,12 @@ struct Singles {
     }
 };
 
+// Ask for a line.
+template <_mm_hint hint = _MM_HINT_T0>
+void ask_for(const void* line) {
+    _mm_prefetch(static_cast<const char*>(line), hint);
+}
+
 // The sixteen values of a block, scaled.
 __m512 scaled(const float* code, float scale) { return _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(scale)); }
 
@@ -197,6 +203,8 @@ void expand_forward(const Weight4bit& w, int64_t column, int64_t first, int64_t 
                     continue;
                 }
                 const uint8_t* from = codes + ((row[r] + begin) >> 1);
+                // asked for is this segment of the sixteen rows that come next; the next segment is too near
+                for (int64_t byte = 0; byte < segment / 2; byte += 64) ask_for(from + 8 * w.columns + byte);
                 typename L::Element* to = rows[r];
                 const float* scale = scales[r] + (begin - first) / piece;
                 for (int64_t i = begin; i < end; i += piece) {
@@ -205,8 +213,6 @@ void expand_forward(const Weight4bit& w, int64_t column, int64_t first, int64_t 
                         _mm512_store_si512(to, L::look_up(table, from));
                     }
                 }
-                _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
             }
             for (int64_t i = begin; i < end; i += width) {
                 transpose(rows[0] + (i - begin), sizeof rows[0], panel + (i - first) / L::kPerLane * kStrip + c);
@@ -236,8 +242,10 @@ void expand_gradient(const Weight4bit& w, int64_t column, int64_t first, int64_t
             }
             continue;
         }
-        for (int64_t ahead = n + 32; ahead < n + 32 + L::kPerLane; ++ahead) {  // as below: no processor guesses it
-            _mm_prefetch(reinterpret_cast<const char*>(w.codes + ((ahead * w.columns + column) >> 1)), _MM_HINT_T0);
+        // As below, no processor guesses it. A line is two strips wide: the next one is asked for as well.
+        for (int64_t r = n; r < n + L::kPerLane; ++r) {
+            ask_for(w.codes + (((r + 32) * w.columns + column) >> 1));
+            ask_for<_MM_HINT_T1>(w.codes + ((r * w.columns + column + 2 * kStrip) >> 1));
         }
         for (int64_t c = 0; c < columns; c += piece) {
             const float* scale = scales[c > 0] + (n - first);
@@ -260,7 +268,7 @@ struct DenseRows {
     // A strip is a small part of each row: what lies ahead is asked for, since no processor guesses it.
     void prefetch(int64_t row, int64_t i, int64_t count) const {
         for (int64_t c = 0; c < count; c += 64 / S::kSize) {
-            _mm_prefetch(at(m.values, row * m.stride + i + c, S::kSize), _MM_HINT_T0);
+            ask_for(at(m.values, row * m.stride + i + c, S::kSize));
         }
     }
     __m512i read(int64_t row, int64_t i, int64_t count) const {
@@ -273,9 +281,7 @@ template <class L>
 struct BytesRows {
     using Lane = L;
     const Weight8bit& m;
-    void prefetch(int64_t row, int64_t i, int64_t) const {
-        _mm_prefetch(reinterpret_cast<const char*>(m.codes + row * m.columns + i), _MM_HINT_T0);
-    }
+    void prefetch(int64_t row, int64_t i, int64_t) const { ask_for(m.codes + row * m.columns + i); }
     __m512i read(int64_t row, int64_t i, int64_t count) const {
         const int64_t begin = row * m.columns + i;
         if (m.piece && count > 0) {

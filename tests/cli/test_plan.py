@@ -58,6 +58,16 @@ def test_a_mixture_is_told_with_its_experts_and_what_of_it_is_at_work(plan: Run,
     assert f"{found['active_parameters']:,} of them at work for a token" in out
 
 
+def test_a_mixture_whose_first_layer_is_dense_is_told_so(plan: Run, tmp_path: Path) -> None:
+    t.Glm4MoeConfig(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=96, pad_token_id=0,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    code, out, err = plan(tmp_path)
+    assert code == 0, err
+    assert "3 Glm4Moe layers, 2 of them of 8 experts each, 2 for a token, " in out
+
+
 def test_one_is_told_as_one(plan: Run, tiny_model_folder: Path, tmp_path: Path) -> None:
     t.LlamaConfig.from_pretrained(tiny_model_folder, num_hidden_layers=1).save_pretrained(tmp_path / "one")
     numbers = tmp_path / "plan.json"

@@ -42,16 +42,21 @@ FAMILIES: dict[str, Any] = {
     "Ministral": lambda sizes: t.MinistralConfig(**sizes, **WINDOWS, head_dim=32),
 }
 EXPERTS = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+GROUPS = EXPERTS | {"num_experts": 6, "num_local_experts": 6, "n_routed_experts": 6, "n_group": 2, "topk_group": 1}
 MIXTURES: dict[str, Any] = {
     "Mixtral": lambda sizes: t.MixtralConfig(**sizes, **EXPERTS, sliding_window=20),
     "Qwen2Moe": lambda sizes: t.Qwen2MoeConfig(**sizes, **EXPERTS, shared_expert_intermediate_size=128),
     "Qwen3Moe": lambda sizes: t.Qwen3MoeConfig(**sizes, **EXPERTS, head_dim=32, norm_topk_prob=True),
     "Olmoe": lambda sizes: t.OlmoeConfig(**sizes, **EXPERTS),
+    "Qwen2Moe, dense at first": lambda sizes: t.Qwen2MoeConfig(**sizes, **EXPERTS, mlp_only_layers=[0]),
+    "Qwen3Moe, every second": lambda sizes: t.Qwen3MoeConfig(**sizes, **EXPERTS, head_dim=32, decoder_sparse_step=2),
+    "Glm4Moe": lambda sizes: t.Glm4MoeConfig(**sizes, **GROUPS, first_k_dense_replace=0),
+    "Glm4Moe, dense at first": lambda sizes: t.Glm4MoeConfig(**sizes, **GROUPS, norm_topk_prob=False),
 }
 
 
 def ranks(shape: Any, rank: int) -> list[dict[str, int]]:
-    return [{linear.path: rank for linear in shape.linears} for _ in range(shape.layers)]
+    return [{linear.path: rank for linear in layer.linears} for layer in shape.layers]
 
 
 @pytest.mark.parametrize("sizes", [SMALL, MIDDLE], ids=["small", "middle"])
@@ -115,24 +120,25 @@ def test_published_mixtures_have_the_sizes_that_are_published(config: Any, param
     assert shape.active_parameters / 1e9 == pytest.approx(active, abs=0.06)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        t.Qwen2MoeConfig(**SMALL, **EXPERTS, mlp_only_layers=[0]),
-        t.Glm4MoeConfig(**SMALL, **EXPERTS, first_k_dense_replace=1, n_routed_experts=4),
-    ],
-    ids=["Qwen2Moe", "Glm4Moe"],
-)
-def test_a_mixture_with_a_layer_of_another_kind_is_refused(config: Any) -> None:
-    with pytest.raises(InputError, match="whose layers are not all alike"):
-        shape_of(config)
+def test_a_mixture_whose_first_layer_is_dense_has_the_size_that_is_published() -> None:
+    shape = shape_of(
+        t.Glm4MoeConfig(  # GLM-4.5-Air: 106 billion, 12 of them active, as its card counts: without embeddings and head
+            hidden_size=4096, intermediate_size=10_944, num_hidden_layers=46, num_attention_heads=96,
+            num_key_value_heads=8, head_dim=128, moe_intermediate_size=1408, n_routed_experts=128,
+            num_experts_per_tok=8, n_shared_experts=1, first_k_dense_replace=1, attention_bias=True,
+            vocab_size=151_552, pad_token_id=0,
+        )
+    )  # fmt: skip
+    assert int(shape.parameters / 1e9) == 106
+    assert int((shape.active_parameters - shape.embedding_weights) / 1e9) == 12
+    assert [layer.mixture is None for layer in shape.layers] == [True, *[False] * 45]
 
 
 def test_layers_without_adapters_keep_less() -> None:
     config = FAMILIES["Llama"](SMALL)
     shape = shape_of(config)
     whole = layer_costs(shape, ranks(shape, 4), 48, 1)
-    bare = layer_costs(shape, [{} for _ in range(shape.layers)], 48, 1)
+    bare = layer_costs(shape, [{} for _ in shape.layers], 48, 1)
     assert all(a.kept > b.kept for a, b in zip(whole, bare, strict=True))
 
 

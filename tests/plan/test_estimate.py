@@ -45,8 +45,9 @@ def model() -> Model:
     return Model("m", shape_of(t.LlamaConfig(**SIZES)), "nf4", 64, True, True, True)
 
 
-def test_the_policy_of_a_mixture_is_the_one_that_a_run_chooses(tmp_path: Path) -> None:
-    config = t.Qwen3MoeConfig(**SIZES | EXPERTS | {"norm_topk_prob": True, "head_dim": 64})
+@pytest.mark.parametrize("dense", [[], [1]], ids=["all layers mix", "the second is dense"])
+def test_the_policy_of_a_mixture_is_the_one_that_a_run_chooses(tmp_path: Path, dense: list[int]) -> None:
+    config = t.Qwen3MoeConfig(**SIZES | EXPERTS | {"norm_topk_prob": True, "head_dim": 64, "mlp_only_layers": dense})
     t.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "a")
     hf.quantize_checkpoint(tmp_path / "a", tmp_path / "b")
     loaded = hf.load(tmp_path / "b")
@@ -57,7 +58,7 @@ def test_the_policy_of_a_mixture_is_the_one_that_a_run_chooses(tmp_path: Path) -
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     options = config_of(model=str(tmp_path / "b"), batch_size=4, max_length=512, optimizer="paged_adamw_8bit")
     found, kept = look_at(options), set()
-    for free in (240 * 2**20, 260 * 2**20, 290 * 2**20, 64 * GIB):
+    for free in (240 * 2**20, 254 * 2**20, 290 * 2**20, 64 * GIB):
         plan = plan_run(options, model=found, free=free + 4 * trained)
         assert plan.trained == trained
         expected = activations.plan(wrapped, length=512, batch_size=4, free=free, base=found.pageable(2), state=0)
@@ -80,21 +81,32 @@ def test_the_policy_is_the_one_that_a_run_chooses(model: Model, free: int, optim
     assert plan.policy == expected
 
 
-@pytest.mark.parametrize("kind", [t.LlamaConfig, t.Qwen2MoeConfig, t.MixtralConfig])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (t.LlamaConfig, {}),
+        (t.Qwen2MoeConfig, EXPERTS),
+        (t.MixtralConfig, EXPERTS),
+        (t.Qwen2MoeConfig, EXPERTS | {"mlp_only_layers": [0, 1]}),
+        (t.Glm4MoeConfig, EXPERTS | {"n_routed_experts": 6, "head_dim": 64, "first_k_dense_replace": 1}),
+    ],
+    ids=["Llama", "Qwen2Moe", "Mixtral", "Qwen2Moe, two dense layers", "Glm4Moe, one dense layer"],
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(tmp_path: Path, tied: bool, kind: Any) -> None:
-    sizes: dict[str, Any] = SIZES | (EXPERTS if kind is not t.LlamaConfig else {})
-    config = kind(**sizes | {"tie_word_embeddings": tied})
+def test_what_of_a_folder_can_be_paged_is_what_the_loaded_model_maps(
+    tmp_path: Path, tied: bool, kind: Any, more: dict[str, Any]
+) -> None:
+    config = kind(**SIZES | more | {"tie_word_embeddings": tied})
     t.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "a")
     hf.quantize_checkpoint(tmp_path / "a", tmp_path / "b")
     loaded = hf.load(tmp_path / "b")
     found = look_at(config_of(model=str(tmp_path / "b")))
     assert found.mapped_linears and found.mapped_dense
     found_all, found_least, found_beside = found.pageable(2)
-    matrices = sum(linear.matrices[0] for linear in found.shape.linears)
+    matrices = max(sum(linear.matrices[0] for linear in layer.linears) for layer in found.shape.layers)
     pages = max(3 * 4096, 2 * 4096 + 1536 * matrices)  # of each unit, whole ones; its matrices' tables lie in between
-    mixture = found.shape.mixture
-    pages += 0 if mixture is None else 4096 * (mixture.experts + 1)  # those that two experts, or one and others, lie on
+    for mixture in found.shape.mixtures[:1]:  # those that two experts, or one and others, lie on
+        pages += 4096 * (mixture.experts + 1)
     assert 0 <= paging.mapped_bytes(loaded) - found_all <= (SIZES["num_hidden_layers"] + 1) * pages
     assert 0 <= paging.least_bytes(loaded) - found_least <= 2 * pages
     assert found_beside == (loaded.get_input_embeddings().weight.nbytes if tied else 0)

@@ -17,8 +17,9 @@ from halfbyte.plan.shape import shape_of
 from halfbyte.runs.config import TrainConfig
 
 CONFIG = t.Qwen2MoeConfig(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96, num_experts=5,
-    num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=96, pad_token_id=0,
+    hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=96, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=96,
+    mlp_only_layers=[2], pad_token_id=0,
 )  # fmt: skip
 SHAPE = shape_of(CONFIG)
 OPTIONS: list[dict[str, Any]] = [
@@ -28,6 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"rank_pattern": {"gate_proj": 2}},
     {"rank_pattern": {"gate_up_proj": 3}},
     {"target_modules": "gate_proj,up_proj,o_proj", "layers_to_transform": [1]},
+    {"target_modules": "gate_proj,up_proj,down_proj", "layers_to_transform": [1, 2]},
     {"exclude_modules": ["shared_expert.down_proj", "v_proj"], "rank_pattern": {"down_proj": 2}},
 ]
 
@@ -69,11 +71,12 @@ def test_adapters_of_a_mixture_are_those_that_peft_trains(
 
 
 def test_a_token_passes_the_adapters_of_its_experts_alone() -> None:
-    (one, _) = ranks = ranks_of(config_of(target_modules="gate_proj,up_proj"), SHAPE)
-    stack, shared = 64 + 2 * 32, 2 * (64 + 96)
+    (one, _, last) = ranks = ranks_of(config_of(target_modules="gate_proj,up_proj"), SHAPE)
+    stack, shared, dense = 64 + 2 * 32, 2 * (64 + 96), 2 * (64 + 160)
     assert set(one) == {"mlp.experts.gate_up_proj", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"}
-    assert active_adapter(SHAPE, ranks) == 2 * 4 * (2 * stack + shared)
-    assert adapter_parameters(SHAPE, ranks) == 2 * 4 * (5 * stack + shared)
+    assert set(last) == {"mlp.gate_proj", "mlp.up_proj"}
+    assert active_adapter(SHAPE, ranks) == 2 * 4 * (2 * stack + shared) + 4 * dense
+    assert adapter_parameters(SHAPE, ranks) == 2 * 4 * (5 * stack + shared) + 4 * dense
 
 
 @pytest.mark.parametrize(

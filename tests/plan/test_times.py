@@ -10,7 +10,7 @@ from halfbyte.plan.calibrate import fitted
 from halfbyte.plan.machine import stated_rates
 from halfbyte.plan.published import everywhere, llama
 from halfbyte.plan.ranks import active_adapter
-from halfbyte.plan.shape import shape_of
+from halfbyte.plan.shape import Shape, shape_of
 from halfbyte.plan.times import EXPANDING, Pass, disk_seconds, step_time
 
 RATES = stated_rates(2)
@@ -33,7 +33,7 @@ def test_a_mixture_takes_the_time_of_what_a_token_passes() -> None:
     assert shape.active_weights < shape.linear_weights / 3
     flop = {"forward": (1e-12, 0.0), "backward": (1e-12, 0.0), "lora_forward": (1e-12, 0.0)}
     found = step_time(RATES.model_copy(update=flop), shape, ranks, WORK, backward=False)
-    experts = shape.layers * sum(linear.weights for linear in shape.linears if linear.parts)
+    experts = sum(linear.weights for layer in shape.layers for linear in layer.experts)
     assert found.base == pytest.approx(2 * (2048 * shape.active_weights + EXPANDING[0] * experts) * 1e-12)
     token = Pass(tokens=1, squares=1, trained=0, longest=1)
     one = step_time(RATES.model_copy(update=flop), shape, ranks, token, backward=False)
@@ -63,10 +63,13 @@ def test_passes_add_up_and_the_optimizer_steps_once() -> None:
 def test_a_window_narrower_than_the_rows_spares_attention() -> None:
     shape = llama("1B")
     work = Pass(8192, 8192**2, 8191, 8192)
-    narrow = dataclasses.replace(shape, windows=(512,) * shape.layers)
-    whole, near = (step_time(RATES, s, everywhere(s, 16), work).attention for s in (shape, narrow))
+
+    def within(window: int) -> Shape:
+        return dataclasses.replace(shape, layers=tuple(dataclasses.replace(x, window=window) for x in shape.layers))
+
+    whole, near = (step_time(RATES, s, everywhere(s, 16), work).attention for s in (shape, within(512)))
     assert near < 0.3 * whole
-    wide = dataclasses.replace(shape, windows=(8192,) * shape.layers)
+    wide = within(8192)
     assert step_time(RATES, wide, everywhere(wide, 16), work).attention == whole
 
 

@@ -264,13 +264,26 @@ class _Call:
         return noise_of(self.seed, self.dropout, u, self.inputs) if self.dropout else None
 
     def stacked(self, factors_a: Sequence[Tensor]) -> Tensor:
-        """Return all ``s A``, ``[experts, sum of ranks, in]``."""
-        if self.scalings == [1]:
-            return factors_a[0]
-        scaled = pool.empty((len(factors_a[0]), self.rank, self.inputs), factors_a[0].dtype, factors_a[0].device)
-        for r, a, s in zip(self.ranks, factors_a, self.scalings, strict=True):
-            torch.mul(a, s, out=scaled[:, r])
-        return scaled
+        """Return all A, ``[experts, sum of ranks, in]``."""
+        first = factors_a[0]
+        if len(factors_a) == 1:
+            return first
+        return torch.cat(
+            list(factors_a), 1, out=pool.empty((len(first), self.rank, self.inputs), first.dtype, first.device)
+        )
+
+    def scale(self, u: Tensor) -> None:
+        """Multiply ``[rows, sum of ranks]`` by each adapter's s, in place: that is less than all experts' A or B."""
+        for r, s in zip(self.ranks, self.scalings, strict=True):
+            if s != 1:
+                u[:, r] *= s
+
+    def gradient(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return fp32 ``[experts, ...]`` from the pool, to be written: zeros where an expert has no rows."""
+        made = pool.empty(shape, torch.float32, device)
+        for expert in set(range(shape[0])).difference(e for e, _, _ in self.bounds):
+            made[expert].zero_()
+        return made
 
 
 class _ExpertsLinear(torch.autograd.Function):
@@ -283,6 +296,7 @@ class _ExpertsLinear(torch.autograd.Function):
         if call.rank:
             stacked, dropped = call.stacked(factors_a), _times(x, call.noise(u))
             kernels.matmul_sums([Sum([Term(dropped[i:j], stacked[e])], u[i:j]) for e, i, j in call.bounds])
+            call.scale(u)
         y = pool.empty((x.shape[0], call.width), x.dtype, x.device)
         sums = []
         for e, i, j in call.bounds:
@@ -317,6 +331,7 @@ class _ExpertsLinear(torch.autograd.Function):
                     for r, b in zip(call.ranks, factors_b, strict=True)
                 ]
             )
+            call.scale(g)
         sums = []
         noise = call.noise(u)
         dx = through = da = None
@@ -339,12 +354,12 @@ class _ExpertsLinear(torch.autograd.Function):
         if any(need_a):
             x = kept[0] if ctx.compute is None else ctx.compute(*kept)
             x = _times(x, noise)
-            da = _zeros((len(factors_a[0]), call.rank, call.inputs), u.device)
+            da = call.gradient((len(factors_a[0]), call.rank, call.inputs), u.device)
             sums += [Sum([Term(g[i:j].T, x[i:j], transposed=False)], da[e]) for e, i, j in call.bounds]
         dbs: list[Tensor | None] = [None] * n
         for k, (r, b) in enumerate(zip(call.ranks, factors_b, strict=True)):
             if need_b[k]:
-                db = _zeros(b.shape, u.device)
+                db = call.gradient(b.shape, u.device)
                 sums += [Sum([Term(u[i:j, r].T, dy[i:j], transposed=False)], db[e]) for e, i, j in call.bounds]
                 dbs[k] = db
         kernels.matmul_sums(sums)
@@ -353,8 +368,7 @@ class _ExpertsLinear(torch.autograd.Function):
         das: list[Tensor | None] = [None] * n
         if da is not None:
             das = [
-                da[:, r].mul_(s).to(a.dtype) if need else None
-                for r, s, a, need in zip(call.ranks, call.scalings, factors_a, need_a, strict=True)
+                da[:, r].to(a.dtype) if need else None for r, a, need in zip(call.ranks, factors_a, need_a, strict=True)
             ]
         low_rank = [*das, *(d if d is None else d.to(b.dtype) for d, b in zip(dbs, factors_b, strict=True))]
         return dx, None, None, *low_rank
@@ -363,18 +377,14 @@ class _ExpertsLinear(torch.autograd.Function):
 def _parted(factors: Sequence[Tensor], n: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Return all A and all Bᵀ, contiguous; kept for the backward are the views of parameters that they are of.
 
-    Copies lie in the pool, as what :meth:`_Call.stacked` makes: in the heap, layer after layer, they would leave gaps.
+    Copies lie in the pool, as what :meth:`_Call.stacked` makes of several: in the heap, layer after layer, they would
+    leave gaps.
     """
     whole = [
         factor if factor.is_contiguous() else pool.empty(factor.shape, factor.dtype, factor.device).copy_(factor)
         for factor in factors
     ]
     return whole[:n], whole[n:]
-
-
-def _zeros(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return fp32 zeros from the pool: gradients of experts that have no rows are not written."""
-    return pool.empty(shape, torch.float32, device).zero_()
 
 
 def _slices(sizes: Sequence[int]) -> tuple[list[slice], int]:

@@ -19,11 +19,21 @@ from halfbyte.hf.models.config import HalfbyteConfig
 from halfbyte.hf.models.configs import config_at
 from halfbyte.hf.models.foreign.packed import packing_of as foreign_packing
 from halfbyte.hf.models.hub import locate
+from halfbyte.hf.models.pager import least_of
 from halfbyte.memory import anonymous_memory, free_memory
 from halfbyte.plan import calibrate
 from halfbyte.plan.costs import layer_costs
 from halfbyte.plan.machine import Machine
-from halfbyte.plan.memory import Base, Memory, adapter_sizes, base_bytes, memory_of, objects, resident_state
+from halfbyte.plan.memory import (
+    Base,
+    Memory,
+    adapter_sizes,
+    base_bytes,
+    layer_bytes,
+    memory_of,
+    objects,
+    resident_state,
+)  # fmt: skip
 from halfbyte.plan.ranks import adapter_parameters, adapter_tensors, ranks_of
 from halfbyte.plan.rows import RowFacts, full_rows, packing_of, steps_of, work_of
 from halfbyte.plan.shape import Shape, shape_of
@@ -79,12 +89,14 @@ class Model:
         As :mod:`halfbyte.hf.models.paging` finds on the loaded model: each layer is one unit, the head another.
         """
         shape = self.shape
-        quantized = base_bytes(shape, self.quant_type, self.blocksize, self.double_quant, itemsize)[0]
-        layer = quantized // shape.layers * self.mapped_linears
-        layer += itemsize * (shape.dense_weights - shape.hidden + shape.biases) // shape.layers * self.mapped_dense
+        units = [
+            layer_bytes(layer, self.quant_type, self.blocksize, self.double_quant) * self.mapped_linears
+            + itemsize * layer.dense_weights * self.mapped_dense
+            for layer in shape.layers
+        ]
         head = itemsize * shape.vocabulary * shape.hidden * self.mapped_dense
-        own = 0 if shape.tied else head
-        return activations.Base(shape.layers * layer + own, layer + max(layer, own), head - own)
+        units += [] if shape.tied else [head]
+        return activations.Base(sum(units), least_of(units), head if shape.tied else 0)
 
     def paged(self, resident: int, itemsize: int, distinct: int | None) -> Base:
         """Return what is in memory of a base of which ``resident`` bytes of layers and head are."""

@@ -144,10 +144,10 @@ def gpu_parts(
     rows = 4 * shape.expert_rows  # what experts read, and its gradient
     one = 2 * (2 * width + 2 * shape.inner) + 2 * (3 * shape.inner + 3 * shape.hidden) + rows
     if not stack.recomputes:
-        stock = 2 * (10 * shape.hidden + 3 * shape.queries + 4 * shape.keys + 4 * shape.inner) + rows
-        held = float(shape.layers * stock)
+        stock = 2 * (10 * shape.hidden + 3 * shape.queries + 4 * shape.keys) + rows
+        held = float(sum(stock + 8 * layer.inner for layer in shape.layers))
     else:
-        held = 2.0 * shape.layers * shape.hidden if stack.inputs_here else 0.0
+        held = 2.0 * len(shape.layers) * shape.hidden if stack.inputs_here else 0.0
     return {
         "base": float(quantized),
         "embeddings and head": dense * stack.dense / 2,
@@ -170,7 +170,7 @@ def gpu_seconds(card: Card, shape: Shape, parameters: int, work: Pass, passes: f
     reading of the base three times, whichever is longer; ``parameters`` are those of LoRA that a token passes."""
     flop = 6 * work.tokens * shape.active_weights + 8 * work.tokens * parameters
     flop += 4 * work.trained * shape.vocabulary * shape.hidden
-    flop += 18 * work.squares / 2 * shape.queries * shape.layers
+    flop += 18 * work.squares / 2 * shape.queries * len(shape.layers)
     seconds = flop / (REACHED * card.tflops * 1e12)
     if card.bandwidth:
         seconds = max(seconds, 3 * base_bytes(shape, "nf4", 64, True)[0] / (card.bandwidth * 1e9))

@@ -27,7 +27,8 @@ from halfbyte.nn.cross_entropy import ROWS, WIDTH
 from halfbyte.optim.adamw import BLOCKSIZE as MOMENT_BLOCK
 from halfbyte.optim.adamw import SMALLEST_8BIT
 from halfbyte.plan.costs import FLOAT, kept_bytes
-from halfbyte.plan.shape import GATES, Shape
+from halfbyte.plan.ranks import adapted
+from halfbyte.plan.shape import GATES, Layer, Shape
 
 NESTED = 256
 """Block constants that share one of the second level."""
@@ -128,12 +129,17 @@ def base_bytes(
         itemsize: bytes of a dense value.
         distinct: different tokens of the data, of which alone untied embeddings are read; None: all.
     """
-    quantized = 0
-    for count, rows, columns in (linear.matrices for linear in shape.linears):
-        quantized += count * weight_bytes(rows, columns, quant_type, blocksize, double_quant)
+    quantized = sum(layer_bytes(layer, quant_type, blocksize, double_quant) for layer in shape.layers)
     read = shape.vocabulary if distinct is None else min(distinct, shape.vocabulary)
     embeddings = (shape.vocabulary + (0 if shape.tied else read)) * shape.hidden
-    return shape.layers * quantized, itemsize * (embeddings + shape.dense_weights + shape.biases)
+    return quantized, itemsize * (embeddings + shape.dense_weights)
+
+
+def layer_bytes(layer: Layer, quant_type: str, blocksize: int | str | None, double_quant: bool) -> int:
+    """Return the bytes of a layer's quantized weights."""
+    matrices = [linear.matrices for linear in layer.linears]
+    form = quant_type, blocksize, double_quant
+    return sum(count * weight_bytes(rows, columns, *form) for count, rows, columns in matrices)
 
 
 def weight_bytes(rows: int, columns: int, quant_type: str, blocksize: int | str | None, double_quant: bool) -> int:
@@ -188,15 +194,15 @@ def huge_pages() -> bool:
         return False
 
 
-def pooled_layer(shape: Shape, ranks: Mapping[str, int], tokens: int, first: bool, rotated: bool, itemsize: int) -> int:
+def pooled_layer(shape: Shape, layer: Layer, ranks: Mapping[str, int], tokens: int, first: bool, itemsize: int) -> int:
     """Return what a layer keeps for ``tokens`` in all, each of its tensors that lie in the pool rounded as that does.
 
     The residual stream, ranks and numbers a row are torch's own tensors.
     """
-    exact = kept_bytes(shape, ranks, tokens, first, rotated, itemsize)
-    gates = [x.taken * x.outputs for x in shape.linears if x.name in GATES]
-    gates += [shape.hidden] if shape.mixture and shape.mixture.shared_gate else []
-    joined = any(x.name == "qkv_proj" for x in shape.linears)
+    exact = kept_bytes(shape, layer, ranks, tokens, first, itemsize)
+    gates = [x.taken * x.outputs for x in layer.linears if x.name in GATES]
+    gates += [shape.hidden] if layer.mixture and layer.mixture.shared_gate else []
+    joined = any(x.name == "qkv_proj" for x in layer.linears)
     heads = [shape.queries, shape.queries, shape.keys]
     heads += [shape.queries + 2 * shape.keys] if joined else [shape.keys]
     heads += [shape.queries, shape.keys] if shape.head_norms else []
@@ -250,15 +256,16 @@ def memory_of(
     """
     sizes = adapter_sizes(shape, ranks)
     parameters = sum(sizes)
-    layers = [pooled_layer(shape, ranks[i], tokens, i == 0, shape.rotated[i], itemsize) for i in range(shape.layers)]
+    each = enumerate(shape.layers)
+    layers = [pooled_layer(shape, layer, ranks[index], tokens, index == 0, itemsize) for index, layer in each]
     again = policy.offloaded + policy.recomputed
     inputs = together * policy.recomputed * pooled(tokens * shape.hidden * itemsize)
     kept = sum(layers[again:])
-    layer, head = at_work(shape, tokens, trained, itemsize, dropout)
-    end = kept + max(head, layer)
-    rerun = layers[again - 1] + layer if again else 0
+    work, head = at_work(shape, tokens, trained, itemsize, dropout)
+    end = kept + max(head, work)
+    rerun = layers[again - 1] + work if again else 0
     state, resident = state_bytes(sizes, optimizer), resident_state(sizes, optimizer)
-    unused = min(UNUSED, (kept + inputs + max(head, layer)) // 8)
+    unused = min(UNUSED, (kept + inputs + max(head, work)) // 8)
     return Memory(
         base=base.all,
         base_mapped=base.mapped,
@@ -275,11 +282,11 @@ def memory_of(
 
 def objects(shape: Shape) -> int:
     """Return what the run takes whatever its work: tokenizer, tables, the trainer's and the layers' objects."""
-    of_experts = sum(linear.matrices[0] for linear in shape.linears if linear.parts)
-    return PROCESS + (PER_LAYER + PER_EXPERT * of_experts) * shape.layers
+    of_experts = sum(linear.matrices[0] for layer in shape.layers for linear in layer.experts)
+    return PROCESS + PER_LAYER * len(shape.layers) + PER_EXPERT * of_experts
 
 
 def adapter_sizes(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> list[int]:
     """Return how many values each of LoRA's matrices has, whose ``ranks`` are told by layer."""
-    placed = [(x, layer.get(x.path, 0)) for layer in ranks for x in shape.linears]
-    return [size for x, rank in placed if rank for size in (x.count * rank * x.inputs, x.count * rank * x.outputs)]
+    placed = adapted(shape, ranks)
+    return [size for x, rank in placed for size in (x.count * rank * x.inputs, x.count * rank * x.outputs)]

@@ -43,8 +43,8 @@ def llama(name: str) -> Shape:
 
 def everywhere(shape: Shape, rank: int, names: Sequence[str] = ()) -> list[dict[str, int]]:
     """Return LoRA of one rank on every linear layer, or on those of these names."""
-    one = {linear.path: rank for linear in shape.linears if not names or linear.name in names}
-    return [one] * shape.layers
+    layers = [layer.linears for layer in shape.layers]
+    return [{x.path: rank for x in linears if not names or x.name in names} for linears in layers]
 
 
 @dataclass(frozen=True)

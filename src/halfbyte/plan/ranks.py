@@ -31,22 +31,24 @@ def ranks_of(config: TrainConfig, shape: Shape) -> list[dict[str, int]]:
     check_expressions("rank_pattern", pattern)
     exclude: Sequence[str] = config.exclude_modules or ()
     chosen: list[dict[str, int]] = []
-    for index in range(shape.layers):
+    for index, layer in enumerate(shape.layers):
         among = config.layers_to_transform is None or index in config.layers_to_transform
         found = {}
-        for linear in shape.linears:
+        for linear in layer.linears:
             path = f"{shape.prefix}.{index}.{linear.path}"
             by_parameter = _named(path if linear.parts else path + WEIGHT, parameters)
             if among and (by_parameter or _takes(linear, path, targets, exclude)):
                 found[linear.path] = int(pattern.get(get_pattern_key(pattern.keys(), path), rank))
         chosen.append(found)
     if not any(chosen):
-        names = list(dict.fromkeys(name for linear in shape.linears for name in linear.parts or (linear.name,)))
+        linears = [linear for layer in shape.layers for linear in layer.linears]
+        names = list(dict.fromkeys(name for linear in linears for name in linear.parts or (linear.name,)))
         hint = nearest(targets, [*names, ALL]) if isinstance(targets, str) else ""
         raise InputError(
             f"target_modules {targets!r} matches no layer of the model{hint}, which has {', '.join(names)}."
         )
-    on_experts = any(linear.parts and linear.path in layer for layer in chosen for linear in shape.linears)
+    both = zip(shape.layers, chosen, strict=True)
+    on_experts = any(linear.path in one for layer, one in both for linear in layer.experts)
     if not config.adapter:
         check_pattern(
             "rank_pattern", pattern, [f"{shape.prefix}.{i}.{path}" for i, one in enumerate(chosen) for path in one]
@@ -58,14 +60,18 @@ def ranks_of(config: TrainConfig, shape: Shape) -> list[dict[str, int]]:
 
 def adapter_parameters(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> int:
     """Return the values of all A ``[rank, in]`` and B ``[out, rank]``; experts have their own each."""
-    sizes = {linear.path: linear.count * (linear.inputs + linear.outputs) for linear in shape.linears}
-    return sum(rank * sizes[path] for layer in ranks for path, rank in layer.items())
+    return sum(rank * x.count * (x.inputs + x.outputs) for x, rank in adapted(shape, ranks))
 
 
 def active_adapter(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> int:
     """Return how many of them are at work for a token."""
-    sizes = {linear.path: linear.values for linear in shape.linears}
-    return sum(rank * sizes[path] for layer in ranks for path, rank in layer.items())
+    return sum(rank * x.values for x, rank in adapted(shape, ranks))
+
+
+def adapted(shape: Shape, ranks: Sequence[Mapping[str, int]]) -> list[tuple[Linear, int]]:
+    """Return the linears of all layers that have an adapter, each with its rank."""
+    both = zip(shape.layers, ranks, strict=True)
+    return [(linear, one[linear.path]) for layer, one in both for linear in layer.linears if one.get(linear.path)]
 
 
 def adapter_tensors(ranks: Sequence[dict[str, int]]) -> int:

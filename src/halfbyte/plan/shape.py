@@ -28,14 +28,13 @@ SHARED = (QKV, GATES)
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of each decoder layer, or one of each of its experts.
+    """A linear layer of a decoder layer, or one of each of its experts.
 
     Attributes:
         name: its last name, such as ``q_proj``.
         path: within the decoder layer, such as ``self_attn.q_proj``; of experts that of their stack.
         inputs: values that it reads a token.
         outputs: values that it writes a token.
-        bias: whether it adds one.
         count: how many there are, one for each expert.
         taken: how many of them a token passes.
         parts: of experts, the layers that are one here: gate and up, which have one adapter together.
@@ -45,7 +44,6 @@ class Linear:
     path: str
     inputs: int
     outputs: int
-    bias: bool
     count: int = 1
     taken: int = 1
     parts: tuple[str, ...] = ()
@@ -74,7 +72,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What of each decoder layer is a mixture of experts.
+    """What of a decoder layer is a mixture of experts.
 
     Attributes:
         experts: how many.
@@ -83,6 +81,7 @@ class Mixture:
         shared: width within the expert that all tokens pass; 0: there is none.
         shared_gate: whether that one's result is multiplied by how much it counts (Qwen2-MoE).
         normalized: whether the shares of a token's experts are divided by their sum.
+        fp32: whether they are chosen by an fp32 copy of the weights that choose (GLM-4).
     """
 
     experts: int
@@ -91,6 +90,57 @@ class Mixture:
     shared: int
     shared_gate: bool
     normalized: bool
+    fp32: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer.
+
+    Attributes:
+        linears: of it.
+        inner: width within the MLP; of a mixture, of all experts that a token passes together.
+        dense_weights: values of its norms, biases, and of what chooses experts; they are never quantized.
+        rotated: whether it turns queries and keys.
+        window: the keys before its own that a query reads, or None for all.
+        mixture: of experts, or None.
+    """
+
+    linears: tuple[Linear, ...]
+    inner: int
+    dense_weights: int
+    rotated: bool
+    window: int | None
+    mixture: Mixture | None = None
+
+    @property
+    def weights(self) -> int:
+        """Values of all weights that are quantized: those of its linears."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def active_weights(self) -> int:
+        """Those of them that a token passes."""
+        return sum(linear.active_weights for linear in self.linears)
+
+    @property
+    def values(self) -> int:
+        """Values that its linears read and write a token."""
+        return sum(linear.values for linear in self.linears)
+
+    @property
+    def experts(self) -> tuple[Linear, ...]:
+        """Those of its linears that experts have."""
+        return tuple(linear for linear in self.linears if linear.parts)
+
+    @property
+    def groups(self) -> list[tuple[Linear, ...]]:
+        """The linears by the operations that compute them: those of one module that read one input are one."""
+        grouped: dict[tuple[str, tuple[str, ...]], list[Linear]] = {}
+        for linear in self.linears:
+            names = next((names for names in SHARED if linear.name in names), (linear.name,))
+            grouped.setdefault((linear.path.rpartition(".")[0], names), []).append(linear)
+        return [tuple(together) for together in grouped.values()]
 
 
 @dataclass(frozen=True)
@@ -102,22 +152,17 @@ class Shape:
         norms: where a layer has its norms: ``before``, ``around`` or ``after`` attention and MLP.
         plain_norms: whether they are LayerNorms without weights (OLMo), which are torch's.
         prefix: of the layers' names, such as ``model.layers``.
-        layers: how many.
-        linears: of each layer.
+        layers: first to last.
         hidden: width of the residual stream.
-        inner: width within the MLP; of a mixture, of all experts that a token passes together.
         heads: of queries.
         kv_heads: of keys and of values.
         head_dim: values of a head.
         head_norms: whether queries and keys are normalized, ``head`` by head, ``all`` heads together, or not (None).
         turned: values of a head that rotary embedding turns.
         angle_bytes: of a cosine, where that is not the compute dtype's (fp32 in OLMo), else 0.
-        rotated: of each layer, whether it turns queries and keys.
-        windows: of each layer, the keys before its own that a query reads, or None for all.
         vocabulary: rows of the embeddings.
         tied: whether the output head is the embeddings.
-        dense_weights: values of all norms, and of what chooses experts; they are never quantized.
-        mixture: of experts, or None.
+        last_norm: values of the norm behind the layers.
         most_positions: tokens that the configuration allows, or None.
     """
 
@@ -125,33 +170,28 @@ class Shape:
     norms: str
     plain_norms: bool
     prefix: str
-    layers: int
-    linears: tuple[Linear, ...]
+    layers: tuple[Layer, ...]
     hidden: int
-    inner: int
     heads: int
     kv_heads: int
     head_dim: int
     head_norms: str | None
     turned: int
     angle_bytes: int
-    rotated: tuple[bool, ...]
-    windows: tuple[int | None, ...]
     vocabulary: int
     tied: bool
-    dense_weights: int
-    mixture: Mixture | None = None
+    last_norm: int
     most_positions: int | None = None
 
     @property
     def linear_weights(self) -> int:
         """Values of all weights that are quantized: those of the layers' linears."""
-        return self.layers * sum(linear.weights for linear in self.linears)
+        return sum(layer.weights for layer in self.layers)
 
     @property
     def active_weights(self) -> int:
         """Those of them that a token passes."""
-        return self.layers * sum(linear.active_weights for linear in self.linears)
+        return sum(layer.active_weights for layer in self.layers)
 
     @property
     def embedding_weights(self) -> int:
@@ -159,14 +199,14 @@ class Shape:
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
-    def biases(self) -> int:
-        """Values of the linears' biases."""
-        return self.layers * sum(linear.outputs for linear in self.linears if linear.bias)
+    def dense_weights(self) -> int:
+        """Those of all layers, and of the norm behind them."""
+        return sum(layer.dense_weights for layer in self.layers) + self.last_norm
 
     @property
     def parameters(self) -> int:
         """All of the model's parameters."""
-        return self.linear_weights + self.embedding_weights + self.biases + self.dense_weights
+        return self.linear_weights + self.embedding_weights + self.dense_weights
 
     @property
     def active_parameters(self) -> int:
@@ -174,18 +214,19 @@ class Shape:
         return self.parameters - self.linear_weights + self.active_weights
 
     @property
-    def groups(self) -> list[tuple[Linear, ...]]:
-        """The linears by the operations that compute them: those of one module that read one input are one."""
-        grouped: dict[tuple[str, tuple[str, ...]], list[Linear]] = {}
-        for linear in self.linears:
-            names = next((names for names in SHARED if linear.name in names), (linear.name,))
-            grouped.setdefault((linear.path.rpartition(".")[0], names), []).append(linear)
-        return [tuple(together) for together in grouped.values()]
+    def inner(self) -> int:
+        """Width within the widest MLP."""
+        return max(layer.inner for layer in self.layers)
+
+    @property
+    def mixtures(self) -> list[Mixture]:
+        """Of the layers that have one."""
+        return [layer.mixture for layer in self.layers if layer.mixture]
 
     @property
     def expert_rows(self) -> int:
-        """Values of the residual stream that a token's experts read; 0 where there are none."""
-        return self.mixture.taken * self.hidden if self.mixture else 0
+        """Values of the residual stream that a token's experts read in a layer; 0 where there are none."""
+        return max((mixture.taken for mixture in self.mixtures), default=0) * self.hidden
 
     @property
     def queries(self) -> int:
@@ -235,42 +276,29 @@ def shape_from(model: Any, name: str = "The model") -> Shape:
     text = model.config.get_text_config()
     family: Family = FAMILIES[next(iter(kinds)).__name__]
     first: Any = layers[0][1]
-    linears = _linears(first)
-    if any(_linears(layer) != linears for _, layer in layers):
-        raise _unknown(name, f"{type(model).__name__}, whose layers are not all alike")
     attention = first.self_attn
     head_dim = int(attention.head_dim)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    inside = {
-        id(p) for _, layer in layers for at, module in layer.named_modules() for p in _linear_parameters(at, module)
-    }
-    outside = {id(embeddings.weight), id(head.weight)}
-    dense_weights = sum(p.numel() for p in model.parameters() if id(p) not in inside | outside)
+    outside = {id(p) for p in (embeddings.weight, head.weight)}
+    outside |= {id(p) for _, layer in layers for p in layer.parameters()}
     q_norm = getattr(attention, "q_norm", None)
     frequencies = [b for n, b in model.named_buffers() if n.endswith("inv_freq") and "original" not in n]
-    gates = [linear for linear in linears if linear.name in ("up_proj", "gate_up_proj")]
-    window = [_window(layer.self_attn, text, family) for _, layer in layers]
     return Shape(
         family=family.name,
         norms=family.norms,
         plain_norms=not list(getattr(first, "post_attention_layernorm", first).parameters(recurse=False)),
         prefix=layers[0][0].rpartition(".")[0],
-        layers=len(layers),
-        linears=linears,
+        layers=tuple(_layer(layer, text, family) for _, layer in layers),
         hidden=int(text.hidden_size),
-        inner=sum(gate.taken * gate.outputs // (2 if gate.name == "gate_up_proj" else 1) for gate in gates),
         heads=int(text.num_attention_heads),
         kv_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
         head_dim=head_dim,
         head_norms=None if q_norm is None else "head" if q_norm.weight.numel() == head_dim else "all",
         turned=2 * max((int(b.numel()) for b in frequencies), default=head_dim // 2),
         angle_bytes=4 if family.fp32_angles else 0,
-        rotated=tuple(bool(getattr(layer.self_attn, "use_rope", True)) for _, layer in layers),
-        windows=tuple(window),
         vocabulary=int(embeddings.weight.shape[0]),
         tied=bool(getattr(text, "tie_word_embeddings", False)) or head.weight is embeddings.weight,
-        dense_weights=dense_weights,
-        mixture=_mixture(first.mlp, linears),
+        last_norm=sum(p.numel() for p in model.parameters() if id(p) not in outside),
         most_positions=getattr(text, "max_position_embeddings", None),
     )
 
@@ -278,6 +306,19 @@ def shape_from(model: Any, name: str = "The model") -> Shape:
 def _unknown(name: str, what: str) -> InputError:
     families = named(sorted({family.name for family in FAMILIES.values()}))
     return InputError(f"{name} is {what}; steps are foretold of the families {families} alone.")
+
+
+def _layer(layer: Any, text: Any, family: Family) -> Layer:
+    linears = _linears(layer)
+    gates = [linear for linear in linears if linear.name in ("up_proj", "gate_up_proj")]
+    return Layer(
+        linears=linears,
+        inner=sum(gate.taken * gate.outputs // (2 if gate.name == "gate_up_proj" else 1) for gate in gates),
+        dense_weights=sum(p.numel() for p in layer.parameters()) - sum(linear.weights for linear in linears),
+        rotated=bool(getattr(layer.self_attn, "use_rope", True)),
+        window=_window(layer.self_attn, text, family),
+        mixture=_mixture(layer.mlp, linears),
+    )
 
 
 def _linears(layer: nn.Module) -> tuple[Linear, ...]:
@@ -288,7 +329,7 @@ def _linears(layer: nn.Module) -> tuple[Linear, ...]:
             mixture: Any = layer.get_submodule(path.rpartition(".")[0])
             found += _stacks(path, module, int(mixture.gate.top_k))
         elif _is_linear(name, module):
-            found.append(Linear(name, path, module.in_features, module.out_features, module.bias is not None))
+            found.append(Linear(name, path, module.in_features, module.out_features))
     return tuple(found)
 
 
@@ -296,7 +337,7 @@ def _stacks(path: str, experts: nn.Module, taken: int) -> list[Linear]:
     """Return the linears of experts, which are transformers' stacks ``[experts, outputs, inputs]``."""
     stacks = [(name, stack.shape) for name, stack in experts.named_parameters() if name in STACKS]
     return [
-        Linear(name, f"{path}.{name}", width, out, False, count, taken, HALVES if name == "gate_up_proj" else (name,))
+        Linear(name, f"{path}.{name}", width, out, count, taken, HALVES if name == "gate_up_proj" else (name,))
         for name, (count, out, width) in stacks
     ]
 
@@ -312,12 +353,8 @@ def _mixture(mlp: Any, linears: Sequence[Linear]) -> Mixture | None:
         shared=sum(linear.outputs for linear in linears if linear.name == "up_proj"),
         shared_gate=hasattr(mlp, "shared_expert_gate"),
         normalized=bool(getattr(mlp.gate, "norm_topk_prob", True)),  # Mixtral's does without being asked
+        fp32=hasattr(mlp.gate, "e_score_correction_bias"),
     )
-
-
-def _linear_parameters(path: str, module: nn.Module) -> Sequence[nn.Parameter]:
-    is_one = is_stacked(module) or _is_linear(path.rpartition(".")[2], module)
-    return list(module.parameters(recurse=False)) if is_one else []
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from halfbyte.hf.layers.activations import Pace
 from halfbyte.plan.machine import Rates
-from halfbyte.plan.ranks import active_adapter
+from halfbyte.plan.ranks import active_adapter, adapted
 from halfbyte.plan.shape import QKV, Shape
 
 EXPANDING = (16, 18)
@@ -106,16 +106,15 @@ def step_time(
         parameters: that are trained.
         tensors: of them.
     """
-    tokens, layers = work.tokens, shape.layers
+    tokens, layers = work.tokens, len(shape.layers)
     again = layers if not backward else layers + recomputed
-    rows = sum(linear.values for linear in shape.linears)
+    rows = sum(layer.values for layer in shape.layers)
     passed, dx_passed = (tokens * shape.active_weights + more * _expanded(shape, tokens) for more in EXPANDING)
-    forward = rates.forward[0] * 2 * passed + rates.forward[1] * tokens * rows * layers
-    spared = sum(linear.weights for linear in shape.linears if linear.name in QKV)
-    dx = rates.backward[0] * 2 * (dx_passed - tokens * spared) + rates.backward[1] * tokens * rows * layers
+    forward = rates.forward[0] * 2 * passed + rates.forward[1] * tokens * rows
+    spared = sum(linear.weights for linear in shape.layers[0].linears if linear.name in QKV)
+    dx = rates.backward[0] * 2 * (dx_passed - tokens * spared) + rates.backward[1] * tokens * rows
     low_rank = 2 * tokens * active_adapter(shape, ranks)
-    widths = {linear.path: linear.values for linear in shape.linears}
-    touched = tokens * sum(widths[path] for layer in ranks for path in layer)
+    touched = tokens * sum(linear.values for linear, _ in adapted(shape, ranks))
     lora_forward = rates.lora_forward[0] * low_rank + rates.lora_forward[1] * touched
     lora_backward = rates.lora_backward[0] * 2 * low_rank + rates.lora_backward[1] * touched
     elements = _element_wise(rates, shape, tokens)
@@ -132,8 +131,8 @@ def step_time(
         "python": layers * (rates.layer[0] + (rates.layer[1] if backward else 0)),
     }
     if dropout:
-        read = sum(tokens * group[0].taken * group[0].inputs for group in shape.groups) * layers
-        times["lora"] += rates.dropout * read
+        read = sum(group[0].taken * group[0].inputs for layer in shape.layers for group in layer.groups)
+        times["lora"] += rates.dropout * tokens * read
     times = {name: passes * seconds for name, seconds in times.items()}
     if backward:
         times["optimizer"] = rates.optimizer[0] * parameters + rates.optimizer[1] * tensors
@@ -151,8 +150,8 @@ def disk_seconds(base: int, resident: int, rate: float) -> float:
 
 def _expanded(shape: Shape, tokens: float) -> float:
     """Return how many values of experts' weights a pass reads, if its tokens choose experts evenly."""
-    experts = [linear for linear in shape.linears if linear.parts]
-    return float(shape.layers * sum(x.weights * (1 - (1 - x.taken / x.count) ** tokens) for x in experts))
+    experts = [linear for layer in shape.layers for linear in layer.experts]
+    return float(sum(x.weights * (1 - (1 - x.taken / x.count) ** tokens) for x in experts))
 
 
 def _attention(rates: Rates, shape: Shape, work: Pass) -> tuple[float, float]:
@@ -160,8 +159,8 @@ def _attention(rates: Rates, shape: Shape, work: Pass) -> tuple[float, float]:
     near = min(rates.attention, key=lambda size: abs(size - shape.head_dim))
     forward_flop, backward_flop, value = rates.attention[near]
     forward = backward = 0.0
-    for window in shape.windows:
-        pairs = work.squares / 2
+    for layer in shape.layers:
+        pairs, window = work.squares / 2, layer.window
         if window is not None and window < work.longest:
             rows = work.squares / work.longest**2  # of full length
             pairs = rows * window * (work.longest - window / 2)
@@ -176,15 +175,16 @@ def _element_wise(rates: Rates, shape: Shape, tokens: float) -> tuple[float, flo
     if shape.head_norms:
         norms += shape.queries + shape.keys
     sums = shape.hidden * (1 if shape.norms == "before" else 2)
-    if shape.mixture:  # rows of experts: taken, weighed, summed; about what an addition takes
-        sums += 2 * shape.expert_rows + shape.mixture.taken * shape.mixture.inner
+    layers, inner = len(shape.layers), sum(layer.inner for layer in shape.layers)
+    # rows of experts: taken, weighed, summed; about what an addition takes
+    of_experts = sum(mixture.taken * (2 * shape.hidden + mixture.inner) for mixture in shape.mixtures)
     parts = (
-        (rates.norm, norms), (rates.gated, shape.inner), (rates.rotary, shape.queries + shape.keys),
-        (rates.addition, sums),
+        (rates.norm, layers * norms), (rates.gated, inner), (rates.rotary, layers * (shape.queries + shape.keys)),
+        (rates.addition, layers * sums + of_experts),
     )  # fmt: skip
     forward, backward = (sum(rate[way] * width for rate, width in parts) for way in (0, 1))
-    backward += rates.norm[0] * norms / 2 + rates.gated[0] * shape.inner  # made again for LoRA's gradients
-    return forward * tokens * shape.layers, backward * tokens * shape.layers
+    backward += rates.norm[0] * layers * norms / 2 + rates.gated[0] * inner  # made again for LoRA's gradients
+    return forward * tokens, backward * tokens
 
 
 def _head(rates: Rates, shape: Shape, trained: float) -> float:

@@ -69,9 +69,10 @@ def bars(parts: Mapping[str, float]) -> list[str]:
 def _about(plan: Plan) -> list[str]:
     shape, model = plan.model.shape, plan.model
     form = {"none": "in 16 bits", "int8": "in 8 bits"}.get(model.quant_type, f"in {model.quant_type.upper()}")
-    layers, parameters = counted(shape.layers, f"{shape.family} layer"), f"{shape.parameters:,} parameters"
-    if shape.mixture:
-        layers += f" of {counted(shape.mixture.experts, 'expert')} each, {shape.mixture.taken} for a token"
+    layers, parameters = counted(len(shape.layers), f"{shape.family} layer"), f"{shape.parameters:,} parameters"
+    if mixtures := shape.mixtures:
+        among = "" if len(mixtures) == len(shape.layers) else f", {len(mixtures)} of them"
+        layers += f"{among} of {counted(mixtures[0].experts, 'expert')} each, {mixtures[0].taken} for a token"
         parameters += f", {shape.active_parameters:,} of them at work for a token"
     return [
         f"{model.name}: {layers}, {parameters}, {form}; {plan.trained:,} trained (LoRA)",

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,13 @@ def apply(model: nn.Module, policy: Policy, folder: Path | None = None) -> None:
         layer._gradient_checkpointing_func = offload if index < policy.offloaded else _recompute
 
 
+class _Saved:
+    """What autograd holds in place of a tensor that it saved."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage: torch.UntypedStorage | None = storage
+
+
 def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
     """Return what each decoder layer of ``model`` holds for a batch of ``batch_size`` sequences of ``length`` tokens.
 
@@ -192,19 +200,20 @@ def measure(model: nn.Module, length: int, batch_size: int) -> list[Costs]:
     def count(forward: Callable[..., Any], *args: Any) -> Any:
         here = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
         own = {p.untyped_storage().data_ptr() for p in here}
-        held: dict[int, torch.UntypedStorage] = {}  # kept until the layer is through, so that no address comes twice
+        saved: WeakSet[_Saved] = WeakSet()  # what is dropped before the layer is through leaves it
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                held[storage.data_ptr()] = storage
-            return tensor.new_empty(0)
+        def pack(tensor: Tensor) -> _Saved:
+            one = _Saved(tensor.untyped_storage())
+            saved.add(one)
+            return one
 
         random = torch.get_rng_state()
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_tensors_hooks(pack, lambda one: one):
             output = _within(forward)(*args)
-        kept = sum(storage.nbytes() for storage in held.values())
-        held.clear()  # autograd keeps the hook, and it this, as long as the graph lives
+        held = {one.storage.data_ptr(): one.storage.nbytes() for one in saved if one.storage is not None}
+        kept = sum(size for address, size in held.items() if address not in own)
+        for one in saved:  # as long as the graph lives autograd keeps them
+            one.storage = None
         given = sum(x.nbytes for x in args if isinstance(x, Tensor))
         found.append(Costs(kept * batch_size, given * batch_size, draws_between(random, torch.get_rng_state())))
         return output

@@ -106,12 +106,9 @@ class Traffic:
     waited: float = 0.0
 
 
-def least_of(units: Sequence[Unit]) -> int:
-    """Return how many bytes must have room: units follow each other, so it is the largest run of :data:`LEAST`."""
-    return _least([unit.nbytes for unit in units])
-
-
-def _least(sizes: Sequence[int]) -> int:
+def least_of(sizes: Sequence[int]) -> int:
+    """Return how many bytes of units must have room: they follow each other, so it is the largest run of
+    :data:`LEAST`."""
     return max((sum(sizes[i : i + LEAST]) for i in range(max(len(sizes) - LEAST + 1, 1))), default=0)
 
 
@@ -130,7 +127,7 @@ class _Ahead:
     def __init__(self, groups: Sequence[Group], sizes: Sequence[int], budget: int) -> None:
         self._groups, self._sizes, self._window = groups, sizes, budget
         self.pinned: set[int] = set()
-        least = _least(sizes) if sum(sizes) > budget else 0
+        least = least_of(sizes) if sum(sizes) > budget else 0
         for number, size in enumerate(sizes):
             if self._window - size < least:
                 break
@@ -169,7 +166,7 @@ class Pager:
     """
 
     def __init__(self, units: Sequence[Unit], budget: int, table: Sequence[Piece] = ()) -> None:
-        least = least_of(units)
+        least = least_of([unit.nbytes for unit in units])
         if budget < least:
             raise InputError(
                 f"Of the base model {size_text(least)} must be in memory at a time ({LEAST} layers), but "

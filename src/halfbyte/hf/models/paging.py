@@ -58,7 +58,7 @@ def mapped_bytes(model: nn.Module) -> int:
 
 def least_bytes(model: nn.Module) -> int:
     """Return how many of them must have room in memory."""
-    return least_of(units_of(model)) if mapped.available() else 0
+    return least_of([unit.nbytes for unit in units_of(model)]) if mapped.available() else 0
 
 
 def beside_bytes(model: nn.Module) -> int:

@@ -34,6 +34,7 @@ from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint
 from halfbyte.hf.models.config import QUANT_METHOD, HalfbyteConfig
 from halfbyte.hf.models.linears import left_dense, replace_linears
+from halfbyte.kernels import pool
 from halfbyte.nn import Linear4bit, QuantizedLinear
 from halfbyte.quant import QuantizedInt8, QuantizedWeight, quantize_4bit, quantize_int8
 from halfbyte.quant.int8 import CONSTANTS, FORMAT, STATE_INT8
@@ -328,10 +329,12 @@ def quantized(
         InputError: a value is not finite; the sentence has the tensor's ``name`` and the index.
     """
     values = dense.T if layer.transposed else dense
+    if not values.is_contiguous():  # in the heap each copy, between weights that stay, would leave a gap of its size
+        values = pool.empty(values.shape, values.dtype, values.device).copy_(values)
     weight: QuantizedInt8 | QuantizedWeight
     # A block's constant is its largest magnitude, NaN if there is one, and the offset is the constants' mean.
     if config.bits == 8:
-        weight = quantize_int8(values.contiguous(), config.blocksize or BLOCKSIZE)
+        weight = quantize_int8(values, config.blocksize or BLOCKSIZE)
         finite = bool(torch.isfinite(weight.absmax).all())
     else:
         weight = quantize_4bit(values, config.quant_type, int(config.blocksize or BLOCKSIZE), config.double_quant)
