@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.errors import InputError, named
-from halfbyte.hf.layers.experts import HALVES, STACKS, is_stacked
+from halfbyte.hf.layers.experts import HALVES, STACKS, check_numbers, is_stacked
 from halfbyte.hf.layers.families import FAMILIES, Family, recognise
 from halfbyte.hf.models.linears import ROUTERS
 
@@ -326,7 +326,9 @@ def _linears(layer: nn.Module) -> tuple[Linear, ...]:
     for path, module in layer.named_modules():
         name = path.rpartition(".")[2]
         if is_stacked(module):
+            stacks: Any = module
             mixture: Any = layer.get_submodule(path.rpartition(".")[0])
+            check_numbers(path, len(stacks.down_proj), mixture)
             found += _stacks(path, module, int(mixture.gate.top_k))
         elif _is_linear(name, module):
             found.append(Linear(name, path, module.in_features, module.out_features))

@@ -28,6 +28,7 @@ from halfbyte.hf.models.base_files import Source, fingerprint
 from halfbyte.hf.models.four_bits import In4Bits
 from halfbyte.hf.models.hub import locate
 from halfbyte.hf.models.more_adapters import add_adapter
+from halfbyte.plan.shape import shape_of
 from halfbyte.quant import quantize_4bit
 
 SHAPE: dict[str, Any] = {
@@ -208,6 +209,9 @@ def test_numbers_of_experts_that_nothing_can_compute_with_are_told(
     ):
         with pytest.raises(InputError, match=f"config.json has {told}.*copy it from the model's source again"):
             use()
+    if kind in ("Qwen3Moe", "Glm4Moe"):  # which plans know
+        with pytest.raises(InputError, match=r"config.json has .*copy it from the model's source again"):
+            shape_of(t.AutoConfig.from_pretrained(tmp_path / "m"))
 
 
 def test_a_router_whose_weight_is_read_by_hand_stays_dense_and_unknown_stacks_are_told(

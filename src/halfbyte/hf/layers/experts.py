@@ -223,16 +223,24 @@ def take_apart(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if is_stacked(module):
             experts = Experts(module)
-            _check_numbers(name, experts, model.get_submodule(name.rpartition(".")[0]))
+            check_numbers(name, experts.num_experts, model.get_submodule(name.rpartition(".")[0]))
             model.set_submodule(name, experts)
         elif type(module).__name__ == "Llama4TextMoe" and not isinstance(module, Llama4Moe):
             theirs: Any = type(module)
             module.__class__ = _llama4(theirs)
 
 
-def _check_numbers(path: str, experts: Experts, block: nn.Module) -> None:
-    """Check what a configuration says of the experts at ``path``, which are in ``block``."""
-    many = experts.num_experts
+def check_numbers(path: str, many: int, block: nn.Module) -> None:
+    """Check what a configuration says of the experts at ``path``.
+
+    Args:
+        path: of the stacks.
+        many: experts that there are.
+        block: the mixture that they are in.
+
+    Raises:
+        InputError: there are none, or fewer than each token is to go to, or groups do not divide them.
+    """
     if many < 1:
         raise InputError(f"config.json has no experts in {path}: copy it from the model's source again.")
     for module in (block, *block.children()):
