@@ -132,7 +132,7 @@ def write_packed(model: str, folder: Path) -> None:
 
     from halfbyte import hf
     from halfbyte.bench.shapes import byte_tokenizer
-    from halfbyte.hf.layers.experts import take_apart
+    from halfbyte.hf.layers.stacks import take_apart
     from halfbyte.quant import quantize_4bit
 
     config = configuration(model)

@@ -16,10 +16,11 @@ from halfbyte.generate.decoder import PAGE
 from halfbyte.generate.decoders import decoder_for
 from halfbyte.generate.native_decoder import NativeDecoder, NativeSequence
 from halfbyte.hf.layers.decoding import NotNative
-from halfbyte.hf.layers.expert_adapters import own_words
-from halfbyte.hf.layers.experts import Experts, TakeApart, is_stacked, take_apart
+from halfbyte.hf.layers.expert_targets import own_words
+from halfbyte.hf.layers.experts import Experts
 from halfbyte.hf.layers.fusion import fuse
 from halfbyte.hf.layers.prepare import prepare
+from halfbyte.hf.layers.stacks import TakeApart, is_stacked, take_apart
 from halfbyte.kernels import can_decode
 from halfbyte.nn import DenseLinear, Linear4bit, Linear8bit
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import halfbyte
 from halfbyte.hf import not_linear
-from halfbyte.hf.layers.expert_adapters import as_peft_reads, as_we_read, has_experts, own_words
+from halfbyte.hf.layers.expert_targets import as_peft_reads, as_we_read, has_experts, own_words
 from halfbyte.hf.layers.lora_config import lora_config
 
 VOCABULARY = 96

@@ -12,7 +12,7 @@ from halfbyte import hf
 from halfbyte.errors import InputError
 from halfbyte.hf.layers import activations
 from halfbyte.hf.layers.attention_choice import choose_attention
-from halfbyte.hf.layers.expert_adapters import own_words
+from halfbyte.hf.layers.expert_targets import own_words
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models import paging
 from halfbyte.nn import Linear4bit

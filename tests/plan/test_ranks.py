@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from halfbyte import hf
 from halfbyte.errors import InputError
-from halfbyte.hf.layers.expert_adapters import as_peft_reads, own_words
+from halfbyte.hf.layers.expert_targets import as_peft_reads, own_words
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.plan.memory import adapter_sizes
 from halfbyte.plan.ranks import active_adapter, adapter_parameters, adapter_tensors, ranks_of

@@ -24,7 +24,7 @@ from torch import Tensor
 from halfbyte.choices import CombineMethod
 from halfbyte.errors import InputError, named
 from halfbyte.files import absolute
-from halfbyte.hf.layers.expert_adapters import as_peft_reads
+from halfbyte.hf.layers.expert_targets import as_peft_reads
 from halfbyte.hf.models.fingerprint import Fingerprint
 from halfbyte.hf.models.low_rank import LowRankAdapter, Part, read_low_rank, save_low_rank
 from halfbyte.hf.models.merging import Merged

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from peft.utils.other import get_pattern_key
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.layers.expert_adapters import WEIGHT, check_plain, is_adapted
+from halfbyte.hf.layers.expert_targets import WEIGHT, check_plain, is_adapted
 from halfbyte.hf.layers.lora_config import check_expressions, check_pattern
 from halfbyte.hf.models.configs import ADAPTER, json_of
 from halfbyte.plan.shape import Linear, Shape

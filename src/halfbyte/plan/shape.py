@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.errors import InputError, named
-from halfbyte.hf.layers.experts import HALVES, STACKS, check_numbers, is_stacked
+from halfbyte.hf.layers.experts import HALVES, STACKS
 from halfbyte.hf.layers.families import FAMILIES, Family, recognise
+from halfbyte.hf.layers.stacks import check_numbers, is_stacked
 from halfbyte.hf.models.linears import ROUTERS
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj")

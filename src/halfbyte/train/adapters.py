@@ -17,7 +17,8 @@ from halfbyte import data, hf
 from halfbyte.choices import REFERENCED
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.eva import TOKENS, batches_of, begin_with_eva, eva_config
-from halfbyte.hf.layers.expert_adapters import as_peft_reads, as_we_read, has_experts, own_words, set_dropout
+from halfbyte.hf.layers.expert_adapters import set_dropout
+from halfbyte.hf.layers.expert_targets import as_peft_reads, as_we_read, has_experts, own_words
 from halfbyte.hf.layers.lora_config import adapted_layers, lora_config
 from halfbyte.hf.layers.starts import OF_WEIGHTS, begin_lengths, make_room
 from halfbyte.hf.layers.targets import ALL

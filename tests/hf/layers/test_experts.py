@@ -20,7 +20,8 @@ from halfbyte.deploy.merge import merge
 from halfbyte.errors import InputError
 from halfbyte.hf import not_linear, quantize_checkpoint
 from halfbyte.hf.layers.activations import apply, plan
-from halfbyte.hf.layers.expert_adapters import LoraExperts, as_peft_reads, own_words, set_dropout
+from halfbyte.hf.layers.expert_adapters import LoraExperts, set_dropout
+from halfbyte.hf.layers.expert_targets import as_peft_reads, own_words
 from halfbyte.hf.layers.experts import Experts, load_of
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models.adapter_files import put_adapter

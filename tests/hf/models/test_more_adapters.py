@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 from halfbyte.errors import InputError
 from halfbyte.hf import add_adapter, fuse, not_linear
-from halfbyte.hf.layers.expert_adapters import as_peft_reads, own_words
+from halfbyte.hf.layers.expert_targets import as_peft_reads, own_words
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models.adapter_files import put_adapter
 

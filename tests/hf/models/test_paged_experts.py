@@ -18,7 +18,7 @@ from halfbyte.generate.native_decoder import NativeDecoder
 from halfbyte.hf import not_linear, quantize_checkpoint
 from halfbyte.hf.layers import activations
 from halfbyte.hf.layers.activations import Policy, recomputable_layers
-from halfbyte.hf.layers.expert_adapters import own_words
+from halfbyte.hf.layers.expert_targets import own_words
 from halfbyte.hf.layers.experts import Experts
 from halfbyte.hf.layers.lora_config import lora_config
 from halfbyte.hf.models import paging

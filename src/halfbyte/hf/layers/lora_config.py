@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import InputError, nearest
-from halfbyte.hf.layers.expert_adapters import has_experts, stacks_by_layer, target_experts
+from halfbyte.hf.layers.expert_targets import has_experts, stacks_by_layer, target_experts
 from halfbyte.hf.layers.starts import PLAIN
 from halfbyte.hf.layers.targets import ALL, check_targets
 from halfbyte.nn import QuantizedLinear

@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.hf.layers.adapters import LoraLinear4bit
 from halfbyte.hf.layers.expert_adapters import LoraExperts, merged_experts
-from halfbyte.hf.layers.experts import put_together
 from halfbyte.hf.layers.fusion import unfuse
 from halfbyte.hf.layers.head import base_of, unbind_head
+from halfbyte.hf.layers.stacks import put_together
 from halfbyte.hf.layers.starts import starts_of
 from halfbyte.nn import FrozenLinear, QuantizedLinear
 

@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.adapters import check_kind
-from halfbyte.hf.layers.expert_adapters import as_peft_reads, as_we_read, has_experts, own_words, stack_misfits
+from halfbyte.hf.layers.expert_adapters import stack_misfits
+from halfbyte.hf.layers.expert_targets import as_peft_reads, as_we_read, has_experts, own_words
 from halfbyte.hf.layers.head import base_of
 from halfbyte.hf.models.base_files import check_base
 from halfbyte.nn import QuantizedLinear

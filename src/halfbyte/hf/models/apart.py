@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Interleave, WeightConverter
 
-from halfbyte.hf.layers.experts import Experts, TakeApart, check_stack
+from halfbyte.hf.layers.experts import Experts
+from halfbyte.hf.layers.stacks import TakeApart, check_stack
 from halfbyte.hf.models.check import Names
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors
 from halfbyte.hf.models.foreign.mxfp4 import Mxfp4Checkpoint

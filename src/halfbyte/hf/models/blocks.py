@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import InputError
-from halfbyte.hf.layers.experts import Experts, take_apart
+from halfbyte.hf.layers.experts import Experts
+from halfbyte.hf.layers.stacks import take_apart
 from halfbyte.quant.rounding import Compensation
 
 Round = Callable[[str, Tensor, Compensation | None], Tensor]

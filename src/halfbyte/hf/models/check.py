@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from halfbyte.errors import InputError
-from halfbyte.hf.layers.experts import conversions
+from halfbyte.hf.layers.stacks import conversions
 from halfbyte.hf.models.checkpoint import INDEX, Tensors, read_index
 
 logger = logging.getLogger(__name__)

@@ -23,15 +23,8 @@ from torch import Tensor
 
 from halfbyte.errors import InputError
 from halfbyte.files import whole_folder
-from halfbyte.hf.layers.expert_adapters import (
-    WEIGHT,
-    Stack,
-    apart,
-    names_in_file,
-    stacks_of,
-    together,
-    with_weight,
-)
+from halfbyte.hf.layers.expert_adapters import Stack, apart, names_in_file, stacks_of, together
+from halfbyte.hf.layers.expert_targets import WEIGHT, with_weight
 from halfbyte.hf.models.adapter_files import BESIDE, check_numbers
 from halfbyte.hf.models.base_format import FILE as BASE_FORMAT
 from halfbyte.hf.models.check import check_finite

@@ -26,7 +26,7 @@ from halfbyte import __version__
 from halfbyte.choices import SAVEABLE_TYPES
 from halfbyte.errors import InputError, check_room
 from halfbyte.files import absolute, growing_folder, repair, stamp, write_text
-from halfbyte.hf.layers.experts import take_apart
+from halfbyte.hf.layers.stacks import take_apart
 from halfbyte.hf.models.apart import apart
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint, Tensors, weight_files

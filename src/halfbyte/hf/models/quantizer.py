@@ -28,7 +28,7 @@ from halfbyte import devices
 from halfbyte.choices import BITSANDBYTES_TYPES, BLOCKSIZE, SAVEABLE_TYPES
 from halfbyte.errors import InputError
 from halfbyte.hf.layers.attention_choice import choose_attention
-from halfbyte.hf.layers.experts import TakeApart, conversions, put_together, take_apart
+from halfbyte.hf.layers.stacks import TakeApart, conversions, put_together, take_apart
 from halfbyte.hf.layers.unloading import dense_layer
 from halfbyte.hf.models.check import Names, check_finite, check_weights
 from halfbyte.hf.models.checkpoint import Checkpoint

@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch.utils.data import DataLoader
 
-from halfbyte.hf.layers.expert_adapters import has_experts, own_words
+from halfbyte.hf.layers.expert_targets import has_experts, own_words
 from halfbyte.hf.layers.starts import starts_of, untrained
 from halfbyte.hf.trainers import distributed
 from halfbyte.hf.trainers.base import BaseTrainer
