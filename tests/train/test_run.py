@@ -27,6 +27,7 @@ import halfbyte
 from halfbyte import data, hf
 from halfbyte.cli.console import TerminalDisplay
 from halfbyte.errors import InputError
+from halfbyte.memory import anonymous_memory
 from halfbyte.nn import QuantizedLinear
 from halfbyte.runs.events import Begin, End, Evaluation, Event, Note, Progress, StepMetrics
 from halfbyte.runs.metrics import read_events
@@ -386,6 +387,26 @@ def test_a_memory_budget_that_nothing_fits_in_is_refused_before_anything_is_writ
     with pytest.raises(InputError, match=r"may be used: it would fit with --memory [\d.]+GiB\."):
         fine_tune(TrainConfig(**options, memory="1MiB"))
     assert not options["output"].exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="by glibc")
+def test_a_run_with_a_budget_gives_back_what_is_free_in_the_heap(options: dict[str, Any]) -> None:
+    found: list[int] = []
+    held: list[torch.Tensor] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, StepMetrics):
+            found.append(anonymous_memory())
+            if event.step == 1:  # blocks too small for mappings of their own, free below one that is not
+                blocks = [torch.ones(2**14) for _ in range(3000)]
+                held.append(blocks[-1])
+                del blocks
+                found.append(anonymous_memory())
+
+    fine_tune(TrainConfig(**options, memory=anonymous_memory() + 2**30, max_steps=2), tell)
+    before, between, after = found
+    assert between - before > 150 * 2**20
+    assert after - before < 30 * 2**20
 
 
 def test_gradient_checkpointing_changes_no_bit_of_the_result(options: dict[str, Any], tmp_path: Path) -> None:

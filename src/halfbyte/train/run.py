@@ -44,6 +44,7 @@ from halfbyte.train.batch import fit_batch, with_batch
 from halfbyte.train.best import Best, Heard
 from halfbyte.train.build import build_model, build_trainer, page, paging_told, plan_activations
 from halfbyte.train.fingerprints import check_resumed, fingerprint_of, keep_with
+from halfbyte.train.giving_back import GiveBack
 from halfbyte.train.inputs import digests
 from halfbyte.train.methods import Method, check_rows, method_of
 from halfbyte.train.packing import plan_step
@@ -142,6 +143,8 @@ def fine_tune(config: TrainConfig, *listeners: Listener) -> RunResult:
         steps = Steps(trainer, before, stop, heard, watch.figures)
         trainer.add_callback(steps)
         watch.attach(trainer, heard, begins=checkpoint is None)
+        if config.memory is not None or policy.paged is not None:
+            trainer.add_callback(GiveBack())
         if config.save_minutes:
             trainer.add_callback(SaveByTime(config.save_minutes))
         best = Best(trainer, config, note)
